@@ -1,0 +1,1 @@
+"""What every nearfar package needs around a model: checkpoints, contracts, training, command line, pictures."""

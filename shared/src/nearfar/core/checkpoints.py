@@ -1,0 +1,120 @@
+"""Reading published checkpoints safely, with an account of every key."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from nearfar.core.errors import CheckpointError
+from nearfar.core.files import atomic_path
+
+WRAPPERS = ("ema_state_dict", "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model_state", "model")
+"""Keys under which training scripts keep the weights, in order of preference (averaged weights first)."""
+
+PREFIXES = ("module.", "_orig_mod.")
+"""Prefixes that DistributedDataParallel and torch.compile put before every name."""
+
+
+def read_state_dict(path: str | Path, *, wrappers: Iterable[str] = WRAPPERS) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file by name, on the CPU.
+
+    Reads `.safetensors`; `.pt`, `.pth`, `.ckpt`, `.bin`, `.tar` (PyTorch files, never with arbitrary pickle); and
+    Keras `.h5`, `.hdf5` (names are the paths inside the file). What training scripts wrap round the weights is taken
+    off: the first of `wrappers` that is there, and the prefixes `module.` and `_orig_mod.` where every name has them.
+
+    Raises CheckpointError where the file is missing, damaged, holds no tensors, or would need arbitrary pickle.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(path)
+        elif suffix in (".h5", ".hdf5"):
+            content = read_hdf5(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged, or no checkpoint ({_first_line(error)})") from error
+    except Exception as error:  # torch raises pickle.UnpicklingError for anything beyond tensors and plain values
+        raise CheckpointError(
+            f"{path}: holds Python objects beside tensors, which could run code when loaded; "
+            "save its state_dict alone, best as .safetensors"
+        ) from error
+    try:
+        return unwrap(content, wrappers)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def unwrap(content: Mapping[str, Any], wrappers: Iterable[str] = WRAPPERS) -> dict[str, Tensor]:
+    """The state dict inside what a training script saved: see `read_state_dict`."""
+    for name in wrappers:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            return unwrap(content[name], wrappers)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"holds a {type(content).__name__}, not a state dict")
+    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise CheckpointError(f"holds no tensors (top-level entries: {', '.join(map(str, list(content)[:8]))})")
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def read_hdf5(path: str | Path) -> dict[str, Tensor]:
+    """Every numeric array of an HDF5 file, by its path inside the file."""
+    arrays: dict[str, Tensor] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and np.issubdtype(item.dtype, np.number):
+            arrays[name] = torch.from_numpy(np.asarray(item[()]))
+
+    with h5py.File(path, "r") as file:
+        file.visititems(visit)
+    return arrays
+
+
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, ignore: Iterable[str] = ()) -> None:
+    """Load `state` into `model`, every key accounted for.
+
+    `ignore`: regular expressions (matched from the start of the name) of keys that may be missing in `state` or
+    superfluous in it, such as tables that the model computes. BatchNorm's `num_batches_tracked` may always be absent.
+
+    Raises CheckpointError that lists every missing, unexpected and misshapen key; the model is then unchanged.
+    """
+    patterns = [re.compile(pattern) for pattern in (*ignore, r".*\bnum_batches_tracked$")]
+    ignored = lambda name: any(pattern.match(name) for pattern in patterns)  # noqa: E731
+    own = model.state_dict()
+    problems = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in state and not ignored(name)]
+    for name, value in state.items():
+        if name not in own:
+            if not ignored(name):
+                problems.append(f"unexpected {name} {tuple(value.shape)}")
+        elif own[name].shape != value.shape:
+            problems.append(f"{name} has shape {tuple(value.shape)}, the model's is {tuple(own[name].shape)}")
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint does not fit {type(model).__name__}, {len(problems)} of its tensors differ:\n  "
+            + "\n  ".join(problems)
+        )
+    model.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+
+
+def save_state_dict(model: nn.Module, path: str | Path) -> Path:
+    """Write the model's parameters and buffers to `path` as safetensors, atomically."""
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_model(model, str(temporary))
+    return Path(path)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -1,0 +1,198 @@
+"""Numerical contracts: what a system's published code computes, held to by ours.
+
+A contract is a JSON file (settings, the names and shapes of the published state dict, inputs, outputs) beside an
+`.npz` file with sampled values of each output. No weights are stored: every tensor of the published state gets
+values that depend only on its name and shape (`fill`), so the state is rebuilt from the JSON alone.
+
+A package registers one builder per system in the entry-point group `nearfar.contracts`::
+
+    [project.entry-points."nearfar.contracts"]
+    agtcnet = "nearfar.eeg.agtcnet:build_contract"
+
+The builder takes a `Contract` and returns a module in eval mode (or a plain function) that holds the published
+state, loaded through the system's own checkpoint converter, and is called with the contract's input tensors.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nearfar.core.errors import UserError
+
+MAX_VALUES = 4096  # values kept per output, evenly strided over the flattened tensor
+
+
+def fill(name: str, shape: tuple[int, ...]) -> Tensor:
+    """The float32 values that contracts give to the published tensor `name` of `shape`."""
+    normal = np.asarray(_random_state(name).standard_normal(shape or None))
+    if name.endswith("running_var"):
+        values = 1.0 + 0.5 * np.tanh(normal)
+    elif name.endswith("running_mean"):
+        values = 0.1 * normal
+    elif len(shape) > 1:
+        values = normal / math.sqrt(max(1, math.prod(shape[1:])))
+    elif name.endswith("weight"):
+        values = 1.0 + 0.1 * normal
+    else:
+        values = 0.1 * normal
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """One contract file. `path` is its JSON; the recorded outputs lie beside it as `.npz`."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Contract":
+        """Read a contract by the path of its `.json` or `.npz` file, or without an ending.
+
+        Raises UserError where a file is missing or is no contract.
+        """
+        path = Path(path)
+        if path.suffix not in (".json", ".npz"):
+            path = path.with_name(path.name + ".json")
+        path = path.with_suffix(".json")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            missing = {"system", "variant", "settings", "inputs", "outputs", "state"} - set(content)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: cannot be read as a contract ({error})") from error
+        if missing:
+            raise UserError(f"{path}: is no contract, it lacks {', '.join(sorted(missing))}")
+        if not path.with_suffix(".npz").is_file():
+            raise UserError(f"{path.with_suffix('.npz')}: the recorded outputs are missing")
+        return cls(path, content)
+
+    @property
+    def system(self) -> str:
+        return self.content["system"]
+
+    @property
+    def variant(self) -> str:
+        return self.content["variant"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.content["settings"]
+
+    @property
+    def notes(self) -> str:
+        return self.content.get("notes", "")
+
+    @property
+    def inputs(self) -> list[dict[str, Any]]:
+        return self.content["inputs"]
+
+    @property
+    def outputs(self) -> list[dict[str, Any]]:
+        return self.content["outputs"]
+
+    @property
+    def tolerance(self) -> float | None:
+        """The contract's own tolerance, where the usual one does not apply."""
+        return self.content.get("tolerance")
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor of the published state dict, in its order, computed tables included."""
+        return {tensor["name"]: tuple(tensor["shape"]) for tensor in self.content["state"]}
+
+    def state(self) -> dict[str, Tensor]:
+        """The published state dict; tables that the published code computes (kind `constant`) are left out."""
+        return {
+            tensor["name"]: fill(tensor["name"], tuple(tensor["shape"]))
+            for tensor in self.content["state"]
+            if tensor["kind"] != "constant"
+        }
+
+    def input_tensors(self) -> list[Tensor]:
+        """The inputs, in order: float32 from a normal distribution, or int64 in [0, high)."""
+        tensors = []
+        for spec in self.inputs:
+            rng, shape = _random_state("input:" + spec["name"]), tuple(spec["shape"])
+            if spec["dist"] == "randint":
+                values = rng.randint(0, spec["high"], size=shape).astype(np.int64)
+            else:
+                values = (spec.get("scale", 1.0) * rng.standard_normal(shape)).astype(np.float32)
+            tensors.append(torch.from_numpy(values))
+        return tensors
+
+    @cached_property
+    def recorded(self) -> dict[str, np.ndarray]:
+        """Sampled values of each output, as the published code gave them."""
+        with np.load(self.path.with_suffix(".npz"), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+
+def relative_errors(contract: Contract, outputs: Any) -> dict[str, float]:
+    """||ours - published|| / ||published|| of each recorded output; inf where it is missing or misshapen.
+
+    `outputs`: a tensor, or tensors nested in tuples, lists and dicts, named `out`, `out.0`, `out.key` ...
+    """
+    found = named_tensors(outputs)
+    errors = {}
+    for spec in contract.outputs:
+        name, ours = spec["name"], found.get(spec["name"])
+        if ours is None or list(ours.shape) != spec["shape"]:
+            errors[name] = math.inf
+            continue
+        theirs = contract.recorded[name]
+        error = np.linalg.norm(_sample(ours) - theirs) / max(float(np.linalg.norm(theirs)), 1e-12)
+        errors[name] = float(error) if np.isfinite(error) else math.inf
+    return errors
+
+
+def named_tensors(value: Any, prefix: str = "out") -> dict[str, Tensor]:
+    """The tensors in nested tuples, lists and dicts, by the names that contracts use."""
+    if isinstance(value, Tensor):
+        return {prefix: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return {name: t for key, item in items for name, t in named_tensors(item, f"{prefix}.{key}").items()}
+
+
+def builders() -> dict[str, Callable[[Contract], Callable[..., Any]]]:
+    """System -> contract builder, of every installed package."""
+    return {point.name: point.load() for point in entry_points(group="nearfar.contracts")}
+
+
+def verify(
+    contract: Contract,
+    build: Callable[[Contract], Callable[..., Any]],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> dict[str, float]:
+    """Build the contract's model, run it on the contract's inputs and return the relative error per output."""
+    model = build(contract)
+    inputs = [t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in contract.input_tensors()]
+    if isinstance(model, nn.Module):
+        model = model.to(device, dtype).eval()
+    if compiled:
+        model = torch.compile(model)
+    with torch.no_grad():
+        return relative_errors(contract, model(*inputs))
+
+
+def _random_state(name: str) -> np.random.RandomState:
+    # contracts are defined by numpy's legacy generator, whose stream never changes
+    return np.random.RandomState(zlib.crc32(name.encode()))
+
+
+def _sample(tensor: Tensor) -> np.ndarray:
+    flat = tensor.detach().cpu().to(torch.float64).flatten()
+    if flat.numel() > MAX_VALUES:
+        flat = flat[torch.linspace(0, flat.numel() - 1, MAX_VALUES).round().long()]
+    return flat.numpy()

@@ -1,0 +1,1 @@
+"""Operators that combine layers, scales, channels or time into one."""

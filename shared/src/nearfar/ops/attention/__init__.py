@@ -1,0 +1,1 @@
+"""Operators that mix far: attention."""

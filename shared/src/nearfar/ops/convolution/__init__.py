@@ -1,0 +1,1 @@
+"""Operators that mix near: convolutions of a fixed or dynamic kernel."""

@@ -1,0 +1,1 @@
+"""Operators that mix along the edges of a graph."""

@@ -1,0 +1,1 @@
+"""Selecting, fusing and routing tokens."""
