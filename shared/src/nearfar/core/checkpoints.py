@@ -112,7 +112,8 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, ignore: It
 def save_state_dict(model: nn.Module, path: str | Path) -> Path:
     """Write the model's parameters and buffers to `path` as safetensors, atomically."""
     with atomic_path(path) as temporary:
-        safetensors.torch.save_model(model, str(temporary))
+        state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+        safetensors.torch.save_file(state, temporary)
     return Path(path)
 
 
