@@ -1,0 +1,308 @@
+"""Training with Lightning: run folders, seeds, a metrics CSV and exact resume, shared by every recipe.
+
+All randomness of an epoch (order of the data, dropout, augmentation) follows from the seed and the epoch's number, and
+a run folder's `last.ckpt` is the state at the start of an epoch. A run that was interrupted at any moment therefore
+goes on from there to the same weights, bit for bit on the CPU, as one that was not.
+"""
+
+import dataclasses
+import logging
+import math
+import os
+import platform
+import random
+import subprocess
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
+from nearfar.core.errors import UserError
+from nearfar.core.files import atomic_path, write_csv, write_json
+
+Settings = TypeVar("Settings")
+
+
+def read_recipe(cls: type[Settings], path: str | Path | None = None, overrides: Iterable[str] = ()) -> Settings:
+    """An instance of the dataclass `cls` from a YAML recipe and `name=value` overrides (values are read as YAML).
+
+    Raises UserError for a file that is no mapping, an unknown name (listing the known ones) or a value that `cls`
+    refuses.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"{path}: cannot be read as a YAML recipe ({str(error).splitlines()[0]})") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: a recipe is a list of `name: value` lines")
+    for override in overrides:
+        name, sign, value = override.partition("=")
+        if not sign:
+            raise UserError(f"{override}: an override is written name=value")
+        values[name.strip()] = yaml.safe_load(value)
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    if unknown := [name for name in values if name not in known]:
+        raise UserError(f"{path or 'recipe'}: unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path or 'recipe'}: {error}") from error
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Seed Python, NumPy and torch for one epoch of a run."""
+    state = np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
+    random.seed(int(state))
+    np.random.seed(state)  # noqa: NPY002 - libraries draw from the legacy generator
+    torch.manual_seed(int(state))
+
+
+def data_loader(
+    dataset: Dataset, batch_size: int, *, shuffle: bool = False, seed: int = 0, num_workers: int = 0, **options: Any
+) -> DataLoader:
+    """A DataLoader whose order and workers' randomness follow from `seed` and the epoch alone.
+
+    `shuffle=True` is for training: under torchrun each process then gets its share. `options` go to DataLoader.
+    """
+    if not shuffle:
+        return DataLoader(dataset, batch_size, num_workers=num_workers, **options)
+    sampler: DistributedSampler = DistributedSampler(
+        dataset,
+        num_replicas=int(os.environ.get("WORLD_SIZE", 1)),
+        rank=int(os.environ.get("RANK", 0)),
+        seed=seed,
+        drop_last=False,
+    )
+
+    def seed_worker(worker: int) -> None:
+        seed_epoch(seed + 1 + worker, sampler.epoch)
+
+    # a generator of its own, else making the iterator would draw from the global one at a time of Lightning's choice
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        worker_init_fn=seed_worker,
+        generator=torch.Generator(),
+        **options,
+    )
+
+
+def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, floor: float = 0.0) -> LambdaLR:
+    """Learning rates that rise linearly over `warmup_steps`, then fall by a half cosine to `floor` times the peak."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return LambdaLR(optimizer, factor)
+
+
+def train(
+    module: pl.LightningModule,
+    train_data: DataLoader,
+    validation_data: DataLoader | list[DataLoader] | None = None,
+    *,
+    max_epochs: int,
+    monitor: str | None = None,
+    mode: str = "max",
+    patience: int | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    callbacks: Iterable[Callback] = (),
+    show_progress: bool = False,
+    **trainer_options: Any,
+) -> list[dict[str, float]]:
+    """Train `module` and leave it with its best weights; returns one row of metrics per epoch.
+
+    The weights of the epoch with the best `monitor` (a metric that the module logs; `mode` "max" or "min"; on a tie the
+    earlier epoch) are restored at the end, without `monitor` those of the last epoch. Training stops after `patience`
+    epochs without a better value.
+
+    With `folder`, the run can be interrupted and called again with the same arguments to go on. The folder holds
+    `run.json` (settings, versions, git revision), `metrics.csv`, `last.ckpt` (for resuming) and `best.safetensors`.
+    A finished run is not trained again. Raises UserError if the folder holds a run with other `settings`.
+
+    `trainer_options` go to Lightning's Trainer: `accelerator`, `devices`, `precision`, `accumulate_grad_batches`,
+    `gradient_clip_val`, `strategy` ...
+    """
+    run = _Run(monitor, mode, seed, None if folder is None else Path(folder), dict(settings or {}))
+    if run.open(module):
+        return run.history
+    extra: list[Callback] = [run, *callbacks]
+    if patience is not None and monitor is not None:
+        extra.append(EarlyStopping(monitor, patience=patience, mode=mode, check_finite=False))
+    if show_progress:
+        extra.append(RichProgressBar(leave=False))
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            # Lightning resets the generators' states at no point of its own, so the first epoch's are set before it
+            seed_epoch(seed, 0)
+            trainer = pl.Trainer(
+                max_epochs=max_epochs,
+                callbacks=extra,
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=show_progress,
+                num_sanity_val_steps=0,
+                **trainer_options,
+            )
+            trainer.fit(module, train_data, validation_data, ckpt_path=run.resume_from, weights_only=True)
+    except SystemExit:
+        # Lightning turns Ctrl-C into an exit
+        if run.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+    run.close(module)
+    return run.history
+
+
+class _Run(Callback):
+    """Seeds each epoch, keeps the history and the best weights, and saves what a resumed run needs."""
+
+    def __init__(
+        self, monitor: str | None, mode: str, seed: int, folder: Path | None, settings: dict[str, Any]
+    ) -> None:
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
+        self.monitor, self.mode, self.seed, self.folder, self.settings = monitor, mode, seed, folder, settings
+        self.history: list[dict[str, float]] = []
+        self.best: float | None = None
+        self.best_state: dict[str, Tensor] | None = None  # only where there is no folder
+        self.interrupted = False
+        self.started = time.monotonic()
+
+    def open(self, module: pl.LightningModule) -> bool:
+        """Look at what the folder holds. True: a finished run, its history and weights are loaded."""
+        if self.folder is None:
+            return False
+        record = {"settings": self.settings, "seed": self.seed, "environment": environment(), "finished": False}
+        if not (path := self.folder / "run.json").exists():
+            write_json(path, record)
+            return False
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML; tuples and lists compare equal
+        ours = yaml.safe_load(yaml.safe_dump(_as_plain(self.settings)))
+        if found["settings"] != ours or found["seed"] != self.seed:
+            different = [k for k in {*ours, *found["settings"]} if ours.get(k) != found["settings"].get(k)] or ["seed"]
+            raise UserError(
+                f"{self.folder}: holds a run with other settings ({', '.join(sorted(different))}); "
+                "give the same settings to go on, or another folder"
+            )
+        if found["finished"]:
+            self.history = [{k: float(v) for k, v in row.items()} for row in found["history"]]
+            load_state_dict(module, read_state_dict(self.folder / "best.safetensors"))
+            return True
+        return False
+
+    @property
+    def resume_from(self) -> Path | None:
+        path = None if self.folder is None else self.folder / "last.ckpt"
+        return path if path is not None and path.exists() else None
+
+    def close(self, module: pl.LightningModule) -> None:
+        if self.folder is not None:
+            if self.best is None:
+                save_state_dict(module, self.folder / "best.safetensors")
+            load_state_dict(module, read_state_dict(self.folder / "best.safetensors"))
+            record = yaml.safe_load((self.folder / "run.json").read_text(encoding="utf-8"))
+            write_json(self.folder / "run.json", {**record, "finished": True, "history": self.history})
+        elif self.best_state is not None:
+            module.load_state_dict(self.best_state)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # saved here and not at the end of an epoch, because Lightning steps the schedulers after that hook
+        if self.folder is not None and trainer.current_epoch > 0:
+            with atomic_path(self.folder / "last.ckpt") as temporary:
+                trainer.save_checkpoint(temporary)
+        # a resumed epoch is a whole one: without this Lightning takes up the counters of the epoch before and skips the
+        # next step of the schedulers
+        trainer.fit_loop.restarting = False
+        seed_epoch(self.seed, trainer.current_epoch)
+        self.started = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        row = {"epoch": float(trainer.current_epoch)}
+        row |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+        row["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        row["seconds"] = round(time.monotonic() - self.started, 3)
+        self.history.append(row)
+        if self.monitor is not None:
+            if self.monitor not in row:
+                raise ValueError(f"the module logs no {self.monitor!r}; it logs {', '.join(row)}")
+            value = row[self.monitor] if self.mode == "max" else -row[self.monitor]
+            if not math.isnan(value) and (self.best is None or value > self.best):
+                self.best = value
+                if self.folder is not None:
+                    save_state_dict(pl_module, self.folder / "best.safetensors")
+                else:
+                    self.best_state = {k: v.detach().cpu().clone() for k, v in pl_module.state_dict().items()}
+        if self.folder is not None and trainer.is_global_zero:
+            write_csv(self.folder / "metrics.csv", self.history)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.interrupted = isinstance(exception, KeyboardInterrupt)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history, self.best = list(state_dict["history"]), state_dict["best"]
+
+
+def environment() -> dict[str, str]:
+    """Versions of what a result depends on, for the record: python, torch, nearfar, the machine, the git revision."""
+    try:
+        revision = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = "unknown"
+    return {
+        "nearfar": version("nearfar-core"),
+        "revision": revision,
+        "torch": torch.__version__,
+        "lightning": pl.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _as_plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _as_plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,158 @@
+"""Run folders: exact resume, best weights, refusals."""
+
+import dataclasses
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from nearfar.core.errors import UserError
+from nearfar.core.training import data_loader, read_recipe, train, warmup_cosine
+
+
+class Classifier(pl.LightningModule):
+    """Dropout, batch norm and a plateau schedule: everything that a resumed run could get wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 2))
+
+    def training_step(self, batch):
+        loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+        self.log("train_loss", loss, on_epoch=True, on_step=False)
+        return loss
+
+    def validation_step(self, batch):
+        logits = self.model(batch[0])
+        self.log("val_loss", nn.functional.cross_entropy(logits, batch[1]))
+        self.log("val_accuracy", (logits.argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.05)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+
+
+class StopAt(Callback):
+    """Ctrl-C in the middle of an epoch."""
+
+    def __init__(self, epoch, batch):
+        self.at = epoch, batch
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == self.at:
+            raise KeyboardInterrupt
+
+
+def run(folder, callbacks=(), epochs=8, settings=None, monitor="val_loss"):
+    torch.manual_seed(3)
+    x = torch.randn(64, 6)
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    module = Classifier()
+    history = train(
+        module,
+        data_loader(TensorDataset(x[:48], y[:48]), 16, shuffle=True, seed=5),
+        data_loader(TensorDataset(x[48:], y[48:]), 16),
+        max_epochs=epochs,
+        monitor=monitor,
+        mode="min",
+        seed=5,
+        folder=folder,
+        settings=settings or {"epochs": epochs},
+        callbacks=callbacks,
+        accelerator="cpu",
+    )
+    return module, history
+
+
+def without_time(history):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
+
+
+@pytest.mark.parametrize("stop", [(0, 1), (3, 0), (3, 2), (7, 1)])
+def test_interrupted_run_ends_in_the_same_weights(tmp_path, stop):
+    whole, history = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", [StopAt(*stop)])
+    resumed, resumed_history = run(tmp_path / "cut")
+    assert without_time(resumed_history) == without_time(history)
+    assert len({row["lr"] for row in history}) > 1, "the plateau schedule must act for this test to mean something"
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_folder_and_memory_give_the_same_best_weights(tmp_path):
+    (in_folder, history), (in_memory, _) = run(tmp_path / "run"), run(None)
+    for name, value in in_folder.state_dict().items():
+        assert torch.equal(value, in_memory.state_dict()[name]), name
+    last, _ = run(None, monitor=None)
+    best = min(range(len(history)), key=lambda i: history[i]["val_loss"])
+    same = all(torch.equal(v, last.state_dict()[k]) for k, v in in_memory.state_dict().items())
+    assert same == (best == len(history) - 1)
+
+
+def test_finished_run_is_not_trained_again(tmp_path):
+    first, history = run(tmp_path / "run")
+    again, same_history = run(tmp_path / "run", [StopAt(0, 0)])
+    assert without_time(same_history) == without_time(history)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in first.state_dict().items())
+
+
+def test_other_settings_are_refused(tmp_path):
+    run(tmp_path / "run", epochs=1, settings={"lr": 0.1})
+    with pytest.raises(UserError, match=r"other settings \(lr\)"):
+        run(tmp_path / "run", epochs=1, settings={"lr": 0.2})
+
+
+def test_unknown_monitor_is_named():
+    with pytest.raises(ValueError, match="logs no 'val_kappa'"):
+        run(None, epochs=1, monitor="val_kappa")
+
+
+@dataclasses.dataclass
+class Recipe:
+    lr: float = 1e-3
+    epochs: int = 10
+
+    def __post_init__(self):
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+
+
+def test_recipe_from_file_and_overrides(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("lr: 0.01\nepochs: 5\n")
+    assert read_recipe(Recipe, tmp_path / "recipe.yaml", ["epochs=7"]) == Recipe(0.01, 7)
+    assert read_recipe(Recipe) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("learning_rate: 1", [], "unknown setting learning_rate; known are lr, epochs"),
+        ("- 1", [], "list of `name: value`"),
+        ("a: [", [], "cannot be read as a YAML recipe"),
+        ("", ["epochs"], "written name=value"),
+        ("", ["epochs=0"], "at least 1"),
+    ],
+)
+def test_bad_recipes_are_named(tmp_path, text, overrides, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_recipe(Recipe, tmp_path / "recipe.yaml", overrides)
+
+
+def test_warmup_cosine_ends():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = warmup_cosine(optimizer, 4, 20, floor=0.1)
+    rates = []
+    for _ in range(21):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.5)
+    assert max(rates) == pytest.approx(2.0)
+    assert rates[20] == pytest.approx(0.2)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
