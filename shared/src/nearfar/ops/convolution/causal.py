@@ -1,0 +1,164 @@
+"""Causal depthwise convolutions on sequences: short ones by shifted sums, long ones by FFT; both can stream."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nearfar.ops.recurrence.streaming import State, StreamingMixer, shift_in
+
+
+def fft_convolution(x: Tensor, taps: Tensor) -> Tensor:
+    """Causal convolution `y[t] = sum_s taps[s] x[t - s]` over the last axis, by FFT, in float32 or better.
+
+    x: `(..., N)`; taps: `(..., K)` with K <= N, leading axes broadcast. Cost O(N log N). The transform is at least
+    N + K - 1 long, so nothing wraps around from the end to the beginning.
+    """
+    n = x.shape[-1]
+    size = fast_length(n + taps.shape[-1] - 1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    product = torch.fft.rfft(x.to(wide), n=size) * torch.fft.rfft(taps.to(wide), n=size)
+    return torch.fft.irfft(product, n=size)[..., :n].to(x.dtype)
+
+
+def fast_length(n: int) -> int:
+    """The smallest 2^a, 3 * 2^a or 5 * 2^a that is at least n: lengths that an FFT likes."""
+    return min(m << max(0, -(-n // m) - 1).bit_length() for m in (1, 3, 5))
+
+
+class ShortConv(StreamingMixer):
+    """Depthwise causal convolution with few taps: `y[t, c] = b[c] + sum_k w[c, 0, k] x[t - K + 1 + k, c]`.
+
+    Cost O(N d K). State: the last K - 1 inputs, `d (K - 1)` numbers; the literature counts d K.
+    The weight has the layout of `nn.Conv1d(d, d, K, groups=d)`.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, bias: bool = True):
+        super().__init__()
+        if kernel_size < 1:
+            raise ValueError(f"kernel_size={kernel_size} must be at least 1")
+        self.dim, self.kernel_size = dim, kernel_size
+        self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size))
+        self.bias = nn.Parameter(torch.empty(dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1 / sqrt(K), torch's default for a depthwise convolution."""
+        bound = self.kernel_size**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def convolve(self, padded: Tensor) -> Tensor:
+        """`(B, N + K - 1, d)` to `(B, N, d)`."""
+        if self.kernel_size > 8:
+            return F.conv1d(padded.transpose(1, 2), self.weight, self.bias, groups=self.dim).transpose(1, 2)
+        n = padded.shape[1] - self.kernel_size + 1
+        taps = self.weight[:, 0].unbind(-1)
+        y = padded[:, :n] * taps[0]
+        for k, tap in enumerate(taps[1:], 1):
+            y = torch.addcmul(y, padded[:, k : k + n], tap)
+        return y if self.bias is None else y + self.bias
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.convolve(F.pad(x, (0, 0, self.kernel_size - 1, 0)))
+
+    def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        keep = self.kernel_size - 1
+        past = x.new_zeros(x.shape[0], keep, self.dim) if state is None else state[0]
+        return self.convolve(torch.cat([past, x], 1)), (shift_in(past, x, keep, lengths),)
+
+    def state_size(self, length: int) -> int:
+        return self.dim * self.kernel_size
+
+
+class LongConv(StreamingMixer):
+    """A causal convolution as long as the sequence; subclasses say in `taps(K)` what its first K taps are, `(d, K)`.
+
+    Parallel: one FFT, O(N d log N). Streaming: the inputs so far are the state, `d N` numbers, and a new position
+    costs O(N d): a long convolution has no state of constant size.
+
+    Args:
+        dim: channels d.
+        max_length: taps that exist; a longer sequence is refused.
+    """
+
+    def __init__(self, dim: int, max_length: int):
+        super().__init__()
+        if max_length < 1:
+            raise ValueError(f"max_length={max_length} must be at least 1")
+        self.dim, self.max_length = dim, max_length
+
+    def taps(self, length: int) -> Tensor:
+        raise NotImplementedError
+
+    def check_length(self, length: int) -> None:
+        if length > self.max_length:
+            raise ValueError(f"a sequence of {length} positions is longer than max_length={self.max_length}")
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        self.check_length(x.shape[1])
+        return fft_convolution(x.transpose(1, 2), self.taps(x.shape[1])).transpose(1, 2)
+
+    def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        past = x.new_zeros(x.shape[0], 0, self.dim) if state is None else state[0]
+        n, total = x.shape[1], past.shape[1] + x.shape[1]
+        self.check_length(total)
+        both, taps = torch.cat([past, x], 1), self.taps(total)
+        if n == 1:
+            y = torch.einsum("bnd,dn->bd", both, taps.flip(-1).to(x.dtype))[:, None]
+        else:
+            y = fft_convolution(both.transpose(1, 2), taps).transpose(1, 2)[:, -n:]
+        return y, (shift_in(past, x, total, lengths),)
+
+    def state_size(self, length: int) -> int:
+        return self.dim * length
+
+
+class ExplicitLongConv(LongConv):
+    """A long convolution whose taps are parameters, `filter` (d, max_length), drawn from N(0, 1)."""
+
+    def __init__(self, dim: int, max_length: int):
+        super().__init__(dim, max_length)
+        self.filter = nn.Parameter(torch.empty(dim, max_length))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.filter)
+
+    def taps(self, length: int) -> Tensor:
+        return self.filter[:, :length]
+
+
+def position_features(max_length: int, features: int) -> Tensor:
+    """`(max_length, features)`: time t in [0, 1], then real and imaginary parts of `exp(-i f w)`.
+
+    w = 2 pi n / max_length and f runs evenly from 1e-4 to bands - 1, with bands = (features - 1) / 2.
+    """
+    if features < 3 or features % 2 == 0:
+        raise ValueError(f"features={features} must be odd and at least 3: time, then pairs of sine and cosine")
+    bands = (features - 1) // 2
+    n = torch.arange(max_length, dtype=torch.float64)[:, None]
+    phase = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64) * (2 * torch.pi * n / max_length)
+    t = torch.linspace(0, 1, max_length, dtype=torch.float64)[:, None]
+    return torch.cat([t, phase.cos(), -phase.sin()], -1).to(torch.get_default_dtype())
+
+
+class ImplicitLongConv(LongConv):
+    """A long convolution whose taps a small network writes: `taps = W2 relu(W1 p(n) + b1) + b2`.
+
+    p(n) are the `position_features` of the tap. Zoology's LongConvolution (arXiv 2312.04927).
+    """
+
+    def __init__(self, dim: int, max_length: int, features: int = 3, hidden: int = 16):
+        super().__init__(dim, max_length)
+        self.register_buffer("positions", position_features(max_length, features))
+        self.fc1 = nn.Linear(features, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def reset_parameters(self) -> None:
+        """The table of positions; the linear maps reset themselves."""
+        self.positions.copy_(position_features(*self.positions.shape))
+
+    def taps(self, length: int) -> Tensor:
+        return self.fc2(F.relu(self.fc1(self.positions[:length]))).t()

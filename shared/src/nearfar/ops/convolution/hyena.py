@@ -1,0 +1,91 @@
+"""Hyena: gates around a long convolution whose filter a sine network writes."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nearfar.ops.convolution.causal import LongConv, ShortConv, position_features
+from nearfar.ops.recurrence.streaming import State, StreamingMixer
+
+
+class HyenaFilter(LongConv):
+    """Long convolution with taps `h(n) = MLP(p(n)) exp(-t(n) |delta|)` and a skip: `y = h * x + bias x`.
+
+    MLP: features to `order`, sine, twice order to order with sine, then to d without bias; the sine is sin(f a) with
+    one frequency f per unit, shared by all layers. delta runs evenly over the channels from log(0.01) / 1.5 to
+    log(0.01) / 0.3, t from 0 to 1 over max_length. `positions` (p) is learned too; the published recipe gives it its
+    own learning rate, 1e-5.
+    """
+
+    def __init__(self, dim: int, max_length: int, features: int = 3, order: int = 64):
+        super().__init__(dim, max_length)
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.positions = nn.Parameter(position_features(max_length, features))
+        self.frequency = nn.Parameter(torch.empty(order))
+        self.layers = nn.ModuleList(nn.Linear(i, order) for i in (features, order, order))
+        self.last = nn.Linear(order, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The skip from N(0, 1), frequencies 1, the table of positions; the linear maps reset themselves."""
+        nn.init.normal_(self.bias)
+        nn.init.ones_(self.frequency)
+        with torch.no_grad():
+            self.positions.copy_(position_features(*self.positions.shape))
+
+    def taps(self, length: int) -> Tensor:
+        h = self.positions[:length]
+        for layer in self.layers:
+            h = torch.sin(self.frequency * layer(h))
+        t = torch.linspace(0, 1, self.max_length, dtype=h.dtype, device=h.device)[:length, None]
+        slow, fast = (math.log(0.01) / pct for pct in (1.5, 0.3))
+        decay = torch.linspace(slow, fast, self.dim, dtype=h.dtype, device=h.device).abs()
+        return (self.last(h) * torch.exp(-t * decay)).t()
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return super().forward(x) + self.bias * x
+
+    def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        y, state = super().extend(x, state, lengths)
+        return y + self.bias * x, state
+
+
+class Hyena(StreamingMixer):
+    """Hyena of order 2 (Poli et al. 2023, arXiv 2302.10866), as Zoology uses it.
+
+    (x1, x2, v) = short convolution of a linear map of x; then `y = W_o (x2 * filter(v * x1))`.
+
+    Cost O(N d log N). State: the inputs of the long convolution, `d N` (and `3 d (K - 1)` of the short one, which
+    the literature does not count). The published code also takes heads and blocks, which it computes wrongly for
+    more than one; they are left out.
+
+    Args:
+        dim: channels d.
+        max_length: longest sequence.
+        order: width of the filter network.
+        features: position features of the filter network; odd.
+        kernel_size: taps of the short convolution.
+    """
+
+    def __init__(self, dim: int, max_length: int, order: int = 64, features: int = 3, kernel_size: int = 3):
+        super().__init__()
+        self.in_proj = nn.Linear(dim, 3 * dim)
+        self.short = ShortConv(3 * dim, kernel_size)
+        self.filter = HyenaFilter(dim, max_length, features, order)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        x1, x2, v = self.short(self.in_proj(x)).chunk(3, -1)
+        return self.out_proj(self.filter(v * x1) * x2)
+
+    def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        short, long = (None, None) if state is None else (state[:1], state[1:])
+        y, short = self.short.extend(self.in_proj(x), short, lengths)
+        x1, x2, v = y.chunk(3, -1)
+        y, long = self.filter.extend(v * x1, long, lengths)
+        return self.out_proj(y * x2), (*short, *long)
+
+    def state_size(self, length: int) -> int:
+        return self.filter.state_size(length)

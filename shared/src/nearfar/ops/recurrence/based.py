@@ -1,0 +1,115 @@
+"""Based: linear attention whose feature map is the second-order Taylor expansion of exp."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions
+
+
+def taylor_features(x: Tensor, compressed: bool = False) -> Tensor:
+    """phi with `phi(q) . phi(k) = 1 + s + s^2 / 2`, s = q . k / sqrt(f): second-order exp of the scaled product.
+
+    `(..., f)` to `(..., 1 + f + f^2)`: 1, x / f^(1/4), and all products x_i x_j / sqrt(2 f) row by row.
+    `compressed` keeps each product i <= j once, those of two different channels times sqrt 2: the same inner
+    products from 1 + f + f (f + 1) / 2 features.
+    """
+    f = x.shape[-1]
+    square = x[..., :, None] * x[..., None, :] * (2 * f) ** -0.5
+    if compressed:
+        i, j = torch.triu_indices(f, f, device=x.device)
+        square = square[..., i, j] * torch.where(i == j, 1.0, 2**0.5).to(x.dtype)
+    else:
+        square = square.flatten(-2)
+    return torch.cat([torch.ones_like(x[..., :1]), x * f**-0.25, square], -1)
+
+
+class Based(StreamingMixer):
+    """Taylor linear attention: `y_t = sum_{s<=t} w_ts v_s / (sum_{s<=t} w_ts + 1e-12)`, `w = 1 + z + z^2 / 2`.
+
+    z = q_t . k_s / sqrt(f), so w = phi(q_t) . phi(k_s) >= 1/2 and the sum has a recurrent form. Based (Arora et al.
+    2024, arXiv 2402.18668). No biases.
+
+    Parallel form: chunks of `chunk` positions, quadratic inside a chunk, through the running sums before it; a
+    sequence of one chunk is the purely quadratic view. The published linear view materialises the outer products of
+    every position. Cost O(N d (f^2 / 2 + chunk)).
+    State: sums of phi(k) v and phi(k), h (1 + f + f (f + 1) / 2) (d / h + 1) numbers.
+
+    Args:
+        dim: channels d.
+        num_heads: heads h; must divide `dim`.
+        feature_dim: width f of a query or key.
+        chunk: positions that are worked on quadratically.
+    """
+
+    eps = 1e-12
+
+    def __init__(self, dim: int, num_heads: int = 1, feature_dim: int = 16, chunk: int = 128):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
+        if feature_dim < 1 or chunk < 1:
+            raise ValueError(f"feature_dim={feature_dim} and chunk={chunk} must be at least 1")
+        self.dim, self.num_heads, self.feature_dim, self.chunk = dim, num_heads, feature_dim, chunk
+        self.q_proj = nn.Linear(dim, num_heads * feature_dim, bias=False)
+        self.k_proj = nn.Linear(dim, num_heads * feature_dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        if x.shape[1] > self.chunk:
+            return self.extend(x)[0]
+        q, k, v = self.heads(x)
+        return self.output(*attend(q, k, v))
+
+    def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        q, k, v = self.heads(x)
+        phi = taylor_features(k, compressed=True)
+        real = real_positions(x, lengths)
+        if real is not None:
+            phi = phi * real[:, None, :, None]
+        one = torch.ones_like(v[..., :1])
+        if state is None:
+            shape = (*k.shape[:2], phi.shape[-1])
+            state = (v.new_zeros(*shape, v.shape[-1]), v.new_zeros(shape))
+        before = torch.cat([state[0], state[1][..., None]], -1)  # the denominator is one more channel of values
+        n, pad = x.shape[1], -x.shape[1] % self.chunk
+        if n <= self.chunk:
+            after = before + phi.transpose(-1, -2) @ torch.cat([v, one], -1)
+            top, bottom = attend(q, k, v)
+            carried = taylor_features(q, compressed=True) @ before
+        else:
+            q, k, v, phi, one = (F.pad(t, (0, 0, 0, pad)).unflatten(2, (-1, self.chunk)) for t in (q, k, v, phi, one))
+            sums = phi.transpose(-1, -2) @ torch.cat([v, one], -1)
+            running = torch.cat([before[:, :, None], sums], 2).cumsum(2)
+            after = running[:, :, -1]
+            top, bottom = attend(q, k, v)
+            carried = taylor_features(q, compressed=True) @ running[:, :, :-1]
+            top, bottom, carried = (t.flatten(2, 3)[:, :, :n] for t in (top, bottom, carried))
+        return self.output(top + carried[..., :-1], bottom + carried[..., -1:]), (
+            after[..., :-1],
+            after[..., -1],
+        )
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k `(B, h, N, f)` and v `(B, h, N, d / h)`."""
+        q, k, v = (
+            rearrange(p(x), "b n (h c) -> b h n c", h=self.num_heads) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return q, k, v
+
+    def output(self, top: Tensor, bottom: Tensor) -> Tensor:
+        return self.out_proj(rearrange(top / (bottom + self.eps), "b h n c -> b n (h c)"))
+
+    def state_size(self, length: int) -> int:
+        f = self.feature_dim
+        return self.num_heads * (1 + f + f * (f + 1) // 2) * (self.dim // self.num_heads + 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Quadratic view of one chunk: `sum w v` and `sum w` over s <= t, w = 1 + z + z^2 / 2. Shapes `(..., N, c)`."""
+    z = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    w = torch.tril(1 + z + z * z / 2)
+    return w @ v, w.sum(-1, keepdim=True)

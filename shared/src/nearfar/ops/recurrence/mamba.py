@@ -1,0 +1,196 @@
+"""Mamba: the selective scan S6, in chunks of plain PyTorch with its own backward pass, and the block around it."""
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nearfar.ops.convolution.causal import ShortConv
+from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions
+
+BLOCK = 64  # positions whose states exist at one time
+LANE = 8  # neighbours that are scanned one after the other, in all lanes of a block side by side
+
+
+def scan_(a: Tensor, x: Tensor, start: Tensor, reverse: bool = False) -> None:
+    """In place, `x[t] <- a[t] x[t-1] + x[t]` along axis 1, from `start` before it (`reverse`: from behind).
+
+    a, x: `(B, T, ...)`, T at most LANE or a multiple of it; a is used up. `start`: `(B, ...)`.
+    """
+    lane = min(LANE, x.shape[1])
+    a, x = (t.view(t.shape[0], -1, lane, *t.shape[2:]) for t in (a, x))
+    order = range(lane - 1, -1, -1) if reverse else range(lane)
+    for before, i in itertools.pairwise(order):
+        x[:, :, i].addcmul_(a[:, :, i], x[:, :, before])
+        a[:, :, i].mul_(a[:, :, before])
+    lanes = range(x.shape[1] - 1, -1, -1) if reverse else range(x.shape[1])
+    for j in lanes:
+        x[:, j].addcmul_(a[:, j], start[:, None])
+        start = x[:, j, order[-1]]
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """`h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t`, `y_t = C_t . h_t`, block by block.
+
+    u, dt `(B, N, G, E)`, A `(G, E, S)`, B, C `(B, N, G, S)`, h0 `(B, G, E, S)`; N a multiple of the lane. Keeps the
+    state between blocks only; the backward pass runs each block again.
+    """
+
+    @staticmethod
+    def forward(ctx, u, dt, A, B, C, h0):
+        h, starts, ys = h0, [], []
+        for t in range(0, u.shape[1], BLOCK):
+            part = slice(t, t + BLOCK)
+            starts.append(h)
+            a = torch.exp(dt[:, part, ..., None] * A)
+            x = (dt[:, part] * u[:, part])[..., None] * B[:, part, :, None]
+            scan_(a, x, h)
+            ys.append((x @ C[:, part, ..., None]).squeeze(-1))
+            h = x[:, -1].clone()
+        ctx.save_for_backward(u, dt, A, B, C, *starts)
+        return torch.cat(ys, 1), h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_h):
+        u, dt, A, B, C, *starts = ctx.saved_tensors
+        n = u.shape[1]
+        later = F.pad(dt, (0, 0, 0, 0, 0, 1))  # one step of dt = 0 behind the end: exp(0) hands grad_h on
+        g = grad_h
+        gu, gdt, gB, gC = (torch.empty_like(t) for t in (u, dt, B, C))
+        gA = torch.zeros_like(A)
+        for t in reversed(range(0, n, BLOCK)):
+            part, start = slice(t, t + BLOCK), starts[t // BLOCK]
+            du = dt[:, part] * u[:, part]
+            a = torch.exp(later[:, t : t + BLOCK + 1, ..., None] * A)
+            length = a.shape[1] - 1
+            h = du[..., None] * B[:, part, :, None]
+            scan_(a[:, :-1].clone(), h, start)
+            gy = grad_y[:, part]
+            gC[:, part] = (gy[..., None, :] @ h).squeeze(-2)
+            w = torch.empty_like(h)  # a_t h_{t-1}, what the decay of step t multiplied
+            torch.mul(a[:, 0], start, out=w[:, 0])
+            torch.mul(a[:, 1:length], h[:, :-1], out=w[:, 1:])
+            torch.mul(gy[..., None], C[:, part, :, None], out=h)
+            scan_(a[:, 1:].contiguous(), h, g, reverse=True)
+            gB[:, part] = (du[..., None, :] @ h).squeeze(-2)
+            gdu = (h @ B[:, part, ..., None]).squeeze(-1)
+            gu[:, part] = gdu * dt[:, part]
+            w.mul_(h)
+            gA += torch.einsum("btges,btge->ges", w, dt[:, part])
+            gdt[:, part] = gdu * u[:, part] + (w * A).sum(-1)
+            g = h[:, 0].clone()
+        # g is the gradient of the state in the first step of the sequence; through its decay it reaches h0
+        gh0 = g * torch.exp(dt[:, 0, ..., None] * A)
+        return gu, gdt, gA, gB, gC, gh0
+
+
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """S6: `h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t`, `y_t = C_t . h_t` (Gu & Dao 2023, arXiv 2312.00752, eq. 2).
+
+    A block of 64 positions exists at one time, forward and backward, so memory is that of u and y, plus the state at
+    every 64th position for the backward pass. Inside a block, lanes of 8 neighbours advance side by side and are
+    then joined; nothing is divided by a product of decays, so no length and no decay overflows. In float32 or
+    better. Cost O(N E S).
+
+    Args:
+        u: `(B, N, E)` input.
+        dt: `(B, N, E)` step sizes, after softplus; 0 leaves the state alone.
+        A: `(E, S)`, negative.
+        B, C: `(B, N, S)`, or `(B, N, G, S)` for G groups of E / G neighbouring channels.
+        state: h before the first position `(B, E, S)`; None: zeros.
+
+    Returns:
+        y `(B, N, E)` in u's type, and the last state `(B, E, S)`.
+    """
+    b, n, e = u.shape
+    wide = torch.promote_types(u.dtype, torch.float32)
+    if B.dim() == 3:
+        B, C = B[:, :, None], C[:, :, None]
+    groups, s = B.shape[2:]
+    if e % groups:
+        raise ValueError(f"{groups} groups do not divide {e} channels")
+    if state is None:
+        state = torch.zeros(b, e, s, dtype=wide, device=u.device)
+    pad = -n % min(LANE, n)
+    x, step, B, C = (
+        F.pad(t.to(wide), (0, 0, 0, 0, 0, pad))
+        for t in (u.unflatten(-1, (groups, -1)), dt.unflatten(-1, (groups, -1)), B, C)
+    )
+    split = (groups, e // groups)
+    y, h = _SelectiveScan.apply(
+        x, step, A.to(wide).unflatten(0, split), B, C, state.to(wide).unflatten(1, split).contiguous()
+    )
+    return y[:, :n].flatten(2).to(u.dtype), h.flatten(1, 2)
+
+
+class Mamba(StreamingMixer):
+    """The Mamba block (Gu & Dao 2023, arXiv 2312.00752, section 3.4).
+
+    (x, z) = W_in u, both E = expand d wide; x <- silu(short causal convolution of x); (r, B, C) = W_x x;
+    dt = softplus(W_dt r + b); A = -exp(A_log); `y = S6(x, dt, A, B, C) + D x`; out = W_out (y silu(z)).
+
+    Cost O(N d (d + S)). State: h, E S numbers, and the convolution's last inputs, E (K - 1), which the literature
+    does not count. The released code needs a CUDA extension for speed; this is plain PyTorch.
+
+    Args:
+        dim: channels d.
+        d_state: S, states per channel.
+        d_conv: K, taps of the convolution.
+        expand: E / d.
+        dt_rank: width of r; None: ceil(d / 16).
+    """
+
+    def __init__(self, dim: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, dt_rank: int | None = None):
+        super().__init__()
+        if min(d_state, d_conv, expand) < 1 or (dt_rank is not None and dt_rank < 1):
+            raise ValueError(
+                f"d_state={d_state}, d_conv={d_conv}, expand={expand} and dt_rank={dt_rank} must be at least 1"
+            )
+        self.inner, self.d_state = expand * dim, d_state
+        self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        self.in_proj = nn.Linear(dim, 2 * self.inner, bias=False)
+        self.conv = ShortConv(self.inner, d_conv)
+        self.x_proj = nn.Linear(self.inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.inner)
+        self.A_log = nn.Parameter(torch.empty(self.inner, d_state))
+        self.D = nn.Parameter(torch.empty(self.inner))
+        self.out_proj = nn.Linear(self.inner, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A = -1 .. -S, D = 1, dt log-uniform in 0.001 .. 0.1 through the bias of W_dt."""
+        bound = self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        nn.init.ones_(self.D)
+        with torch.no_grad():
+            dt = torch.empty_like(self.D).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus undone
+            steps = torch.arange(1, self.d_state + 1, device=self.A_log.device, dtype=self.A_log.dtype)
+            self.A_log.copy_(steps.log().expand_as(self.A_log))
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.extend(x)[0]
+
+    def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        conv_state, h = (None, None) if state is None else (state[:1], state[1])
+        u, z = self.in_proj(x).chunk(2, -1)
+        u, conv_state = self.conv.extend(u, conv_state, lengths)
+        u = F.silu(u)
+        r, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
+        dt = F.softplus(self.dt_proj(r))
+        real = real_positions(x, lengths)
+        if real is not None:
+            dt = dt * real[..., None]
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        y, h = selective_scan(u, dt, A, B, C, h)
+        return self.out_proj((y + self.D * u) * F.silu(z)), (*conv_state, h)
+
+    def state_size(self, length: int) -> int:
+        return self.inner * self.d_state

@@ -1,0 +1,81 @@
+"""What every causal sequence mixer shares: a parallel form, a streaming form, and padding handled by counting.
+
+A `StreamingMixer` maps `(B, N, C)` to `(B, N, C)` in two ways that compute the same numbers:
+
+    y = mixer(x)                                        # the whole sequence at once
+    y1, state = mixer.extend(x[:, :5])                  # the first piece, no state yet
+    y2, state = mixer.extend(x[:, 5:], state)           # any further piece, one position or many
+
+A state is a tuple of tensors, batch first, so that a beam search reorders it with `index_select(0, beams)` and a
+file keeps it as it is. Sequences of different lengths share a batch by `lengths`: row b of the piece holds
+`lengths[b]` real positions, then padding. As every mixer is causal, padding at the end cannot reach the real
+outputs; `lengths` only says where the state of each row stands.
+"""
+
+import torch
+from torch import Tensor, nn
+
+State = tuple[Tensor, ...]
+
+
+class StreamingMixer(nn.Module):
+    """A causal operator on sequences: `forward` (parallel), `extend` (streaming) and `state_size`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The whole sequence at once, from an empty state."""
+        raise NotImplementedError
+
+    def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        """The next piece of a sequence: its outputs and the state after it.
+
+        Args:
+            x: `(B, N, C)`, N >= 1.
+            state: what the call before returned; None at the start of a sequence.
+            lengths: `(B,)` integers 0..N, the real positions of each row (the rest is padding); None: all.
+        """
+        raise NotImplementedError
+
+    def state_size(self, length: int) -> int:
+        """Numbers that one sequence of `length` tokens leaves behind, as the literature counts them."""
+        raise NotImplementedError
+
+
+def state_numbers(state: State) -> int:
+    """Numbers that a state really holds per sequence, counters left out; a complex number counts as two."""
+    floats = [t for t in state if t.is_floating_point() or t.is_complex()]
+    return sum(t[0].numel() * (2 if t.is_complex() else 1) for t in floats)
+
+
+def real_positions(x: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """Mask `(B, N)` of the real positions of `x` (B, N, ...); None where all are real."""
+    return None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+
+
+def shift_in(past: Tensor, new: Tensor, keep: int, lengths: Tensor | None = None) -> Tensor:
+    """The last `keep` positions of `past` followed by the real positions of `new`; zeros before the beginning.
+
+    Args:
+        past: `(B, M, ...)`, its last position the most recent one.
+        new: `(B, N, ...)`, real positions first.
+        keep: positions to return.
+        lengths: `(B,)` real positions of `new` per row; None: all N.
+
+    Returns:
+        `(B, keep, ...)`, again with the most recent position last.
+    """
+    both = torch.cat([past, new], dim=1)
+    total = both.shape[1]
+    if lengths is None:
+        if keep > total:
+            pad = both.new_zeros(both.shape[0], keep - total, *both.shape[2:])
+            return torch.cat([pad, both], dim=1)
+        return both[:, total - keep :]
+    index = lengths[:, None] + past.shape[1] - keep + torch.arange(keep, device=new.device)
+    shape = (*index.shape, *([1] * (both.dim() - 2)))
+    picked = both.gather(1, index.clamp(0, total - 1).view(shape).expand(-1, -1, *both.shape[2:]))
+    return picked * (index >= 0).view(shape)
+
+
+def advance(seen: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
+    """The counter of tokens per row `(B,)` after the piece `x`."""
+    return seen + (x.shape[1] if lengths is None else lengths)
