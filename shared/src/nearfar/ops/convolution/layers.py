@@ -1,0 +1,96 @@
+"""Small parts that convolutional blocks share: channel norm, stochastic depth, convolutions of any rank."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+"""Convolution class by the number of grid axes."""
+
+BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+"""Batch norm class by the number of grid axes."""
+
+
+def check_dims(dims: int, causal: bool = False) -> None:
+    """Raise ValueError unless `dims` is 1, 2 or 3, and 1 where the operator is to be causal."""
+    if dims not in CONVOLUTIONS:
+        raise ValueError(f"dims is {dims}; allowed are 1, 2 and 3")
+    if causal and dims != 1:
+        raise ValueError(f"causal=True needs dims=1 (a time axis), dims is {dims}")
+
+
+def check_odd(**sizes: int) -> None:
+    """Raise ValueError unless every named size is odd and positive."""
+    for name, size in sizes.items():
+        if size < 1 or size % 2 == 0:
+            raise ValueError(f"{name} is {size}; it must be odd and positive")
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channel axis of `(B, C, *S)`: y_c = w_c (x_c - mean_c x) / sqrt(var_c x + eps) + b_c.
+
+    The variance is biased. Runs as `F.layer_norm` on the channels-last view, so a channels-last map is normalised
+    without a copy and any other comes out channels-last. `eps` defaults to 1e-6.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(dim, eps=eps)
+
+    def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, each sample's branch is zeroed with probability `p`.
+
+    Kept samples are divided by 1 - p. The identity in eval mode.
+    """
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"drop_path is {p}; it must be in [0, 1)")
+        self.p = p
+
+    def forward(self, x: Float[Tensor, "b *s"]) -> Float[Tensor, "b *s"]:
+        if not self.training or self.p == 0:
+            return x
+        keep = x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.p)
+        return x * (keep / (1 - self.p))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class DepthwiseConv(nn.Module):
+    """Size-keeping depthwise convolution of rank `dims`; with `causal`, padded on the left only (dims=1).
+
+    Its parameters are those of the convolution itself: `weight` (C, 1, k, ...) and `bias` (C).
+    Cost: C k^dims multiply-adds per position.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, *, dims: int = 2, causal: bool = False, bias: bool = True) -> None:
+        super().__init__()
+        check_dims(dims, causal)
+        check_odd(kernel_size=kernel_size)
+        conv = CONVOLUTIONS[dims](dim, dim, kernel_size, groups=dim, bias=bias)
+        self.weight, self.bias = conv.weight, conv.bias
+        self.convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+        self.padding = 0 if causal else kernel_size // 2
+        self.left = kernel_size - 1 if causal else 0
+
+    def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
+        if self.left:
+            x = F.pad(x, (self.left, 0))
+        return self.convolve(x, self.weight, self.bias, padding=self.padding, groups=len(self.weight))
+
+    def extra_repr(self) -> str:
+        dim, _, *kernel = self.weight.shape
+        return f"{dim}, kernel_size={tuple(kernel)}, causal={bool(self.left)}, bias={self.bias is not None}"
+
+
+def batch_norm_affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """(scale, shift) per channel of a batch norm in eval mode: y = scale x + shift."""
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale

@@ -1,0 +1,260 @@
+"""What holds for every backbone; a test class inherits `BackboneTester` and names a model, a variant, settings."""
+
+import inspect
+import io
+import math
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnxruntime
+import pytest
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from timm.optim import param_groups_layer_decay
+from torch.utils.flop_counter import FlopCounterMode
+
+from nearfar.core.contracts import Contract, fill, verify
+from nearfar.core.errors import CheckpointError
+from nearfar.vision.backbone import MODELS, VARIANTS, Backbone
+
+CONTRACTS = Path(__file__).parents[1] / "contracts"
+
+
+def contracts(system: str) -> list[Any]:
+    """The shipped contracts of `system` as test parameters."""
+    found = sorted(CONTRACTS.glob(f"{system}--*.json"))
+    assert found, f"no contracts of {system} in {CONTRACTS}"
+    return [pytest.param(path, id=path.stem.split("--")[1]) for path in found]
+
+
+def check_contract(path: Path, build: Any) -> None:
+    contract = Contract.load(path)
+    for output, error in verify(contract, build).items():
+        assert error < (contract.tolerance or 1e-4), (output, error)
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Give every tensor values of a sane scale, so that no branch is hidden by its initial scale; eval mode."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(fill(name, tuple(tensor.shape)))
+    return model.eval()
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> None:
+    assert a.shape == b.shape
+    error = (a.double() - b.double()).norm() / b.double().norm()
+    assert error < tolerance, float(error)
+
+
+def without_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take off the run-time shape checks that the test run puts round every operator; production code has none."""
+    for module in [m for name, m in sys.modules.items() if name.startswith("nearfar.")]:
+        for owner in [module, *(value for value in vars(module).values() if inspect.isclass(value))]:
+            if owner is not module and not owner.__module__.startswith("nearfar."):
+                continue
+            for name, value in list(vars(owner).items()):
+                if inspect.isfunction(value) and hasattr(value, "__wrapped__"):
+                    monkeypatch.setattr(owner, name, inspect.unwrap(value))
+
+
+class BackboneTester:
+    model: ClassVar[type[Backbone]]
+    name: ClassVar[str]
+    """A registered variant."""
+    tiny: ClassVar[dict[str, Any]]
+    """Settings that make it small; every kind of block is still there."""
+    sizes: ClassVar[tuple[tuple[int, int], ...]] = ((32, 32), (45, 33), (64, 96))
+    size = 64
+    macs_tolerance = 0.02
+    autocast_tolerance = 0.05
+
+    def create(self, **settings: Any) -> Backbone:
+        return randomise(timm.create_model(self.name, **{"num_classes": 5, **self.tiny, **settings}))
+
+    def input(self, batch: int = 2, channels: int = 3, size: tuple[int, int] | None = None) -> torch.Tensor:
+        torch.manual_seed(0)
+        return torch.randn(batch, channels, *(size or (self.size, self.size)))
+
+    def test_published_variants(self) -> None:
+        names = [name for name, model in MODELS.items() if model is self.model]
+        assert self.name in names
+        for name in names:
+            variant = VARIANTS[name]
+            size = variant.weights[0].size
+            with torch.device("meta"), FlopCounterMode(display=False) as flops:
+                model = timm.create_model(name).eval()
+                assert model(torch.empty(1, 3, size, size)).shape == (1, variant.weights[0].num_classes)
+            params = self.published_parameters(model)
+            decimals = len(str(variant.params).partition(".")[2])
+            # papers round, or cut, to the digits they print
+            assert abs(params / 1e6 - variant.params) <= 1.01 * 10**-decimals, (name, params)
+            if variant.gmacs is not None:
+                assert math.isclose(
+                    flops.get_total_flops() / 2e9, variant.gmacs, rel_tol=self.macs_tolerance, abs_tol=0.05
+                ), (name, flops.get_total_flops() / 2e9)
+            assert timm.is_model(name)
+            assert model.pretrained_cfg["crop_pct"] == variant.weights[0].crop_pct
+            assert model.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+
+    def published_parameters(self, model: Backbone) -> int:
+        """Parameters as the paper counts them."""
+        return sum(p.numel() for p in model.parameters())
+
+    @torch.no_grad()
+    def test_features(self) -> None:
+        for size in ((64, 64), (96, 64)):
+            model = self.create(features_only=True)
+            x = self.input(size=size)
+            features = model(x)
+            assert len(features) == len(model.feature_info)
+            for feature, channels, stride in zip(
+                features, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+            ):
+                assert feature.shape == (2, channels, size[0] // stride, size[1] // stride)
+        last = self.create(features_only=True, out_indices=(-1,))
+        close(last(x)[0], features[-1])
+        assert sum(p.numel() for p in self.create(features_only=True, out_indices=(0,)).parameters()) < sum(
+            p.numel() for p in model.parameters()
+        )
+        whole = self.create()
+        final, levels = whole.forward_intermediates(x)
+        close(whole.forward_head(final), whole(x), 1e-6)
+        assert len(levels) == len(features)
+
+    @torch.no_grad()
+    def test_head(self) -> None:
+        model, x = self.create(), self.input()
+        features = model.forward_features(x)
+        assert features.shape[1] == model.num_features
+        close(model.forward_head(features), model(x), 1e-6)
+        hidden = model.forward_head(features, pre_logits=True)
+        assert hidden.shape == (2, model.head_hidden_size)
+        model.reset_classifier(7)
+        assert model(x).shape == (2, 7)
+        assert model.num_classes == 7
+        assert model.get_classifier().out_features == 7
+        model.reset_classifier(0)
+        close(model(x), hidden, 1e-6)
+        model.reset_classifier(0, "")
+        assert model(x).ndim == 4
+
+    @torch.no_grad()
+    def test_any_input(self) -> None:
+        for channels in (1, 5):
+            assert self.create(in_chans=channels)(self.input(1, channels)).shape == (1, 5)
+        model = self.create()
+        for size in self.sizes:
+            x = self.input(2, size=size)
+            y = model(x)
+            assert y.shape == (2, 5)
+            assert y.isfinite().all()
+            close(model(x[:1]), y[:1])
+        with pytest.raises(ValueError, match="at least"):
+            model(self.input(1, size=(model.min_size - 1, 64)))
+
+    def test_gradients(self) -> None:
+        model, x = self.create().train(), self.input(2)
+        grads = []
+        for checkpointing in (False, True):
+            model.set_grad_checkpointing(checkpointing)
+            model.zero_grad()
+            torch.manual_seed(1)
+            # double keeps the comparison above the rounding of batch statistics over few positions
+            model.double()(x.double()).square().sum().backward()
+            for name, parameter in model.named_parameters():
+                if self.untouched(name):
+                    continue
+                assert parameter.grad is not None, name
+                assert parameter.grad.isfinite().all(), name
+            grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        total = sum(float(g.norm()) for g in grads[0].values())
+        for name, grad in grads[0].items():
+            assert (grad - grads[1][name]).norm() <= 1e-9 * total, name
+
+    def untouched(self, name: str) -> bool:
+        """Whether the parameter takes no part in training on logits alone."""
+        return False
+
+    @torch.no_grad()
+    def test_compile_without_graph_breaks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        without_shape_checks(monkeypatch)
+        model, x = self.create(), self.input(1)
+        torch._dynamo.reset()
+        close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+    @torch.no_grad()
+    def test_export(self) -> None:
+        model, x = self.create(), self.input(2)
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+        three = self.input(3)
+        close(program.module()(three), model(three))
+        onnx = io.BytesIO()
+        torch.onnx.export(program, (), onnx, verbose=False)
+        session = onnxruntime.InferenceSession(onnx.getvalue(), providers=["CPUExecutionProvider"])
+        (y,) = session.run(None, {session.get_inputs()[0].name: three.numpy()})
+        close(torch.from_numpy(np.asarray(y)), model(three))
+
+    @torch.no_grad()
+    def test_memory_format_and_autocast(self) -> None:
+        model, x = self.create(), self.input(2)
+        y = model(x)
+        close(model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last)), y)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model(x)
+        close(low.float(), y, self.autocast_tolerance)
+
+    @torch.no_grad()
+    def test_save_and_load(self, tmp_path: Path) -> None:
+        model, x = timm.create_model(self.name, num_classes=5, **self.tiny), self.input(1)
+        randomise(model).save_pretrained(tmp_path)
+        close(self.model.from_pretrained(tmp_path)(x), model(x), 1e-6)
+        close(timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **self.tiny).eval()(x), model(x), 1e-6)
+        # a classifier for other classes and a first convolution for other channels
+        other = self.model.from_published(model.state_dict(), num_classes=3, in_chans=1)
+        assert other(self.input(1, 1)).shape == (1, 3)
+        # every key is accounted for
+        state = model.state_dict()
+        lost = next(name for name in reversed(state) if name.endswith("weight") and "head" not in name)
+        with pytest.raises(CheckpointError, match=lost.replace(".", r"\.")):
+            self.model.from_published({name: value for name, value in state.items() if name != lost})
+        with pytest.raises(CheckpointError, match="surplus"):
+            self.model.from_published({**state, "surplus.weight": torch.zeros(3)})
+        with pytest.raises(CheckpointError):
+            self.model.from_published({"conv.weight": torch.zeros(3)})
+
+    def test_variant_is_detected(self) -> None:
+        with torch.device("meta"):
+            state = timm.create_model(self.name).state_dict()
+        assert self.model.variant(self.model.published_settings(state)) == self.name
+
+    @torch.no_grad()
+    def test_encoder_of_segmentation_models(self) -> None:
+        net = smp.Unet(f"tu-{self.name}", encoder_weights=None, classes=2, in_channels=4, **self.segmentation())
+        assert net.eval()(self.input(1, 4)).shape == (1, 2, 64, 64)
+
+    def segmentation(self) -> dict[str, Any]:
+        return dict(self.tiny)
+
+    @torch.no_grad()
+    def test_fused_form(self) -> None:
+        model, x = self.create(), self.input(2)
+        y = model(x)
+        tensors = len(model.state_dict())
+        close(model.fuse()(x), y, 1e-5)
+        assert len(model.state_dict()) < tensors or not self.fuses
+        assert not model.training
+
+    fuses = True
+
+    def test_layer_decay_groups(self) -> None:
+        model = self.create()
+        groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.8)
+        assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+        assert len({group["lr_scale"] for group in groups}) > 3
+        head = [g["lr_scale"] for g in groups if any(p is model.get_classifier().weight for p in g["params"])]
+        assert head == [1.0]

@@ -1,0 +1,126 @@
+"""ConvNeXt: contracts, the four checkpoint layouts, the isotropic and the dense form."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from timm.optim import param_groups_layer_decay
+
+from nearfar.vision.convnext import ConvNeXt, build_contract
+from tests.vision.base import BackboneTester, check_contract, close, contracts, randomise
+
+
+class TestConvNeXt(BackboneTester):
+    model = ConvNeXt
+    name = "nearfar_convnext_tiny"
+    tiny: ClassVar = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+
+
+@pytest.mark.parametrize("path", contracts("convnext"))
+def test_contract(path: Path) -> None:
+    check_contract(path, build_contract)
+
+
+def official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our names as the official code writes them."""
+    names = {}
+    for name in state:
+        part = name.split(".")
+        if part[0] == "stem":
+            new = f"downsample_layers.0.{part[1]}.{part[2]}"
+        elif part[0] == "stages" and part[2] == "downsample":
+            new = f"downsample_layers.{part[1]}.{part[3]}.{part[4]}"
+        elif part[0] == "stages":
+            new = ".".join(part[:2] + part[3:])
+        elif part[0] == "feature_norms":
+            new = f"norm{part[1]}.{part[2]}"
+        else:
+            new = name.replace("head.norm", "norm").replace("head.fc", "head")
+        names[name] = new
+    return {names[name]: value for name, value in state.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["atto", "hnf", "torchvision", "transformers", "transformers-backbone"])
+def test_layouts_of_other_libraries(source: str) -> None:
+    config = transformers.ConvNextConfig(depths=[1, 1, 2, 1], hidden_sizes=[8, 16, 24, 32], num_labels=5)
+    small = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+    theirs = {
+        "atto": lambda: timm.create_model("convnext_atto", **small),  # MLP as 1 x 1 convolutions
+        "hnf": lambda: timm.create_model("convnext_tiny_hnf", **small),  # norm before pooling
+        "torchvision": torchvision.models.convnext_tiny,
+        "transformers": lambda: transformers.ConvNextForImageClassification(config),
+        "transformers-backbone": lambda: transformers.ConvNextBackbone(
+            transformers.ConvNextConfig(
+                depths=[1, 1, 2, 1], hidden_sizes=[8, 16, 24, 32], out_features=[f"stage{i}" for i in range(1, 5)]
+            )
+        ),
+    }[source]()
+    randomise(theirs)
+    ours = ConvNeXt.from_published(theirs.state_dict()).contract_form()
+    x = torch.randn(2, 3, 64, 96)
+    want, got = theirs(x), ours(x)
+    if source == "transformers-backbone":
+        for a, b in zip(got, want.feature_maps, strict=True):
+            close(a, b, 1e-5)
+    else:
+        close(got, getattr(want, "logits", want), 1e-5)
+
+
+@torch.no_grad()
+def test_dense_checkpoint() -> None:
+    model = randomise(
+        timm.create_model("nearfar_convnext_tiny", num_classes=0, feature_norms=True, **TestConvNeXt.tiny)
+    )
+    loaded = ConvNeXt.from_published(official(model.state_dict()))
+    x = torch.randn(1, 3, 64, 64)
+    levels = model.forward_pyramid(x)
+    for level, norm, got in zip(levels, model.feature_norms, loaded.contract_form()(x), strict=True):
+        want = torch.nn.functional.layer_norm(
+            level.permute(0, 2, 3, 1), (level.shape[1],), norm.weight, norm.bias, 1e-6
+        )
+        close(got, want.permute(0, 3, 1, 2), 1e-5)
+
+
+@torch.no_grad()
+def test_files_of_training_scripts(tmp_path: Path) -> None:
+    model = randomise(timm.create_model("nearfar_convnext_tiny", num_classes=5, **TestConvNeXt.tiny))
+    state = {f"module.{name}": value for name, value in official(model.state_dict()).items()}
+    torch.save({"model": state, "epoch": 3}, tmp_path / "convnext.pth")
+    x = torch.randn(1, 3, 64, 64)
+    close(ConvNeXt.from_published(tmp_path / "convnext.pth")(x), model(x), 1e-6)
+    overlay = {"file": str(tmp_path / "convnext.pth"), "num_classes": 5}
+    by_timm = timm.create_model(
+        "nearfar_convnext_tiny", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, **TestConvNeXt.tiny
+    )
+    close(by_timm.eval()(x), model(x), 1e-6)
+
+
+def test_layer_decay_of_the_deep_variants() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("nearfar_convnext_small")
+    scales = {
+        name: group["lr_scale"]
+        for group in param_groups_layer_decay(model, layer_decay=0.5)
+        for parameter in group["params"]
+        for name, own in model.named_parameters()
+        if own is parameter
+    }
+    for name, layer in {
+        "stem.0.weight": 0,
+        "stages.0.blocks.2.gamma": 1,
+        "stages.1.downsample.1.weight": 2,
+        "stages.2.downsample.1.weight": 3,
+        "stages.2.blocks.2.gamma": 3,
+        "stages.2.blocks.3.gamma": 4,
+        "stages.2.blocks.26.gamma": 11,
+        "stages.3.downsample.1.weight": 12,
+        "stages.3.blocks.2.gamma": 12,
+        "head.norm.weight": 13,
+        "head.fc.weight": 13,
+    }.items():
+        assert scales[name] == pytest.approx(0.5 ** (13 - layer)), name
