@@ -137,10 +137,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         root(arguments)(arguments, prog_name="nearfar")
     except SystemExit as end:
+        cause = end.__context__
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):  # typer turns Ctrl-C into an exit
+            cause = cause.__context__
+        if cause is not None:
+            messages.print("interrupted; finished outputs are kept, run the same command again to go on")
+            return 130
         return end.code if isinstance(end.code, int) else 0
-    except KeyboardInterrupt:
-        messages.print("interrupted; finished outputs are kept, run the same command again to go on")
-        return 130
     except UserError as error:
         if debug:
             raise

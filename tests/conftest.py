@@ -1,0 +1,28 @@
+"""Fixtures for all tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+DATA = REPOSITORY.parent / "shared" / "data"
+"""Real recordings, pictures and texts that some tests use where they are there."""
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def shared_data():
+    """`shared_data("eegmmidb/S001")`: a folder of real data; the test skips where it is absent."""
+
+    def find(name: str) -> Path:
+        path = DATA / name
+        if not path.exists():
+            pytest.skip(f"needs the recordings of {path}")
+        return path
+
+    return find

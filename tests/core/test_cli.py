@@ -1,0 +1,120 @@
+"""The root command: apps, errors, exit statuses, batches, the tour."""
+
+import sys
+
+import pytest
+import typer
+
+from nearfar.core import cli
+from nearfar.core.errors import UserError
+from nearfar.core.report import Report
+
+
+class Distribution:
+    metadata = {"Summary": "Do a thing."}
+
+
+class Point:
+    def __init__(self, name, target):
+        self.name, self.target, self.dist = name, target, Distribution()
+
+    def load(self):
+        if isinstance(self.target, Exception):
+            raise self.target
+        return self.target
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Install entry points for one test: `install({"nearfar.apps": {name: typer app}})`."""
+
+    def do(groups):
+        points = {group: [Point(*item) for item in content.items()] for group, content in groups.items()}
+        monkeypatch.setattr(cli, "entry_points", lambda group: points.get(group, []))
+
+    return do
+
+
+def make_app(action):
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    app.command("go")(action)
+    return app
+
+
+def test_version_and_help_list_apps_without_importing_them(install, capsys):
+    install({"nearfar.apps": {"thing": ImportError("must not be imported")}})
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("nearfar ")
+    assert cli.run(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "thing" in out
+    assert "Do a thing." in out
+
+
+def test_app_that_cannot_be_imported_is_one_line(install, capsys):
+    install({"nearfar.apps": {"thing": OSError("libcudart.so.13: cannot open\nmore")}})
+    assert cli.run(["thing", "go"]) == 2
+    assert "thing: cannot be imported here (libcudart.so.13: cannot open)" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (UserError("a.edf: truncated; copy it again"), 2, "error: a.edf: truncated; copy it again"),
+        (cli.BatchError("1 of 2 failed"), 1, "error: 1 of 2 failed"),
+        (RuntimeError("boom"), 1, "unexpected error: RuntimeError: boom (--debug shows where)"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_become_a_line_and_a_status(install, capsys, error, status, text):
+    def go():
+        raise error
+
+    install({"nearfar.apps": {"thing": make_app(go)}})
+    assert cli.run(["thing", "go"]) == status
+    assert text in capsys.readouterr().err
+    if isinstance(error, Exception):
+        with pytest.raises(type(error)):
+            cli.run(["thing", "go", "--debug"])
+
+
+def test_wrong_usage_is_status_2(install, capsys):
+    install({"nearfar.apps": {"thing": make_app(lambda: None)}})
+    assert cli.run(["thing", "stay"]) == 2
+    assert cli.run(["nothing"]) == 2
+    assert cli.run(["thing", "go"]) == 0
+
+
+def test_batch_goes_on_and_lists_failures():
+    def action(item):
+        if item % 2:
+            raise UserError(f"item {item}: odd")
+        return item * 10
+
+    results, failures = cli.run_batch(range(4), action, "numbers")
+    assert results == [0, 20]
+    assert failures == ["item 1: odd", "item 3: odd"]
+    cli.raise_failures([], 4)
+    with pytest.raises(cli.BatchError, match=r"2 of 4 failed:\n  item 1: odd\n  item 3: odd"):
+        cli.raise_failures(failures, 4)
+
+
+def test_tour_runs_chapters_and_writes_one_page(install, tmp_path, capsys):
+    def chapter(report: Report, folder):
+        report.section("A chapter").text("a < b")
+
+    install({"nearfar.tour": {"one": chapter, "two": chapter}})
+    assert cli.run(["tour", "--output", str(tmp_path / "t")]) == 0
+    page = (tmp_path / "t" / "index.html").read_text()
+    assert page.count("<h2>A chapter</h2>") == 2
+    assert "a &lt; b" in page
+    assert cli.run(["tour", "--only", "three"]) == 2
+    assert "installed are one, two" in capsys.readouterr().err
+
+
+def test_main_ends_with_the_status(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["nearfar", "verify", "/nonexistent"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
