@@ -392,6 +392,25 @@ class Backbone(nn.Module):
         return None
 
 
+def twelve_layers(block: Callable[[int], int]) -> Callable[[str], tuple[int, ...]]:
+    """timm's matcher for layer decay in the way of ConvNeXt, for a network of four stages.
+
+    Stem 0; stages 0 and 1 are 1 and 2; stage 2's downsampling is 3 and its block b is `block(b)`, 3 to 11; stage 3 is
+    12; norm and classifier 13.
+    """
+
+    def layer(name: str) -> tuple[int, ...]:
+        part, *rest = name.split(".")
+        if part != "stages":
+            return (0,) if part == "stem" else (13,)
+        stage = int(rest[0])
+        if stage == 2:
+            return (block(int(rest[2])) if rest[1] == "blocks" else 3,)
+        return ((1, 2, 3, 12)[stage],)
+
+    return layer
+
+
 class Pyramid(nn.Module):
     """A backbone called for all its feature maps."""
 

@@ -25,6 +25,7 @@ from nearfar.vision.backbone import (
     load_operator,
     read,
     register,
+    twelve_layers,
 )
 
 
@@ -136,22 +137,11 @@ class ConvNeXt(Backbone):
             parameter.data.mul_(head_init_scale)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any] | Callable[[str], tuple[int, ...]]:
-        """Groups for layer decay. Fine: stem 0; stages 0 and 1 are 1 and 2; stage 2's downsampling 3 and its blocks
-        3 to 11, three at a time in the deep variants; stage 3 is 12; norm and head 13."""
+        """Groups for layer decay; stage 2 of the deep variants three blocks at a time, of others in proportion."""
         if coarse or len(self.stages) != 4:
             return super().group_matcher(coarse)
         depth = len(self.stages[2].blocks)
-
-        def layer(name: str) -> tuple[int, ...]:
-            part, *rest = name.split(".")
-            if part != "stages":
-                return (0,) if part == "stem" else (13,)
-            stage = int(rest[0])
-            if stage == 2:
-                return (3 + int(rest[2]) * 9 // depth if rest[1] == "blocks" else 3,)
-            return ((1, 2, 3, 12)[stage],)
-
-        return layer
+        return twelve_layers(lambda block: 3 + block * 9 // depth)
 
     @classmethod
     def from_published(cls, source: str | Path | Mapping[str, Tensor], **settings: Any) -> Self:
