@@ -1,0 +1,349 @@
+"""From a continuous recording to trials: filter, resample, reference, standardise, cut.
+
+`Preprocessing` holds the settings and is all that a model needs to treat new recordings as those it was trained on.
+"""
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import Any, Literal, Self
+
+import mne
+import numpy as np
+import pandas as pd
+from scipy import signal
+
+from nearfar.core.errors import UserError
+from nearfar.eeg.alignment import EXPONENTIAL_MOVING
+from nearfar.eeg.conventions import annotation_names
+
+logger = logging.getLogger("nearfar.eeg")
+
+Events = Mapping[str, str | Sequence[str]]
+"""Class name -> name(s) of the annotations that mark its cues."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "bciciv2a": {"tmin": 0.0, "tmax": 3.0, "sfreq": 125.0},
+    "bciciv2a-long": {"tmin": -0.5, "tmax": 4.0, "sfreq": 125.0},
+    "eegmmidb": {"tmin": 0.0, "tmax": 4.0, "sfreq": 160.0},
+}
+"""Window, rate and average reference of the published AGTCNet configurations: 375, 562 and 640 samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Settings of the way from a recording to trials; all plain values, so that it goes through JSON unchanged.
+
+    tmin, tmax: window around the cue in seconds, floor((tmax - tmin) sfreq) samples from tmin on, tmax not included.
+    l_freq, h_freq: band-pass in Hz, MNE's zero-phase FIR filter; None leaves that side open.
+    notch: mains frequency in Hz, removed with its harmonics.
+    sfreq: rate to resample to, in Hz; None keeps the recording's.
+    reference: "average" (over the channels kept), names of channels (dropped afterwards), or None as recorded.
+    standardization: "exponential-moving" (causal, over the recording, see `alignment`), "trial" (each channel of each
+        trial to mean 0 and deviation 1) or None. A standard deviation is stored as 1 microvolt, so that
+        `trials_array` gives unit variance.
+    protocol: "continuous" filters the whole recording and cuts afterwards. "published" is AGTCNet's own order, trial by
+        trial: cut; where the rate changes, low-pass at the new Nyquist frequency (Butterworth, order 12, forward and
+        backward, in transfer-function form) and FFT resampling; average reference. It has neither band-pass, notch nor
+        standardisation, and the ends of each trial carry the filter's transients.
+    """
+
+    tmin: float = 0.0
+    tmax: float = 3.0
+    l_freq: float | None = None
+    h_freq: float | None = None
+    notch: float | None = None
+    sfreq: float | None = None
+    reference: Literal["average"] | tuple[str, ...] | None = "average"
+    standardization: Literal["exponential-moving", "trial"] | None = None
+    protocol: Literal["continuous", "published"] = "continuous"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reference, list):  # as JSON gives a tuple back
+            object.__setattr__(self, "reference", tuple(self.reference))
+        if not self.tmin < self.tmax:
+            raise UserError(f"tmin {self.tmin} s must be before tmax {self.tmax} s")
+        for name in ("l_freq", "h_freq", "notch", "sfreq"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} must be positive or None, not {value}")
+        if self.l_freq and self.h_freq and not self.l_freq < self.h_freq:
+            raise UserError(f"l_freq {self.l_freq:g} Hz must be below h_freq {self.h_freq:g} Hz")
+        if isinstance(self.reference, str) and self.reference != "average":
+            raise UserError(f"reference must be 'average', a tuple of channel names or None, not {self.reference!r}")
+        if self.standardization not in (None, "exponential-moving", "trial"):
+            raise UserError(
+                f"standardization must be 'exponential-moving', 'trial' or None, not {self.standardization!r}"
+            )
+        if self.protocol not in ("continuous", "published"):
+            raise UserError(f"protocol must be 'continuous' or 'published', not {self.protocol!r}")
+        if self.protocol == "published":
+            extra = [
+                name for name in ("l_freq", "h_freq", "notch", "standardization") if getattr(self, name) is not None
+            ]
+            if extra or self.reference not in ("average", None):
+                raise UserError(
+                    f"the published protocol has no {', '.join(extra) or 'named reference'}; "
+                    "leave that out or use protocol='continuous'"
+                )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """The settings of a published configuration (see `PRESETS`), with `changes`."""
+        if name not in PRESETS:
+            raise UserError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**PRESETS[name] | changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` is the way back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The settings in `values`; an unknown name is a `UserError`."""
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise UserError(f"preprocessing has no setting {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+    def n_times(self, sfreq: float | None = None) -> int:
+        """Samples of a trial; `sfreq` is the recording's rate, needed where the settings keep it."""
+        rate = self.sfreq or sfreq
+        if rate is None:
+            raise ValueError("these settings keep the recording's sampling rate: give sfreq")
+        return int((self.tmax - self.tmin) * rate + 1e-6)
+
+    def apply(self, raw: mne.io.BaseRaw) -> mne.io.BaseRaw:
+        """A preprocessed copy of a recording, EEG channels only; with the published protocol only gaps are filled.
+
+        Raises `UserError` for channels with NaN, for a sampling rate too low for the settings and for a recording
+        shorter than the filter.
+        """
+        raw = raw.copy().load_data(verbose="ERROR").pick("eeg", exclude=(), verbose="ERROR")
+        self._check_rate(raw)
+        with quiet():
+            fill_gaps(raw)
+            if self.protocol == "published":
+                return raw
+            rate = raw.info["sfreq"]
+            if self.notch:
+                raw.notch_filter(np.arange(self.notch, rate / 2, self.notch), picks="all")
+            if self.l_freq or self.h_freq:
+                needed = 3.3 / min(max(self.l_freq / 4, 2.0), self.l_freq) if self.l_freq else 0.0
+                if raw.n_times / rate < needed:
+                    raise UserError(
+                        f"{source_name(raw)}: {raw.n_times / rate:.1f} s are too short for l_freq {self.l_freq:g} Hz, "
+                        f"whose filter spans {needed:.1f} s; raise or drop l_freq"
+                    )
+                raw.filter(self.l_freq, self.h_freq, picks="all")
+            if self.sfreq and self.sfreq != rate:
+                raw.resample(self.sfreq)
+            if self.reference is not None:
+                self._rereference(raw)
+        if self.standardization == "exponential-moving":
+            with quiet():  # slow to import, seldom needed
+                from braindecode.preprocessing import exponential_moving_standardize
+
+            standardize = partial(exponential_moving_standardize, **EXPONENTIAL_MOVING)
+            raw.apply_function(lambda volts: standardize(volts * 1e6) * 1e-6, picks="all", channel_wise=False)
+        return raw
+
+    def cut(self, raw: mne.io.BaseRaw, events: Events) -> mne.EpochsArray:
+        """Trials of `raw`, which has been through `apply`; `metadata.onset` is the cue's time from the recording's
+        start in seconds.
+
+        events: class -> annotation name(s); classes get the codes 1, 2, ... in this order. Cues whose window leaves the
+        recording or touches an annotation BAD... are left out, which the log says. Raises `UserError` where no cue is
+        left, listing the names that exist.
+        """
+        rate = raw.info["sfreq"]
+        if self.protocol == "continuous" and self.sfreq not in (None, rate):
+            raise ValueError(f"the recording has {rate:g} Hz, not {self.sfreq:g}: put it through apply first")
+        names = event_classes(events)
+        onsets, durations, descriptions = annotations(raw)
+        chosen = np.isin(descriptions, list(names))
+        if not chosen.any():
+            raise UserError(
+                f"{source_name(raw)}: none of the events {', '.join(names)}; it has "
+                + (", ".join(f"{name} ({n})" for name, n in event_counts(raw).items()) or "no events at all")
+            )
+        length = int((self.tmax - self.tmin) * rate + 1e-6)
+        starts = np.rint(onsets[chosen] * rate).astype(int) + round(self.tmin * rate)
+        bad = np.array([name.upper().startswith("BAD") for name in descriptions], dtype=bool)
+        touched = (
+            (starts[:, None] < (onsets + durations)[bad] * rate) & (starts[:, None] + length > onsets[bad] * rate)
+        ).any(axis=1)
+        outside = (starts < 0) | (starts + length > raw.n_times)
+        kept = ~(outside | touched)
+        if not kept.all():
+            logger.warning(
+                "%s: %d of %d trials left out: %d leave the recording, %d touch a bad stretch or gap",
+                *(source_name(raw), (~kept).sum(), len(kept), outside.sum(), (touched & ~outside).sum()),
+            )
+        if not kept.any():
+            raise UserError(
+                f"{source_name(raw)}: each of the {len(kept)} trials from {self.tmin:g} to {self.tmax:g} s leaves the "
+                "recording or touches a bad stretch; choose another window"
+            )
+        codes = {cls: code for code, cls in enumerate(events, start=1)}
+        classes = np.array([names[name] for name in descriptions[chosen][kept]])
+        order = np.argsort(starts[kept], kind="stable")
+        windows = starts[kept][order][:, None] + np.arange(length)
+        data = raw.get_data(verbose="ERROR")[:, windows].transpose(1, 0, 2)
+        marks = np.stack([windows[:, 0], np.zeros(len(windows), int), [codes[cls] for cls in classes[order]]], axis=1)
+        return self._epochs(
+            self._per_trial(data, rate, source_name(raw)) if self.protocol == "published" else data,
+            raw,
+            marks,
+            {cls: code for cls, code in codes.items() if cls in classes},
+            pd.DataFrame({"onset": onsets[chosen][kept][order]}),
+        )
+
+    def apply_trials(self, epochs: mne.BaseEpochs) -> mne.EpochsArray:
+        """Treat trials that were cut elsewhere, each by itself: window, rate, reference, standardisation per trial.
+
+        What takes a continuous recording (band-pass, notch, exponential moving standardisation) is refused as a
+        `UserError`, as is a window that the trials do not hold. The rate may go up as well, which adds nothing.
+        """
+        continuous = [name for name in ("l_freq", "h_freq", "notch") if getattr(self, name) is not None]
+        continuous += ["standardization"] if self.standardization == "exponential-moving" else []
+        if continuous or isinstance(self.reference, tuple):
+            raise UserError(
+                f"{', '.join(continuous) or 'named reference'}: needs the recording, not trials cut from it"
+            )
+        rate = epochs.info["sfreq"]
+        first, length = round((self.tmin - epochs.tmin) * rate), int((self.tmax - self.tmin) * rate + 1e-6)
+        if first < 0 or first + length > len(epochs.times):
+            raise UserError(
+                f"trials from {epochs.tmin:g} to {epochs.tmin + len(epochs.times) / rate:g} s do not hold the window "
+                f"from {self.tmin:g} to {self.tmax:g} s; choose one within"
+            )
+        eeg = epochs.copy().pick("eeg", exclude=())
+        data = self._per_trial(eeg.get_data(copy=False)[:, :, first : first + length], rate, "trials")
+        return self._epochs(data, eeg, epochs.events, epochs.event_id, epochs.metadata)
+
+    def _check_rate(self, raw: mne.io.BaseRaw) -> None:
+        rate = raw.info["sfreq"]
+        top = self.h_freq or (self.sfreq / 2 if self.sfreq and self.sfreq > rate else 0.0)
+        top = max(top, self.notch or 0.0)
+        if top >= rate / 2:
+            raise UserError(
+                f"{source_name(raw)}: sampled at {rate:g} Hz, which holds nothing above {rate / 2:g} Hz, and the "
+                f"settings need {top:g} Hz; lower h_freq, notch or sfreq, or use another recording"
+            )
+        if self.sfreq and self.h_freq and self.h_freq >= self.sfreq / 2:
+            raise UserError(f"h_freq {self.h_freq:g} Hz must be below half of sfreq {self.sfreq:g} Hz")
+
+    def _rereference(self, raw: mne.io.BaseRaw) -> None:
+        if self.reference == "average":
+            raw.set_eeg_reference("average", projection=False)
+            return
+        missing = [name for name in self.reference or () if name not in raw.ch_names]
+        if missing:
+            raise UserError(
+                f"{source_name(raw)}: no reference channel {', '.join(missing)}; it has {', '.join(raw.ch_names)}"
+            )
+        raw.set_eeg_reference(list(self.reference or ()))
+        raw.drop_channels(list(self.reference or ()))
+
+    def _per_trial(self, data: np.ndarray, rate: float, name: str) -> np.ndarray:
+        if self.sfreq not in (None, rate):
+            if self.protocol == "published" and self.sfreq < rate:
+                b, a = signal.butter(12, self.sfreq / rate)
+                if abs(np.roots(a)).max() >= 1 or abs(b.sum() / a.sum() - 1) > 1e-3:
+                    raise UserError(
+                        f"{name}: the published filter is unstable from {rate:g} to {self.sfreq:g} Hz (it was made for "
+                        "250 to 125); use protocol='continuous'"
+                    )
+                data = signal.filtfilt(b, a, data, axis=-1)
+            data = mne.filter.resample(data, up=self.sfreq, down=rate, npad="auto", window="boxcar", verbose="ERROR")
+            data = data[..., : self.n_times()]
+        return data - data.mean(axis=1, keepdims=True) if self.reference == "average" else data
+
+    def _epochs(
+        self,
+        data: np.ndarray,
+        source: mne.io.BaseRaw | mne.BaseEpochs,
+        marks: np.ndarray,
+        event_id: dict[str, int],
+        metadata: pd.DataFrame | None,
+    ) -> mne.EpochsArray:
+        if self.standardization == "trial":
+            data = data - data.mean(axis=2, keepdims=True)
+            data = 1e-6 * data / np.maximum(data.std(axis=2, keepdims=True), 1e-10)
+        with quiet():
+            info = source.info
+            if self.sfreq not in (None, info["sfreq"]):
+                info = mne.create_info(source.ch_names, self.sfreq, "eeg")
+                info.set_montage(source.get_montage(), on_missing="ignore")
+            return mne.EpochsArray(data, info, marks, tmin=self.tmin, event_id=event_id, metadata=metadata)
+
+
+def event_classes(events: Events) -> dict[str, str]:
+    """Annotation name -> class; a name given to two classes is a `UserError`."""
+    classes: dict[str, str] = {}
+    for cls, given in events.items():
+        for name in [given] if isinstance(given, str) else map(str, given):
+            if classes.setdefault(name, cls) != cls:
+                raise UserError(f"event {name} is given to two classes, {classes[name]} and {cls}")
+    return classes
+
+
+def annotations(raw: mne.io.BaseRaw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Onsets in seconds from the first sample of the data, durations in seconds, and names of the annotations."""
+    noted = raw.annotations
+    shift = raw.first_time if noted.orig_time is not None else 0.0
+    return noted.onset - shift, noted.duration, annotation_names(raw)
+
+
+def event_counts(raw: mne.io.BaseRaw) -> dict[str, int]:
+    """How often each event occurs, by name; bad stretches and the edges of joined files are no events."""
+    counts = Counter(annotations(raw)[2].tolist())
+    return {
+        name: counts[name] for name in sorted(counts) if not name.upper().startswith(("BAD", "EDGE", "NEW SEGMENT"))
+    }
+
+
+def fill_gaps(raw: mne.io.BaseRaw) -> None:
+    """Fill stretches of NaN that all EEG channels share by straight lines and mark them BAD_gap, in place.
+
+    They stand between the runs that some files join, and a filter would spread them over everything. NaN in some
+    channels only is a fault of these channels: `UserError`.
+    """
+    picks = mne.pick_types(raw.info, eeg=True, exclude=())
+    empty = np.isnan(raw.get_data(picks, verbose="ERROR"))
+    gap = empty.all(axis=0)
+    faulty = (empty & ~gap).any(axis=1) | gap.all()
+    if faulty.any():
+        names = [raw.ch_names[pick] for pick in picks[faulty]]
+        raise UserError(
+            f"{source_name(raw)}: NaN in channel {', '.join(names)}; leave it out with channels= or interpolate it"
+        )
+    if not gap.any():
+        return
+    times = np.arange(raw.n_times)
+    raw.apply_function(lambda x: np.interp(times, times[~gap], x[~gap]), picks=picks)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], gap, [False]])))
+    starts, stops = edges[::2] / raw.info["sfreq"], edges[1::2] / raw.info["sfreq"]
+    shift = raw.first_time if raw.annotations.orig_time is not None else 0.0
+    raw.annotations.append(starts + shift, stops - starts, "BAD_gap")
+
+
+def source_name(raw: mne.io.BaseRaw) -> str:
+    """The file that a recording came from, for messages."""
+    files = [str(name) for name in raw.filenames if name]
+    return files[0] if files else str(raw.info.get("description") or "recording")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Send MNE's messages and warnings in this block to the logger `nearfar.eeg`, level DEBUG, not to the screen."""
+    with mne.use_log_level("ERROR"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        logger.debug("%s", warning.message)
