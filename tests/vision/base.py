@@ -112,7 +112,7 @@ class BackboneTester:
 
     @torch.no_grad()
     def test_features(self) -> None:
-        for size in ((64, 64), (96, 64)):
+        for size in ((64, 64), (128, 64)):
             model = self.create(features_only=True)
             x = self.input(size=size)
             features = model(x)

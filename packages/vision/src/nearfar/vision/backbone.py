@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import CheckpointError
-from nearfar.ops.convolution.layers import DepthwiseConv
+from nearfar.ops.convolution.layers import DepthwiseConv, batch_norm_affine
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 """One renaming: a regular expression for the start of a tensor's name, and what takes the place of the match."""
@@ -125,6 +125,15 @@ class Head(nn.Module):
             raise ValueError("global_pool='' gives a feature map, which takes num_classes=0")
         like = next(self.norm.parameters(), torch.empty(0))
         self.fc = linear(self.dim, num_classes).to(like)
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Fold a batch norm before the classifier into it, for inference; the outputs stay the same."""
+        if isinstance(self.norm, BatchNorm) and isinstance(self.fc, nn.Linear) and not self.norm_first:
+            scale, shift = batch_norm_affine(self.norm)
+            self.fc.bias += self.fc.weight @ shift
+            self.fc.weight *= scale
+            self.norm = nn.Identity()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.pool(self.norm(x)) if self.norm_first else self.norm(self.pool(x))

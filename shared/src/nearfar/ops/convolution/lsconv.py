@@ -1,0 +1,166 @@
+"""LS convolution (see large, focus small): a large-kernel branch predicts a small kernel for every position."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nearfar.ops.convolution.dynamic import position_depthwise
+from nearfar.ops.convolution.layers import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    DepthwiseConv,
+    batch_norm_affine,
+    check_dims,
+    check_odd,
+)
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, then batch norm (eps 1e-5). `fuse` folds the norm into the convolution."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        kernel_size: int = 1,
+        *,
+        stride: int = 1,
+        depthwise: bool = False,
+        norm_weight: float = 1.0,
+        dims: int = 2,
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        check_dims(dims, causal)
+        if depthwise and stride == 1:
+            self.c: nn.Module = DepthwiseConv(dim, kernel_size, dims=dims, causal=causal, bias=False)
+        else:
+            groups = dim if depthwise else 1
+            self.c = CONVOLUTIONS[dims](in_dim, dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
+        self.bn: nn.Module = BATCH_NORMS[dims](dim)
+        nn.init.constant_(self.bn.weight, norm_weight)
+
+    def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b d *t"]:
+        return self.bn(self.c(x))
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Fold the norm into the convolution, for inference; the outputs stay the same."""
+        if isinstance(self.bn, nn.Identity):
+            return
+        scale, shift = batch_norm_affine(self.bn)
+        self.c.weight *= scale.reshape(-1, *(1,) * (self.c.weight.ndim - 1))
+        self.c.bias = nn.Parameter(shift)
+        self.bn = nn.Identity()
+
+
+class RepVGGDepthwise(nn.Module):
+    """BN(DW3(x)) + BN(DW1(x)) + x; `fuse` turns the three branches into one biased depthwise 3-tap convolution.
+
+    Wang et al., "RepViT" (2024) and "LSNet" (2025). Maps (B, C, *S) to (B, C, *S); C 3^dims multiply-adds per
+    position once fused.
+
+    Raises:
+        ValueError: dims outside 1..3, causal with dims > 1.
+    """
+
+    def __init__(self, dim: int, *, dims: int = 2, causal: bool = False) -> None:
+        super().__init__()
+        self.conv = ConvNorm(dim, dim, 3, depthwise=True, dims=dims, causal=causal)
+        self.conv1: nn.Module | None = ConvNorm(dim, dim, 1, depthwise=True, dims=dims)
+
+    def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
+        if self.conv1 is None:
+            return self.conv(x)
+        return self.conv(x) + self.conv1(x) + x
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Merge the branches, for inference; the outputs stay the same."""
+        if self.conv1 is None:
+            return
+        self.conv.fuse()
+        self.conv1.fuse()
+        kernel = self.conv.c.weight
+        here = (-1 if self.conv.c.left else 1,) * (kernel.ndim - 2)
+        kernel[(slice(None), 0, *here)] += self.conv1.c.weight.flatten() + 1
+        self.conv.c.bias += self.conv1.c.bias
+        self.conv1 = None
+
+
+class LargeKernelPerception(nn.Module):
+    """Kernels (B, C/share, k^dims, *S) for every position, from a wide look around it.
+
+    W = GN(conv(ReLU(BN conv1(BN DW_K(ReLU(BN conv1(x))))))), of widths C -> C/2 -> C/2 -> k^dims C / share, the last
+    biased; GN has one group per kernel, so a kernel is normalised over its taps and all positions (eps 1e-5).
+    Wang et al., "LSNet" (2025), section 3.2. The paper speaks of C/8 groups of channels; in the published code 8 is
+    the number of channels that share a kernel, as here. With `causal` the depthwise convolution is left-padded and
+    the group norm, which sees every position, is left out.
+
+    Raises:
+        ValueError: even kernels, a `dim` that `share` or 2 does not divide, dims outside 1..3, causal with dims > 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        large_kernel: int = 7,
+        small_kernel: int = 3,
+        share: int = 8,
+        *,
+        dims: int = 2,
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        check_odd(large_kernel=large_kernel, small_kernel=small_kernel)
+        if dim % share or dim % 2:
+            raise ValueError(f"dim is {dim}; it must be even and a multiple of share={share}")
+        self.taps = small_kernel**dims
+        kernels = dim // share
+        self.cv1 = ConvNorm(dim, dim // 2, dims=dims)
+        self.cv2 = ConvNorm(dim // 2, dim // 2, large_kernel, depthwise=True, dims=dims, causal=causal)
+        self.cv3 = ConvNorm(dim // 2, dim // 2, dims=dims)
+        self.cv4 = CONVOLUTIONS[dims](dim // 2, kernels * self.taps, 1)
+        self.norm = nn.Identity() if causal else nn.GroupNorm(kernels, kernels * self.taps)
+
+    def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b n t *s"]:
+        y = self.cv3(self.cv2(self.cv1(x).relu())).relu()
+        return self.norm(self.cv4(y)).unflatten(1, (-1, self.taps))
+
+
+class LSConv(nn.Module):
+    """x + BN(position_depthwise(x, LargeKernelPerception(x))): see large, focus small.
+
+    Wang et al., "LSNet" (2025), section 3.2. Maps (B, C, *S) to (B, C, *S). Channel c takes kernel c mod (C/share).
+    Cost per position: about C^2 (3/4 + k^dims / (2 share)) + C (K^dims / 2 + k^dims) multiply-adds, linear in N.
+    The published code computes the aggregation in a CUDA kernel; here it is `position_depthwise`.
+
+    Args:
+        dim: channels C.
+        large_kernel, small_kernel: K of the look around, k of the predicted kernels, odd.
+        share: channels per kernel.
+        dims: number of grid axes, 1, 2 or 3.
+        causal: see `LargeKernelPerception` (dims=1); a position then sees only itself and what came before.
+
+    Raises:
+        ValueError: as `LargeKernelPerception`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        large_kernel: int = 7,
+        small_kernel: int = 3,
+        share: int = 8,
+        *,
+        dims: int = 2,
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        check_dims(dims, causal)
+        self.causal = causal
+        self.lkp = LargeKernelPerception(dim, large_kernel, small_kernel, share, dims=dims, causal=causal)
+        self.bn = BATCH_NORMS[dims](dim)
+
+    def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
+        return self.bn(position_depthwise(x, self.lkp(x), causal=self.causal)) + x
