@@ -1,0 +1,147 @@
+"""Scores of a decoder: accuracy and kappa, chance bounds, intervals over subjects, paired tests, transfer rate.
+
+A trial without a decision has the predicted class `NO_DECISION` (-1); it counts as wrong everywhere.
+"""
+
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from scipy import stats
+from sklearn.metrics import accuracy_score, cohen_kappa_score
+from sklearn.metrics import confusion_matrix as _confusion_matrix
+
+NO_DECISION = -1
+FEWEST_SUBJECTS = 6  # with n pairs the smallest two-sided p of the signed-rank test is 2 / 2^n: below 0.05 from n = 6
+
+
+def accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> float:
+    """Share of trials whose predicted class is the true one."""
+    return float(accuracy_score(y_true, y_pred))
+
+
+def kappa(y_true: ArrayLike, y_pred: ArrayLike) -> float:
+    """Cohen's kappa: (agreement - agreement expected by chance) / (1 - agreement expected by chance).
+
+    0 where it is undefined, that is where truth and prediction both hold one and the same class only.
+    """
+    classes = np.union1d(y_true, y_pred)
+    return 0.0 if len(classes) < 2 else float(cohen_kappa_score(y_true, y_pred))
+
+
+def confusion_matrix(y_true: ArrayLike, y_pred: ArrayLike, n_classes: int) -> np.ndarray:
+    """Counts of trials, (n_classes, n_classes + 1): rows are true classes, columns predicted ones.
+
+    The last column counts the trials without a decision, so that every row sums to the trials of its class.
+    """
+    y_true, y_pred = np.asarray(y_true, int), np.asarray(y_pred, int)
+    y_pred = np.where(y_pred == NO_DECISION, n_classes, y_pred)
+    return _confusion_matrix(y_true, y_pred, labels=np.arange(n_classes + 1))[:n_classes]
+
+
+def chance_bound(n_trials: int, n_classes: int, level: float = 0.95) -> float:
+    """The smallest accuracy k / n_trials that guessing reaches with a probability of at most 1 - level.
+
+    Guessing is Binomial(n_trials, 1 / n_classes). Accuracies at or above the bound are above chance at that level.
+    With very few trials no accuracy is: the bound is then above 1.
+    """
+    return float(stats.binom.ppf(level, n_trials, 1 / n_classes) + 1) / n_trials
+
+
+def proportion_interval(share: float, n_trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson interval of one accuracy `share` measured on `n_trials`."""
+    interval = stats.binomtest(round(share * n_trials), n_trials).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def moving_average_accuracy(curve: ArrayLike, window: int = 20) -> float:
+    """SMA20: the largest mean of `window` successive epochs' accuracies; NaN for a curve with fewer epochs.
+
+    On test accuracies this is a choice of the best stretch of training by the test set, as published for AGTCNet.
+    """
+    curve = np.asarray(curve, float)
+    if len(curve) < window:
+        return float("nan")
+    return float(np.lib.stride_tricks.sliding_window_view(curve, window).mean(-1).max())
+
+
+def bootstrap_interval(
+    values: ArrayLike, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values`, one value per subject; (NaN, NaN) for fewer than two."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[drawn].mean(-1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def wilcoxon_holm(scores: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
+    """Wilcoxon's signed-rank test between all pairs of columns, paired over subjects, Holm-corrected.
+
+    Args:
+        scores: one row per subject, one column per model, without gaps.
+        level: family-wise error rate.
+
+    Returns:
+        One row per pair: `a`, `b`, `subjects`, `difference` (mean of a - b), `p`, `p_holm` and `outcome`: the better
+        model's name, `no difference shown`, or `too few subjects` where fewer than 6 subjects differ, for then
+        no result could be significant (p and p_holm are NaN, and the pair does not count in the correction).
+    """
+    if scores.isna().any(axis=None):
+        raise ValueError("every subject needs a score from every model; a failed one counts as chance, not as a gap")
+    rows = []
+    for a, b in combinations(scores.columns, 2):
+        difference = np.round(scores[a] - scores[b], 12)
+        enough = np.count_nonzero(difference) >= FEWEST_SUBJECTS
+        p = float(stats.wilcoxon(difference).pvalue) if enough else float("nan")
+        rows.append({"a": a, "b": b, "subjects": len(scores), "difference": float(difference.mean()), "p": p})
+    table = pd.DataFrame(rows, columns=["a", "b", "subjects", "difference", "p"])
+    tested = table["p"].dropna().sort_values()
+    steps = tested * np.arange(len(tested), 0, -1)
+    table["p_holm"] = steps.cummax().clip(upper=1.0)
+    better = np.where(table["difference"] > 0, table["a"], table["b"])
+    outcome = np.where(table["p_holm"] <= level, better, "no difference shown")
+    table["outcome"] = np.where(table["p"].isna(), "too few subjects", outcome)
+    return table
+
+
+def bits_per_selection(share: float, n_classes: int) -> float:
+    """Wolpaw's information per selection in bits: log2 N + P log2 P + (1 - P) log2((1 - P) / (N - 1)).
+
+    0 for P at or below 1 / N, where the formula would credit answers that are worse than guessing.
+    """
+    if share <= 1 / n_classes:
+        return 0.0
+    rest = 0.0 if share >= 1 else (1 - share) * np.log2((1 - share) / (n_classes - 1))
+    return float(np.log2(n_classes) + share * np.log2(share) + rest)
+
+
+def information_transfer_rate(share: float, n_classes: int, seconds: float) -> float:
+    """Wolpaw's transfer rate in bits per minute, one selection taking `seconds`."""
+    return bits_per_selection(share, n_classes) * 60 / seconds
+
+
+def subject_scores(rows: pd.DataFrame, score: str = "accuracy") -> pd.DataFrame:
+    """The mean of `score` over sessions and repeats: one row per subject, one column per model."""
+    return rows.pivot_table(index="subject", columns="model", values=score, aggfunc="mean", sort=False)
+
+
+def summary(rows: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
+    """One row per protocol and model from result rows (see `nearfar.eeg.protocols.Results.rows`).
+
+    `accuracy`, `kappa` and `sma20` are means over all rows, that is subjects (or their sessions) and repeats;
+    `..._std` their population standard deviation over the same rows; `low` and `high` the bootstrap interval of
+    the mean accuracy over subjects. `failed` counts the rows of failed fits, which stay in the means as chance.
+    """
+    table = []
+    for (protocol, model), group in rows.groupby(["protocol", "model"], sort=False):
+        line = {"protocol": protocol, "model": model, "subjects": group["subject"].nunique()}
+        line |= {"repeats": group["repeat"].nunique(), "failed": int((group["failure"] != "").sum())}
+        for score in ("accuracy", "kappa", "sma20"):
+            line |= {score: group[score].mean(), f"{score}_std": group[score].std(ddof=0)}
+        line["low"], line["high"] = bootstrap_interval(group.groupby("subject")["accuracy"].mean(), level)
+        table.append(line)
+    return pd.DataFrame(table)
