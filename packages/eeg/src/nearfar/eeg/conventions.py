@@ -17,6 +17,7 @@ from typing import Any
 import mne
 import numpy as np
 from scipy.io import loadmat, whosmat
+from scipy.io.matlab import MatReadError
 
 from nearfar.core.errors import UserError
 
@@ -226,5 +227,5 @@ def read_bnci(path: Path) -> mne.io.BaseRaw:
 def _mat_variables(path: Path) -> Mapping[str, Any]:
     try:
         return {name: shape for name, shape, _ in whosmat(path)}
-    except (ValueError, NotImplementedError, TypeError, OSError) as error:
+    except (ValueError, NotImplementedError, TypeError, OSError, MatReadError) as error:
         raise UserError(f"{path}: not a MATLAB file of version 7 or older ({error}); save it again with -v7") from error

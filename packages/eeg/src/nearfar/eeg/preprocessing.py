@@ -300,6 +300,12 @@ def annotations(raw: mne.io.BaseRaw) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return noted.onset - shift, noted.duration, annotation_names(raw)
 
 
+def annotate(raw: mne.io.BaseRaw, onsets: np.ndarray, durations: np.ndarray | float, names: Sequence[str]) -> None:
+    """Add annotations at `onsets` in seconds from the first sample of the data, in place."""
+    shift = raw.first_time if raw.annotations.orig_time is not None else 0.0
+    raw.annotations.append(onsets + shift, np.broadcast_to(durations, len(onsets)), list(names))
+
+
 def event_counts(raw: mne.io.BaseRaw) -> dict[str, int]:
     """How often each event occurs, by name; bad stretches and the edges of joined files are no events."""
     counts = Counter(annotations(raw)[2].tolist())
@@ -329,8 +335,7 @@ def fill_gaps(raw: mne.io.BaseRaw) -> None:
     raw.apply_function(lambda x: np.interp(times, times[~gap], x[~gap]), picks=picks)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], gap, [False]])))
     starts, stops = edges[::2] / raw.info["sfreq"], edges[1::2] / raw.info["sfreq"]
-    shift = raw.first_time if raw.annotations.orig_time is not None else 0.0
-    raw.annotations.append(starts + shift, stops - starts, "BAD_gap")
+    annotate(raw, starts, stops - starts, ["BAD_gap"] * len(starts))
 
 
 def source_name(raw: mne.io.BaseRaw) -> str:

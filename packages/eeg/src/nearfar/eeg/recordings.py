@@ -25,6 +25,7 @@ from nearfar.eeg import conventions
 from nearfar.eeg.preprocessing import (
     Events,
     Preprocessing,
+    annotate,
     annotations,
     event_classes,
     event_counts,
@@ -391,12 +392,7 @@ def _annotate_triggers(raw: mne.io.BaseRaw) -> None:
     main = next((name for name in ("STI101", "STI 014") if name in stims), stims[0])
     mask = {"mask": 0xFFFF, "mask_type": "and"} if main == "Status" else {}  # BioSemi keeps its own bits above 16
     events = mne.find_events(raw, main, shortest_event=1, **mask)
-    if len(events):
-        names = {code: str(code) for code in np.unique(events[:, 2])}
-        noted = mne.annotations_from_events(
-            events, raw.info["sfreq"], names, first_samp=raw.first_samp, orig_time=raw.annotations.orig_time
-        )
-        raw.set_annotations(raw.annotations + noted)
+    annotate(raw, (events[:, 0] - raw.first_samp) / raw.info["sfreq"], 0.0, [str(code) for code in events[:, 2]])
 
 
 def _interpolate(raw: mne.io.BaseRaw, missing: list[str], bad: list[str], total: int) -> None:
