@@ -462,6 +462,8 @@ def _trials_of(
         if recording.events is not None and conventions.EEGMMIDB_FILE.search(recording.path.name):
             conventions.check_eegmmidb(raw, recording.path)
         events = recording.events if recording.events is not None else _found_events(raw)
+        if not events:
+            raise UserError(f"{recording.path}: a baseline run, which has no cues; leave it out")
     wanted = list(channels) if channels is not None else None
     references = preprocessing.reference if isinstance(preprocessing.reference, tuple) else ()
     if wanted is not None:
