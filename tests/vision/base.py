@@ -99,12 +99,15 @@ class BackboneTester:
             else:  # papers round, or cut, to the digits they print
                 assert abs(params / 1e6 - variant.params) <= 1.01 * 10**-decimals, (name, params)
             if variant.gmacs is not None:
-                assert math.isclose(
-                    flops.get_total_flops() / 2e9, variant.gmacs, rel_tol=self.macs_tolerance, abs_tol=0.05
-                ), (name, flops.get_total_flops() / 2e9)
+                macs = (flops.get_total_flops() / 2 + self.saved_macs(model, size)) / 1e9
+                assert math.isclose(macs, variant.gmacs, rel_tol=self.macs_tolerance, abs_tol=0.05), (name, macs)
             assert timm.is_model(name)
             assert model.pretrained_cfg["crop_pct"] == variant.weights[0].crop_pct
             assert model.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+
+    def saved_macs(self, model: Backbone, size: int) -> float:
+        """Multiply-accumulates that the published order of computation needs and ours does not."""
+        return 0
 
     def published_parameters(self, model: Backbone) -> int:
         """Parameters as the paper counts them."""

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -317,6 +318,8 @@ class Backbone(nn.Module):
         for module in self.eval().modules():
             if module is not self and callable(getattr(module, "fuse", None)):
                 module.fuse()
+            elif isinstance(module, nn.Sequential):
+                fuse_sequence(module)
         return self
 
     # checkpoints
@@ -399,6 +402,23 @@ class Backbone(nn.Module):
             if model is cls and all(plain(settings.get(key)) == plain(wanted[key]) for key in wanted):
                 return name
         return None
+
+
+@torch.no_grad()
+def fuse_sequence(sequence: nn.Sequential) -> None:
+    """Fold every batch norm that follows a convolution into it, for inference; the outputs stay the same."""
+    for i, (conv, norm) in enumerate(pairwise(list(sequence))):
+        if isinstance(conv, nn.Conv2d | DepthwiseConv) and isinstance(norm, nn.BatchNorm2d):
+            fold_batch_norm(conv, norm)
+            sequence[i + 1] = nn.Identity()
+
+
+@torch.no_grad()
+def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> None:
+    """Move a batch norm in eval mode into the convolution before it."""
+    scale, shift = batch_norm_affine(norm)
+    conv.weight *= scale.reshape(-1, *(1,) * (conv.weight.ndim - 1))
+    conv.bias = nn.Parameter(shift if conv.bias is None else conv.bias * scale + shift)
 
 
 def twelve_layers(block: Callable[[int], int]) -> Callable[[str], tuple[int, ...]]:

@@ -1,5 +1,9 @@
 """Small parts that convolutional blocks share: channel norm, stochastic depth, convolutions of any rank."""
 
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, wraps
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -94,3 +98,27 @@ def batch_norm_affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Te
     """(scale, shift) per channel of a batch norm in eval mode: y = scale x + shift."""
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     return scale, norm.bias - norm.running_mean * scale
+
+
+def cached_table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep what `build` returns for its (hashable) arguments: index tables, masks and the like, device included.
+
+    Nothing is kept while a graph is traced. Tables serve in inference mode and in training alike.
+    """
+    kept = lru_cache(maxsize=64)(build)
+
+    @wraps(build)
+    def table(*key: Hashable) -> Tensor:
+        if torch.compiler.is_compiling():
+            return build(*key)
+        with torch.inference_mode(False):
+            return kept(*key)
+
+    return table
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """A context in which autocast does not lower what follows; it changes nothing where autocast is off."""
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
