@@ -340,6 +340,20 @@ def test_metadata_must_be_complete():
         protocols.check_metadata(metadata.assign(session=None), len(y))
 
 
+def test_trials_of_unknown_time_are_taken_in_the_order_of_rows_and_told(caplog):
+    metadata, y = table(subjects=1, sessions=1)
+    metadata = metadata.assign(onset=np.nan, file="all", run="1").reset_index(drop=True)
+    protocols.check_metadata(metadata, len(y))
+    assert "20 of 20 trials have no onset" in caplog.text
+    assert len(set(protocols.trial_ids(metadata))) == 20
+    splits = list(protocols.within_session(metadata, y))
+    for split in splits:
+        check_split(split, metadata, trial_seconds=SECONDS)
+        assert all(
+            split.train[y[split.train] == k].max() < split.validation[y[split.validation] == k].min() for k in (0, 1)
+        )
+
+
 # The harness
 
 

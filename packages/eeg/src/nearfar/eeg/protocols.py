@@ -10,6 +10,7 @@ every result row from them, are named `published ... (test-set selection)`.
 import copy
 import hashlib
 import json
+import logging
 import re
 import time
 import zipfile
@@ -27,6 +28,8 @@ from nearfar.core.files import atomic_path
 from nearfar.eeg import metrics
 from nearfar.eeg.alignment import RunningAlignment, inverse_root, mean_covariance
 from nearfar.eeg.fingerprint import code_digest
+
+logger = logging.getLogger("nearfar.eeg")
 
 COLUMNS = ("subject", "session", "run", "file", "onset")
 PUBLISHED = "published {} (test-set selection)"
@@ -283,23 +286,31 @@ def _earliest(metadata: pd.DataFrame, y: np.ndarray, rows: np.ndarray, count: in
 
 
 def trial_ids(metadata: pd.DataFrame) -> np.ndarray:
-    """One string per trial, from its file and onset, to record what a statistic was fitted on (`fitted_on_`)."""
-    return np.array([f"{file} @ {onset}" for file, onset in zip(metadata["file"], metadata["onset"])], dtype=object)
+    """One string per trial to record what a statistic was fitted on (`fitted_on_`): file and onset, or index label."""
+    rows = zip(metadata["file"], metadata["onset"], metadata.index)
+    return np.array([f"{f} @ {index if np.isnan(onset) else onset}" for f, onset, index in rows], dtype=object)
 
 
 def check_metadata(metadata: pd.DataFrame, n_trials: int) -> None:
-    """Raises `UserError` unless the metadata have a row for each trial, the needed columns and no trial twice."""
+    """Raises `UserError` unless the metadata have a row for each trial, the needed columns and no trial twice.
+
+    An unknown onset (NaN) is let through with a warning: the rows must then be in the order of time, and overlaps in
+    time cannot be seen.
+    """
     missing = [column for column in COLUMNS if column not in metadata]
     if missing:
         raise UserError(f"the trials' metadata lack the columns {missing}; needed are {list(COLUMNS)}")
     if len(metadata) != n_trials:
         raise UserError(f"{n_trials} trials but {len(metadata)} rows of metadata")
-    gaps = metadata[list(COLUMNS)].isna().any()
+    gaps = metadata[list(COLUMNS[:-1])].isna().any()
     if gaps.any():
         raise UserError(f"the trials' metadata have gaps in {list(gaps[gaps].index)}; every trial needs a value")
-    twice = metadata.duplicated(["file", "onset"])
+    twice = metadata.duplicated(["file", "onset"]) & metadata["onset"].notna()
     if twice.any():
         raise UserError(f"trial {trial_ids(metadata[twice])[0]} stands twice in the data; remove one of them")
+    unknown = int(metadata["onset"].isna().sum())
+    if unknown:
+        logger.warning("%d of %d trials have no onset: whether they overlap in time is not checked", unknown, n_trials)
 
 
 def check_split(
