@@ -23,6 +23,7 @@ class BaseConv(StreamingMixer):
         max_length: longest sequence; needed by the long convolution only.
         implicit: where the long convolution's taps come from.
         activation: SiLU on both factors.
+        wrap: of the long convolution with explicit taps, see `ExplicitLongConv`.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class BaseConv(StreamingMixer):
         max_length: int | None = None,
         implicit: bool = True,
         activation: bool = False,
+        wrap: bool = False,
     ):
         super().__init__()
         if kernel_size == 0 or kernel_size < -1:
@@ -43,8 +45,10 @@ class BaseConv(StreamingMixer):
         self.conv: ShortConv | LongConv
         if kernel_size > 0:
             self.conv = ShortConv(dim, kernel_size)
+        elif implicit:
+            self.conv = ImplicitLongConv(dim, max_length)
         else:
-            self.conv = (ImplicitLongConv if implicit else ExplicitLongConv)(dim, max_length)
+            self.conv = ExplicitLongConv(dim, max_length, wrap)
 
     def gate(self, x: Tensor, convolved: Tensor) -> Tensor:
         """The formula, given the convolution of x."""

@@ -1,5 +1,6 @@
 """Causal depthwise convolutions on sequences: short ones by shifted sums, long ones by FFT; both can stream."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -116,10 +117,17 @@ class LongConv(StreamingMixer):
 
 
 class ExplicitLongConv(LongConv):
-    """A long convolution whose taps are parameters, `filter` (d, max_length), drawn from N(0, 1)."""
+    """A long convolution whose taps are parameters, `filter` (d, max_length), drawn from N(0, 1).
 
-    def __init__(self, dim: int, max_length: int):
+    Args:
+        wrap: compute as Zoology's code does, with a transform of 2 N that all max_length taps enter. For N <
+            max_length - 1 it is too short: the end of the sequence leaks into the outputs at its beginning, so this
+            form is not causal there and cannot stream. Only to reproduce published numbers.
+    """
+
+    def __init__(self, dim: int, max_length: int, wrap: bool = False):
         super().__init__(dim, max_length)
+        self.wrap = wrap
         self.filter = nn.Parameter(torch.empty(dim, max_length))
         self.reset_parameters()
 
@@ -128,6 +136,18 @@ class ExplicitLongConv(LongConv):
 
     def taps(self, length: int) -> Tensor:
         return self.filter[:, :length]
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        n = x.shape[1]
+        if not self.wrap or n >= self.max_length - 1:
+            return super().forward(x)
+        product = torch.fft.rfft(x.transpose(1, 2), n=2 * n) * torch.fft.rfft(self.filter, n=2 * n)
+        return torch.fft.irfft(product, n=2 * n)[..., :n].transpose(1, 2)
+
+    def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        if self.wrap:
+            raise ValueError("with wrap=True the beginning depends on the end, so it cannot stream; use wrap=False")
+        return super().extend(x, state, lengths)
 
 
 def position_features(max_length: int, features: int) -> Tensor:
@@ -138,10 +158,10 @@ def position_features(max_length: int, features: int) -> Tensor:
     if features < 3 or features % 2 == 0:
         raise ValueError(f"features={features} must be odd and at least 3: time, then pairs of sine and cosine")
     bands = (features - 1) // 2
-    n = torch.arange(max_length, dtype=torch.float64)[:, None]
-    phase = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64) * (2 * torch.pi * n / max_length)
-    t = torch.linspace(0, 1, max_length, dtype=torch.float64)[:, None]
-    return torch.cat([t, phase.cos(), -phase.sin()], -1).to(torch.get_default_dtype())
+    n = np.arange(max_length)[:, None]
+    phase = np.linspace(1e-4, bands - 1, bands) * (2 * np.pi * n / max_length)
+    t = np.linspace(0, 1, max_length)[:, None]
+    return torch.from_numpy(np.concatenate([t, np.cos(phase), -np.sin(phase)], -1)).to(torch.get_default_dtype())
 
 
 class ImplicitLongConv(LongConv):
@@ -152,9 +172,10 @@ class ImplicitLongConv(LongConv):
 
     def __init__(self, dim: int, max_length: int, features: int = 3, hidden: int = 16):
         super().__init__(dim, max_length)
-        self.register_buffer("positions", position_features(max_length, features))
+        self.register_buffer("positions", torch.empty(max_length, features))
         self.fc1 = nn.Linear(features, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The table of positions; the linear maps reset themselves."""

@@ -13,18 +13,18 @@ from nearfar.ops.recurrence.streaming import State, StreamingMixer
 class HyenaFilter(LongConv):
     """Long convolution with taps `h(n) = MLP(p(n)) exp(-t(n) |delta|)` and a skip: `y = h * x + bias x`.
 
-    MLP: features to `order`, sine, twice order to order with sine, then to d without bias; the sine is sin(f a) with
-    one frequency f per unit, shared by all layers. delta runs evenly over the channels from log(0.01) / 1.5 to
-    log(0.01) / 0.3, t from 0 to 1 over max_length. `positions` (p) is learned too; the published recipe gives it its
-    own learning rate, 1e-5.
+    MLP: features to `order`, sine, `inner` times order to order with sine, then to d without bias; the sine is
+    sin(f a) with one frequency f per unit, shared by all layers. delta runs evenly over the channels from
+    log(0.01) / 1.5 to log(0.01) / 0.3, t from 0 to 1 over max_length. `positions` (p) is learned too; the published
+    recipe gives it its own learning rate, 1e-5.
     """
 
-    def __init__(self, dim: int, max_length: int, features: int = 3, order: int = 64):
+    def __init__(self, dim: int, max_length: int, features: int = 3, order: int = 64, inner: int = 2):
         super().__init__(dim, max_length)
         self.bias = nn.Parameter(torch.empty(dim))
-        self.positions = nn.Parameter(position_features(max_length, features))
+        self.positions = nn.Parameter(torch.empty(max_length, features))
         self.frequency = nn.Parameter(torch.empty(order))
-        self.layers = nn.ModuleList(nn.Linear(i, order) for i in (features, order, order))
+        self.layers = nn.ModuleList(nn.Linear(i, order) for i in (features, *[order] * inner))
         self.last = nn.Linear(order, dim, bias=False)
         self.reset_parameters()
 
@@ -67,13 +67,16 @@ class Hyena(StreamingMixer):
         order: width of the filter network.
         features: position features of the filter network; odd.
         kernel_size: taps of the short convolution.
+        inner: layers of the filter network between its first and its last.
     """
 
-    def __init__(self, dim: int, max_length: int, order: int = 64, features: int = 3, kernel_size: int = 3):
+    def __init__(
+        self, dim: int, max_length: int, order: int = 64, features: int = 3, kernel_size: int = 3, inner: int = 2
+    ):
         super().__init__()
         self.in_proj = nn.Linear(dim, 3 * dim)
         self.short = ShortConv(3 * dim, kernel_size)
-        self.filter = HyenaFilter(dim, max_length, features, order)
+        self.filter = HyenaFilter(dim, max_length, features, order, inner)
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:

@@ -6,7 +6,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions
+from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions, wide
 
 
 def taylor_features(x: Tensor, compressed: bool = False) -> Tensor:
@@ -20,7 +20,7 @@ def taylor_features(x: Tensor, compressed: bool = False) -> Tensor:
     square = x[..., :, None] * x[..., None, :] * (2 * f) ** -0.5
     if compressed:
         i, j = torch.triu_indices(f, f, device=x.device)
-        square = square[..., i, j] * torch.where(i == j, 1.0, 2**0.5).to(x.dtype)
+        square = square[..., i, j] * (1 + (i != j).to(x.dtype) * (2**0.5 - 1))
     else:
         square = square.flatten(-2)
     return torch.cat([torch.ones_like(x[..., :1]), x * f**-0.25, square], -1)
@@ -61,47 +61,58 @@ class Based(StreamingMixer):
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         if x.shape[1] > self.chunk:
             return self.extend(x)[0]
-        q, k, v = self.heads(x)
-        return self.output(*attend(q, k, v))
+        q, k, v, unchanged = self.heads(x)
+        with unchanged:
+            top, bottom = attend(q, k, v)
+            y = top / (bottom + self.eps)
+        return self.output(y, x)
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        q, k, v = self.heads(x)
+        q, k, v, unchanged = self.heads(x)
+        with unchanged:
+            y, state = self.advance(q, k, v, state, real_positions(x, lengths))
+        return self.output(y, x), state
+
+    def advance(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State | None, real: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """The formula, from and to a state. q, k `(B, h, N, f)`, v `(B, h, N, d / h)`, real `(B, N)`."""
         phi = taylor_features(k, compressed=True)
-        real = real_positions(x, lengths)
         if real is not None:
             phi = phi * real[:, None, :, None]
-        one = torch.ones_like(v[..., :1])
         if state is None:
             shape = (*k.shape[:2], phi.shape[-1])
             state = (v.new_zeros(*shape, v.shape[-1]), v.new_zeros(shape))
         before = torch.cat([state[0], state[1][..., None]], -1)  # the denominator is one more channel of values
-        n, pad = x.shape[1], -x.shape[1] % self.chunk
+        values = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+        n, pad = v.shape[2], -v.shape[2] % self.chunk
         if n <= self.chunk:
-            after = before + phi.transpose(-1, -2) @ torch.cat([v, one], -1)
+            after = before + phi.mT @ values
             top, bottom = attend(q, k, v)
             carried = taylor_features(q, compressed=True) @ before
         else:
-            q, k, v, phi, one = (F.pad(t, (0, 0, 0, pad)).unflatten(2, (-1, self.chunk)) for t in (q, k, v, phi, one))
-            sums = phi.transpose(-1, -2) @ torch.cat([v, one], -1)
-            running = torch.cat([before[:, :, None], sums], 2).cumsum(2)
+            q, k, v, phi, values = (
+                F.pad(t, (0, 0, 0, pad)).unflatten(2, (-1, self.chunk)) for t in (q, k, v, phi, values)
+            )
+            running = torch.cat([before[:, :, None], phi.mT @ values], 2).cumsum(2)
             after = running[:, :, -1]
             top, bottom = attend(q, k, v)
             carried = taylor_features(q, compressed=True) @ running[:, :, :-1]
             top, bottom, carried = (t.flatten(2, 3)[:, :, :n] for t in (top, bottom, carried))
-        return self.output(top + carried[..., :-1], bottom + carried[..., -1:]), (
-            after[..., :-1],
-            after[..., -1],
-        )
+        y = (top + carried[..., :-1]) / (bottom + carried[..., -1:] + self.eps)
+        return y, (after[..., :-1], after[..., -1])
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k `(B, h, N, f)` and v `(B, h, N, d / h)`."""
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, torch.autocast]:
+        """q, k `(B, h, N, f)` and v `(B, h, N, d / h)` in the type of the sums, and the context for these."""
+        dtype, unchanged = wide(x)
         q, k, v = (
-            rearrange(p(x), "b n (h c) -> b h n c", h=self.num_heads) for p in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(p(x), "b n (h c) -> b h n c", h=self.num_heads).to(dtype)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return q, k, v
+        return q, k, v, unchanged
 
-    def output(self, top: Tensor, bottom: Tensor) -> Tensor:
-        return self.out_proj(rearrange(top / (bottom + self.eps), "b h n c -> b n (h c)"))
+    def output(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.out_proj(rearrange(y, "b h n c -> b n (h c)").to(x.dtype))
 
     def state_size(self, length: int) -> int:
         f = self.feature_dim

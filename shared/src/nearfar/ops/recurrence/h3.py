@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.convolution.causal import fft_convolution
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, shift_in
+from nearfar.ops.recurrence.streaming import State, StreamingMixer, shift_in, wide
 
 
 class ShiftSSM(nn.Module):
@@ -33,7 +33,8 @@ class ShiftSSM(nn.Module):
         """k, `(d, N)`: the correlation of B and C, as a convolution of C with B turned around."""
         n = self.C.shape[-1]
         size = 2 * n
-        spectrum = torch.fft.rfft(self.B, n=size).conj() * torch.fft.rfft(self.C, n=size)
+        B, C = (t.to(wide(t)[0]) for t in (self.B, self.C))
+        spectrum = torch.fft.rfft(B, n=size).conj() * torch.fft.rfft(C, n=size)
         return torch.fft.irfft(spectrum, n=size)[..., :n]
 
 
@@ -67,11 +68,11 @@ class DiagonalSSM(nn.Module):
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """log Abar and Cbar, both `(H, N/2)` complex."""
-        wide = torch.promote_types(self.C.dtype, torch.float32)
-        A = torch.complex(-torch.exp(self.log_real.to(wide)), self.imag.to(wide))
-        half = A * torch.exp(self.log_dt.to(wide))[:, None] / 2
-        dt = torch.exp(self.log_dt.to(wide))[:, None]
-        BC = torch.view_as_complex(self.B.to(wide)) * torch.view_as_complex(self.C.to(wide))
+        dtype, _ = wide(self.C)
+        A = torch.complex(-torch.exp(self.log_real.to(dtype)), self.imag.to(dtype))
+        half = A * torch.exp(self.log_dt.to(dtype))[:, None] / 2
+        dt = torch.exp(self.log_dt.to(dtype))[:, None]
+        BC = torch.view_as_complex(self.B.to(dtype)) * torch.view_as_complex(self.C.to(dtype))
         return torch.log(1 + half) - torch.log(1 - half), BC * dt / (1 - half)
 
 
@@ -100,8 +101,14 @@ class H3(StreamingMixer):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
         self.shift = ShiftSSM(dim, d_state)
         self.diagonal = DiagonalSSM(dim // head_dim, d_state)
-        self.D_k = nn.Parameter(torch.randn(dim))
-        self.D = nn.Parameter(torch.randn(dim // head_dim))
+        self.D_k = nn.Parameter(torch.empty(dim))
+        self.D = nn.Parameter(torch.empty(dim // head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Both skips from N(0, 1); the parts reset themselves."""
+        nn.init.normal_(self.D_k)
+        nn.init.normal_(self.D)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         k = self.k_proj(x)
@@ -129,13 +136,11 @@ class H3(StreamingMixer):
         kv = self.products(self.D_k * raw + shifted, x)
         step = torch.arange(n, device=x.device)
         powers = torch.exp(log_A[:, None] * (step + 1)[:, None])  # Abar^(t+1), (g, n, modes)
-        wide = C.real.dtype
         y = 2 * torch.einsum("bgijs,gns->bgijn", modes, C[:, None] * powers).real
-        y = (y + fft_convolution(kv.to(wide), self.taps(n)[:, None, None])).to(x.dtype) + self.D[
-            :, None, None, None
-        ] * kv
+        recent = kv.to(y.dtype)
+        y = (y + fft_convolution(recent, self.taps(n)[:, None, None])).to(x.dtype)
+        y = y + self.D[:, None, None, None] * kv
         end = torch.full((b,), n, device=x.device) if lengths is None else lengths
-        recent = kv.to(wide)
         if lengths is not None:  # the real positions to the end of the piece, so that all rows share one table
             empty = recent.new_zeros(b, 0, *recent.shape[1:4])
             recent = shift_in(empty, recent.movedim(-1, 1), n, lengths).movedim(1, -1)

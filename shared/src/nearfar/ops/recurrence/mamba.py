@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nearfar.ops.convolution.causal import ShortConv
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions
+from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions, wide
 
 BLOCK = 64  # positions whose states exist at one time
 LANE = 8  # neighbours that are scanned one after the other, in all lanes of a block side by side
@@ -36,57 +36,59 @@ def scan_(a: Tensor, x: Tensor, start: Tensor, reverse: bool = False) -> None:
 class _SelectiveScan(torch.autograd.Function):
     """`h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t`, `y_t = C_t . h_t`, block by block.
 
-    u, dt `(B, N, G, E)`, A `(G, E, S)`, B, C `(B, N, G, S)`, h0 `(B, G, E, S)`; N a multiple of the lane. Keeps the
+    u, dt `(B, N, G, E)`, A `(G, S, E)`, B, C `(B, N, G, S)`, h0 `(B, G, S, E)`; N a multiple of the lane. Keeps the
     state between blocks only; the backward pass runs each block again.
     """
 
     @staticmethod
     def forward(ctx, u, dt, A, B, C, h0):
-        h, starts, ys = h0, [], []
+        h, starts, y = h0, [], torch.empty_like(u)
+        du = dt * u
+        block = u.new_empty(2, min(BLOCK, u.shape[1]) * h0.numel())  # memory that all blocks use in turn
         for t in range(0, u.shape[1], BLOCK):
             part = slice(t, t + BLOCK)
             starts.append(h)
-            a = torch.exp(dt[:, part, ..., None] * A)
-            x = (dt[:, part] * u[:, part])[..., None] * B[:, part, :, None]
+            shape = (len(h), du[:, part].shape[1], *h.shape[1:])
+            a, x = (m[: math.prod(shape)].view(shape) for m in block)
+            torch.mul(dt[:, part, :, None], A, out=a).exp_()
+            torch.mul(du[:, part, :, None], B[:, part, ..., None], out=x)
             scan_(a, x, h)
-            ys.append((x @ C[:, part, ..., None]).squeeze(-1))
+            y[:, part] = (C[:, part, :, None] @ x).squeeze(-2)
             h = x[:, -1].clone()
         ctx.save_for_backward(u, dt, A, B, C, *starts)
-        return torch.cat(ys, 1), h
+        return y, h
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_h):
         u, dt, A, B, C, *starts = ctx.saved_tensors
-        n = u.shape[1]
         later = F.pad(dt, (0, 0, 0, 0, 0, 1))  # one step of dt = 0 behind the end: exp(0) hands grad_h on
-        g = grad_h
+        du, g = dt * u, grad_h
         gu, gdt, gB, gC = (torch.empty_like(t) for t in (u, dt, B, C))
         gA = torch.zeros_like(A)
-        for t in reversed(range(0, n, BLOCK)):
+        block = u.new_empty(4, (min(BLOCK, u.shape[1]) + 1) * g.numel())
+        for t in reversed(range(0, u.shape[1], BLOCK)):
             part, start = slice(t, t + BLOCK), starts[t // BLOCK]
-            du = dt[:, part] * u[:, part]
-            a = torch.exp(later[:, t : t + BLOCK + 1, ..., None] * A)
-            length = a.shape[1] - 1
-            h = du[..., None] * B[:, part, :, None]
-            scan_(a[:, :-1].clone(), h, start)
-            gy = grad_y[:, part]
-            gC[:, part] = (gy[..., None, :] @ h).squeeze(-2)
-            w = torch.empty_like(h)  # a_t h_{t-1}, what the decay of step t multiplied
-            torch.mul(a[:, 0], start, out=w[:, 0])
-            torch.mul(a[:, 1:length], h[:, :-1], out=w[:, 1:])
-            torch.mul(gy[..., None], C[:, part, :, None], out=h)
-            scan_(a[:, 1:].contiguous(), h, g, reverse=True)
-            gB[:, part] = (du[..., None, :] @ h).squeeze(-2)
-            gdu = (h @ B[:, part, ..., None]).squeeze(-1)
-            gu[:, part] = gdu * dt[:, part]
+            step, push, gy = dt[:, part], du[:, part], grad_y[:, part]
+            shape = (len(g), step.shape[1], *g.shape[1:])
+            scratch, h, w = (m[: math.prod(shape)].view(shape) for m in block[:3])
+            a = block[3, : g.numel() * (shape[1] + 1)].view(len(g), shape[1] + 1, *g.shape[1:])
+            torch.mul(later[:, t : t + shape[1] + 1, :, None], A, out=a).exp_()
+            torch.mul(push[..., None, :], B[:, part, ..., None], out=h)
+            scan_(scratch.copy_(a[:, :-1]), h, start)
+            gC[:, part] = (h @ gy[..., None]).squeeze(-1)
+            torch.mul(a[:, 0], start, out=w[:, 0])  # w: a_t h_{t-1}, what the decay of step t multiplied
+            torch.mul(a[:, 1:-1], h[:, :-1], out=w[:, 1:])
+            torch.mul(C[:, part, ..., None], gy[..., None, :], out=h)
+            scan_(scratch.copy_(a[:, 1:]), h, g, reverse=True)
+            gB[:, part] = (h @ push[..., None]).squeeze(-1)
+            gdu = (B[:, part, :, None] @ h).squeeze(-2)
+            gu[:, part] = gdu * step
             w.mul_(h)
-            gA += torch.einsum("btges,btge->ges", w, dt[:, part])
-            gdt[:, part] = gdu * u[:, part] + (w * A).sum(-1)
+            gA += torch.mul(w, step[:, :, :, None], out=scratch).sum((0, 1))
+            gdt[:, part] = gdu * u[:, part] + w.mul_(A).sum(-2)
             g = h[:, 0].clone()
-        # g is the gradient of the state in the first step of the sequence; through its decay it reaches h0
-        gh0 = g * torch.exp(dt[:, 0, ..., None] * A)
-        return gu, gdt, gA, gB, gC, gh0
+        return gu, gdt, gA, gB, gC, g * torch.exp(dt[:, 0, :, None] * A)
 
 
 def selective_scan(
@@ -110,24 +112,25 @@ def selective_scan(
         y `(B, N, E)` in u's type, and the last state `(B, E, S)`.
     """
     b, n, e = u.shape
-    wide = torch.promote_types(u.dtype, torch.float32)
+    dtype, unchanged = wide(u)
     if B.dim() == 3:
         B, C = B[:, :, None], C[:, :, None]
     groups, s = B.shape[2:]
     if e % groups:
         raise ValueError(f"{groups} groups do not divide {e} channels")
     if state is None:
-        state = torch.zeros(b, e, s, dtype=wide, device=u.device)
+        state = torch.zeros(b, e, s, dtype=dtype, device=u.device)
     pad = -n % min(LANE, n)
     x, step, B, C = (
-        F.pad(t.to(wide), (0, 0, 0, 0, 0, pad))
+        F.pad(t.to(dtype), (0, 0, 0, 0, 0, pad))
         for t in (u.unflatten(-1, (groups, -1)), dt.unflatten(-1, (groups, -1)), B, C)
     )
     split = (groups, e // groups)
-    y, h = _SelectiveScan.apply(
-        x, step, A.to(wide).unflatten(0, split), B, C, state.to(wide).unflatten(1, split).contiguous()
-    )
-    return y[:, :n].flatten(2).to(u.dtype), h.flatten(1, 2)
+    A = A.to(dtype).unflatten(0, split).transpose(-1, -2).contiguous()
+    state = state.to(dtype).unflatten(1, split).transpose(-1, -2).contiguous()
+    with unchanged:
+        y, h = _SelectiveScan.apply(x, step, A, B, C, state)
+    return y[:, :n].flatten(2).to(u.dtype), h.transpose(-1, -2).flatten(1, 2)
 
 
 class Mamba(StreamingMixer):
@@ -188,7 +191,7 @@ class Mamba(StreamingMixer):
         real = real_positions(x, lengths)
         if real is not None:
             dt = dt * real[..., None]
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        A = -torch.exp(self.A_log.to(wide(self.A_log)[0]))
         y, h = selective_scan(u, dt, A, B, C, h)
         return self.out_proj((y + self.D * u) * F.silu(z)), (*conv_state, h)
 

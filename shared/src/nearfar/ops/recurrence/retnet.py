@@ -6,21 +6,20 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, advance, real_positions
+from nearfar.ops.recurrence.streaming import State, StreamingMixer, advance, real_positions, wide
 
 
-def rotate(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
+def rotate_halves(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
     """Rotary positions, half split: channels i and i + c/2 turn by `position * base^(-2i/c)`.
 
     x: `(B, h, N, c)`; position: `(B or 1, N)` integers.
     """
     half = x.shape[-1] // 2
-    wide = torch.promote_types(x.dtype, torch.float32)
-    speed = base ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+    speed = base ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)
     angle = position[:, None, :, None] * speed
     cos, sin = angle.cos(), angle.sin()
-    a, b = x.to(wide).chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 class Retention(StreamingMixer):
@@ -52,8 +51,13 @@ class Retention(StreamingMixer):
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, expand * dim, bias=False)
         self.g_proj = nn.Linear(dim, expand * dim, bias=False)
-        self.norm = nn.Parameter(torch.ones(expand * dim // num_heads))
+        self.norm = nn.Parameter(torch.empty(expand * dim // num_heads))
         self.out_proj = nn.Linear(expand * dim, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Norm weights 1; the linear maps reset themselves."""
+        nn.init.ones_(self.norm)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return self.extend(x)[0]
@@ -63,20 +67,22 @@ class Retention(StreamingMixer):
         q, k, v = (
             rearrange(p(x), "b n (h c) -> b h n c", h=self.num_heads) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        wide = torch.promote_types(v.dtype, torch.float32)  # decayed sums need more than half precision
+        dtype, unchanged = wide(x)
         if state is None:
             state = (
-                torch.zeros(b, self.num_heads, q.shape[-1], v.shape[-1], dtype=wide, device=x.device),
+                torch.zeros(b, self.num_heads, q.shape[-1], v.shape[-1], dtype=dtype, device=x.device),
                 torch.zeros(b, dtype=torch.long, device=x.device),
             )
         memory, seen = state
         position = seen[:, None] + torch.arange(n, device=x.device)
-        q, k, v = rotate(q, position).to(wide) * q.shape[-1] ** -0.5, rotate(k, position).to(wide), v.to(wide)
-        head = torch.arange(self.num_heads, device=x.device, dtype=wide)
-        rate = torch.log1p(-(2.0 ** (-5 - head)))  # log gamma, one per head
-        o = self.retain(q, k, v, memory, rate)
-        after = self.remember(k, v, memory, rate, lengths)
-        o = F.rms_norm(o, o.shape[-1:], self.norm.to(wide), self.eps)
+        with unchanged:
+            q, k = (rotate_halves(t.to(dtype), position) for t in (q, k))
+            q, v = q * q.shape[-1] ** -0.5, v.to(dtype)
+            head = torch.arange(self.num_heads, device=x.device, dtype=dtype)
+            rate = torch.log1p(-(2.0 ** (-5 - head)))  # log gamma, one per head
+            o = self.retain(q, k, v, memory, rate)
+            after = self.remember(k, v, memory, rate, lengths)
+            o = F.rms_norm(o, o.shape[-1:], self.norm.to(dtype), self.eps)
         o = rearrange(o, "b h n c -> b n (h c)").to(x.dtype)
         return self.out_proj(o * F.silu(self.g_proj(x))), (after, advance(seen, x, lengths))
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, shift_in
+from nearfar.ops.recurrence.streaming import State, StreamingMixer, shift_in, wide
 
 CHUNK = 16
 NEVER = -1e30  # logarithm of a weight that is zero, finite so that differences stay defined
@@ -84,9 +84,9 @@ class RWKV4TimeMix(StreamingMixer):
         return self.extend(x)[0]
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        wide = torch.promote_types(x.dtype, torch.float32)
+        dtype, _ = wide(x)
         if state is None:
-            zero = torch.zeros(x.shape[0], self.dim, dtype=wide, device=x.device)
+            zero = torch.zeros(x.shape[0], self.dim, dtype=dtype, device=x.device)
             state = (x.new_zeros(x.shape[0], 1, self.dim), zero, zero, zero + NEVER)
         previous = torch.cat([state[0], x[:, :-1]], 1)
         k, v, r = (
@@ -97,8 +97,8 @@ class RWKV4TimeMix(StreamingMixer):
                 (self.receptance, self.mix_r),
             )
         )
-        k, v = k.to(wide), v.to(wide)
-        decay, bonus = -torch.exp(self.time_decay.to(wide)), self.time_first.to(wide)
+        k, v = k.to(dtype), v.to(dtype)
+        decay, bonus = -torch.exp(self.time_decay.to(dtype)), self.time_first.to(dtype)
         one, items_k = torch.ones_like(v), k
         if lengths is not None:
             real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]

@@ -46,6 +46,11 @@ def state_numbers(state: State) -> int:
     return sum(t[0].numel() * (2 if t.is_complex() else 1) for t in floats)
 
 
+def wide(x: Tensor) -> tuple[torch.dtype, torch.autocast]:
+    """The type for sums over a whole text, float32 or x's if wider, and a context that keeps autocast out of them."""
+    return torch.promote_types(x.dtype, torch.float32), torch.autocast(x.device.type, enabled=False)
+
+
 def real_positions(x: Tensor, lengths: Tensor | None) -> Tensor | None:
     """Mask `(B, N)` of the real positions of `x` (B, N, ...); None where all are real."""
     return None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]

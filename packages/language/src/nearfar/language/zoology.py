@@ -1,0 +1,292 @@
+"""Zoology's published layout: its state dicts and settings, mapped to ours, and the contracts of its code.
+
+Zoology: Measuring and Improving Recall in Efficient Language Models (Arora, Eyuboglu et al., ICLR 2024, arXiv
+2312.04927); Based (arXiv 2402.18668).
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nearfar.core.checkpoints import load_state_dict, read_state_dict
+from nearfar.core.contracts import Contract
+from nearfar.core.errors import CheckpointError
+from nearfar.language.modeling import MIXERS, STATE_MIXERS, MixerConfig, MixerForCausalLM, build
+from nearfar.language.tasks import make_examples
+from nearfar.ops.recurrence.based import taylor_features
+from nearfar.ops.tokens.selective_lookup import SelectiveLookup
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+RENAMES: dict[str, list[tuple[str, str]]] = {
+    "attention": [(r"Wqkv", "qkv")],
+    "selective-lookup": [(r"Wqkv", "attention.qkv"), (r"out_proj", "attention.out_proj"), (r"selecting", "selection")],
+    "base-conv": [
+        (r"conv\.conv\.", "conv."),
+        (r"conv\.mlp\.0\.", "conv.fc1."),
+        (r"conv\.mlp\.2\.", "conv.fc2."),
+        (r"conv\.pos_emb\.z", "conv.positions"),
+    ],
+    "based": [(r"proj_([qkv])", r"\1_proj"), (r"proj_o", "out_proj")],
+    "hyena": [
+        (r"short_filter", "short"),
+        (r"filter_fn\.bias", "filter.bias"),
+        (r"filter_fn\.pos_emb\.z", "filter.positions"),
+        (r"filter_fn\.implicit_filter\.\d+\.freq", "filter.frequency"),
+    ],
+    "h3": [
+        (r"ssm_k_D", "D_k"),
+        (r"ssm_k_kernel\.kernel\.", "shift."),
+        (r"kernel\.kernel\.inv_A_real", "diagonal.log_real"),
+        (r"kernel\.kernel\.A_imag", "diagonal.imag"),
+        (r"kernel\.kernel\.", "diagonal."),
+        (r"output_linear", "out_proj"),
+    ],
+    "rwkv4": [(r"time_mix_", "mix_")],
+    "rwkv4-channel-mix": [(r"time_mix_", "mix_")],
+    "mamba": [(r"conv1d", "conv")],
+    "mlp": [],
+}
+"""Mixer -> (published name, as a pattern; our name), the first that fits the beginning of a name applies."""
+
+SQUEEZED = re.compile(r"mix_|positions$|frequency$|shift\.C$|diagonal\.C$")
+COMPUTED = re.compile(r".*(pos_emb\.t|modulation\.deltas)$")
+"""Tables that our modules compute."""
+
+
+def recognise(shapes: Shapes, settings: Mapping[str, Any], layer: int = 0) -> dict[str, Any]:
+    """The mixer, as a config names it, whose published tensors are `shapes`.
+
+    What shapes cannot tell comes from `settings`: heads, a sliding window, BaseConv's activation. In the settings of a
+    whole model they may also stand in the description of the mixer, as "2 heads" or "window 8".
+    """
+    described = settings.get("mixer", "")
+    per_layer = re.findall(rf"layer {layer}\b([^,;]*)", described)
+    text = f"{per_layer[0] if per_layer else described} {settings.get('op', '')}".lower()
+
+    def number(pattern: str, default: int) -> int:
+        found = re.search(pattern, text) or re.search(pattern, described.lower())
+        return int(found[1]) if found else default
+
+    heads = int(settings.get("heads", number(r"(\d+)\s*heads?", 1)))
+    if "selecting.weight" in shapes:
+        return {"type": "selective-lookup", "num_heads": heads}
+    if "Wqkv.weight" in shapes:
+        window = settings.get("block_size", settings.get("window"))
+        if window is not None or "sliding" in text:
+            window = int(window or number(r"(?:window|block|block_size|sliding)\D{0,12}(\d+)", 0))
+            return {"type": "sliding-attention", "num_heads": heads, "window": window}
+        return {"type": "attention", "num_heads": heads}
+    if "proj_q.weight" in shapes:
+        return {"type": "based", "num_heads": heads, "feature_dim": shapes["proj_q.weight"][0] // heads}
+    if "projection.weight" in shapes:
+        choice: dict[str, Any] = {"type": "base-conv", "activation": bool(settings.get("activation", False))}
+        if "conv.conv.weight" in shapes:
+            return choice | {"kernel_size": shapes["conv.conv.weight"][-1]}
+        explicit = "conv.filter" in shapes
+        length = shapes["conv.filter"][-1] if explicit else shapes["conv.pos_emb.z"][1]
+        wrap = explicit and settings.get("wrap", True)
+        return choice | {"kernel_size": -1, "implicit": not explicit, "max_length": length, "wrap": wrap}
+    if "short_filter.weight" in shapes:
+        _, length, features = shapes["filter_fn.pos_emb.z"]
+        inner = len([n for n in shapes if re.fullmatch(r"filter_fn\.implicit_filter\.\d+\.weight", n)]) - 2
+        order = shapes["filter_fn.implicit_filter.0.weight"][0]
+        taps = shapes["short_filter.weight"][-1]
+        sizes = {"max_length": length, "order": order, "features": features, "kernel_size": taps, "inner": inner}
+        return {"type": "hyena", **sizes}
+    if "ssm_k_D" in shapes:
+        dim, state = shapes["ssm_k_kernel.kernel.B"]
+        return {"type": "h3", "d_state": state, "head_dim": dim // shapes["D"][0]}
+    if "time_decay" in shapes:
+        return {"type": "rwkv4"}
+    if "A_log" in shapes:
+        inner, state = shapes["A_log"]
+        expand = inner // shapes["out_proj.weight"][0]
+        rank, taps = shapes["dt_proj.weight"][1], shapes["conv1d.weight"][-1]
+        return {"type": "mamba", "d_state": state, "d_conv": taps, "expand": expand, "dt_rank": rank}
+    raise CheckpointError(f"no Zoology mixer has these tensors: {', '.join(shapes)}")
+
+
+def recognise_state_mixer(shapes: Shapes) -> dict[str, Any] | str:
+    """The state mixer whose published tensors are `shapes`; no tensors: the identity."""
+    if not shapes:
+        return "identity"
+    if "time_mix_k" in shapes and "key.weight" in shapes:
+        hidden, dim = shapes["key.weight"]
+        return {"type": "rwkv4-channel-mix", "mult": hidden // dim}
+    if "fc1.weight" in shapes:
+        hidden, dim = shapes["fc1.weight"]
+        return {"type": "mlp", "mult": hidden // dim}
+    raise CheckpointError(f"no Zoology state mixer has these tensors: {', '.join(shapes)}")
+
+
+def width(shapes: Shapes) -> int:
+    """Channels of a mixer, by the map that leads out of it or back."""
+    for name in ("out_proj.weight", "proj_o.weight", "output_linear.weight", "output.weight", "projection.weight"):
+        if name in shapes:
+            return shapes[name][0]
+    return shapes["receptance.weight"][0]
+
+
+def our_names(state: Mapping[str, Tensor], mixer: str) -> dict[str, Tensor]:
+    """The published tensors of one mixer under our names; of tensors that share a name the last counts."""
+    renames = RENAMES["attention" if mixer == "sliding-attention" else mixer]
+    ours = {}
+    linear = 0
+    for name, value in state.items():
+        if COMPUTED.match(name):
+            continue
+        if mixer == "hyena" and re.match(r"filter_fn\.implicit_filter\.\d+\.(weight|bias)", name):
+            is_last = name.endswith("weight") and name.replace("weight", "bias") not in state
+            new = f"filter.layers.{linear}.{name.rsplit('.', 1)[1]}" if not is_last else "filter.last.weight"
+            linear += name.endswith("bias")
+        else:
+            new = next((re.sub(old, to, name) for old, to in renames if re.match(old, name)), name)
+        if SQUEEZED.search(new):
+            value = value.reshape(value.shape[-1] if re.search(r"mix_|frequency$", new) else value.shape[1:])
+        ours[new] = value
+    return ours
+
+
+def load_mixer(module: nn.Module, state: Mapping[str, Tensor], mixer: str) -> nn.Module:
+    """Load one mixer's published tensors; the table of positions may be left out."""
+    load_state_dict(module, our_names(state, mixer), ignore=[r".*positions$"])
+    return module.eval()
+
+
+def part(values: Mapping[str, Any], *prefixes: str) -> dict[str, Any]:
+    """The entries below the first prefix that has any."""
+    for prefix in prefixes:
+        if found := {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}:
+            return found
+    return {}
+
+
+MIXER_PREFIXES = ("sequence_mixer.mixer.", "sequence_mixer.")
+
+
+def model_config(shapes: Shapes, settings: Mapping[str, Any]) -> MixerConfig:
+    """The config of a whole published model, from its tensors' names and shapes and its settings."""
+    count = 1 + max(int(m[1]) for n in shapes if (m := re.match(r"backbone\.layers\.(\d+)\.", n)))
+    mixers, state_mixers = [], []
+    for i in range(count):
+        layer = part(shapes, f"backbone.layers.{i}.")
+        mixers.append(recognise(part(layer, *MIXER_PREFIXES), settings, i))
+        state_mixers.append(recognise_state_mixer(part(layer, "state_mixer.")))
+    if any(s != state_mixers[0] for s in state_mixers):
+        raise CheckpointError("the layers have different state mixers")
+    vocabulary, dim = shapes["backbone.embeddings.word_embeddings.weight"]
+    positions = shapes.get("backbone.embeddings.position_embeddings.weight")
+    lengths = [m["max_length"] for m in mixers if "max_length" in m]
+    return MixerConfig(
+        vocab_size=vocabulary,
+        hidden_size=dim,
+        num_hidden_layers=count,
+        mixers=mixers,
+        state_mixer=state_mixers[0],
+        norm_eps=settings.get("layernorm_eps", 1e-5),
+        max_position_embeddings=positions[0] if positions else min(lengths, default=2048),
+        learned_positions=positions is not None,
+        tie_word_embeddings=settings.get("tie_embeddings", True),
+    )
+
+
+def published_state(state: Mapping[str, Tensor], config: MixerConfig) -> dict[str, Tensor]:
+    """A whole published state dict under our names."""
+    embedding = "backbone.embeddings.word_embeddings.weight"
+    ours = {
+        "lm_head.weight": state.get("lm_head.weight", state[embedding]),
+        "model.embed_tokens.weight": state[embedding],
+    }
+    ours |= {f"model.norm.{name}": value for name, value in part(state, "backbone.ln_f.").items()}
+    if config.tie_word_embeddings:  # one tensor under two names: the last in the file counts
+        ours["model.embed_tokens.weight"] = ours["lm_head.weight"]
+    if config.learned_positions:
+        ours["model.embed_positions.weight"] = state["backbone.embeddings.position_embeddings.weight"]
+    known = ("backbone.embeddings.", "backbone.ln_f.", "lm_head.", "backbone.layers.")
+    ours |= {name: value for name, value in state.items() if not name.startswith(known)}
+    for i in range(config.num_hidden_layers):
+        layer, to = part(state, f"backbone.layers.{i}."), f"model.layers.{i}."
+        mixer = our_names(part(layer, *MIXER_PREFIXES), config.layer_mixer(i)["type"])
+        ours |= {f"{to}mixer.{name}": value for name, value in mixer.items()}
+        if isinstance(config.state_mixer, dict):
+            after = our_names(part(layer, "state_mixer."), config.state_mixer["type"])
+            ours |= {f"{to}state_mixer.{name}": value for name, value in after.items()}
+        rest = {n: v for n, v in layer.items() if not n.startswith(("sequence_mixer.", "state_mixer."))}
+        ours |= {f"{to}{name}": value for name, value in rest.items()}
+    return ours
+
+
+def from_published(checkpoint: str | Path | Mapping[str, Tensor], **settings: Any) -> MixerForCausalLM:
+    """A model with the weights of a published Zoology checkpoint, a file or a state dict.
+
+    Its architecture is read from the names and shapes. `settings` give what they do not tell: `heads` (default 1),
+    `window` of sliding attention, `activation` of BaseConv, `layernorm_eps`, `tie_embeddings`; `wrap=False` makes
+    explicit long convolutions causal at every length, and able to stream, where the published code is not.
+    """
+    state = dict(checkpoint) if isinstance(checkpoint, Mapping) else read_state_dict(checkpoint)
+    return load_model(state, {name: tuple(value.shape) for name, value in state.items()}, settings)
+
+
+def load_model(state: Mapping[str, Tensor], shapes: Shapes, settings: Mapping[str, Any]) -> MixerForCausalLM:
+    config = model_config(shapes, settings)
+    model = MixerForCausalLM(config)
+    load_state_dict(model, published_state(state, config), ignore=[r".*positions$"])
+    return model.eval()
+
+
+def build_contract(contract: Contract) -> Callable[..., Any]:
+    """The model, mixer, feature map or data of a Zoology contract."""
+    settings, shapes = contract.settings, contract.shapes
+    if contract.variant.startswith("data-"):
+        return lambda *_: data(contract)
+    if "backbone.ln_f.weight" in shapes:
+        return Logits(load_model(contract.state(), shapes, settings))
+    if not shapes:
+        return taylor_features
+    shapes, state = (part(values, "m.", "mixer.", "") for values in (shapes, contract.state()))
+    if "time_mix_k" in shapes and "time_decay" not in shapes:
+        choice, table = recognise_state_mixer(shapes), STATE_MIXERS
+    else:
+        choice, table = recognise(shapes, settings), MIXERS
+    module = build(choice, table, "mixer", dim=width(shapes))
+    load_mixer(module, state, choice["type"])
+    if isinstance(module, SelectiveLookup) and any(o["name"] == "out.aux" for o in contract.outputs):
+        return TrainPass(module)
+    return module
+
+
+class Logits(nn.Module):
+    """A language model that returns its logits alone."""
+
+    def __init__(self, model: MixerForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids).logits
+
+
+class TrainPass(nn.Module):
+    """Selective lookup as it trains: output and auxiliary term."""
+
+    def __init__(self, mixer: SelectiveLookup) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y, auxiliary = self.mixer.train_pass(x)
+        return {"y": y, "aux": auxiliary}
+
+
+def data(contract: Contract) -> dict[str, Tensor]:
+    """The examples of a data contract, drawn as the published code draws them."""
+    kind = re.match(r"data-((?:[a-z]+-)*[a-z]+)-v\d", contract.variant)
+    settings = {name: value for name, value in contract.settings.items() if name not in ("rng",)}
+    task = kind[1] if kind else "mqar"
+    inputs, labels = make_examples(task, exact=True, **settings)
+    return {"inputs": inputs.to(torch.float64), "labels": labels.to(torch.float64)}

@@ -1,0 +1,247 @@
+"""`MixerForCausalLM` as transformers, Trainer and users drive it, with every mixer."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from nearfar.core.errors import UserError
+from nearfar.language.modeling import MIXERS, MixerCache, MixerConfig, MixerForCausalLM, MixerModel
+
+VOCABULARY = 40
+LAYERS = {
+    "attention hybrid": ["base-conv", {"type": "attention", "num_heads": 2}],
+    "sliding": [{"type": "sliding-attention", "window": 4}],
+    "long base-conv": [{"type": "base-conv", "kernel_size": -1}],
+    "based": [{"type": "based", "feature_dim": 4}],
+    "hyena": ["hyena"],
+    "h3": [{"type": "h3", "d_state": 8}],
+    "mamba": ["mamba"],
+    "retnet": ["retnet"],
+    "rwkv4": ["rwkv4"],
+    "selective": [{"type": "selective-lookup", "threshold": 0.5}],
+}
+SPECIAL = {
+    "mamba": {"state_mixer": "none", "norm": "rmsnorm"},
+    "rwkv4": {"state_mixer": "rwkv4-channel-mix"},
+    "sliding": {"learned_positions": True},
+    "based": {"state_mixer": "identity"},
+    "hyena": {"state_mixer": "glu"},
+}
+
+
+@pytest.fixture(params=LAYERS, name="kind")
+def _kind(request):
+    return request.param
+
+
+def make(kind, **more):
+    torch.manual_seed(0)
+    settings = {"vocab_size": VOCABULARY, "hidden_size": 16, "max_position_embeddings": 64, "initializer_range": 0.3}
+    return MixerForCausalLM(MixerConfig(**settings, mixers=LAYERS[kind], **SPECIAL.get(kind, {}), **more)).eval()
+
+
+@pytest.fixture(name="model")
+def _model(kind):
+    return make(kind)
+
+
+def tokens(rows=3, length=10, seed=0):
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_mixer_is_covered():
+    used = {m if isinstance(m, str) else m["type"] for layers in LAYERS.values() for m in layers}
+    assert used == set(MIXERS)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"num_beams": 4, "num_beam_groups": None}, {"do_sample": True, "temperature": 0.7}]
+)
+def test_generation_with_the_state_equals_generation_without(model, how):
+    how = {"do_sample": False} | how
+    out = []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        out.append(model.generate(tokens(), max_new_tokens=12, use_cache=use_cache, **how))
+    assert torch.equal(*out)
+    assert out[0].shape == (3, 22)
+
+
+@torch.no_grad()
+def test_pieces_equal_the_whole(model):
+    ids = tokens(length=20)
+    whole = model.double()(ids).logits
+    cache, parts = None, []
+    for piece in ids.split([1, 6, 1, 12], 1):
+        out = model(piece, past_key_values=cache, use_cache=True)
+        cache, parts = out.past_key_values, [*parts, out.logits]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
+    assert cache.get_seq_length() == 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_changes_nothing(model, side):
+    """Prompts of different lengths in one batch: logits, state and continuation are those of each alone."""
+    model.double()
+    lengths, width = [10, 4, 7], 13
+    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+    starts = {"left": [width - n for n in lengths], "right": [0] * 3, "both": [1, 3, 5]}[side]
+    for row, (start, n) in enumerate(zip(starts, lengths)):
+        ids[row, start : start + n] = tokens()[row, :n]
+        mask[row, start : start + n] = 1
+    plain = model(ids, attention_mask=mask).logits
+    out = model(ids, attention_mask=mask, use_cache=True)
+    more = tokens(length=5, seed=7)
+    after = model(more, attention_mask=torch.cat([mask, torch.ones_like(more)], 1), past_key_values=out.past_key_values)
+    written = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    for row, (start, n) in enumerate(zip(starts, lengths)):
+        alone = tokens()[row : row + 1, :n]
+        whole = model(torch.cat([alone, more[row : row + 1]], 1)).logits[0]
+        torch.testing.assert_close(plain[row, start : start + n], whole[:n], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(out.logits[row, start : start + n], whole[:n], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(after.logits[row], whole[n:], rtol=1e-9, atol=1e-9)
+        expected = model.generate(alone, max_new_tokens=6, do_sample=False)[0, n:]
+        assert torch.equal(written[row, width:], expected)
+
+
+@torch.no_grad()
+def test_save_and_reload_is_exact(model, tmp_path):
+    ids = tokens()
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again) is MixerForCausalLM
+    assert torch.equal(again(ids).logits, expected)
+    assert type(AutoModel.from_pretrained(tmp_path)) is MixerModel
+    assert AutoConfig.from_pretrained(tmp_path).mixers == model.config.mixers
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@torch.no_grad()
+def test_a_state_in_a_file_continues_the_text(model, tmp_path):
+    ids = tokens(rows=1, length=20)
+    out = model(ids[:, :12], use_cache=True)
+    out.past_key_values.save(tmp_path / "book.safetensors")
+    for _ in range(2):  # one file, many questions
+        cache = MixerCache.load(tmp_path / "book.safetensors")
+        assert cache.get_seq_length() == 12
+        torch.testing.assert_close(model(ids[:, 12:], past_key_values=cache).logits, model(ids).logits[:, 12:])
+    with pytest.raises(UserError, match="no saved state"):
+        MixerCache.load(tmp_path / "none.safetensors")
+
+
+@torch.no_grad()
+def test_logits_to_keep(model):
+    ids = tokens()
+    whole = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, whole[:, -2:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, whole[:, [0, 5]])
+
+
+def test_checkpointing_changes_no_gradient(kind):
+    ids, gradients = tokens(), []
+    for checkpointing in (False, True):
+        model = make(kind).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(g is not None for g in gradients[0])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_loss_is_that_of_the_next_token(model):
+    ids = tokens()
+    labels = ids.clone()
+    labels[:, :4] = -100
+    out = model(ids, labels=labels)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, 3:-1].flatten(0, 1), ids[:, 4:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+
+
+@torch.no_grad()
+def test_the_state_stays_constant_where_it_can(model, kind):
+    sizes = []
+    for length in (20, 40):
+        sizes.append(model(tokens(length=length), use_cache=True).past_key_values.numbers())
+    grows = kind in ("attention hybrid", "long base-conv", "hyena", "selective")
+    assert (sizes[1] > sizes[0]) == grows
+    assert (model.state_size(40) > model.state_size(20)) == grows
+
+
+def test_it_learns(kind):
+    """Repeats a random text: loss falls well below that of guessing."""
+    model = make(kind).train()
+    ids = tokens(rows=4, length=16)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5 * torch.tensor(float(VOCABULARY)).log()
+
+
+def test_the_embedding_is_tied_or_not(tmp_path):
+    tied, free = make("based"), make("based", tie_word_embeddings=False)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert free.lm_head.weight is not free.model.embed_tokens.weight
+    free.save_pretrained(tmp_path)
+    again = MixerForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.lm_head.weight, free.lm_head.weight)
+
+
+def test_initial_values():
+    model = MixerForCausalLM(MixerConfig(hidden_size=64, num_hidden_layers=8, mixers=["attention", "mamba", "h3"]))
+    layers = model.model.layers
+    spreads = {
+        model.model.embed_tokens: 0.02,
+        layers[0].mixer.qkv: 0.02,
+        layers[0].mixer.out_proj: 0.02 / 4,
+        layers[0].state_mixer.fc2: 0.02 / 4,
+        layers[1].mixer.in_proj: 64**-0.5 / 3**0.5,
+    }
+    for module, spread in spreads.items():
+        assert module.weight.std().item() == pytest.approx(spread, rel=0.1)
+    torch.testing.assert_close(layers[1].mixer.A_log[3].exp(), torch.arange(1.0, 17.0))
+    assert (layers[2].mixer.diagonal.log_real.exp() == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mixers": ["atention"]}, "unknown mixer 'atention'; known are attention"),
+        ({"mixers": [{"type": "based", "heads": 2}]}, "mixer 'based' has no setting 'heads'; it has num_heads"),
+        ({"mixers": ["sliding-attention"]}, "needs its window"),
+        ({"mixers": [{"type": "attention", "num_heads": 5}]}, "num_heads=5 must divide dim=128"),
+        ({"mixers": []}, "mixers is empty"),
+        ({"state_mixer": "mpl"}, "unknown state mixer 'mpl'"),
+        ({"norm": "batchnorm"}, "unknown norm 'batchnorm'"),
+    ],
+)
+def test_wrong_configs_end_in_one_clear_line(settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        MixerForCausalLM(MixerConfig(**settings))
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_beyond_the_positions_is_refused():
+    model = make("sliding")
+    with pytest.raises(ValueError, match="longer than max_position_embeddings=64"):
+        model(tokens(length=65))
+
+
+def test_a_copied_state_is_a_branch(model):
+    ids = tokens(rows=1, length=16)
+    with torch.no_grad():
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+        branch = copy.deepcopy(cache)
+        first = model(ids[:, 8:], past_key_values=cache).logits
+        second = model(ids[:, 8:], past_key_values=branch).logits
+    assert torch.equal(first, second)
