@@ -1,0 +1,159 @@
+"""Recordings on disk: any length read in pieces as one channel, and several files written together or not at all."""
+
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from nearfar.core.errors import UserError
+from nearfar.core.files import atomic_path
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".m4a", ".aac", ".mp4")
+"""Endings of the files that are looked for in a folder."""
+
+
+class Recording:
+    """A recording read piece by piece; its channels are averaged to one.
+
+        with Recording("meeting.flac") as recording:
+            recording.rate, recording.frames, recording.channels
+            samples = recording.read(start, stop)          # float32, (stop - start,)
+
+    What libsndfile cannot decode (m4a, aac, mp4) goes through the `ffmpeg` program, where it is installed.
+
+    Raises UserError for a file that is missing, damaged, empty, shorter than its header says, or holds NaN.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._decoded: Path | None = None
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: no such file")
+        _refuse_truncated(self.path)
+        try:
+            self._file = soundfile.SoundFile(self.path)
+        except soundfile.LibsndfileError as error:
+            self._file = self._through_ffmpeg(error)
+        self.rate, self.channels, self.frames = self._file.samplerate, self._file.channels, self._file.frames
+        if self.frames <= 0:
+            self.close()
+            raise UserError(f"{self.path}: holds no sound")
+
+    def _through_ffmpeg(self, error: Exception) -> soundfile.SoundFile:
+        reason = str(error).split(": ")[-1].rstrip(".")
+        if self.path.suffix.lower() not in (".m4a", ".aac", ".mp4"):
+            raise UserError(f"{self.path}: cannot be read as sound ({reason})")
+        if shutil.which("ffmpeg") is None:
+            raise UserError(
+                f"{self.path}: reading {self.path.suffix} needs the ffmpeg program; install it or convert to flac"
+            )
+        with tempfile.NamedTemporaryFile(suffix=".wav", delete=False) as file:
+            name = file.name
+        self._decoded = Path(name)
+        command = ["ffmpeg", "-v", "error", "-y", "-i", str(self.path), "-vn", "-c:a", "pcm_f32le", name]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            self._decoded.unlink(missing_ok=True)
+            first = (done.stderr.strip().splitlines() or ["no reason given"])[0]
+            raise UserError(f"{self.path}: ffmpeg cannot read it ({first})")
+        return soundfile.SoundFile(self._decoded)
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Samples start .. stop-1 as float32, the channels averaged."""
+        try:
+            self._file.seek(start)
+            samples = self._file.read(stop - start, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise UserError(f"{self.path}: damaged at {start / self.rate:.1f} s ({error})") from error
+        if len(samples) < stop - start:
+            raise UserError(f"{self.path}: ends at {(start + len(samples)) / self.rate:.1f} s, its header says later")
+        if not np.isfinite(samples).all():
+            bad = start + int(np.flatnonzero(~np.isfinite(samples).all(axis=1))[0])
+            raise UserError(
+                f"{self.path}: holds a value that is no number (NaN or infinite) at {bad / self.rate:.3f} s"
+            )
+        return np.ascontiguousarray(samples.mean(axis=1))
+
+    def blocks(self, seconds: float = 10.0) -> Iterator[NDArray[np.float32]]:
+        """The whole recording in pieces."""
+        size = max(1, int(seconds * self.rate))
+        for start in range(0, self.frames, size):
+            yield self.read(start, min(start + size, self.frames))
+
+    @property
+    def subtype(self) -> str:
+        """How samples are coded, in libsndfile's words, e.g. PCM_16."""
+        return self._file.subtype
+
+    def close(self) -> None:
+        self._file.close()
+        if self._decoded is not None:
+            self._decoded.unlink(missing_ok=True)
+
+    def __enter__(self) -> "Recording":
+        return self
+
+    def __exit__(self, kind: type | None, error: Exception | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _refuse_truncated(path: Path) -> None:
+    """libsndfile reads a cut-off WAV as a shorter one without a word; the RIFF header knows better."""
+    with path.open("rb") as file:
+        head = file.read(12)
+        if len(head) < 12 or head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            return
+        end = path.stat().st_size
+        while len(chunk := file.read(8)) == 8:
+            name, size = struct.unpack("<4sI", chunk)
+            if name == b"data":
+                there = end - file.tell()
+                if size not in (0, 0xFFFFFFFF) and there < size:  # streams leave the length open
+                    raise UserError(f"{path}: truncated, {there} of {size} bytes of sound are there")
+                return
+            file.seek(size + size % 2, 1)
+
+
+class Writers:
+    """Sound files written side by side; `with writing(...)` renames them into place together at its end."""
+
+    def __init__(self, files: list[soundfile.SoundFile], paths: list[Path]):
+        self._files, self._paths = files, paths
+
+    def write(self, block: NDArray[np.float32]) -> None:
+        """block: (files, n) samples."""
+        for file, path, samples in zip(self._files, self._paths, block):
+            try:
+                file.write(samples)
+                file.flush()
+            except (soundfile.LibsndfileError, AssertionError, OSError) as error:  # a short write asserts
+                raise UserError(f"{path}: cannot be written ({error}); nothing was kept, is the disk full?") from error
+
+
+@contextmanager
+def writing(paths: list[Path], rate: int, subtype: str | None = None) -> Iterator[Writers]:
+    """Open one-channel files for writing; on an error or an interruption none of them is left, not even in part.
+
+    subtype: libsndfile's word for the sample format; by default 32-bit float for wav, 24 bit for flac.
+    Raises UserError where a file cannot be made or a write fails.
+    """
+    with ExitStack() as stack:
+        temporary = [stack.enter_context(atomic_path(path)) for path in paths]
+        files = []
+        for path, place in zip(paths, temporary):
+            coded = subtype or {".wav": "FLOAT", ".flac": "PCM_24"}.get(path.suffix.lower())
+            try:
+                files.append(stack.enter_context(soundfile.SoundFile(place, "w", rate, 1, coded)))
+            except (soundfile.LibsndfileError, OSError, ValueError) as error:
+                raise UserError(f"{path}: cannot be written ({error})") from error
+        yield Writers(files, paths)
+        for file in files:
+            file.close()
