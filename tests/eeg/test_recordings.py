@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.io import savemat
 
 from nearfar.core.errors import UserError
 from nearfar.eeg.conventions import standard_montage, standard_name
@@ -136,6 +137,52 @@ def test_triggers_become_annotations(make_raw, tmp_path):
     epochs = PLAIN.cut(done, {"left": "7", "right": "8"})
     np.testing.assert_allclose(epochs.metadata["onset"], [3, 10, 18])
     assert epochs.events[:, 2].tolist() == [1, 2, 1]
+
+
+def test_triggers_of_a_biosemi_file(make_raw, tmp_path):
+    raw = make_raw(cues={})
+    status = np.full(raw.n_times, 0x010000)  # the amplifier's own bits
+    status[800:810] += 5
+    status[1600:1610] += 6
+    signals = [
+        edfio.BdfSignal(x * 1e6, 160, label=name, physical_dimension="uV", physical_range=(-262144, 262143))
+        for name, x in zip(raw.ch_names, raw.get_data())
+    ]
+    signals.append(
+        edfio.BdfSignal.from_digital(status.astype(np.int32), 160, label="Status", physical_range=(-8388608, 8388607))
+    )
+    edfio.Bdf(signals).write(tmp_path / "a.bdf")
+    epochs = load_trials(tmp_path / "a.bdf", preprocessing=PLAIN, events={"left": "5", "right": "6"})
+    assert epochs.metadata["onset"].tolist() == [5, 10]
+    assert epochs.ch_names == raw.ch_names
+
+
+def test_eeglab_files(make_raw, tmp_path):
+    raw = make_raw()
+    events = [{"type": name, "latency": 160 * onset + 1} for name, onset in (("T1", 5.0), ("T2", 12.0), ("T1", 20.0))]
+    savemat(
+        tmp_path / "a.set",
+        {
+            "EEG": {
+                "data": raw.get_data() * 1e6,
+                "srate": 160.0,
+                "nbchan": 9,
+                "pnts": raw.n_times,
+                "trials": 1,
+                "xmin": 0.0,
+                "xmax": 60.0,
+                "chanlocs": [{"labels": name} for name in raw.ch_names],
+                "event": events,
+                "epoch": [],
+                "icawinv": [],
+                "icasphere": [],
+                "icaweights": [],
+            }
+        },
+    )
+    epochs = load_trials(tmp_path, preprocessing=PLAIN, events=EVENTS)
+    assert epochs.metadata["onset"].tolist() == [5, 12, 20]
+    np.testing.assert_allclose(epochs.get_data()[1], raw.get_data()[:, 1920:2240], atol=1e-12)
 
 
 # Units

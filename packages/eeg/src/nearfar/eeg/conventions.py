@@ -133,7 +133,7 @@ def annotation_names(raw: mne.io.BaseRaw) -> np.ndarray:
 def check_eegmmidb(raw: mne.io.BaseRaw, path: Path) -> None:
     """Refuse a run of EEGMMIDB that is not what the set's description says: 160 Hz, cues that last 4 to 4.5 s.
 
-    A few subjects were recorded otherwise (128 Hz, longer trials, irregular annotations); the file itself tells.
+    The file itself tells, so that no list of irregular subjects is needed.
     """
     rate = raw.info["sfreq"]
     durations = raw.annotations.duration[np.isin(annotation_names(raw), ("T1", "T2"))]

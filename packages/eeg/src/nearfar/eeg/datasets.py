@@ -5,7 +5,7 @@ Nothing is downloaded by the functions that take a folder; `fetch_eegmmidb` and 
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import mne
 
@@ -13,6 +13,9 @@ from nearfar.core.errors import UserError
 from nearfar.eeg import conventions
 from nearfar.eeg.preprocessing import event_counts, quiet
 from nearfar.eeg.recordings import Recording, find_recordings
+
+if TYPE_CHECKING:
+    import moabb.datasets.base
 
 EEGMMIDB_IRREGULAR = (38, 88, 89, 92, 100, 104)
 """Subjects of EEGMMIDB that AGTCNet's evaluation leaves out. `load_trials` checks rate and trial length by itself."""

@@ -30,8 +30,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "bciciv2a": {"tmin": 0.0, "tmax": 3.0, "sfreq": 125.0},
     "bciciv2a-long": {"tmin": -0.5, "tmax": 4.0, "sfreq": 125.0},
     "eegmmidb": {"tmin": 0.0, "tmax": 4.0, "sfreq": 160.0},
+    "finger-movements": {"tmin": -0.63, "tmax": -0.13, "sfreq": 200.0},
 }
-"""Window, rate and average reference of the published AGTCNet configurations: 375, 562 and 640 samples."""
+"""Windows and rates, all with an average reference: those of the published AGTCNet configurations (375, 562 and 640
+samples), and the whole trials of `nearfar.eeg.samples` at twice their rate, since AGTCNet needs 65 samples (100)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ class Preprocessing:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
-        """The settings of a published configuration (see `PRESETS`), with `changes`."""
+        """The settings of one of `PRESETS`, with `changes`."""
         if name not in PRESETS:
             raise UserError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**PRESETS[name] | changes)

@@ -1,11 +1,13 @@
 """Reading EEG recordings: find them, open them with sane names and units, and load their trials.
 
+```python
 from nearfar.eeg.preprocessing import Preprocessing
 from nearfar.eeg.recordings import find_recordings, load_trials, trials_array
 
 recordings = find_recordings("eegmmidb/S001")
 epochs = load_trials(recordings, preprocessing=Preprocessing.preset("eegmmidb"))
 X, y, classes = trials_array(epochs)
+```
 """
 
 import logging
@@ -38,6 +40,9 @@ logger = logging.getLogger("nearfar.eeg")
 FORMATS = (".edf", ".bdf", ".gdf", ".vhdr", ".set", ".fif", ".fif.gz", ".cnt", ".mff", ".nxe", ".mat")
 """Endings that count as recordings in a folder; a file named outright may be anything that `mne.io.read_raw` opens."""
 
+SAMPLE = "finger-movements"
+"""Stands for the real EEG of `nearfar.eeg.samples` wherever a path is asked for."""
+
 UNITS = {"V": 1.0, "mV": 1e-3, "uV": 1e-6, "µV": 1e-6, "nV": 1e-9}
 
 _TYPES = {"eog": r"eog", "ecg": r"ecg|ekg", "emg": r"emg", "stim": r"^(sti ?\d+|status|stim|trigger|trig|marker)$"}
@@ -51,6 +56,7 @@ class Recording:
     events: class -> annotation name(s) where the set is known; None where `load_trials` is to look.
     labels: `.mat` file with the classes of cues that the recording leaves unknown.
     raw: the recording itself where it comes from memory and not from `path`.
+    trials: its trials where these are all there is, as in the sample; `Preprocessing.apply_trials` treats them.
     """
 
     path: Path
@@ -60,21 +66,28 @@ class Recording:
     events: Events | None = field(default=None, compare=False)
     labels: Path | None = None
     raw: mne.io.BaseRaw | None = field(default=None, compare=False, repr=False)
+    trials: mne.BaseEpochs | None = field(default=None, compare=False, repr=False)
 
     def read(self, *, rename: Mapping[str, str] | None = None, unit: str | None = None) -> mne.io.BaseRaw:
-        """The recording as `read_recording` gives it."""
+        """The recording as `read_recording` gives it; `UserError` where there are only trials cut from it."""
+        if self.trials is not None:
+            raise UserError(f"{self.path}: holds {len(self.trials)} trials and no continuous recording")
         return read_recording(self.path if self.raw is None else self.raw, rename=rename, unit=unit, labels=self.labels)
 
 
 def find_recordings(paths: str | Path | Iterable[str | Path]) -> list[Recording]:
     """Recordings among files and folders (searched to the bottom), in natural order.
 
+    The name `finger-movements` stands for the installed sample (`nearfar.eeg.samples`), one recording a session.
     Subject, session and run come from customary names (`S001R04.edf`, `A01T.gdf`, BIDS entities), else from the folders
     (`conventions.identity`). In a BIDS dataset derivatives and source data are passed over. Raises `UserError` for a
     path that does not exist, a file of a kind that holds no recording and a folder without any.
     """
-    found: dict[Path, Recording] = {}
+    found: dict[tuple[Path, str], Recording] = {}
     for path in [Path(paths)] if isinstance(paths, str | Path) else map(Path, paths):
+        if str(path) == SAMPLE and not path.exists():
+            found |= {(path, each.session): each for each in _sample()}
+            continue
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         single = path.is_file() or path.suffix in FORMATS  # an .mff recording is a folder
@@ -86,7 +99,7 @@ def find_recordings(paths: str | Path | Iterable[str | Path]) -> list[Recording]
                 raise UserError(f"{file}: holds labels or something else, not a recording; give the recording itself")
             subject, session, run = conventions.identity(file, None if single else path)
             labels = conventions.find_labels(file) if file.suffix.lower() == ".gdf" else None
-            found[file.absolute()] = Recording(file, subject, session, run, conventions.known_events(file), labels)
+            found[file.absolute(), ""] = Recording(file, subject, session, run, conventions.known_events(file), labels)
     return list(found.values())
 
 
@@ -106,7 +119,8 @@ def read_recording(
     - Channels named like EOG, ECG, EMG or a trigger get that type. Positions are the recording's own, else those of the
       10-05 system; electrodes of unknown name have none.
     - Triggers of a stim channel become annotations, named by their numbers, where the file has no others.
-    - A GDF recorder writes the lowest value into all channels between joined runs: this becomes NaN (`fill_gaps`).
+    - Stretches of a GDF file in which all channels stand at their lowest value, between joined runs, become NaN, which
+      `Preprocessing.apply` fills.
     - labels: `.mat` file with `classlabel` for cues of unknown class (783).
     - unit: what the file's numbers are ("uV", "mV", ...) where it does not say so and MNE took them for volts.
 
@@ -215,10 +229,14 @@ def load_trials(
     seen: set[str] = set()
     for recording in todo:
         try:
-            raw = recording.read(rename=rename, unit=unit)
-            seen |= set(event_counts(raw))
             with quiet():
-                part = _trials_of(raw, recording, preprocessing, events, channels, interpolate)
+                if recording.trials is not None:
+                    seen |= set(recording.trials.event_id)
+                    part = _given_trials(recording.trials, recording, preprocessing, events, channels)
+                else:
+                    raw = recording.read(rename=rename, unit=unit)
+                    seen |= set(event_counts(raw))
+                    part = _trials_of(raw, recording, preprocessing, events, channels, interpolate)
                 if parts:
                     _check_alike(part, parts[0])
                     part = part.reorder_channels(parts[0].ch_names)
@@ -247,6 +265,17 @@ def trials_array(epochs: mne.BaseEpochs) -> tuple[NDArray[np.float32], NDArray[n
     return X, np.array([index[code] for code in epochs.events[:, 2]], dtype=np.int64), classes
 
 
+def _sample() -> list[Recording]:
+    from nearfar.eeg.samples import finger_movements
+
+    epochs = finger_movements()
+    sessions = epochs.metadata["session"]
+    return [
+        Recording(Path(SAMPLE), "1", session, session, trials=epochs[(sessions == session).to_numpy()])
+        for session in sessions.unique()
+    ]
+
+
 def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in re.split(r"(\d+)", str(path))]
 
@@ -258,8 +287,11 @@ def _inside(folder: Path) -> Iterator[Path]:
         continued = re.search(r"(-\d+|_split-(?!0*1_)\d+_\w+)\.fif(\.gz)?$", name)  # read with the first part
         if not name.endswith(FORMATS) or name.startswith(".") or copies or continued:
             continue
-        if not name.endswith(".mat") or conventions.is_bnci(path):
-            yield path
+        try:
+            if not name.endswith(".mat") or conventions.is_bnci(path):
+                yield path
+        except UserError as error:
+            logger.warning("passed over %s", error)
 
 
 def _open(path: Path) -> mne.io.BaseRaw:
@@ -435,14 +467,14 @@ def _common_channels(
     first: Recording | None = None
     for recording in recordings:
         try:
-            raw = recording.read(rename=rename, unit=unit)
+            raw = recording.trials if recording.trials is not None else recording.read(rename=rename, unit=unit)
         except UserError as error:
             if failures is None:
                 raise
             failures.append((recording, error))
             continue
-        bad = bad_channels(raw)
-        names = [name for name in raw.pick("eeg", exclude=()).ch_names if name not in bad]
+        bad = bad_channels(raw) if recording.trials is None else {}
+        names = [name for name in raw.copy().pick("eeg", exclude=()).ch_names if name not in bad]
         common = names if first is None else [name for name in common if name in names]
         first = first or recording
         if not common:
@@ -493,6 +525,30 @@ def _trials_of(
         }
     )
     return epochs
+
+
+def _given_trials(
+    trials: mne.BaseEpochs,
+    recording: Recording,
+    preprocessing: Preprocessing,
+    events: Events | None,
+    channels: Sequence[str] | None,
+) -> mne.EpochsArray:
+    names = event_classes(events) if events is not None else {name: name for name in trials.event_id}
+    chosen = [name for name in names if name in trials.event_id]
+    missing = [name for name in channels or () if name not in trials.ch_names]
+    if missing:
+        raise UserError(
+            f"{recording.path}: no channel {', '.join(missing)}; it has {', '.join(trials.ch_names)}; name others"
+        )
+    if not chosen:
+        raise UserError(f"{recording.path}: none of the events {', '.join(names)}; it has {', '.join(trials.event_id)}")
+    trials = trials[chosen].pick(list(channels) if channels is not None else "eeg")
+    classes = list(dict.fromkeys(names.values()))
+    given = {code: classes.index(names[name]) + 1 for name, code in trials.event_id.items()}
+    trials.events[:, 2] = [given[code] for code in trials.events[:, 2]]
+    trials.event_id = {classes[code - 1]: code for code in sorted(set(given.values()))}
+    return preprocessing.apply_trials(trials)
 
 
 def _found_events(raw: mne.io.BaseRaw) -> dict[str, str]:

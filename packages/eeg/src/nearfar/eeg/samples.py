@@ -44,7 +44,7 @@ def finger_movements() -> mne.EpochsArray:
     classes = {"left_hand": 1, "right_hand": 2}
     codes = [classes[f"{name}_hand"] for name in labels]
     metadata = pd.DataFrame(
-        {"subject": "1", "session": sessions, "run": sessions, "file": "FingerMovements", "onset": float("nan")}
+        {"subject": "1", "session": sessions, "run": sessions, "file": "finger-movements", "onset": float("nan")}
     )
     return mne.EpochsArray(
         np.concatenate(data) * 1e-6,
