@@ -278,6 +278,9 @@ class MixerBlock(GradientCheckpointingLayer):
         if config.state_mixer != "none":
             self.norm2 = norm(dim, eps=config.norm_eps)
             self.state_mixer = build(config.state_mixer, STATE_MIXERS, "state mixer", dim=dim)
+        for name, module in self.named_modules():
+            if name.endswith(("out_proj", "fc2")):  # writes to the residual
+                module.depth_scale = (2 * config.num_hidden_layers) ** -0.5
 
     def forward(
         self, x: Tensor, cache: MixerLayerCache | None = None, lengths: Tensor | None = None
@@ -322,29 +325,21 @@ class MixerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Linears and embeddings N(0, initializer_range), those that write to the residual smaller by
         sqrt(2 layers), biases 0; operators with parameters of their own set these themselves."""
-        std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
-            init.normal_(module.weight, std=std)
+            init.normal_(module.weight, std=self.config.initializer_range * getattr(module, "depth_scale", 1.0))
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, MLP | GLU | StreamingMixer) or hasattr(module, "reset_parameters"):
+        elif hasattr(module, "reset_parameters"):
             loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
             if isinstance(module, Mamba):  # keeps torch's initial values for linear maps
                 for linear in (module.in_proj, module.x_proj, module.out_proj):
                     linear.reset_parameters()
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-            for name in ("out_proj", "fc2"):
-                if isinstance(writer := getattr(module, name, None), nn.Linear):
-                    scale = (2 * self.config.num_hidden_layers) ** -0.5
-                    if isinstance(module, Mamba):
-                        writer.weight.mul_(self.config.num_hidden_layers**-0.5)
-                    else:
-                        writer.weight.normal_(std=std * scale)
+                module.out_proj.weight.mul_(self.config.num_hidden_layers**-0.5)
+            module.reset_parameters()
             for parameter, value in loaded:
                 parameter.copy_(value)
 
