@@ -347,7 +347,7 @@ def score_events(
     right = commands[inside][first] == labels[answered]
     hits, wrong, false = int(right.sum()), int((~right).sum()), int((~inside).sum())
     lengths = np.minimum(duration, np.diff(np.append(onsets, total)))
-    idle_minutes = (total - lengths.sum()) / 60
+    idle_minutes = float(total - lengths.sum()) / 60
     selections = hits + wrong + false
     latencies = (times[inside][first] - onsets[answered])[right]
     bits = metrics.bits_per_selection(hits / selections, n_classes) if selections else 0.0
