@@ -122,3 +122,29 @@ def full_precision(x: Tensor) -> AbstractContextManager:
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
+
+
+@torch.no_grad()
+def fold_into_next(norm: nn.modules.batchnorm._BatchNorm, conv: nn.Module) -> None:
+    """Move a batch norm in eval mode into the pointwise convolution or linear map that follows it."""
+    scale, shift = batch_norm_affine(norm)
+    weight = conv.weight.flatten(1)
+    added = weight @ shift
+    conv.bias = nn.Parameter(added if conv.bias is None else conv.bias + added)
+    conv.weight.copy_((weight * scale).reshape(conv.weight.shape))
+
+
+class Derived:
+    """Keeps the last tensor that was computed from a parameter, while that is unchanged and no gradient is needed."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[tuple, Tensor] | None = None
+
+    def get(self, parameter: Tensor, key: tuple, compute: Callable[[], Tensor]) -> Tensor:
+        """`compute()`, or what it gave before for the same parameter values and `key`."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or parameter.is_inference():
+            return compute()
+        key = (*key, parameter.data_ptr(), parameter._version, parameter.dtype, parameter.device)
+        if self.kept is None or self.kept[0] != key:
+            self.kept = key, compute()
+        return self.kept[1]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import ChannelNorm, DepthwiseConv
+from nearfar.ops.convolution.layers import ChannelNorm, DepthwiseConv, Derived
 
 
 class GlobalLocalFilter(nn.Module):
@@ -38,23 +38,19 @@ class GlobalLocalFilter(nn.Module):
         self.complex_weight = nn.Parameter(torch.empty(dim // 2, height, width, 2))
         nn.init.trunc_normal_(self.complex_weight, std=0.02)
         self.post_norm = ChannelNorm(dim)
-        self._resized: tuple[tuple, Tensor] | None = None
+        self._resized = Derived()
 
     def filter(self, height: int, width: int) -> Float[Tensor, "c h w 2"]:
         """K for a spectrum of `height` x `width`, real and imaginary parts last."""
         weight = self.complex_weight
         if weight.shape[1:3] == (height, width):
             return weight
-        keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference())
-        key = (height, width, weight.data_ptr(), weight._version, weight.dtype) if keep else ()
-        if keep and self._resized is not None and self._resized[0] == key:
-            return self._resized[1]
-        parts = weight.permute(3, 0, 1, 2)
+        return self._resized.get(weight, (height, width), lambda: self._resize(height, width))
+
+    def _resize(self, height: int, width: int) -> Tensor:
+        parts = self.complex_weight.permute(3, 0, 1, 2)
         parts = F.interpolate(parts, size=(height, width), mode="bilinear", align_corners=True)
-        resized = parts.permute(1, 2, 3, 0).contiguous()
-        if keep:
-            self._resized = key, resized
-        return resized
+        return parts.permute(1, 2, 3, 0).contiguous()
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         height, width = x.shape[-2:]
