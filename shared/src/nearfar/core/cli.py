@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -23,7 +24,7 @@ from nearfar.core.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 160)
 """Where results go (standard output)."""
 
 messages = Console(stderr=True)
@@ -84,9 +85,9 @@ def progress() -> Progress:
 
 def table(rows: Sequence[dict[str, Any]], title: str | None = None) -> Table:
     """A rich table of `rows`; the columns are the first row's keys, numbers are set to the right."""
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for column, value in (rows[0] if rows else {}).items():
-        shown.add_column(str(column), justify="right" if isinstance(value, int | float) else "left")
+        shown.add_column(str(column), justify="right" if isinstance(value, int | float) else "left", overflow="fold")
     for row in rows:
         shown.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
     return shown
@@ -191,7 +192,7 @@ def verify(
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="Run each model under torch.compile.")] = False,
     tolerance: Annotated[
-        float | None, typer.Option(help="Largest relative error allowed.  [default: the file's own, else 1e-4]")
+        float | None, typer.Option(help="Largest relative error allowed. (default: the file's own, else 1e-4)")
     ] = None,
 ) -> None:
     """Check that each model computes what its published code computes.

@@ -22,7 +22,12 @@ def style() -> Iterator[None]:
             "axes.grid": True,
             "grid.alpha": 0.3,
             "figure.constrained_layout.use": True,
+            "font.family": "sans-serif",
             "font.size": 10,
+            "text.color": "black",
+            "axes.labelcolor": "black",
+            "xtick.color": "black",
+            "ytick.color": "black",
         }
     ):
         yield

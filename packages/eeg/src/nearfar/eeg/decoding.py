@@ -20,6 +20,7 @@ from nearfar.core.errors import UserError
 from nearfar.core.files import file_digest, write_json
 from nearfar.core.training import data_loader, environment, train
 from nearfar.eeg.baselines import network, network_class
+from nearfar.eeg.conventions import standard_montage
 from nearfar.eeg.preprocessing import Preprocessing
 
 
@@ -258,6 +259,12 @@ class Decoder:
     def sfreq(self) -> float:
         """Sampling rate of the trials, Hz."""
         return float(self.training["sfreq"])
+
+    @property
+    def info(self) -> mne.Info:
+        """Channels, positions (where the 10-05 system has them) and rate as MNE's Info."""
+        info = mne.create_info(self.ch_names, self.sfreq, "eeg")
+        return info.set_montage(standard_montage(), on_missing="ignore", verbose="ERROR")
 
     def save(self, folder: str | Path) -> Path:
         """Write the decoder into `folder`; what else is there stays. `decoder.json` comes last, so a folder that has

@@ -1,0 +1,1 @@
+"""Decode motor imagery from EEG recordings."""

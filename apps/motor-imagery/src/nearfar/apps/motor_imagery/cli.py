@@ -1,0 +1,685 @@
+"""`nearfar motor-imagery`: inspect recordings, train a decoder, evaluate decoders fairly, predict, report."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import mne
+import numpy as np
+import pandas as pd
+import typer
+
+from nearfar.apps.motor_imagery import pages
+from nearfar.core.cli import console, messages, progress, raise_failures, run_batch, table
+from nearfar.core.errors import UserError
+from nearfar.core.files import atomic_path, write_json
+from nearfar.core.training import read_recipe
+from nearfar.eeg import baselines, metrics, online, plots, protocols
+from nearfar.eeg.agtcnet import AGTCNet
+from nearfar.eeg.conventions import EEGMMIDB_FILE, is_bciciv2a_file
+from nearfar.eeg.decoding import Decoder, NetworkClassifier, Recipe
+from nearfar.eeg.preprocessing import PRESETS, Events, Preprocessing, event_classes, event_counts
+from nearfar.eeg.recordings import (
+    SAMPLE,
+    Recording,
+    bad_channels,
+    find_recordings,
+    load_trials,
+    select_channels,
+    trials_array,
+)
+
+app = typer.Typer(
+    help="Decode imagined movements from EEG. Start with `inspect FOLDER` to see what your files hold, compare "
+    "decoders with `evaluate`, make one with `train`, use it with `predict`.\n\n"
+    "Reads EDF, BDF, GDF, BrainVision, EEGLAB, FIF and all else that MNE reads. The runs of EEGMMIDB and of BCI "
+    "Competition IV 2a are known by name; for others say what the events mean: `--event left_hand=769`.",
+    no_args_is_help=True,
+)
+
+
+class Protocol(StrEnum):
+    """Honest: filter the continuous recording, select on training data. Published: exactly what the paper did."""
+
+    honest = "honest"
+    published = "published"
+
+
+class Standardization(StrEnum):
+    exponential_moving = "exponential-moving"
+    trial = "trial"
+
+
+Paths = Annotated[list[Path], typer.Argument(help="Recordings, or folders that are searched for recordings.")]
+Event = Annotated[
+    list[str] | None,
+    typer.Option("--event", help="What an event means: CLASS=NAME or CLASS=NAME,NAME. Repeat for each class."),
+]
+Classes = Annotated[str | None, typer.Option(help="Only these classes, e.g. left_hand,right_hand.")]
+Runs = Annotated[str | None, typer.Option(help="Only these runs, e.g. 4,8,12.")]
+Subjects = Annotated[str | None, typer.Option(help="Only these subjects, e.g. S001,S002.")]
+Channels = Annotated[
+    str | None, typer.Option(help="Only these channels, in this order: C3,Cz,C4; or `common`: those all files have.")
+]
+Interpolate = Annotated[
+    bool, typer.Option("--interpolate", help="Compute missing and bad channels from their neighbours (splines).")
+]
+Unit = Annotated[str | None, typer.Option(help="Unit of the file's numbers where it does not say: V, mV, uV, nV.")]
+Window = Annotated[
+    tuple[float, float] | None, typer.Option(help="Window around the cue in seconds. (default: the preset's, or 0 3)")
+]
+Band = Annotated[tuple[float, float] | None, typer.Option(help="Band-pass in Hz, e.g. 4 38. (default: as recorded)")]
+Notch = Annotated[float | None, typer.Option(help="Remove this mains frequency and its harmonics, in Hz.")]
+Resample = Annotated[float | None, typer.Option("--resample", help="Resample to this rate, in Hz.")]
+Standardize = Annotated[Standardization | None, typer.Option(help="Standardise each channel. (default: no)")]
+ProtocolOption = Annotated[
+    Protocol,
+    typer.Option(
+        help="honest: filter the continuous recording; choose nothing on test data. published: the paper's order "
+        "(per trial) and, in `evaluate`, its choice of weights on the test set; results are labelled so."
+    ),
+]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file with training settings.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A training setting: max_epochs=100, lr=0.001, batch_size=32, patience=50, seed=1 ..."),
+]
+Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def inspect(paths: Paths, unit: Unit = None, as_json: JsonOutput = False) -> None:
+    """Say what recordings hold: subjects, channels, rate, events, and what is wrong with them."""
+
+    def look(recording: Recording) -> dict[str, Any]:
+        if recording.trials is not None:
+            return _look_at_trials(recording, as_json)
+        raw = recording.read(unit=unit)
+        eeg = mne.pick_types(raw.info, eeg=True, exclude=())
+        placed = sum(not np.isnan(raw.info["chs"][pick]["loc"][:3]).any() for pick in eeg)
+        problems = [f"{name} {why}" for name, why in bad_channels(raw).items()]
+        if placed < len(eeg):
+            problems.append(f"{len(eeg) - placed} channels without position")
+        meaning = {name: cls for cls, name in (recording.events or {}).items()}
+        events = {meaning.get(name, name): count for name, count in event_counts(raw).items()}
+        return {
+            "file": str(recording.path),
+            "subject": recording.subject,
+            "session": recording.session,
+            "run": recording.run,
+            "channels": len(eeg),
+            "Hz": float(raw.info["sfreq"]),
+            "seconds": round(raw.n_times / raw.info["sfreq"], 1),
+            "events": events if as_json else ", ".join(f"{name} {count}" for name, count in events.items()),
+            "problems": problems if as_json else "; ".join(problems),
+        }
+
+    found = find_recordings(paths)
+    rows, failures = run_batch(found, look, "reading", name=lambda recording: str(recording.path))
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    elif rows:
+        console.print(table(rows))
+    raise_failures(failures, len(found))
+
+
+@app.command()
+def train(
+    paths: Paths,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the decoder; call again to go on.")],
+    test: Annotated[
+        list[Path] | None, typer.Option(help="Recordings (or folders) to test the finished decoder on, once.")
+    ] = None,
+    test_runs: Annotated[str | None, typer.Option(help="Runs of PATHS to test on instead of training on them.")] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="Fine-tune from this: a decoder folder, or published AGTCNet weights (.h5) of your own download."
+        ),
+    ] = None,
+    validation: Annotated[float, typer.Option(help="Share of the training data that chooses the weights.")] = 0.2,
+    event: Event = None,
+    classes: Classes = None,
+    runs: Runs = None,
+    subjects: Subjects = None,
+    channels: Channels = None,
+    interpolate: Interpolate = False,
+    unit: Unit = None,
+    window: Window = None,
+    band: Band = None,
+    notch: Notch = None,
+    resample: Resample = None,
+    standardize: Standardize = None,
+    protocol: ProtocolOption = Protocol.honest,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Train a decoder and write it to a folder that `predict` needs alone.
+
+    The validation trials (whole subjects where there are several, else the latest trials of each class) choose the
+    epoch; the test recordings are looked at once, at the end.
+    """
+    training = read_recipe(Recipe, recipe, settings or ())
+    recordings = _select(find_recordings(paths), runs, subjects)
+    held_out = find_recordings(test) if test else []
+    if test_runs:
+        held_out += [recording for recording in recordings if recording.run in test_runs.split(",")]
+        recordings = [recording for recording in recordings if recording.run not in test_runs.split(",")]
+    events, preprocessing = (
+        _events(event),
+        _preprocessing(recordings, window, band, notch, resample, standardize, protocol),
+    )
+    options = {"events": events, "interpolate": interpolate, "unit": unit, "preprocessing": preprocessing}
+    epochs = _trials(recordings, classes, channels=_channels(channels), **options)
+    X, y, names = trials_array(epochs)
+    learn, choose = protocols.validation_split(epochs.metadata, y, np.arange(len(y)), validation, training.seed)
+    tested = None
+    if held_out:
+        tested = _trials(held_out, ",".join(names), channels=epochs.ch_names, **options)
+        X_test, y_test, _ = trials_array(tested)
+        protocols.check_split(
+            protocols.Split("train", "the test recordings", learn, choose, np.arange(len(y_test)) + len(y), (), ()),
+            pd.concat([epochs.metadata, tested.metadata], ignore_index=True),
+            trial_seconds=X.shape[2] / epochs.info["sfreq"],
+            digests=protocols.trial_digests(np.concatenate([X, X_test])),
+        )
+    classifier = NetworkClassifier(
+        training, epochs.info, output / "training", accelerator=accelerator, show_progress=messages.is_terminal
+    )
+    messages.print(f"training {training.network} on {len(learn)} trials, {len(choose)} choose the epoch ...")
+    fit = classifier.fit
+    if start is not None:
+        classifier.classes_, classifier.network_ = np.unique(y), _start(start, epochs, names, training)
+        fit = classifier.fine_tune
+    fit(X[learn], y[learn], X[choose], y[choose])
+    best = max(range(len(classifier.history_)), key=lambda epoch: classifier.history_[epoch]["val_accuracy"])
+    scores: dict[str, Any] = {
+        "trials": {"train": len(learn), "validation": len(choose)},
+        "epochs": len(classifier.history_),
+        "best_epoch": best,
+        "validation_accuracy": classifier.history_[best]["val_accuracy"],
+    }
+    console.print(
+        f"validation accuracy {scores['validation_accuracy']:.3f} at epoch {best} (it chose the epoch: too good)"
+    )
+    if tested is not None:
+        scores["test"] = _score(y_test, classifier.predict(X_test), len(names))
+        scores["trials"]["test"] = len(y_test)
+        console.print(_sentence("test", scores["test"]))
+    decoder = Decoder(
+        classifier.network_,
+        names,
+        preprocessing,
+        epochs.ch_names,
+        {
+            "sfreq": float(epochs.info["sfreq"]),
+            "recipe": vars(training),
+            "files": sorted(set(epochs.metadata["file"])),
+            "start": None if start is None else str(start),
+            "history": classifier.history_,
+        },
+        scores,
+    )
+    decoder.save(output)
+    pages.decoder_page(decoder).write(output / "report.html")
+    console.print(f"decoder: {output}, its page: {output / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    paths: Paths,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables, pictures and the report.")],
+    split: Annotated[
+        str, typer.Option(help=f"What is kept apart: {', '.join(protocols.PROTOCOLS)}.")
+    ] = "cross-session",
+    models: Annotated[
+        str,
+        typer.Option(help="Decoders to compare: AGTCNet, CSP+LDA, FBCSP, TangentSpace, MDM, any braindecode model."),
+    ] = "AGTCNet,EEGNet,CSP+LDA,FBCSP,TangentSpace",
+    test_session: Annotated[
+        str | None, typer.Option(help="cross-session: test these sessions only, never train on them.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeat everything with this many seeds.")] = 1,
+    event: Event = None,
+    classes: Classes = None,
+    runs: Runs = None,
+    subjects: Subjects = None,
+    channels: Channels = None,
+    interpolate: Interpolate = False,
+    unit: Unit = None,
+    window: Window = None,
+    band: Band = None,
+    notch: Notch = None,
+    resample: Resample = None,
+    standardize: Standardize = None,
+    protocol: ProtocolOption = Protocol.honest,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Compare decoders under one protocol: tables as CSV, pictures, and a report page.
+
+    Finished fits are kept in OUTPUT/cache, so an interrupted evaluation goes on where it was. Every split is checked
+    for leakage before anything is trained.
+    """
+    training = read_recipe(Recipe, recipe, settings or ())
+    recordings = _select(find_recordings(paths), runs, subjects)
+    preprocessing = _preprocessing(recordings, window, band, notch, resample, standardize, protocol)
+    epochs = _trials(
+        recordings,
+        classes,
+        events=_events(event),
+        channels=_channels(channels),
+        interpolate=interpolate,
+        unit=unit,
+        preprocessing=preprocessing,
+    )
+    wide = None
+    if all(recording.trials is None for recording in recordings):
+        settings_of_maps = replace(preprocessing, tmin=-1.0, protocol="continuous", standardization=None)
+        wide = load_trials(
+            recordings, preprocessing=settings_of_maps, events=_events(event), channels="common", unit=unit, failures=[]
+        )
+        wide = wide[list(epochs.event_id)]
+    options: dict[str, Any] = {"published": protocol is Protocol.published}
+    if test_session is not None:
+        if split != "cross-session":
+            raise UserError("--test-session goes with --split cross-session")
+        options["test"] = test_session.split(",")
+    run_evaluation(
+        epochs,
+        output,
+        split,
+        models.split(","),
+        training,
+        seeds=range(training.seed, training.seed + repeats),
+        accelerator=accelerator,
+        wide=wide,
+        **options,
+    )
+
+
+def run_evaluation(
+    epochs: mne.BaseEpochs,
+    output: Path,
+    split: str,
+    models: Sequence[str],
+    recipe: Recipe,
+    *,
+    seeds: Sequence[int] = (0,),
+    accelerator: str = "auto",
+    wide: mne.BaseEpochs | None = None,
+    **options: Any,
+) -> protocols.Results:
+    """Run a protocol on trials, print the table, write tables, pictures and the report to `output`.
+
+    wide: the trials from before the cue on, for the maps of desynchronisation.
+    """
+    X, y, names = trials_array(epochs)
+    classical = baselines.classical(epochs.info["sfreq"])
+    fitted: dict[str, Any] = {}
+
+    def make(name: str) -> Any:
+        def build(seed: int) -> Any:
+            if name in classical:
+                fitted[name] = classical[name](seed)
+            else:
+                fitted[name] = NetworkClassifier(
+                    replace(recipe, network=name, seed=seed), epochs.info, accelerator=accelerator
+                )
+            return fitted[name]
+
+        return build
+
+    for name in models:
+        if name not in classical:
+            baselines.network_class(name)  # refuse an unknown name before the first training
+    with progress() as bar:
+        task = bar.add_task("evaluating", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        results = protocols.evaluate(
+            {name: make(name) for name in models},
+            X,
+            y,
+            epochs.metadata,
+            split,
+            sfreq=epochs.info["sfreq"],
+            seeds=list(seeds),
+            classes=names,
+            cache_dir=output / "cache",
+            progress=show,
+            **options,
+        )
+    results.write(output)
+    pages.draw(results, epochs, wide, fitted, output / "figures")
+    write_json(
+        output / "evaluation.json",
+        {"split": split, "classes": names, "trials": len(y), "seeds": list(seeds), "recipe": vars(recipe), **options},
+    )
+    page = pages.evaluation_page(output).write(output / "report.html")
+    console.print(pages.score_table(results))
+    console.print(f"tables and pictures: {output}, the report: {page}", soft_wrap=True)
+    for row in results.failures.itertuples():
+        messages.print(f"counted as chance: {row.model}, subject {row.subject}: {row.failure}", highlight=False)
+    return results
+
+
+@app.command()
+def predict(
+    decoder: Annotated[Path, typer.Argument(help="Decoder folder, as `train` writes it.")],
+    paths: Paths,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for one table (TSV, like BIDS events) per recording.")
+    ] = Path("predictions"),
+    event: Event = None,
+    every: Annotated[
+        float | None, typer.Option(min=0.001, help="Decode all along, a window every so many seconds, as if live.")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="No answer where the most probable class is below this.")
+    ] = 0.0,
+    smoothing: Annotated[int, typer.Option(min=1, help="With --every: average over so many windows.")] = 1,
+    dwell: Annotated[int, typer.Option(min=1, help="With --every: so many equal answers in a row make a command.")] = 1,
+    interpolate: Interpolate = False,
+    unit: Unit = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Decode also as a live stream would, and print how far the two differ.")
+    ] = False,
+) -> None:
+    """Decode recordings with a trained decoder: at their events, or all along (`--every 0.5`).
+
+    Writes one table per recording with onset, duration, the predicted class (trial_type) and all probabilities; where
+    the events' classes are known also the true class. With --every commands are scored by the events (hits, false
+    activations, latency, bits per minute) and drawn. Recordings that have a table already are passed over.
+    """
+    model = Decoder.load(decoder)
+    found = find_recordings(paths)
+    targets = _targets(found, output)
+    rule = online.Rule(threshold=threshold, smoothing=smoothing, dwell=dwell)
+
+    def decode(recording: Recording) -> dict[str, Any] | None:
+        target = targets[recording.path, recording.session]
+        if target.exists():
+            return None
+        line: dict[str, Any] = {"file": str(recording.path)}
+        if every is None:
+            rows = _decode_trials(model, recording, _events(event), threshold, interpolate, unit)
+        else:
+            raw = _continuous(model, recording, interpolate, unit)
+            step = max(1, round(every * model.sfreq))
+            rows, scores = _decode_all_along(model, recording, raw, _events(event), step, rule, target)
+            line |= scores
+        with atomic_path(target) as temporary:
+            rows.to_csv(temporary, sep="\t", index=False, float_format="%.6g")
+        line["decisions"] = len(rows)
+        line |= {name: int((rows["trial_type"] == name).sum()) for name in [*model.classes, "n/a"]}
+        if "true" in rows:
+            line["accuracy"] = float((rows["true"] == rows["trial_type"]).mean())
+        if check:
+            raw = raw if every is not None else _continuous(model, recording, interpolate, unit)
+            step = max(1, round((every or 0.5) * model.sfreq))
+            line["streamed - whole"] = online.stream_error(
+                model, raw.get_data() * 1e6, model.network.n_times, step, model.sfreq, rule=rule
+            )
+        return line
+
+    lines, failures = run_batch(found, decode, "decoding", name=lambda recording: str(recording.path))
+    if done := [line for line in lines if line]:
+        console.print(table(done))
+    if skipped := len(lines) - len(done):
+        console.print(f"{skipped} recordings had their tables already")
+    console.print(f"tables: {output}", soft_wrap=True)
+    raise_failures(failures, len(found))
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `evaluate` or `train` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Put several evaluations and decoders on one page."""
+    console.print(f"the report: {pages.combined_page(folders).write(output)}", soft_wrap=True)
+
+
+def _look_at_trials(recording: Recording, as_json: bool) -> dict[str, Any]:
+    trials = recording.trials
+    events = {name: int((trials.events[:, 2] == code).sum()) for name, code in trials.event_id.items()}
+    return {
+        "file": str(recording.path),
+        "subject": recording.subject,
+        "session": recording.session,
+        "run": recording.run,
+        "channels": len(trials.ch_names),
+        "Hz": float(trials.info["sfreq"]),
+        "seconds": round(len(trials) * len(trials.times) / trials.info["sfreq"], 1),
+        "events": events if as_json else ", ".join(f"{name} {count}" for name, count in events.items()),
+        "problems": [] if as_json else "",
+    }
+
+
+# What the commands share ----------------------------------------------------------------------------------------------
+
+
+def _select(recordings: list[Recording], runs: str | None, subjects: str | None) -> list[Recording]:
+    for name, wanted in (("run", runs), ("subject", subjects)):
+        if wanted is not None:
+            there = sorted({getattr(recording, name) for recording in recordings})
+            if unknown := [value for value in wanted.split(",") if value not in there]:
+                raise UserError(f"--{name}s: no recording of {name} {', '.join(unknown)}; there are {', '.join(there)}")
+            recordings = [recording for recording in recordings if getattr(recording, name) in wanted.split(",")]
+    return recordings
+
+
+def _events(given: list[str] | None) -> dict[str, list[str]] | None:
+    if not given:
+        return None
+    events: dict[str, list[str]] = {}
+    for text in given:
+        cls, sign, names = text.partition("=")
+        if not (cls and sign and names):
+            raise UserError(f"--event {text}: write CLASS=NAME, for example left_hand=769")
+        events.setdefault(cls, []).extend(names.split(","))
+    return events
+
+
+def _channels(given: str | None) -> Any:
+    return given if given in (None, "common") else given.split(",")
+
+
+def _preprocessing(
+    recordings: list[Recording],
+    window: tuple[float, float] | None,
+    band: tuple[float, float] | None,
+    notch: float | None,
+    resample: float | None,
+    standardize: Standardization | None,
+    protocol: Protocol,
+) -> Preprocessing:
+    """The preset of a known set, or a window of 3 s, with what the options change."""
+    values: dict[str, Any] = {}
+    for name, belongs in (
+        ("eegmmidb", lambda path: EEGMMIDB_FILE.search(path.name)),
+        ("bciciv2a", is_bciciv2a_file),
+        (SAMPLE, lambda path: str(path) == SAMPLE),
+    ):
+        if all(belongs(recording.path) for recording in recordings):
+            values = dict(PRESETS[name])
+    if window is not None:
+        values |= {"tmin": window[0], "tmax": window[1]}
+    if band is not None:
+        values |= {"l_freq": band[0] or None, "h_freq": band[1]}
+    if notch is not None:
+        values["notch"] = notch
+    if resample is not None:
+        values["sfreq"] = resample
+    if standardize is not None:
+        values["standardization"] = standardize.value
+    if protocol is Protocol.published:
+        values["protocol"] = "published"
+    return Preprocessing(**values)
+
+
+def _trials(recordings: list[Recording], classes: str | None, **options: Any) -> mne.BaseEpochs:
+    """Trials of all recordings that can be used; the others are named and left out."""
+    if classes is not None and options["events"] is None:
+        # a run whose known events are all of other classes has nothing to give
+        wanted = set(classes.split(","))
+        recordings = [r for r in recordings if r.events is None or wanted & set(r.events)] or recordings
+    failures: list[tuple[Recording, UserError]] = []
+    epochs = load_trials(recordings, failures=failures, **options)
+    for _, error in failures:
+        messages.print(f"[yellow]left out:[/] {error}", highlight=False, soft_wrap=True)
+    if classes is not None:
+        if unknown := [name for name in classes.split(",") if name not in epochs.event_id]:
+            raise UserError(f"--classes: no trials of {', '.join(unknown)}; there are {', '.join(epochs.event_id)}")
+        epochs = epochs[classes.split(",")]
+        epochs.event_id = {name: epochs.event_id[name] for name in classes.split(",")}
+    if len(epochs.event_id) < 2:
+        raise UserError(
+            f"{recordings[0].path}: all {len(epochs)} trials are of the class {next(iter(epochs.event_id))}; "
+            "a decoder needs two: give recordings or events of another class"
+        )
+    counts = {name: int((epochs.events[:, 2] == code).sum()) for name, code in epochs.event_id.items()}
+    messages.print(
+        f"{len(epochs)} trials ({', '.join(f'{name} {count}' for name, count in counts.items())}), "
+        f"{len(epochs.ch_names)} channels x {len(epochs.times)} samples at {epochs.info['sfreq']:g} Hz",
+        highlight=False,
+    )
+    return epochs
+
+
+def _start(path: Path, epochs: mne.BaseEpochs, classes: list[str], recipe: Recipe) -> Any:
+    """The network to fine-tune, checked against the trials it is to learn from."""
+    if path.is_dir():
+        decoder = Decoder.load(path)
+        if decoder.ch_names != epochs.ch_names:
+            raise UserError(
+                f"{path}: was trained on {', '.join(decoder.ch_names)}, these recordings have "
+                f"{', '.join(epochs.ch_names)}; choose them with --channels {','.join(decoder.ch_names)}"
+            )
+        if decoder.classes != classes or decoder.network.n_times != len(epochs.times):
+            raise UserError(
+                f"{path}: decodes {', '.join(decoder.classes)} from {decoder.network.n_times} samples, these trials "
+                f"are {', '.join(classes)} of {len(epochs.times)} samples; choose the same --classes, --window and "
+                "--resample"
+            )
+        return decoder.network
+    if recipe.network != "AGTCNet":
+        raise UserError(f"{path}: published weights are of AGTCNet, the recipe's network is {recipe.network}")
+    return AGTCNet.from_published(path, chs_info=epochs.info["chs"], n_times=len(epochs.times), n_outputs=len(classes))
+
+
+def _score(y_true: np.ndarray, y_pred: np.ndarray, n_classes: int) -> dict[str, float]:
+    share = metrics.accuracy(y_true, y_pred)
+    low, high = metrics.proportion_interval(share, len(y_true))
+    return {
+        "accuracy": share,
+        "low": low,
+        "high": high,
+        "kappa": metrics.kappa(y_true, y_pred),
+        "chance": 1 / n_classes,
+        "chance_bound": metrics.chance_bound(len(y_true), n_classes),
+    }
+
+
+def _sentence(name: str, score: dict[str, float]) -> str:
+    verdict = "above" if score["accuracy"] > score["chance_bound"] else "not above"
+    return (
+        f"{name} accuracy {score['accuracy']:.3f} (95 % interval {score['low']:.3f} to {score['high']:.3f}), "
+        f"kappa {score['kappa']:.3f}; {verdict} the chance bound of {score['chance_bound']:.3f}"
+    )
+
+
+def _targets(recordings: list[Recording], folder: Path) -> dict[tuple[Path, str], Path]:
+    """Where each recording's table goes; where file names are not unique, subject and session stand before them."""
+    names = [recording.path.name for recording in recordings]
+    targets = {}
+    for recording in recordings:
+        name = recording.path.name.split(".")[0]
+        if names.count(recording.path.name) > 1:
+            name = f"{recording.subject}_{recording.session}_{name}"
+        targets[recording.path, recording.session] = folder / f"{name}_predictions.tsv"
+    return targets
+
+
+def _decode_trials(
+    model: Decoder,
+    recording: Recording,
+    events: Events | None,
+    threshold: float,
+    interpolate: bool,
+    unit: str | None,
+) -> pd.DataFrame:
+    epochs = load_trials(
+        recording,
+        preprocessing=model.preprocessing,
+        events=events,
+        channels=model.ch_names,
+        interpolate=interpolate,
+        unit=unit,
+    )
+    X, y, names = trials_array(epochs)
+    probabilities = model.predict_proba(X)
+    rows = _rows(model, epochs.metadata["onset"].to_numpy(), probabilities, threshold)
+    if set(names) <= set(model.classes):
+        rows["true"] = [names[index] for index in y]
+    return rows
+
+
+def _continuous(model: Decoder, recording: Recording, interpolate: bool, unit: str | None) -> mne.io.BaseRaw:
+    if model.preprocessing.protocol == "published":
+        raise UserError(
+            "the decoder preprocesses trial by trial (published protocol), which needs events: drop --every"
+        )
+    if model.preprocessing.standardization == "trial":
+        raise UserError("the decoder standardises each trial by itself, which needs events; drop --every")
+    return model.preprocessing.apply(select_channels(recording.read(unit=unit), model.ch_names, interpolate))
+
+
+def _decode_all_along(
+    model: Decoder,
+    recording: Recording,
+    raw: mne.io.BaseRaw,
+    events: Events | None,
+    step: int,
+    rule: online.Rule,
+    target: Path,
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Decisions for the table; scores and a picture where the events' classes are known."""
+    n_times, sfreq = model.network.n_times, model.sfreq
+    known = events or recording.events or {}
+    marks = {name: model.classes.index(cls) for name, cls in event_classes(known).items() if cls in model.classes}
+    there = set(event_counts(raw))
+    scores: dict[str, float] = {}
+    if there & set(marks):
+        decisions, scores, found = online.pseudo_online(
+            model,
+            raw,
+            marks,
+            n_times,
+            step,
+            duration=model.preprocessing.tmax + n_times / sfreq / 2,
+            n_classes=len(model.classes),
+            rule=rule,
+        )
+        with atomic_path(target.with_name(target.name.replace(".tsv", ".png"))) as temporary:
+            plots.online_timeline(decisions, found, model.classes).savefig(temporary, dpi=120, bbox_inches="tight")
+    else:
+        decisions = online.decode(model, raw.get_data() * 1e6, n_times, step, sfreq, rule=rule)
+    rows = _rows(model, decisions.times - n_times / sfreq, decisions.probabilities, rule.threshold)
+    rows["command"] = [model.classes[k] if k != metrics.NO_DECISION else "n/a" for k in decisions.commands]
+    return rows, scores
+
+
+def _rows(model: Decoder, onsets: np.ndarray, probabilities: np.ndarray, threshold: float) -> pd.DataFrame:
+    answers = [model.classes[row.argmax()] if row.max() >= threshold else "n/a" for row in probabilities]
+    columns = {"onset": onsets, "duration": model.network.n_times / model.sfreq, "trial_type": answers}
+    return pd.DataFrame(columns | {f"p_{name}": probabilities[:, i] for i, name in enumerate(model.classes)})

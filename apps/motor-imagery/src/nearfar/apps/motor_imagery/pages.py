@@ -1,0 +1,201 @@
+"""Pictures, tables and pages of the app."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mne
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.table import Table
+from sklearn.pipeline import Pipeline
+
+from nearfar.core.cli import table
+from nearfar.core.errors import UserError
+from nearfar.core.files import atomic_path
+from nearfar.core.report import Report
+from nearfar.eeg import baselines, plots
+from nearfar.eeg.agtcnet import AGTCNet
+from nearfar.eeg.decoding import Decoder, NetworkClassifier
+from nearfar.eeg.protocols import Results
+
+CAPTIONS = {
+    "subjects": "Accuracy of each decoder for each subject, with 95 % intervals; above the dashes a subject is better "
+    "than chance.",
+    "training": "Training curves of the networks: thin lines are single fits, thick ones their mean.",
+    "confusion": "Confusion matrix",
+    "spatial": "Spatial weights of the last fit",
+    "desynchronisation": "Event-related desynchronisation: change of power against the time before the cue.",
+}
+
+
+def score_table(results: Results) -> Table:
+    """The summary of an evaluation for the terminal."""
+    return table(summary_rows(results.summary(), results.rows), title=" / ".join(results.rows["protocol"].unique()))
+
+
+def summary_rows(summary: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """One readable row per decoder, with the chance bound of all test trials together."""
+    lines = []
+    for line in summary.to_dict("records"):
+        own = rows[(rows["model"] == line["model"]) & (rows["protocol"] == line["protocol"])]
+        shown = {
+            "decoder": line["model"],
+            "accuracy": float(line["accuracy"]),
+            "± std": float(line["accuracy_std"]),
+            "kappa": float(line["kappa"]),
+            "chance": float(own["chance"].iloc[0]),
+            "bound of a test set": float(own["chance_bound"].mean()),
+            "subjects": line["subjects"],
+            "test trials": int(own[own["repeat"] == own["repeat"].min()]["n_test"].sum()),
+            "seconds": float(own["seconds"].sum()),
+        }
+        if line["subjects"] > 1:
+            shown |= {"95 % low": float(line["low"]), "95 % high": float(line["high"])}
+        if not np.isnan(line["sma20"]):
+            shown["SMA20"] = float(line["sma20"])
+        if line["failed"]:
+            shown["counted as chance"] = line["failed"]
+        lines.append(shown)
+    columns = dict.fromkeys(column for line in lines for column in line)
+    return [{column: line.get(column, "") for column in columns} for line in lines]
+
+
+def draw(
+    results: Results, epochs: mne.BaseEpochs, wide: mne.BaseEpochs | None, fitted: Mapping[str, Any], folder: Path
+) -> None:
+    """Write the pictures of an evaluation as PNG files.
+
+    wide: trials that begin before the cue, for the maps of desynchronisation. fitted: the last estimator of each
+    decoder, where it was fitted in this run (not taken from the cache).
+    """
+    _save(plots.subject_accuracies(results.rows), folder / "subjects.png")
+    for model in results.rows["model"].unique():
+        _save(plots.confusion(results.confusion(model), results.classes, model), folder / f"confusion-{model}.png")
+        if not results.history.empty and (history := results.history[results.history["model"] == model]).size:
+            _save(plots.training_curves(history), folder / f"training-{model}.png")
+        weights, label = spatial_weights(fitted.get(model))
+        if weights is not None:
+            _save_if_possible(
+                lambda w=weights, n=label: plots.topographic_maps(w, epochs.info, label=n), folder, f"spatial-{model}"
+            )
+    if wide is not None and (names := _over_motor_cortex(wide)):
+        _save_if_possible(partial(plots.desynchronisation, wide, names), folder, "desynchronisation")
+
+
+def spatial_weights(estimator: Any) -> tuple[np.ndarray | None, str]:
+    """(maps, channels) of a fitted estimator, at most 12, the strongest first; None where it has no such weights."""
+    try:
+        if isinstance(estimator, Pipeline):
+            return baselines.csp_patterns(estimator), "CSP pattern"
+        if isinstance(estimator, NetworkClassifier) and isinstance(estimator.network_, AGTCNet):
+            weights = estimator.network_.gcap.weight.detach().flatten(0, -2).numpy()
+            return weights[np.argsort(-np.linalg.norm(weights, axis=1))[:12]], "GCAP weight"
+    except (AttributeError, KeyError):  # not fitted here, or a pipeline without CSP
+        pass
+    return None, ""
+
+
+def evaluation_page(folder: Path, report: Report | None = None, level: int = 2) -> Report:
+    """The page of an evaluation from what `evaluate` wrote to `folder`; appended to `report` if one is given."""
+    try:
+        about = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        tables = {name: pd.read_csv(folder / f"{name}.csv") for name in ("results", "summary")}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: holds no finished evaluation ({error})") from error
+    rows = tables["results"].fillna({"failure": ""})
+    report = report or Report("Motor imagery: decoders compared")
+    report.section(f"{' / '.join(rows['protocol'].unique())}", level)
+    if about.get("published"):
+        report.text(
+            "These figures follow the published protocol: the test trials chose the epoch of each network. They are "
+            "too good and are here to be compared with published ones only."
+        )
+    report.text(
+        f"{about['trials']} trials of {', '.join(about['classes'])}. A test set whose accuracy is above its bound is "
+        "better than guessing at 95 %. A fit that failed counts as chance."
+    )
+    report.table(summary_rows(tables["summary"], rows))
+    columns = ["model", "subject", "session", "repeat", "n_train", "n_test", "accuracy", "kappa", "chance_bound"]
+    _figures(report, folder / "figures", "subjects", "training", "confusion", "spatial", "desynchronisation")
+    report.section("All results", level + 1).table(rows[columns].to_dict("records"))
+    comparison = pd.read_csv(folder / "comparison.csv")
+    if len(comparison):
+        report.section("Paired tests between decoders", level + 1).table(comparison.to_dict("records"))
+    report.section("Settings", level + 1).code(json.dumps(about, indent=2))
+    return report
+
+
+def decoder_page(
+    decoder: Decoder, info: mne.Info | None = None, report: Report | None = None, level: int = 2
+) -> Report:
+    """The page of a decoder: what it takes, how it was trained, what it is worth, its spatial weights."""
+    report = report or Report("Motor imagery: a decoder")
+    network, history = decoder.network, pd.DataFrame(decoder.training["history"])
+    report.section(f"{type(network).__name__}: {', '.join(decoder.classes)}", level)
+    report.text(
+        f"Takes {len(decoder.ch_names)} channels ({', '.join(decoder.ch_names)}), {network.n_times} samples at "
+        f"{decoder.sfreq:g} Hz from {decoder.preprocessing.tmin:g} s after the cue, in microvolts. "
+        f"{sum(p.numel() for p in network.parameters()):,} parameters."
+    )
+    report.table([{"figure": k, "value": json.dumps(v)} for k, v in decoder.metrics.items()])
+    report.figure(plots.training_curves(history), CAPTIONS["training"])
+    if isinstance(network, AGTCNet):
+        classifier = NetworkClassifier()
+        classifier.network_ = network
+        try:
+            report.figure(
+                plots.topographic_maps(spatial_weights(classifier)[0], decoder.info, label="GCAP weight"),
+                "Spatial weights (GCAP): how the strongest filters weigh the electrodes.",
+            )
+        except UserError as error:
+            report.text(f"No map of the spatial weights: {error}")
+    report.section("Preprocessing and training", level + 1)
+    settings = {"preprocessing": decoder.preprocessing.to_dict(), "recipe": decoder.training["recipe"]}
+    return report.code(json.dumps(settings, indent=2))
+
+
+def combined_page(folders: list[Path]) -> Report:
+    """Several evaluations and decoders on one page."""
+    report = Report("Motor imagery")
+    for folder in folders:
+        report.section(str(folder))
+        if (folder / "evaluation.json").exists():
+            evaluation_page(folder, report, 3)
+        elif (folder / "decoder.json").exists():
+            decoder_page(Decoder.load(folder), report, 3)
+        else:
+            raise UserError(f"{folder}: holds neither a finished evaluation nor a decoder")
+    return report
+
+
+def _over_motor_cortex(epochs: mne.BaseEpochs) -> list[str]:
+    return [name for name in ("C3", "C4") if name in epochs.ch_names]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
+
+
+def _save_if_possible(make: Callable[[], Figure], folder: Path, name: str) -> None:
+    """Draw a picture for which positions or time before the cue may be missing; then a text says so."""
+    try:
+        _save(make(), folder / f"{name}.png")
+    except UserError as error:
+        with atomic_path(folder / f"{name}.txt") as temporary:
+            temporary.write_text(str(error), encoding="utf-8")
+
+
+def _figures(report: Report, folder: Path, *kinds: str) -> None:
+    for kind in kinds:
+        for path in sorted(folder.glob(f"{kind}*")):
+            model = path.stem.removeprefix(kind).lstrip("-")
+            caption = f"{CAPTIONS[kind].rstrip('.')}: {model}." if model else CAPTIONS[kind]
+            if path.suffix == ".png":
+                report.figure(path, caption)
+            else:
+                report.text(f"{caption} Not drawn: {path.read_text(encoding='utf-8')}.")

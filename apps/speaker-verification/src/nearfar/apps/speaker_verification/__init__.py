@@ -1,0 +1,1 @@
+"""Speaker verification from the command line."""

@@ -1,0 +1,490 @@
+"""`nearfar speaker-verification`: train, embed, enroll, verify, identify, score, evaluate, calibrate."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from nearfar.apps.speaker_verification import gallery as galleries
+from nearfar.apps.speaker_verification import pages
+from nearfar.audio import scoring
+from nearfar.audio.ltdnn import SpeakerEncoder
+from nearfar.audio.sound import SUFFIXES
+from nearfar.audio.speaker_system import SpeakerSystem, choose_device
+from nearfar.audio.speaker_training import Recipe, build_model, split_speakers, train_speaker_model, usable
+from nearfar.audio.speakers import Embedded, Embedder, Gate, Utterance, find_utterances, locate
+from nearfar.core.cli import console, messages, raise_failures, run_batch, table
+from nearfar.core.errors import UserError
+from nearfar.core.files import atomic_path, write_json
+from nearfar.core.training import read_recipe
+
+app = typer.Typer(
+    help="Is it the same speaker? `train` makes a model folder from labelled recordings, `verify` compares two recordings "
+    "and answers with a calibrated likelihood ratio, `identify` looks for a speaker in a gallery, `score` and `evaluate` "
+    "run trial lists.\n\nA recording that offers too little (speech, level over noise, bandwidth) is refused, never "
+    "scored.",
+    no_args_is_help=True,
+)
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Model = Annotated[Path, typer.Option("--model", "-m", help="Model folder that `train` wrote.")]
+Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Cache = Annotated[Path | None, typer.Option(help="Folder that keeps embeddings; interrupted work goes on there.")]
+MixChannels = Annotated[bool, typer.Option("--mix-channels", help="Average the channels of recordings with several.")]
+Layout = Annotated[
+    str,
+    typer.Option(
+        help="How paths tell speakers: auto, folder, voxceleb, librispeech, vctk, kaldi, audiofolder, or a regular "
+        "expression with (?P<speaker>...)."
+    ),
+]
+JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+LeastSpeech = Annotated[float, typer.Option("--min-speech", help="Seconds of speech that a recording must have.")]
+LeastSNR = Annotated[float, typer.Option("--min-snr", help="dB that speech must be above the noise.")]
+MostClipped = Annotated[float, typer.Option("--max-clipped", help="Greatest share of clipped samples.")]
+LeastBandwidth = Annotated[float, typer.Option("--min-bandwidth", help="Hz up to which there must be sound.")]
+NoGate = Annotated[bool, typer.Option("--no-gate", help="Score whatever can be read. The result may mean nothing.")]
+Far = Annotated[float, typer.Option(help="Wanted false-accept rate.")]
+GATE = Gate()
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="Folder of labelled recordings, or a Kaldi folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Model folder; call again to go on.")],
+    recipe: Annotated[
+        str, typer.Option(help=f"{', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}, or a YAML file.")
+    ] = "filterbank",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the recipe, e.g. epochs=10, batch_size=32.")
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="Folder or hub id of a wav2vec2, HuBERT or WavLM model.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Model folder to start from, for the later stages.")] = None,
+    layout: Layout = "auto",
+    workers: Annotated[int, typer.Option(help="Processes that read recordings.")] = 0,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Train a model and write it with its mean, cohort and calibration.
+
+    A share of the speakers is kept apart: they choose the epoch and calibrate the scores. Recordings that cannot be
+    read are named and left out.
+    """
+    path = RECIPES / f"{recipe}.yaml" if (RECIPES / f"{recipe}.yaml").is_file() else Path(recipe)
+    changes = [*([] if backbone is None else [f"backbone={backbone}"]), *(settings or [])]
+    chosen = read_recipe(Recipe, path, changes)
+    choose_device(accelerator)
+    model = build_model(chosen) if start is None else SpeakerEncoder.from_pretrained(start)
+    utterances = find_utterances(data, layout)
+    good, bad = usable(utterances, model.sample_rate)
+    learn, held = split_speakers(good, chosen.validation, chosen.seed)
+    messages.print(
+        f"training on {len(learn)} recordings of {len({u.speaker for u in learn})} speakers, "
+        f"{len({u.speaker for u in held})} speakers choose the epoch and calibrate ..."
+    )
+    history = train_speaker_model(
+        model,
+        learn,
+        held,
+        chosen,
+        output / "training",
+        workers,
+        accelerator=accelerator,
+        show_progress=messages.is_terminal,
+    )
+    embed_one = Embedder(model.to(choose_device(accelerator)), output / "training" / "embeddings", mix_channels=True)
+    keep = np.random.default_rng(chosen.seed).permutation(len(learn))[:20000]
+    seen, lost = _embed_all([learn[n] for n in sorted(keep)], embed_one)
+    system = SpeakerSystem.build(model, _matrix(seen), [str(u.speaker) for u, _ in seen], chosen.seed)
+    unseen: list[tuple[Utterance, Embedded]] = []
+    if held:
+        unseen, more = _embed_all(held, embed_one)
+        lost += more
+        try:
+            system.calibrate(_matrix(unseen), [str(u.speaker) for u, _ in unseen], seed=chosen.seed)
+        except ValueError as error:
+            messages.print(f"not calibrated: {error}. `calibrate` can do it with other trials.")
+    system.save(output, trained_on={"data": str(data), "speakers": len({u.speaker for u in learn})})
+    pages.training_page(system, history, chosen).write(output / "report.html")
+    if held:
+        best = min(row["val_eer"] for row in history)
+        console.print(f"EER {best:.2%} on {len({u.speaker for u in held})} speakers that chose the epoch (too good)")
+    console.print(f"model: {output}, its page: {output / 'report.html'}", soft_wrap=True)
+    raise_failures([*bad, *lost], len(utterances))
+
+
+@app.command()
+def embed(
+    paths: Annotated[list[Path], typer.Argument(help="Recordings, or folders of them.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".npz file: names, embeddings, qualities.")],
+    model: Model,
+    cache: Cache = None,
+    layout: Layout = "auto",
+    mix_channels: MixChannels = False,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Write the embeddings of recordings, before normalisation. Nothing is gated; the qualities are written too."""
+    system = SpeakerSystem.load(model, choose_device(accelerator))
+    utterances = _recordings(paths, layout)
+    found, failures = _embed_all(utterances, Embedder(system.model, cache, mix_channels=mix_channels))
+    if found:
+        qualities = {
+            name: np.array([getattr(e.quality, name) for _, e in found]) for name in ("seconds", "speech", "snr")
+        }
+        with atomic_path(output) as temporary, temporary.open("wb") as stream:
+            np.savez(
+                stream,
+                names=np.array([u.name for u, _ in found]),
+                speakers=np.array([u.speaker or "" for u, _ in found]),
+                embeddings=_matrix(found),
+                **qualities,
+            )
+        console.print(f"{len(found)} embeddings: {output}", soft_wrap=True)
+    raise_failures(failures, len(utterances))
+
+
+@app.command()
+def enroll(
+    name: Annotated[str, typer.Argument(help="Name of the speaker.")],
+    recordings: Annotated[list[Path], typer.Argument(help="Recordings of this speaker, several are better.")],
+    gallery: Annotated[Path, typer.Option("--gallery", "-g", help="Gallery file (.npz); made if it is not there.")],
+    model: Model,
+    replace: Annotated[bool, typer.Option("--replace", help="Enrol again a speaker who is in the gallery.")] = False,
+    mix_channels: MixChannels = False,
+    min_speech: LeastSpeech = GATE.speech,
+    min_snr: LeastSNR = GATE.snr,
+    max_clipped: MostClipped = GATE.clipped,
+    min_bandwidth: LeastBandwidth = GATE.bandwidth,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Put a speaker into a gallery: the mean of the normalised embeddings of their recordings."""
+    system = SpeakerSystem.load(model, choose_device(accelerator))
+    gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)
+    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels)
+    found = galleries.Gallery.load(gallery, system.model) if gallery.exists() else galleries.Gallery.new(system.model)
+    utterances = [Utterance(str(path), path) for path in recordings]
+    if len({path.resolve() for path in recordings}) != len(recordings):
+        raise UserError(f"{name}: the same recording is given twice")
+    seen, failures = _embed_all(utterances, embed_one)
+    if seen:
+        found.add(name, _matrix(seen), replace)
+        found.save(gallery)
+        console.print(f"{name} enrolled with {len(seen)} recordings; {len(found.names)} speakers in {gallery}")
+    raise_failures(failures, len(recordings))
+
+
+@app.command()
+def verify(
+    first: Annotated[Path, typer.Argument(help="A recording.")],
+    second: Annotated[Path, typer.Argument(help="Another recording.")],
+    model: Model,
+    as_json: JsonOutput = False,
+    mix_channels: MixChannels = False,
+    no_gate: NoGate = False,
+    min_speech: LeastSpeech = GATE.speech,
+    min_snr: LeastSNR = GATE.snr,
+    max_clipped: MostClipped = GATE.clipped,
+    min_bandwidth: LeastBandwidth = GATE.bandwidth,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Say how strongly two recordings speak for one speaker: a log-likelihood ratio, its interval, a sentence."""
+    system = SpeakerSystem.load(model, choose_device(accelerator))
+    gate = None if no_gate else Gate(min_speech, min_snr, max_clipped, min_bandwidth)
+    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels)
+    found = [embed_one(path) for path in (first, second)]
+    x = np.stack([e.embedding for e in found])
+    score = system.score(x, x, np.array([0]), np.array([1]))
+    answer: dict[str, Any] = {
+        "first": str(first),
+        "second": str(second),
+        "score": float(score[0]),
+        "convention": system.convention,
+        "qualities": [vars(e.quality) for e in found],
+        "gated": gate is not None,
+    }
+    if system.calibration is None:
+        answer["sentence"] = (
+            f"Score {score[0]:.3f} ({system.convention}). This model is not calibrated, so the score alone says nothing "
+            "about the same or different speakers; `calibrate` it with trials of your own."
+        )
+    else:
+        answer["llr"] = float(system.calibration(score)[0])
+        low = high = None
+        if len(system.calibration.replicates) >= 20:
+            low, high = (float(bound[0]) for bound in system.calibration.interval(score))
+        answer |= {"llr_low": low, "llr_high": high, "sentence": _sentence(answer["llr"], low, high)}
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    else:
+        console.print(answer["sentence"], soft_wrap=True)
+
+
+@app.command()
+def identify(
+    recordings: Annotated[list[Path], typer.Argument(help="Recordings of unknown speakers.")],
+    gallery: Annotated[Path, typer.Option("--gallery", "-g", help="Gallery file that `enroll` wrote.")],
+    model: Model,
+    far: Far = 0.01,
+    as_json: JsonOutput = False,
+    mix_channels: MixChannels = False,
+    min_speech: LeastSpeech = GATE.speech,
+    min_snr: LeastSNR = GATE.snr,
+    max_clipped: MostClipped = GATE.clipped,
+    min_bandwidth: LeastBandwidth = GATE.bandwidth,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Name the speaker in a gallery, or answer "none of these".
+
+    The threshold lets a stranger be taken for anyone in the gallery with a chance of at most `--far`, as far as the
+    model's calibration trials are like your recordings.
+    """
+    system = SpeakerSystem.load(model, choose_device(accelerator))
+    found = galleries.Gallery.load(gallery, system.model)
+    limit = system.threshold(far, len(found.names))
+    gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)
+    utterances = [Utterance(str(path), path) for path in recordings]
+    seen, failures = _embed_all(utterances, Embedder(system.model, gate=gate, mix_channels=mix_channels))
+    models, rows = found.models(system.mean), []
+    for utterance, embedded in seen:
+        scores = found.scores(system, models, embedded.embedding)
+        order = np.argsort(-scores)
+        accepted = bool(scores[order[0]] > limit.threshold)
+        rows.append(
+            {
+                "recording": utterance.name,
+                "speaker": found.names[order[0]] if accepted else "none of these",
+                "nearest": found.names[order[0]],
+                "score": float(scores[order[0]]),
+                "threshold": limit.threshold,
+            }
+        )
+    if as_json:
+        print(json.dumps({"far": far, "gallery": len(found.names), "results": rows}, indent=2))
+    elif rows:
+        title = f"at most {far:.2%} of strangers are taken for one of {len(found.names)} speakers"
+        console.print(table(rows, title))
+    raise_failures(failures, len(recordings))
+
+
+@app.command()
+def score(
+    trials: Annotated[Path, typer.Argument(help="Trial list: VoxCeleb, Kaldi, CSV or pairs.")],
+    root: Annotated[Path, typer.Option(help="Folder of the recordings, or a Kaldi folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Score file: enrol test score [label].")],
+    model: Model,
+    enrollments: Annotated[
+        Path | None, typer.Option(help="Map of models to their recordings; the list's first names are then models.")
+    ] = None,
+    form: Annotated[str, typer.Option("--format", help="auto, voxceleb, kaldi, csv or pairs.")] = "auto",
+    norm: Annotated[str | None, typer.Option(help="none or as (AS-norm).  [default: the model's]")] = None,
+    top_n: Annotated[int | None, typer.Option(help="Cohort rows for AS-norm.  [default: the model's]")] = None,
+    keep_speakers: Annotated[
+        bool, typer.Option("--keep-cohort-speakers", help="Leave speakers of the trials in the cohort.")
+    ] = False,
+    llr: Annotated[bool, typer.Option("--llr", help="Write calibrated log-likelihood ratios.")] = False,
+    cache: Cache = None,
+    mix_channels: MixChannels = False,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Score a trial list: each recording is embedded once, and kept (default: OUTPUT.cache), so it can go on.
+
+    Trials whose recordings cannot be read are left out of the score file, listed in OUTPUT.failed, and end with status 1.
+    """
+    system = SpeakerSystem.load(model, choose_device(accelerator))
+    if norm not in (None, "none", "as"):
+        raise UserError(f"--norm {norm}: must be none or as")
+    if norm == "as" and system.cohort is None:
+        raise UserError(f"{model}: holds no cohort for AS-norm")
+    if llr and (norm or top_n):
+        raise UserError("--llr: the calibration is for the model's own scores; leave out --norm and --top-n")
+    system.norm, system.top_n = norm or system.norm, top_n or system.top_n  # type: ignore[assignment]
+    listed = scoring.read_trials(trials, form)  # type: ignore[arg-type]
+    members = scoring.read_enrollments(enrollments) if enrollments else None
+    if members is not None and (
+        lost := [name for name in dict.fromkeys(listed.enroll.tolist()) if name not in members]
+    ):
+        raise UserError(f"{enrollments}: lacks {len(lost)} models of {trials}, {lost[0]} first")
+    needed = _needed(listed, members)
+    known = find_utterances(root, "kaldi") if (root / "wav.scp").is_file() else []
+    places, missing = locate(needed, root, known)
+    if missing:
+        raise UserError(
+            f"{trials}: {len(missing)} of {len(needed)} recordings are not below {root}: {', '.join(missing[:5])}"
+        )
+    utterances = [Utterance(name, path) for name, path in places.items()]
+    keep = cache or output.with_name(output.name + ".cache")
+    seen, failures = _embed_all(utterances, Embedder(system.model, keep, mix_channels=mix_channels))
+    if not seen:
+        raise_failures(failures, len(utterances))
+    row = {utterance.name: number for number, (utterance, _) in enumerate(seen)}
+    x = _matrix(seen)
+    if not keep_speakers and system.cohort is not None:
+        inside = {part for name in needed for part in Path(name).parts}
+        hold = np.array([speaker not in inside for speaker in system.cohort_speakers])
+        if hold.sum() < system.top_n and system.norm == "as" and not hold.all():
+            raise UserError(
+                f"{trials}: without the trials' own speakers the cohort has {int(hold.sum())} rows, fewer than "
+                f"--top-n {system.top_n}; choose a lower one or --keep-cohort-speakers"
+            )
+        system.cohort = system.cohort[hold]
+    enrolled, enroll_rows = x, row
+    if members is not None:
+        names = [name for name in dict.fromkeys(listed.enroll.tolist()) if any(m in row for m in members[name])]
+        groups = [[row[m] for m in members[name] if m in row] for name in names]
+        enrolled = galleries.enroll_before_mean(x, groups, system.mean)
+        enroll_rows = {name: number for number, name in enumerate(names)}
+    usable_rows = np.array(
+        [e in enroll_rows and t in row for e, t in zip(listed.enroll.tolist(), listed.test.tolist())], bool
+    )
+    kept = listed.select(usable_rows)
+    left = np.array([enroll_rows[name] for name in kept.enroll.tolist()], int)
+    right = np.array([row[name] for name in kept.test.tolist()], int)
+    values = system.score(enrolled, x, left, right)
+    if llr:
+        if system.calibration is None:
+            raise UserError(f"{model}: is not calibrated, --llr needs `calibrate` first")
+        values = system.calibration(values)
+    scoring.write_scores(output, kept, values)
+    about = {
+        "trials": str(trials),
+        "convention": system.convention,
+        "llr": llr,
+        "scored": len(kept),
+        "listed": len(listed),
+    }
+    write_json(output.with_name(output.name + ".json"), about)
+    console.print(f"{len(kept)} of {len(listed)} trials: {output}", soft_wrap=True)
+    if failures:
+        lost_trials = listed.select(~usable_rows)
+        scoring.write_trials(output.with_name(output.name + ".failed"), lost_trials)
+        failures.append(f"{len(lost_trials)} trials have no score: {output.name}.failed")
+    raise_failures(failures, len(utterances))
+
+
+@app.command()
+def evaluate(
+    scores: Annotated[Path, typer.Argument(help="Score file with labels: enrol test score target|nontarget.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for figures, pictures and the page.")],
+    trials: Annotated[
+        Path | None, typer.Option(help="Trial list with the labels, where the score file has none.")
+    ] = None,
+    calibrated: Annotated[bool, typer.Option("--llr", help="The scores are log-likelihood ratios.")] = False,
+    speaker_pattern: Annotated[
+        str | None, typer.Option(help="Expression whose first group is the speaker in a name; else the first folder.")
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the recordings, to hear the worst errors.")] = None,
+    draws: Annotated[int, typer.Option(help="Bootstrap draws for the intervals.")] = 1000,
+    far: Annotated[list[float] | None, typer.Option(help="False-accept rates to give thresholds for.")] = None,
+) -> None:
+    """Figures with their conventions named, thresholds, DET curve, histograms, conditions, and the worst errors."""
+    listed, values = scoring.read_scores(scores)
+    reference = scoring.read_trials(trials) if trials is not None else None
+    if reference is not None:
+        listed = _attach(listed, reference, scores)
+    if listed.labels is None:
+        raise UserError(f"{scores}: has no labels; give the list that has them with --trials")
+    speakers = pages.speakers_of(listed, speaker_pattern)
+    missing = 0 if reference is None else len(reference) - len(listed)
+    try:
+        pages.write_evaluation(output, listed, values, calibrated, speakers, draws, far or [0.01, 0.001], root, missing)
+    except ValueError as error:
+        raise UserError(f"{scores}: {error}") from error
+    figures = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
+    console.print(table(pages.figure_rows(figures)))
+    if missing:
+        messages.print(f"{missing} trials of {trials} have no score: they are not in these figures, but counted there")
+    console.print(f"page: {output / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def calibrate(
+    scores: Annotated[Path, typer.Argument(help="Score file with labels, of speakers that the model has not seen.")],
+    model: Model,
+    trials: Annotated[
+        Path | None, typer.Option(help="Trial list with the labels, where the score file has none.")
+    ] = None,
+    speaker_pattern: Annotated[
+        str | None, typer.Option(help="Expression whose first group is the speaker in a name; else the first folder.")
+    ] = None,
+) -> None:
+    """Calibrate a model folder with your own trials, scored with it by `score` (without --llr)."""
+    listed, values = scoring.read_scores(scores)
+    if trials is not None:
+        listed = _attach(listed, scoring.read_trials(trials), scores)
+    if listed.labels is None:
+        raise UserError(f"{scores}: has no labels; give the list that has them with --trials")
+    system = SpeakerSystem.load(model)
+    record = scores.with_name(scores.name + ".json")
+    if record.is_file():
+        about = json.loads(record.read_text(encoding="utf-8"))
+        if about.get("llr") or about.get("convention") != system.convention:
+            raise UserError(f"{scores}: was not scored the way {model} scores ({system.convention})")
+    sides = pages.speakers_of(listed, speaker_pattern)
+    try:
+        system.fit(values, listed.labels, *(sides or (None, None)))
+        before, after = scoring.min_cllr(values, listed.labels), scoring.cllr(system.calibration(values), listed.labels)
+    except ValueError as error:
+        raise UserError(f"{scores}: {error}") from error
+    system.save_scoring(model)
+    how = "speakers" if sides else "trials (name speakers with --speaker-pattern for honest intervals)"
+    console.print(f"calibrated on {len(listed)} trials: Cllr {after:.3f}, at best {before:.3f}; intervals over {how}")
+
+
+def _recordings(paths: Sequence[Path], layout: str) -> list[Utterance]:
+    found: list[Utterance] = []
+    for path in paths:
+        if path.is_dir():
+            found += find_utterances(path, layout)
+        elif path.suffix.lower() in SUFFIXES or not path.exists():
+            found.append(Utterance(str(path), path))
+        else:
+            raise UserError(f"{path}: is no recording ({', '.join(SUFFIXES)})")
+    return found
+
+
+def _embed_all(
+    utterances: Sequence[Utterance], embed_one: Embedder
+) -> tuple[list[tuple[Utterance, Embedded]], list[str]]:
+    """Embed with a progress bar, going on past what cannot be."""
+    return run_batch(utterances, lambda u: (u, embed_one(u.path)), "embedding", name=lambda u: str(u.path))
+
+
+def _matrix(found: Sequence[tuple[Utterance, Embedded]]) -> np.ndarray:
+    return np.stack([embedded.embedding for _, embedded in found])
+
+
+def _needed(listed: scoring.Trials, members: dict[str, list[str]] | None) -> list[str]:
+    if members is None:
+        return listed.names()
+    enrolled = [m for name in dict.fromkeys(listed.enroll.tolist()) for m in members[name]]
+    return list(dict.fromkeys([*enrolled, *listed.test.tolist()]))
+
+
+def _attach(listed: scoring.Trials, reference: scoring.Trials, path: Path) -> scoring.Trials:
+    """The scored trials with labels and conditions of the list they come from. Raises UserError where one is not in it."""
+    row = {pair: n for n, pair in enumerate(zip(reference.enroll.tolist(), reference.test.tolist()))}
+    rows = np.array([row.get(pair, -1) for pair in zip(listed.enroll.tolist(), listed.test.tolist())])
+    if (rows < 0).any():
+        raise UserError(f"{path}: {int((rows < 0).sum())} of its trials are not in {reference.source}")
+    return reference.select(rows)
+
+
+def _sentence(llr: float, low: float | None, high: float | None) -> str:
+    """The answer in words. Nothing is said about how probable one speaker was beforehand."""
+    ratio = _number(math.exp(min(abs(llr), 50)))
+    interval = "" if low is None or high is None else f" (95 % interval {low:.2f} to {high:.2f})"
+    words = f"Log-likelihood ratio {llr:.2f}{interval}: "
+    if low is not None and high is not None and low <= 0 <= high:
+        return words + "the recordings do not decide between one speaker and two."
+    side = ("one speaker", "two") if llr > 0 else ("two speakers", "one")
+    return words + f"what is heard is about {ratio} times as probable from {side[0]} as from {side[1]}."
+
+
+def _number(value: float) -> str:
+    if value >= 1e6:
+        return "a million or more"
+    return f"{float(f'{value:.2g}'):,g}"

@@ -1,0 +1,78 @@
+"""A gallery of enrolled speakers in one file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nearfar.audio.ltdnn import SpeakerEncoder
+from nearfar.audio.scoring import enroll_models, unit
+from nearfar.audio.speaker_system import SpeakerSystem
+from nearfar.audio.speakers import model_digest
+from nearfar.core.errors import UserError
+from nearfar.core.files import atomic_path
+
+
+@dataclass
+class Gallery:
+    """Speakers and all their embeddings, of one model. `owners[n]` is the row of `names` that embedding n belongs to."""
+
+    digest: str
+    names: list[str]
+    embeddings: np.ndarray
+    owners: np.ndarray
+
+    @classmethod
+    def new(cls, model: SpeakerEncoder) -> "Gallery":
+        return cls(model_digest(model), [], np.empty((0, model.embedding_dim), np.float32), np.empty(0, np.int64))
+
+    @classmethod
+    def load(cls, path: Path, model: SpeakerEncoder) -> "Gallery":
+        """Raises UserError where the file is no gallery, or was made with another model."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                found = cls(str(arrays["digest"]), arrays["names"].tolist(), arrays["embeddings"], arrays["owners"])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: is no gallery ({error})") from error
+        if found.digest != model_digest(model):
+            raise UserError(f"{path}: was made with another model; enrol the speakers again with this one")
+        return found
+
+    def save(self, path: Path) -> None:
+        with atomic_path(path) as temporary, temporary.open("wb") as stream:
+            np.savez(
+                stream, digest=self.digest, names=np.array(self.names), embeddings=self.embeddings, owners=self.owners
+            )
+
+    def add(self, name: str, embeddings: np.ndarray, replace: bool = False) -> None:
+        """Enrol a speaker. Raises UserError for a name that is there, unless it is to be replaced."""
+        if name in self.names and not replace:
+            raise UserError(f"{name}: is in the gallery already; --replace enrols them again")
+        if name not in self.names:
+            self.names.append(name)
+        number = self.names.index(name)
+        keep = self.owners != number
+        self.embeddings = np.concatenate([self.embeddings[keep], embeddings])
+        self.owners = np.concatenate([self.owners[keep], np.full(len(embeddings), number)])
+
+    def models(self, mean: np.ndarray | None) -> np.ndarray:
+        """One vector per speaker, from which the system will subtract `mean`."""
+        groups = [np.flatnonzero(self.owners == number).tolist() for number in range(len(self.names))]
+        return enroll_before_mean(self.embeddings, groups, mean)
+
+    def scores(self, system: SpeakerSystem, models: np.ndarray, embedding: np.ndarray) -> np.ndarray:
+        """Scores of one recording against every speaker."""
+        everyone = np.arange(len(models))
+        return system.score(models, embedding[None], everyone, np.zeros(len(models), int))
+
+
+def enroll_before_mean(x: np.ndarray, groups: Sequence[Sequence[int]], mean: np.ndarray | None) -> np.ndarray:
+    """Enrolled models as embeddings whose direction after subtracting `mean` is that of `enroll_models`.
+
+    A single recording keeps its embedding, so it scores as it does alone.
+    """
+    models = enroll_models(x, groups, mean)
+    length = float(np.mean(np.linalg.norm(x - (0 if mean is None else mean), axis=1)))
+    models = unit(models) * length
+    return models if mean is None else models + np.asarray(mean, models.dtype)
