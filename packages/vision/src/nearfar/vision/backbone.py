@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import CheckpointError
-from nearfar.ops.convolution.layers import DepthwiseConv, batch_norm_affine
+from nearfar.ops.convolution.layers import DepthwiseConv, batch_norm_affine, fold_batch_norm
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 """One renaming: a regular expression for the start of a tensor's name, and what takes the place of the match."""
@@ -411,14 +411,6 @@ def fuse_sequence(sequence: nn.Sequential) -> None:
         if isinstance(conv, nn.Conv2d | DepthwiseConv) and isinstance(norm, nn.BatchNorm2d):
             fold_batch_norm(conv, norm)
             sequence[i + 1] = nn.Identity()
-
-
-@torch.no_grad()
-def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> None:
-    """Move a batch norm in eval mode into the convolution before it."""
-    scale, shift = batch_norm_affine(norm)
-    conv.weight *= scale.reshape(-1, *(1,) * (conv.weight.ndim - 1))
-    conv.bias = nn.Parameter(shift if conv.bias is None else conv.bias * scale + shift)
 
 
 def twelve_layers(block: Callable[[int], int]) -> Callable[[str], tuple[int, ...]]:

@@ -21,7 +21,7 @@ from nearfar.ops.convolution.dmixer import (
     OverlappingReductionAttention,
     resize_table,
 )
-from nearfar.ops.convolution.layers import DepthwiseConv, Derived, DropPath
+from nearfar.ops.convolution.layers import DepthwiseConv, Derived, DropPath, LayerScale
 from nearfar.vision.backbone import (
     Backbone,
     Head,
@@ -34,18 +34,6 @@ from nearfar.vision.backbone import (
     load_operator,
     register,
 )
-
-
-class LayerScale(nn.Module):
-    """w_c x_c + b_c."""
-
-    def __init__(self, dim: int, init: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((dim, 1, 1), init))
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.bias[:, None, None], x, self.weight)
 
 
 class TransXBlock(nn.Module):

@@ -13,9 +13,9 @@ from nearfar.ops.convolution.layers import (
     BATCH_NORMS,
     CONVOLUTIONS,
     DepthwiseConv,
-    batch_norm_affine,
     check_dims,
     check_odd,
+    fold_batch_norm,
     fold_into_next,
 )
 
@@ -48,9 +48,7 @@ class ConvBN(nn.Module):
         """Fold the norm into the convolution, for inference; the outputs stay the same."""
         if isinstance(self.bn, nn.Identity):
             return
-        scale, shift = batch_norm_affine(self.bn)
-        self.conv.weight *= scale.reshape(-1, *(1,) * (self.conv.weight.ndim - 1))
-        self.conv.bias = nn.Parameter(shift)
+        fold_batch_norm(self.conv, self.bn)
         self.bn = nn.Identity()
 
 

@@ -43,7 +43,7 @@ class GnConv(nn.Module):
         dim: int,
         order: int = 5,
         kernel_size: int = 7,
-        scale: float = 1.0,
+        scale: float | int = 1.0,
         filter: Callable[[int], nn.Module] | None = None,
         *,
         in_dim: int | None = None,

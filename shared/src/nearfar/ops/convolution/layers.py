@@ -45,13 +45,25 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+class LayerScale(nn.Module):
+    """w_c x_c + b_c on (B, C, *S); w starts at `init`, b at 0."""
+
+    def __init__(self, dim: int, init: float | int = 1.0, *, dims: int = 2) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim, *(1,) * dims), float(init)))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
+        return torch.addcmul(self.bias.reshape(self.weight.shape), x, self.weight)
+
+
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): in training, each sample's branch is zeroed with probability `p`.
 
     Kept samples are divided by 1 - p. The identity in eval mode.
     """
 
-    def __init__(self, p: float = 0.0) -> None:
+    def __init__(self, p: float | int = 0.0) -> None:
         super().__init__()
         if not 0 <= p < 1:
             raise ValueError(f"drop_path is {p}; it must be in [0, 1)")
@@ -122,6 +134,14 @@ def full_precision(x: Tensor) -> AbstractContextManager:
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
+
+
+@torch.no_grad()
+def fold_batch_norm(conv: nn.Module, norm: nn.modules.batchnorm._BatchNorm) -> None:
+    """Move a batch norm in eval mode into the convolution before it."""
+    scale, shift = batch_norm_affine(norm)
+    conv.weight *= scale.reshape(-1, *(1,) * (conv.weight.ndim - 1))
+    conv.bias = nn.Parameter(shift if conv.bias is None else conv.bias * scale + shift)
 
 
 @torch.no_grad()

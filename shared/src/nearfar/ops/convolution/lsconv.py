@@ -9,9 +9,9 @@ from nearfar.ops.convolution.layers import (
     BATCH_NORMS,
     CONVOLUTIONS,
     DepthwiseConv,
-    batch_norm_affine,
     check_dims,
     check_odd,
+    fold_batch_norm,
 )
 
 
@@ -48,9 +48,7 @@ class ConvNorm(nn.Module):
         """Fold the norm into the convolution, for inference; the outputs stay the same."""
         if isinstance(self.bn, nn.Identity):
             return
-        scale, shift = batch_norm_affine(self.bn)
-        self.c.weight *= scale.reshape(-1, *(1,) * (self.c.weight.ndim - 1))
-        self.c.bias = nn.Parameter(shift)
+        fold_batch_norm(self.c, self.bn)
         self.bn = nn.Identity()
 
 
