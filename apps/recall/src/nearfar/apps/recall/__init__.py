@@ -1,0 +1,1 @@
+"""Measure how well sequence mixers recall what they have read."""

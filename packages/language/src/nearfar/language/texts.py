@@ -1,0 +1,205 @@
+"""Text as tokens: plain files, folders, tables and `datasets` corpora; bytes or any tokenizer; models by name."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import nearfar.language.modeling  # noqa: F401 - registers MixerForCausalLM with the Auto classes
+from nearfar.core.errors import UserError
+from nearfar.core.files import atomic_path
+
+TEXT_ENDINGS = (".txt", ".raw", ".md", ".rst", ".py", ".html", ".csv", ".tex", "")
+TABLE_ENDINGS = (".jsonl", ".json", ".parquet")
+BYTE_OFFSET = 3
+"""ByT5's ids are bytes + 3, after padding, end and unknown."""
+
+
+def byte_tokenizer() -> ByT5Tokenizer:
+    """A tokenizer whose tokens are UTF-8 bytes, 259 with padding, end of text and unknown."""
+    return ByT5Tokenizer(extra_ids=0)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """ "bytes", a folder, or a transformers id."""
+    if name == "bytes":
+        return byte_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no tokenizer there ({first_line(error)}); give a folder, an id, or bytes") from error
+
+
+def load_causal_lm(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
+    """A model in eval mode with its tokenizer, from a folder or by its transformers id.
+
+    A folder without a tokenizer whose model has 256 or 259 tokens reads bytes.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: no causal language model there ({first_line(error)})") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        if model.config.vocab_size != len(byte_tokenizer()):
+            raise UserError(f"{name}: the model comes without a tokenizer ({first_line(error)})") from error
+        tokenizer = byte_tokenizer()
+    return model.to(device).eval(), tokenizer
+
+
+def read_tokens(
+    sources: str | Path | Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None = None,
+) -> Tensor:
+    """The tokens of texts, one after the other, as int64.
+
+    A source is a text file (UTF-8), a table (.jsonl, .parquet) with a column `text`, a folder of either (in the order
+    of their names), or `hub:NAME`, `hub:NAME:CONFIG` or `hub:NAME:CONFIG:SPLIT`, a `datasets` corpus that is streamed.
+    Documents of tables and corpora are followed by the tokenizer's end of text. Bytes are taken as they are.
+
+    Raises UserError that names the file for one that is missing, empty, binary or damaged.
+    """
+    parts, count = [], 0
+    for ids in token_parts([sources] if isinstance(sources, str | Path) else sources, tokenizer):
+        parts.append(ids)
+        count += len(ids)
+        if max_tokens is not None and count >= max_tokens:
+            break
+    if not count:
+        raise UserError(f"{sources}: holds no text")
+    return torch.from_numpy(np.concatenate(parts)[:max_tokens])
+
+
+def token_parts(sources: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for source in sources:
+        if str(source).startswith("hub:"):
+            for text in hub_texts(str(source)):
+                yield np.array([*encode(text, tokenizer).tolist(), *end], np.int64)
+            continue
+        for path in text_files(Path(source)):
+            if path.suffix.lower() in TABLE_ENDINGS:
+                for text in table_texts(path):
+                    yield np.array([*encode(text, tokenizer).tolist(), *end], np.int64)
+            else:
+                yield encode(read_text(path), tokenizer)
+
+
+def encode(text: bytes | str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Tokens without beginning or end."""
+    if isinstance(tokenizer, ByT5Tokenizer):
+        data = text if isinstance(text, bytes) else text.encode()
+        return np.frombuffer(data, np.uint8).astype(np.int64) + BYTE_OFFSET
+    if isinstance(text, bytes):
+        text = text.decode()
+    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+
+
+def token_bytes(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many bytes of UTF-8 the tokens stand for; special tokens for none."""
+    if isinstance(tokenizer, ByT5Tokenizer):
+        return int((tokens >= BYTE_OFFSET).sum())
+    return len(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).encode())
+
+
+def text_files(path: Path) -> list[Path]:
+    """`path`, or the texts and tables below it."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    known = (*TEXT_ENDINGS[:-1], *TABLE_ENDINGS)
+    found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in known)
+    if not found:
+        raise UserError(f"{path}: no texts in this folder (looked for {', '.join(known)})")
+    return found
+
+
+def read_text(path: Path) -> bytes:
+    """The bytes of a text file; an empty or binary one is refused."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not data.strip():
+        raise UserError(f"{path}: is empty")
+    if b"\0" in data:
+        raise UserError(f"{path}: is binary, not text (zero byte at {data.index(0)})")
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        cut = min(error.start, len(data) - error.start) < 4  # a file cut inside a character, as EnWik8's parts are
+        if not cut:
+            raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); convert it first") from error
+    return data
+
+
+def table_texts(path: Path) -> Iterator[str]:
+    """The column `text` of a table."""
+    import datasets  # takes a second to import, and few need it
+
+    kind = "parquet" if path.suffix.lower() == ".parquet" else "json"
+    try:
+        rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        for row in rows:
+            yield text_of(row, path)
+    except UserError:
+        raise
+    except Exception as error:  # each format's reader has its own errors
+        raise UserError(f"{path}: is damaged or no table ({first_line(error)})") from error
+
+
+def hub_texts(source: str) -> Iterator[str]:
+    """The texts of `hub:NAME[:CONFIG[:SPLIT]]`, streamed."""
+    import datasets
+
+    name, config, split = (*source.removeprefix("hub:").split(":"), "", "")[:3]
+    try:
+        for row in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
+            yield text_of(row, source)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{source}: cannot be streamed ({first_line(error)})") from error
+
+
+def text_of(row: dict[str, Any], source: object) -> str:
+    if not isinstance(row.get("text"), str):
+        raise UserError(f"{source}: has no column `text`; it has {', '.join(row)}")
+    return row["text"]
+
+
+def split_enwik8(path: str | Path, folder: str | Path) -> list[Path]:
+    """Cut the 100,000,000 bytes of EnWik8 into 90 / 5 / 5 million: `train.txt.raw`, `valid.txt.raw`, `test.txt.raw`.
+
+    `path` is the file `enwik8` or a zip archive that holds it.
+    """
+    import zipfile
+
+    path = Path(path)
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                data = archive.read("enwik8")
+        else:
+            data = path.read_bytes()
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: no EnWik8 there ({first_line(error)})") from error
+    if len(data) != 100_000_000:
+        raise UserError(f"{path}: EnWik8 has 100,000,000 bytes, this has {len(data):,}")
+    written = []
+    for name, start, stop in (("train", 0, 90), ("valid", 90, 95), ("test", 95, 100)):
+        written.append(Path(folder) / f"{name}.txt.raw")
+        with atomic_path(written[-1]) as temporary:
+            temporary.write_bytes(data[start * 1_000_000 : stop * 1_000_000])
+    return written
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
