@@ -197,7 +197,7 @@ def unary_from_softmax(probabilities: Float[Tensor, "b l *s"], clip: float = 1e-
 def unary_from_labels(
     labels: Int[Tensor, "b *s"], num_labels: int, certainty: float = 0.7, *, zero_unsure: bool = True
 ) -> Float[Tensor, "b l *s"]:
-    """Energies (B, L, *S) of labels (B, *S): -log `certainty` for the label, -log((1 - certainty) / (L - 1)) for others.
+    """Energies (B, L, *S) of labels (B, *S): -log `certainty` of the label, -log((1 - certainty) / (L - 1)) of others.
 
     With `zero_unsure`, 0 in `labels` means "not known" (energy log L for each label) and l > 0 stands for label l - 1;
     without it l stands for label l.

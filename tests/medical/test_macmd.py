@@ -1,0 +1,65 @@
+"""MACMD: contracts, counts, encoders, the released checkpoint's gap, sizes, gradients."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nearfar.core.contracts import Contract, verify
+from nearfar.core.errors import CheckpointError
+from nearfar.medical.macmd import MACMD, build_contract
+
+CONTRACTS = sorted((Path(__file__).parents[1] / "contracts").glob("macmd--*.json"))
+WHOLE = next(path for path in CONTRACTS if "pvtv2b2" in path.stem)
+
+
+@pytest.mark.parametrize("path", CONTRACTS, ids=lambda p: p.stem)
+def test_contract(path: Path) -> None:
+    errors = verify(Contract.load(path), build_contract)
+    assert max(errors.values()) < 1e-4, errors
+
+
+def test_parameter_counts() -> None:
+    unused_norms = 2 * (512 + 640 + 256 + 128)
+    with torch.device("meta"):
+        model = MACMD(9, 1)
+        assert sum(p.numel() for p in model.parameters()) == 34_617_576 - unused_norms
+        assert sum(p.numel() for p in model.encoder.parameters()) == 24_849_856
+        assert round(sum(p.numel() for p in MACMD(4, 1, "pvt_v2_b0").parameters()) / 1e6, 2) == 5.89
+
+
+def test_the_released_checkpoint_lacks_layers() -> None:
+    state = {k: v for k, v in Contract.load(WHOLE).state().items() if ".apm.up_blocks." not in k}
+    with pytest.raises(CheckpointError, match="legacy_up_seed"):
+        MACMD.from_published(state)
+    with pytest.warns(UserWarning, match="random"):
+        first = MACMD.from_published(state, legacy_up_seed=3)
+    with pytest.warns(UserWarning, match="random"):
+        second = MACMD.from_published(state, legacy_up_seed=3)
+    x = torch.randn(1, 1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(first(x), second(x), rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encoder", ["pvt_v2_b0", "resnet10t", "mobilenetv3_small_100"])
+def test_encoders_and_sizes(encoder: str) -> None:
+    model = MACMD(3, 2, encoder).eval()
+    assert model(torch.randn(2, 2, 64, 96)).shape == (2, 3, 64, 96)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        model(torch.randn(1, 2, 48, 64))
+
+
+def test_training_reaches_every_parameter() -> None:
+    model = MACMD(2, 3, "pvt_v2_b0").train()
+    logits = model(torch.randn(2, 3, 64, 64))
+    assert [tuple(v.shape) for v in logits] == [(2, 2, 64, 64)] * 3
+    sum(v.square().mean() for v in logits).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(CheckpointError, match="missing or unknown"):
+        MACMD.from_published({"decoder.apm.up_blocks.1.x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="1/4 to 1/32"):
+        MACMD(encoder="vit_tiny_patch16_224")
