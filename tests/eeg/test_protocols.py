@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from nearfar.core.errors import UserError
-from nearfar.eeg import metrics, protocols
+from nearfar.eeg import fingerprint, metrics, protocols
 from nearfar.eeg.alignment import EuclideanAlignment
 from nearfar.eeg.fingerprint import code_digest
 from nearfar.eeg.protocols import PROTOCOLS, LeakageError, Split, check_split, evaluate
@@ -699,6 +699,13 @@ def test_the_digest_of_settings_goes_to_any_depth():
     loop = []
     loop.append(loop)
     assert code_digest(loop) == code_digest(loop)
+
+
+def test_the_digest_holds_library_versions(monkeypatch):
+    now = code_digest(decoder())
+    real = fingerprint.version
+    monkeypatch.setattr(fingerprint, "version", lambda name: "0.0.1" if name == "scikit-learn" else real(name))
+    assert code_digest(decoder()) != now
 
 
 def test_code_in_no_file_is_not_cached():

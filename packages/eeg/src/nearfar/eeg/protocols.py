@@ -350,45 +350,48 @@ def check_split(
     learnt = [("training" if stage is split else "pretraining", stage.train) for stage in stages]
     if not split.published:
         learnt += [("validation" if stage is split else "pretraining", stage.validation) for stage in stages]
-    ids = trial_ids(metadata)
+
+    def trial(row: int) -> str:
+        return f"trial {trial_ids(metadata.iloc[[row]])[0]}"
+
     for side, rows in learnt:
         both = f"{where}: {{}} stands in both {side} and test"
         shared = np.intersect1d(rows, split.test)
         if len(shared):
-            raise LeakageError(both.format(f"trial {ids[shared[0]]}"))
+            raise LeakageError(both.format(trial(shared[0])))
         if split.apart:
             columns = list(split.apart)
-            values = set(metadata[columns].iloc[rows].itertuples(index=False, name=None))
-            shared_values = values & set(metadata[columns].iloc[split.test].itertuples(index=False, name=None))
+            tables = [metadata[columns].iloc[part].drop_duplicates() for part in (rows, split.test)]
+            values = [set(found.itertuples(index=False, name=None)) for found in tables]
+            shared_values = values[0] & values[1]
             if shared_values:
                 value = min(shared_values, key=_natural)
                 raise LeakageError(both.format(", ".join(f"{c} {v}" for c, v in zip(columns, value))))
         overlap = _overlap(metadata, rows, split.test, trial_seconds)
         if overlap is not None:
             raise LeakageError(
-                f"{where}: trial {ids[overlap[0]]} of {side} and trial {ids[overlap[1]]} of test overlap in time "
+                f"{where}: {trial(overlap[0])} of {side} and {trial(overlap[1])} of test overlap in time "
                 f"(each lasts {trial_seconds:g} s); cut trials that do not overlap or hold out whole sessions"
             )
         if digests is not None:
             known = {digests[row]: row for row in rows}
             twin = next((row for row in split.test if digests[row] in known), None)
             if twin is not None:
-                names = f"trial {ids[known[digests[twin]]]} of {side} and trial {ids[twin]} of test"
+                names = f"{trial(known[digests[twin]])} of {side} and {trial(twin)} of test"
                 raise LeakageError(f"{where}: {names} hold the same signal; remove the copy")
     if not split.published:
         shared = np.intersect1d(split.train, split.validation)
         if len(shared):
-            raise LeakageError(f"{where}: trial {ids[shared[0]]} stands in both training and validation")
+            raise LeakageError(f"{where}: {trial(shared[0])} stands in both training and validation")
 
     for how, rows in treated:
         if np.isin(split.test, rows).any():
             raise LeakageError(f"{where}: the data were {how}, test trials included; fit that on training trials alone")
-    tested = set(ids[split.test])
     for statistic in fitted:
         name = type(statistic).__name__
         if not hasattr(statistic, "fitted_on_"):
             raise LeakageError(f"{where}: {name} does not record the trials it was fitted on (fitted_on_)")
-        shared_ids = sorted(tested.intersection(statistic.fitted_on_))
+        shared_ids = sorted(set(trial_ids(metadata.iloc[split.test])).intersection(statistic.fitted_on_))
         if shared_ids:
             raise LeakageError(
                 f"{where}: {name} was fitted on {len(shared_ids)} test trials (first: {shared_ids[0]}); "
@@ -468,9 +471,10 @@ def _overlap(metadata: pd.DataFrame, a: np.ndarray, b: np.ndarray, seconds: floa
 
     In the order of file and onset it is enough to look at neighbours that stand on different sides.
     """
-    trials = pd.DataFrame({"row": np.concatenate([a, b]), "side": np.repeat([0, 1], [len(a), len(b)])})
-    trials["file"] = pd.factorize(metadata["file"])[0][trials["row"]]
-    trials["onset"] = metadata["onset"].to_numpy(float)[trials["row"]]
+    rows = np.concatenate([a, b])
+    trials = metadata[["file", "onset"]].iloc[rows].assign(row=rows, side=np.repeat([0, 1], [len(a), len(b)]))
+    trials = trials[trials["file"].isin(trials["file"][trials["side"] == 1].unique())]
+    trials["file"] = pd.factorize(trials["file"])[0]
     trials = trials.sort_values(["file", "onset"], ignore_index=True)
     step = trials[["side", "file", "onset"]].diff()
     near = (step["side"] != 0) & (step["file"] == 0) & (step["onset"] < seconds - 1e-9)
