@@ -106,7 +106,7 @@ def test_predict_all_along_scores_commands_and_draws(decoder, tmp_path, capsys):
     assert np.diff(table["onset"]) == pytest.approx(0.5)
     assert set(table["command"]) <= {"left_hand", "right_hand", "n/a"}
     assert (tmp_path / "out" / "new_raw_predictions.png").stat().st_size > 1000
-    assert "bits_per_minute" in capsys.readouterr().out
+    assert "bits/min" in capsys.readouterr().out
 
 
 def test_threshold_abstains(decoder, tmp_path):

@@ -54,6 +54,17 @@ class Standardization(StrEnum):
     trial = "trial"
 
 
+SCORES = {
+    "events": "events",
+    "hits": "hits",
+    "wrong": "wrong",
+    "missed": "missed",
+    "false_per_minute": "false/min",
+    "latency": "latency s",
+    "bits_per_minute": "bits/min",
+}
+"""What is shown of the scores of commands, and its heading."""
+
 Paths = Annotated[list[Path], typer.Argument(help="Recordings, or folders that are searched for recordings.")]
 Event = Annotated[
     list[str] | None,
@@ -426,11 +437,13 @@ def predict(
             raw = _continuous(model, recording, interpolate, unit)
             step = max(1, round(every * model.sfreq))
             rows, scores = _decode_all_along(model, recording, raw, _events(event), step, rule, target)
-            line |= scores
+            line |= {shown: scores[name] for name, shown in SCORES.items() if name in scores}
         with atomic_path(target) as temporary:
             rows.to_csv(temporary, sep="\t", index=False, float_format="%.6g")
-        line["decisions"] = len(rows)
-        line |= {name: int((rows["trial_type"] == name).sum()) for name in [*model.classes, "n/a"]}
+        if every is None:
+            line |= {name: int((rows["trial_type"] == name).sum()) for name in [*model.classes, "n/a"]}
+        else:
+            line["windows"] = len(rows)
         if "true" in rows:
             line["accuracy"] = float((rows["true"] == rows["trial_type"]).mean())
         if check:
