@@ -1,0 +1,181 @@
+"""A speaker model with all that its scores need: mean vector, cohort, calibration, and the trials it rests on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from nearfar.audio.ltdnn import SpeakerEncoder
+from nearfar.audio.scoring import (
+    Calibration,
+    Rate,
+    adaptive_s_norm,
+    draw_trials,
+    make_cohort,
+    pair_scores,
+    threshold_at_far,
+)
+from nearfar.audio.scoring.trials import Array
+from nearfar.core.errors import UserError
+from nearfar.core.files import atomic_path, write_json
+
+LEAST_COHORT = 50
+"""Rows below which a cohort is not used: the deviation of a few cosines says little."""
+
+
+@dataclass
+class SpeakerSystem:
+    """A model and how its embeddings become scores and log-likelihood ratios.
+
+    mean: subtracted from every embedding. cohort: rows for AS-norm, with the speaker of each. norm: "none" or "as" with
+    the `top_n` nearest rows. calibration: scores to log-likelihood ratios; `scores` and `labels` are its trials, from
+    which thresholds for a wanted false-accept rate are read.
+    """
+
+    model: SpeakerEncoder
+    mean: Array | None = None
+    cohort: Array | None = None
+    cohort_speakers: tuple[str, ...] = ()
+    norm: Literal["none", "as"] = "none"
+    top_n: int = 300
+    calibration: Calibration | None = None
+    scores: Array = field(default_factory=lambda: np.empty(0))
+    labels: Array = field(default_factory=lambda: np.empty(0, np.int64))
+
+    @classmethod
+    def build(cls, model: SpeakerEncoder, embeddings: Array, speakers: Sequence[str], seed: int = 0) -> "SpeakerSystem":
+        """Mean and cohort from training utterances.
+
+        The cohort has the mean of each speaker where there are at least 200, else up to 2000 utterances; with fewer
+        than `LEAST_COHORT` rows scores are plain cosines.
+        """
+        many = len(set(speakers)) >= 200
+        cohort, names = make_cohort(embeddings, speakers, "speaker" if many else "utterance", limit=2000, seed=seed)
+        enough = len(cohort) >= LEAST_COHORT
+        return cls(
+            model,
+            np.mean(embeddings, 0),
+            cohort if enough else None,
+            tuple(map(str, names)) if enough else (),
+            "as" if enough else "none",
+            min(300, max(2, len(cohort) // 5)),
+        )
+
+    @property
+    def convention(self) -> str:
+        """How scores are made, in words, for the record."""
+        words = "cosine" + (" after subtracting the training mean" if self.mean is not None else "")
+        if self.norm == "as" and self.cohort is not None:
+            words += f", AS-norm with the top {self.top_n} of {len(self.cohort)} cohort rows, population deviation"
+        return words
+
+    def score(self, enroll: Array, test: Array, left: Array, right: Array) -> Array:
+        """Scores of the trials `(enroll[left], test[right])`, rows being embeddings or enrolled models."""
+        scores = pair_scores(enroll, test, left, right, self.mean)
+        if self.norm == "as" and self.cohort is not None:
+            scores = adaptive_s_norm(scores, enroll, test, left, right, self.cohort, self.mean, self.top_n)
+        return scores
+
+    def calibrate(self, embeddings: Array, speakers: Sequence[str], trials: int = 30000, seed: int = 0) -> None:
+        """Calibrate on utterances of speakers that the model was not trained on; intervals draw these speakers."""
+        names = np.asarray(speakers)
+        left, right, labels = draw_trials(names, min(trials, 20 * len(names)), seed=seed)
+        self.fit(self.score(embeddings, embeddings, left, right), labels, names[left], names[right], seed)
+
+    def fit(
+        self,
+        scores: Array,
+        labels: Array,
+        enroll_speakers: Sequence[str] | None = None,
+        test_speakers: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Calibrate on scored trials of this system."""
+        self.calibration = Calibration.fit(
+            scores,
+            labels,
+            enroll_speakers=enroll_speakers,
+            test_speakers=test_speakers,
+            replicates=200,
+            seed=seed,
+            notes={"convention": self.convention, "intervals": "trials" if enroll_speakers is None else "speakers"},
+        )
+        self.scores, self.labels = np.asarray(scores), np.asarray(labels)
+
+    def threshold(self, far: float, comparisons: int = 1) -> Rate:
+        """Score above which at most `far` of the calibration's non-targets lie (see `threshold_at_far`).
+
+        Raises UserError where the system is not calibrated or its trials are too few.
+        """
+        if not len(self.scores):
+            raise UserError("the model folder holds no calibration trials: run `calibrate` first")
+        try:
+            return threshold_at_far(self.scores, self.labels, far, comparisons)
+        except ValueError as error:
+            raise UserError(f"--far {far:g}: {error}") from error
+
+    def save(self, folder: str | Path, **notes: Any) -> Path:
+        """Write the model and all the rest into one folder."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder, **notes)
+        self.save_scoring(folder)
+        return folder
+
+    def save_scoring(self, folder: str | Path) -> None:
+        """Write what `save` writes beside the model."""
+        folder = Path(folder)
+        arrays = {"scores": self.scores, "labels": self.labels}
+        arrays |= {name: value for name, value in (("mean", self.mean), ("cohort", self.cohort)) if value is not None}
+        with atomic_path(folder / "scoring.npz") as temporary, temporary.open("wb") as stream:
+            np.savez(stream, **arrays)
+        settings = {"norm": self.norm, "top_n": self.top_n, "cohort_speakers": self.cohort_speakers}
+        write_json(folder / "scoring.json", settings | {"convention": self.convention})
+        if self.calibration is not None:
+            self.calibration.save(folder / "calibration.json")
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "cpu") -> "SpeakerSystem":
+        """Read what `save` wrote, or a bare model (plain cosines, no calibration). Raises UserError."""
+        folder = Path(folder)
+        model = SpeakerEncoder.from_pretrained(folder).to(device)
+        if not (folder / "scoring.json").exists():
+            return cls(model)
+        try:
+            settings = json.loads((folder / "scoring.json").read_text(encoding="utf-8"))
+            with np.load(folder / "scoring.npz", allow_pickle=False) as arrays:
+                found = {name: arrays[name] for name in arrays.files}
+            system = cls(
+                model,
+                found.get("mean"),
+                found.get("cohort"),
+                tuple(settings["cohort_speakers"]),
+                settings["norm"],
+                settings["top_n"],
+                None,
+                found["scores"],
+                found["labels"],
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: its scoring files are damaged ({type(error).__name__}: {error})") from error
+        if (folder / "calibration.json").exists():
+            system.calibration = Calibration.load(folder / "calibration.json")
+            fitted_for = system.calibration.notes.get("convention")
+            if fitted_for != system.convention:
+                raise UserError(f"{folder}: its calibration is for other scores ({fitted_for}); run `calibrate` again")
+        return system
+
+
+def choose_device(accelerator: str) -> str:
+    """`auto`, cpu, cuda or mps to a device that is there. Raises UserError."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if accelerator == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if there[name])
+    if not there.get(accelerator):
+        raise UserError(
+            f"--accelerator {accelerator}: not available here; there is {', '.join(n for n in there if there[n])}"
+        )
+    return accelerator
