@@ -58,7 +58,8 @@ class OffsetBiasAttention(nn.Module):
         """Queries, keys and values, (B, heads, N, d)."""
         query, key, value = self.qkv(x).split(self.splits, dim=1)
         parts = (self.dw(query), key, value)
-        return tuple(part.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(-2, -1) for part in parts)
+        # contiguous, as CUDA's attention kernels refuse rows that are not aligned
+        return tuple(part.flatten(2).unflatten(1, (self.num_heads, -1)).mT.contiguous() for part in parts)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         query, key, value = self.heads(x)

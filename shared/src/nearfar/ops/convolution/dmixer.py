@@ -151,7 +151,9 @@ class OverlappingReductionAttention(nn.Module):
         reduced = reduced + self.local_conv(reduced)
         key, value = self.kv(reduced).chunk(2, dim=1)
         query, key, value = (
-            part.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(-2, -1) for part in (self.q(x), key, value)
+            # contiguous, as CUDA's attention kernels refuse rows that are not aligned
+            part.flatten(2).unflatten(1, (self.num_heads, -1)).mT.contiguous()
+            for part in (self.q(x), key, value)
         )
         return query, key, value, tuple(reduced.shape[-2:])
 

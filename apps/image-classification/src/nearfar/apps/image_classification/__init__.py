@@ -1,0 +1,1 @@
+"""`nearfar image-classification`: train, evaluate, use and compare picture classifiers."""

@@ -1,0 +1,161 @@
+"""Time nearfar's backbones against timm's and transformers' in one run.
+
+    python benchmarks/backbones.py [--device cuda] [--repeats 5] [--csv results.csv]
+
+Forward passes of 1 and 8 pictures at 224 in inference mode, and one training step of 8 pictures at 64 (64 for all,
+so that convolutional and attention networks share a size). Models take turns within every repeat, so that a slow
+moment of the machine falls on all; the median counts. MACs are counted by torch's FlopCounterMode, halved.
+"""
+
+import argparse
+import csv
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import nearfar.vision  # noqa: F401 - registers the models
+from nearfar.vision.convnext import ConvNeXt
+
+OURS = ("nearfar_convnext_tiny", "hornet_tiny_7x7", "hornet_tiny_gf", "lsnet_t", "attnet_xxs", "attnet_t1",
+        "transxnet_t", "overlock_xt")  # fmt: skip
+PEERS = ("convnext_tiny", "swin_tiny_patch4_window7_224", "efficientnet_b0", "vit_small_patch16_224")
+
+
+class Logits(nn.Module):
+    """A transformers classifier that returns its logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).logits
+
+
+def models() -> dict[str, nn.Module]:
+    """All models; the three ConvNeXt-T and our fused one hold the same weights."""
+    torch.manual_seed(0)
+    convnext = timm.create_model("convnext_tiny", ls_init_value=1.0)
+    found: dict[str, nn.Module] = {"timm convnext_tiny": convnext}
+    theirs = transformers.ConvNextForImageClassification(transformers.ConvNextConfig(num_labels=1000))
+    found["transformers convnext"] = Logits(theirs)
+    for name in PEERS[1:]:
+        found[f"timm {name}"] = timm.create_model(name)
+    for name in OURS:
+        if "convnext" in name:
+            found[name] = ConvNeXt.from_published(convnext.state_dict())
+        else:
+            found[name] = timm.create_model(name)
+    found["nearfar_convnext_tiny fused"] = ConvNeXt.from_published(convnext.state_dict()).fuse()
+    found["lsnet_t fused"] = timm.create_model("lsnet_t").fuse()
+    found["overlock_xt fused"] = timm.create_model("overlock_xt").fuse()
+    return found
+
+
+def macs(model: nn.Module, size: int) -> float:
+    """Multiply-accumulates of one picture."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+    return counter.get_total_flops() / 2
+
+
+def timed(action: Callable[[], object], device: str) -> float:
+    """Milliseconds of one call."""
+    start = time.perf_counter()
+    action()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def peak_memory(action: Callable[[], object], device: str) -> float:
+    """MiB that a call adds at most (CUDA), or the process's peak so far (CPU)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    action()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """One step of SGD on random labels."""
+    labels = torch.arange(len(x), device=x.device)
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-6)
+
+    def step() -> None:
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimiser.step()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--batches", type=int, nargs="+", default=(1, 8))
+    parser.add_argument("--csv", help="also write the table to this file")
+    options = parser.parse_args()
+    device = options.device
+    torch.manual_seed(0)
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    entries = {name: model.to(device, memory_format=layout).eval() for name, model in models().items()}
+    rows = {name: {"model": name, "params_M": sum(p.numel() for p in m.parameters()) / 1e6, "gmacs": macs(m, 224) / 1e9}
+            for name, m in entries.items()}  # fmt: skip
+
+    def measure(label: str, actions: dict[str, Callable[[], object]]) -> None:
+        times: dict[str, list[float]] = {name: [] for name in actions}
+        for name, action in actions.items():
+            rows[name][f"{label} MiB"] = peak_memory(action, device)
+        for _ in range(options.repeats):
+            for name, action in actions.items():
+                times[name].append(timed(action, device))
+        base = statistics.median(times["timm convnext_tiny"])
+        for name, values in times.items():
+            rows[name][f"{label} ms"] = statistics.median(values)
+            rows[name][f"{label} ratio"] = statistics.median(values) / base
+
+    with torch.inference_mode():
+        for batch in options.batches:
+            x = torch.randn(batch, 3, 224, 224, device=device).to(memory_format=layout)
+            measure(f"forward {batch}x224", {name: partial(model, x) for name, model in entries.items()})
+            for row in rows.values():
+                row[f"forward {batch}x224 GMAC/s"] = batch * row["gmacs"] / row[f"forward {batch}x224 ms"] * 1e3
+    x = torch.randn(8, 3, 64, 64, device=device).to(memory_format=layout)
+    steps = {}
+    for name, model in entries.items():
+        if "fused" in name:
+            continue
+        if "swin" in name or "vit" in name:  # their size is fixed at construction
+            model = timm.create_model(name.split()[1], img_size=64).to(device)
+        steps[name] = training_step(model.train(), x)
+    measure("train 8x64", steps)
+
+    columns = list(rows["nearfar_convnext_tiny"])
+    print(f"{torch.get_num_threads()} threads, {device}, torch {torch.__version__}, timm {timm.__version__}")
+    print("\t".join(columns))
+    for row in rows.values():
+        print("\t".join(f"{row[c]:.3g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))
+    if options.csv:
+        with open(options.csv, "w", newline="") as stream:
+            writer = csv.DictWriter(stream, columns)
+            writer.writeheader()
+            writer.writerows(rows.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""Training and evaluating picture classifiers with the published recipe's parts, which are timm's.
+
+RandomResizedCrop, flip, RandAugment, colour jitter and random erasing; Mixup and CutMix; label smoothing; AdamW with
+layer decay, warm-up and cosine; stochastic depth; an exponential moving average of the weights.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import timm
+import torch
+from timm.data import Mixup, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
+from nearfar.core.errors import UserError
+from nearfar.core.files import write_json
+from nearfar.core.training import data_loader, train, warmup_cosine
+from nearfar.vision.backbone import MODELS, VARIANTS, Backbone
+from nearfar.vision.pictures import Pictures
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The defaults suit fine-tuning or short runs on small data; recipes/ has the published ones."""
+
+    size: int = 224
+    """Side of the training crop, and of the picture in evaluation."""
+    epochs: int = 30
+    batch_size: int = 64
+    lr: float = 1e-3
+    """Peak learning rate at this batch size."""
+    weight_decay: float = 0.05
+    warmup_epochs: float = 3
+    layer_decay: float | None = None
+    drop_path: float | None = None
+    layer_scale: float | None = 1.0
+    """Initial scale of the residual branches: the published 1e-6 needs hundreds of epochs. None leaves the model's."""
+    smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    randaugment: str = ""
+    """timm's notation, for example rand-m9-mstd0.5-inc1."""
+    color_jitter: float = 0.0
+    erasing: float = 0.0
+    crop_scale: float = 0.35
+    """Smallest share of the picture's area that a training crop has (0.08 as published)."""
+    repeats: int = 0
+    """Views of a picture per epoch (repeated augmentation): 3 as published, 0 for off."""
+    ema: float = 0.0
+    """Decay of the averaged weights, which are then the ones that are kept; 0 for none."""
+    clip: float | None = None
+    """Largest gradient norm."""
+    crop_pct: float = 1.0
+    """Share of the shorter side that the evaluation crop covers; 0.875 for published weights."""
+    validation: float = 0.1
+    """Share of the training pictures that chooses the epoch, where the data have no split of their own for it."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("size", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"batch_size must be even with mixup or cutmix, got {self.batch_size}")
+
+
+def training_transform(recipe: Recipe) -> Callable:
+    """Random crop, flip, RandAugment or colour jitter, tensor, normalisation, random erasing."""
+    return create_transform(
+        recipe.size,
+        is_training=True,
+        scale=(recipe.crop_scale, 1.0),
+        auto_augment=recipe.randaugment or None,
+        color_jitter=recipe.color_jitter or None,
+        re_prob=recipe.erasing,
+        re_mode="pixel",
+        interpolation="bicubic",
+    )
+
+
+def evaluation_transform(size: int, crop_pct: float = 0.875, crop_mode: str = "center") -> Callable:
+    """Shorter side to floor(size / crop_pct), bicubic, centre crop (or the whole picture squashed), normalisation."""
+    return create_transform(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="bicubic")
+
+
+def create_model(name: str, num_classes: int, recipe: Recipe, **settings: Any) -> nn.Module:
+    """A model of timm's registry, ours or any other, for a recipe. Raises UserError for an unknown name."""
+    if not timm.is_model(name):
+        raise UserError(f"{name}: no such model; `nearfar image-classification models` lists ours, timm's serve too")
+    wanted = {"drop_path_rate": recipe.drop_path, **settings}
+    if name in VARIANTS and recipe.layer_scale is not None:
+        wanted |= {
+            key: recipe.layer_scale
+            for key in ("layer_scale",)
+            if name.startswith(("nearfar_convnext", "hornet", "attnet", "transxnet")) and "isotropic" not in name
+        }
+    return timm.create_model(
+        name, num_classes=num_classes, **{key: value for key, value in wanted.items() if value is not None}
+    )
+
+
+class ClassifierModule(pl.LightningModule):
+    """Lightning's view of a classifier in training: loss, optimiser, averaged weights, validation accuracy."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, num_classes: int, steps_per_epoch: int) -> None:
+        super().__init__()
+        self.model, self.recipe, self.num_classes, self.steps = model, recipe, num_classes, steps_per_epoch
+        self.average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+        mixing = recipe.mixup or recipe.cutmix
+        self.mix = (
+            Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes)
+            if mixing
+            else None
+        )
+        self.soft_loss = SoftTargetCrossEntropy()
+        self.hits: list[Tensor] = []
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        if target.ndim == 2:
+            return self.soft_loss(logits, target)
+        return nn.functional.cross_entropy(logits, target, label_smoothing=self.recipe.smoothing)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
+        x, target = batch
+        if self.mix is not None and len(x) % 2 == 0:
+            x, target = self.mix(x, target)
+        out = self.model(x)
+        # (logits, a second head's logits): LSNet's distillation head and OverLoCK's overview
+        loss = (
+            self.loss(out[0], target) + 0.4 * self.loss(out[1], target)
+            if isinstance(out, tuple)
+            else self.loss(out, target)
+        )
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.average is not None:
+            self.average.update(self.model, step=self.global_step)
+
+    @property
+    def kept(self) -> nn.Module:
+        """The weights that count: the averaged ones where there are any."""
+        return self.model if self.average is None else self.average.module
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], _index: int) -> None:
+        x, target = batch
+        accuracy = (self.kept(x).argmax(1) == target).float().mean()
+        self.log("accuracy", accuracy, on_epoch=True, batch_size=len(x))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        settings: dict[str, Any] = {"layer_decay": self.recipe.layer_decay} if self.recipe.layer_decay else {}
+        optimizer = create_optimizer_v2(
+            self.model, opt="adamw", lr=self.recipe.lr, weight_decay=self.recipe.weight_decay, **settings
+        )
+        for group in optimizer.param_groups:  # the schedule scales the group's own rate
+            group["lr"] *= group.get("lr_scale", 1.0)
+        warmup, total = (round(epochs * self.steps) for epochs in (self.recipe.warmup_epochs, self.recipe.epochs))
+        schedule = warmup_cosine(optimizer, warmup, total, floor=1e-3)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@dataclass
+class Classifier:
+    """A trained model with what it takes to use it: class names, input size, crop."""
+
+    model: nn.Module
+    name: str
+    classes: list[str]
+    size: int
+    crop_pct: float
+    crop_mode: str = "center"
+
+    @torch.inference_mode()
+    def scores(self, pictures: Pictures, batch_size: int = 64, device: str = "cpu", num_workers: int = 0) -> Tensor:
+        """Class probabilities, (pictures, classes)."""
+        data = pictures.subset(range(len(pictures)), evaluation_transform(self.size, self.crop_pct, self.crop_mode))
+        model = self.model.to(device).eval()
+        batches = DataLoader(data, batch_size, num_workers=num_workers)
+        return torch.cat([model(x.to(device)).float().softmax(1).cpu() for x, _ in batches])
+
+    def save(self, folder: str | Path) -> None:
+        """Write `model.safetensors` and `classifier.json` to `folder`."""
+        save_state_dict(self.model, Path(folder) / "model.safetensors")
+        record = {key: value for key, value in vars(self).items() if key != "model"}
+        write_json(Path(folder) / "classifier.json", record)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Classifier":
+        """What `save` wrote. Raises UserError where it is no such folder, CheckpointError where the weights differ."""
+        path = Path(folder) / "classifier.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{folder}: holds no trained classifier ({error}); name a folder that train wrote"
+            ) from error
+        weights = Path(folder) / "model.safetensors"
+        if record["name"] in MODELS:  # names and shapes tell the variant, reduced ones too
+            return cls(MODELS[record["name"]].from_published(weights), **record)
+        model = timm.create_model(record["name"], num_classes=len(record["classes"]))
+        load_state_dict(model, read_state_dict(weights))
+        return cls(model.eval(), **record)
+
+
+def train_classifier(
+    name: str,
+    pictures: Pictures,
+    validation: Pictures,
+    recipe: Recipe,
+    folder: str | Path | None = None,
+    *,
+    weights: str | Path | None = None,
+    model: nn.Module | None = None,
+    num_workers: int = 0,
+    show_progress: bool = False,
+    **trainer_options: Any,
+) -> tuple[Classifier, list[dict[str, float]]]:
+    """Train a classifier; returns it with its best weights and one row of metrics per epoch.
+
+    `validation` chooses the epoch and must share no picture with `pictures`. `weights`: a checkpoint to start from, in
+    a published layout for our models. `folder`: see `nearfar.core.training.train`; the classifier is saved there.
+    """
+    if leaked := set(pictures.names) & set(validation.names):
+        raise UserError(f"{sorted(leaked)[0]}: lies in the training and in the validation pictures")
+    if pictures.classes != validation.classes:
+        raise UserError(f"classes differ: training has {len(pictures.classes)}, validation {len(validation.classes)}")
+    classes = len(pictures.classes)
+    torch.manual_seed(recipe.seed)
+    model = model or create_model(name, classes, recipe)
+    if weights is not None:
+        start_from(model, weights)
+    data = pictures.subset(range(len(pictures)), training_transform(recipe))
+    batch = min(recipe.batch_size, len(data))
+    options: dict[str, Any] = {"drop_last": len(data) > batch}
+    if recipe.repeats:
+        sampler = RepeatAugSampler(data, 1, 0, num_repeats=recipe.repeats, selected_round=0)
+        loader = DataLoader(data, batch, sampler=sampler, num_workers=num_workers, **options)
+    else:
+        loader = data_loader(data, batch, shuffle=True, seed=recipe.seed, num_workers=num_workers, **options)
+    held = validation.subset(range(len(validation)), evaluation_transform(recipe.size, recipe.crop_pct))
+    module = ClassifierModule(model, recipe, classes, len(loader))
+    history = train(
+        module,
+        loader,
+        data_loader(held, batch, num_workers=num_workers),
+        max_epochs=recipe.epochs,
+        monitor="accuracy",
+        seed=recipe.seed,
+        folder=folder,
+        settings={"model": name, "classes": pictures.classes, **asdict(recipe)},
+        show_progress=show_progress,
+        gradient_clip_val=recipe.clip,
+        **trainer_options,
+    )
+    classifier = Classifier(module.kept.eval().cpu(), name, pictures.classes, recipe.size, recipe.crop_pct)
+    if folder is not None:
+        classifier.save(folder)
+    return classifier, history
+
+
+def start_from(model: nn.Module, weights: str | Path) -> None:
+    """Load a checkpoint into `model`; a classifier for other classes starts afresh."""
+    state: Mapping[str, Tensor] = read_state_dict(weights)
+    if isinstance(model, Backbone):
+        load_state_dict(model, model.fit_state(model.published_state(state)), ignore=model.IGNORE)
+        return
+    own = model.state_dict()
+    head = {name for name, value in state.items() if name in own and own[name].shape != value.shape}
+    load_state_dict(model, {name: own[name] if name in head else value for name, value in state.items()})
+
+
+def evaluate_scores(scores: Tensor, labels: Sequence[int], seed: int = 0) -> dict[str, float]:
+    """Top-1 and top-5 accuracy, their 95 % bootstrap interval, and the mean of the classes' accuracies."""
+    truth = torch.as_tensor(labels)
+    order = scores.argsort(dim=1, descending=True)
+    first = (order[:, 0] == truth).double().numpy()
+    top5 = (order[:, :5] == truth[:, None]).any(1).double().mean()
+    drawn = np.random.default_rng(seed).integers(len(first), size=(2000, len(first)))
+    low, high = np.quantile(first[drawn].mean(1), (0.025, 0.975))
+    per_class = [first[(truth == c).numpy()].mean() for c in sorted(set(labels))]
+    return {
+        "pictures": len(first),
+        "accuracy": float(first.mean()),
+        "low": float(low),
+        "high": float(high),
+        "top5": float(top5),
+        "balanced": float(np.mean(per_class)),
+    }
+
+
+logging.getLogger("timm").setLevel(logging.WARNING)

@@ -1,0 +1,270 @@
+"""Labelled pictures from folders, zip files, WebDataset tars and Hugging Face data sets on disk."""
+
+import io
+import json
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nearfar.core.errors import UserError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """`picture` in RGB, 8 bits: 16-bit grey is scaled by 257 and not clipped, transparency is laid on white."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture, dtype=np.float64)
+        if picture.mode != "F":
+            values = values / 257 if values.max(initial=0) > 255 else values
+        elif values.max(initial=0) <= 1:
+            values = values * 255
+        picture = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        layered = picture.convert("RGBA")
+        ground = Image.new("RGBA", layered.size, "white")
+        picture = Image.alpha_composite(ground, layered)
+    return picture.convert("RGB")
+
+
+def read_picture(source: str | Path | bytes, name: str = "") -> Image.Image:
+    """The RGB picture of a file, or of the bytes of one called `name`.
+
+    Raises UserError where it is missing, damaged or no picture.
+    """
+    name = name or str(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            return to_rgb(picture)
+    except FileNotFoundError as error:
+        raise UserError(f"{name}: no such file") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name}: cannot be read as a picture ({str(error).splitlines()[0]})") from error
+
+
+class Pictures(Dataset):
+    """(picture, class index) pairs, decoded when asked for.
+
+    `names`: one per picture. `labels`: class indices, -1 for pictures without one. `classes`: their names in order.
+    `transform` is applied to the RGB picture. A damaged picture raises UserError that names it.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        labels: Sequence[int],
+        classes: Sequence[str],
+        read: Callable[[int], Image.Image],
+        transform: Callable[[Image.Image], Any] | None = None,
+    ) -> None:
+        self.names, self.labels, self.classes = list(names), list(labels), list(classes)
+        self.read, self.transform = read, transform
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
+        picture = self.read(index)
+        return (picture if self.transform is None else self.transform(picture)), self.labels[index]
+
+    def subset(self, indices: Sequence[int], transform: Callable[[Image.Image], Any] | None = None) -> "Pictures":
+        """The pictures at `indices`, with their own transform."""
+        chosen = list(indices)
+        return Pictures(
+            [self.names[i] for i in chosen],
+            [self.labels[i] for i in chosen],
+            self.classes,
+            lambda i: self.read(chosen[i]),
+            transform or self.transform,
+        )
+
+    def readable(self, show: Callable[[Sequence[int]], Any] = iter) -> tuple["Pictures", list[str]]:
+        """The pictures that can be decoded, and one line for each that cannot."""
+        good, failures = [], []
+        for index in show(range(len(self))):
+            try:
+                self.read(index)
+                good.append(index)
+            except UserError as error:
+                failures.append(str(error))
+        return self.subset(good), failures
+
+
+def open_pictures(source: str | Path, split: str | None = None) -> Pictures:
+    """Labelled pictures from
+
+    - a folder with one folder of pictures per class, or with one such folder per split;
+    - a zip file of the same layout;
+    - a tar file (or a folder of them) of WebDataset samples: `KEY.jpg` beside `KEY.cls` with the class's index or
+      name, or `KEY.json` with `label`; class names may stand in `classes.txt`, one a line;
+    - a Hugging Face image data set that `save_to_disk` wrote, with columns `image` and `label`.
+
+    `split`: folder inside the source, for example "train"; it may be left out where there is none. Classes are
+    numbered in the order of their sorted names. Raises UserError that says what is missing.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if path.is_file() and zipfile.is_zipfile(path):
+        return _from_zip(path, split)
+    if path.suffix == ".tar" or (path.is_dir() and any((path / (split or ".")).glob("*.tar"))):
+        folder = path / split if split and path.is_dir() else path
+        return _from_tars([path] if path.is_file() else sorted(folder.glob("*.tar")))
+    if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+        return _from_hugging_face(path, split)
+    if not path.is_dir():
+        raise UserError(f"{path}: is neither a folder nor a zip or tar file of pictures")
+    if split and not (path / split).is_dir():
+        raise UserError(f"{path}: has no folder {split}; it has {_some(p.name for p in path.iterdir() if p.is_dir())}")
+    root = path / split if split else path
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    empty = [
+        d.name for d in sorted(root.iterdir()) if d.is_dir() and not any(root / d.name in f.parents for f in files)
+    ]
+    inside = [file.relative_to(root).parts for file in files]
+    return _labelled(root, [str(f) for f in files], inside, lambda i: read_picture(files[i]), empty)
+
+
+def has_split(source: str | Path, split: str) -> bool:
+    """Whether the source holds the split of that name."""
+    try:
+        return len(open_pictures(source, split)) > 0
+    except UserError:
+        return False
+
+
+def _labelled(
+    root: Path, names: Sequence[str], parts: Sequence[tuple[str, ...]], read: Callable, empty: Sequence[str] = ()
+) -> Pictures:
+    if not names:
+        raise UserError(f"{root}: holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    if loose := [name for name, inside in zip(names, parts, strict=True) if len(inside) < 2]:
+        raise UserError(f"{root}: {len(loose)} pictures lie in no class folder, for example {loose[0]}")
+    if empty:
+        raise UserError(f"{root}: no pictures in the class folder {', '.join(empty)}; remove it or fill it")
+    classes = sorted({inside[0] for inside in parts})
+    if len(classes) < 2:
+        raise UserError(f"{root}: holds one class folder only, {classes[0]}; to learn there must be two or more")
+    index = {name: i for i, name in enumerate(classes)}
+    return Pictures(names, [index[inside[0]] for inside in parts], classes, read)
+
+
+def _from_zip(path: Path, split: str | None) -> Pictures:
+    with zipfile.ZipFile(path) as archive:
+        members = sorted(n for n in archive.namelist() if PurePosixPath(n).suffix.lower() in SUFFIXES)
+    if split:
+        inside = [m for m in members if split in PurePosixPath(m).parts[:-2]]
+        if not inside:
+            raise UserError(
+                f"{path}: has no folder {split}; it has {_some({PurePosixPath(m).parts[0] for m in members})}"
+            )
+        members = inside
+    parts = [PurePosixPath(m).parts for m in members]
+    skip = next((i for i in range(8) if len({p[i] if len(p) > i + 1 else "" for p in parts}) > 1), 0)
+
+    def read(index: int) -> Image.Image:
+        # opened anew, so that worker processes do not share a file position
+        with zipfile.ZipFile(path) as archive:
+            try:
+                content = archive.read(members[index])
+            except (zipfile.BadZipFile, OSError) as error:
+                raise UserError(f"{path}/{members[index]}: damaged in the archive ({error})") from error
+        return read_picture(content, f"{path}/{members[index]}")
+
+    return _labelled(path, [f"{path}/{m}" for m in members], [p[skip:] for p in parts], read)
+
+
+def _from_tars(paths: Sequence[Path]) -> Pictures:
+    pictures: list[tuple[Path, int, int, str]] = []  # file, offset, size, name
+    labels: list[str | int] = []
+    for path in paths:
+        samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+        try:
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    if member.isfile():
+                        key, _, suffix = PurePosixPath(member.name).name.partition(".")
+                        samples.setdefault(str(PurePosixPath(member.name).parent / key), {})[suffix.lower()] = member
+                for key, parts in samples.items():
+                    found = next((m for suffix, m in parts.items() if f".{suffix}" in SUFFIXES), None)
+                    if found is None:
+                        continue
+                    if "cls" in parts:
+                        label: Any = archive.extractfile(parts["cls"]).read().decode().strip()
+                    elif "json" in parts:
+                        label = json.loads(archive.extractfile(parts["json"]).read()).get("label")
+                    else:
+                        raise UserError(f"{path}: sample {key} has a picture but neither .cls nor .json with its label")
+                    pictures.append((path, found.offset_data, found.size, f"{path}/{found.name}"))
+                    labels.append(label)
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as a tar file of samples ({error})") from error
+    if not pictures:
+        raise UserError(f"{_some(map(str, paths))}: hold no pictures")
+
+    def read(index: int) -> Image.Image:
+        path, offset, size, name = pictures[index]
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            return read_picture(stream.read(size), name)
+
+    names = [name for *_, name in pictures]
+    if all(str(label).isdigit() for label in labels):
+        listed = paths[0].parent / "classes.txt"
+        indices = [int(label) for label in labels]
+        classes = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+        classes = [c for c in classes if c] or [str(i) for i in range(max(indices) + 1)]
+        if max(indices) >= len(classes):
+            raise UserError(f"{listed}: lists {len(classes)} classes, a sample has class {max(indices)}")
+        return Pictures(names, indices, classes, read)
+    classes = sorted({str(label) for label in labels})
+    return Pictures(names, [classes.index(str(label)) for label in labels], classes, read)
+
+
+def _from_hugging_face(path: Path, split: str | None) -> Pictures:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{path}: is a Hugging Face data set; install the package datasets to read it") from error
+    data = datasets.load_from_disk(str(path))
+    if isinstance(data, datasets.DatasetDict):
+        if split is None or split not in data:
+            raise UserError(f"{path}: has no split {split}; it has {_some(data)}")
+        data = data[split]
+    if missing := {"image", "label"} - set(data.column_names):
+        raise UserError(f"{path}: has no column {', '.join(sorted(missing))}; it has {_some(data.column_names)}")
+    feature = data.features["label"]
+    labels = data["label"]
+    classes = list(getattr(feature, "names", None) or map(str, range(max(labels) + 1)))
+    raw = data.cast_column("image", datasets.Image(decode=False))
+
+    def read(index: int) -> Image.Image:
+        entry = raw[index]["image"]
+        return read_picture(entry["bytes"] or entry["path"], f"{path}[{index}]")
+
+    return Pictures([f"{path}[{i}]" for i in range(len(data))], list(labels), classes, read)
+
+
+def split_pictures(pictures: Pictures, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of (the rest, a random `share` of every class); both keep a picture of every class that has two."""
+    generator = np.random.default_rng(seed)
+    labels, held = np.asarray(pictures.labels), []
+    for label in sorted(Counter(pictures.labels)):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        number = min(max(1, round(share * len(members))), len(members) - 1)
+        held += members[:number].tolist()
+    chosen = set(held)
+    return [i for i in range(len(labels)) if i not in chosen], sorted(held)
+
+
+def _some(names: Any) -> str:
+    names = sorted(map(str, names))
+    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") or "nothing"

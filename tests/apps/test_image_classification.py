@@ -1,0 +1,122 @@
+"""The image-classification app from its command line, on handwritten digits."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("nearfar.apps.image_classification", reason="the app image-classification is not installed")
+
+from typer.testing import CliRunner
+
+from nearfar.apps.image_classification.cli import app
+from nearfar.apps.image_classification.tour import SMALL, chapter, digits
+from nearfar.core.cli import BatchError
+from nearfar.core.errors import UserError
+from nearfar.core.report import Report
+from nearfar.vision.classification import Classifier, Recipe, evaluate_scores, train_classifier
+from nearfar.vision.pictures import split_pictures
+
+
+def call(*words: object) -> str:
+    """Standard output of the command; errors as they are."""
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=True)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two digits as an image folder with train and test."""
+    root = tmp_path_factory.mktemp("digits")
+    every = digits()
+    for i, label in enumerate(every.labels):
+        if label in (0, 1):
+            folder = root / ("test" if i % 4 == 0 else "train") / f"digit{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            every[i][0].save(folder / f"{i}.png")
+    return root
+
+
+SHORT = [
+    "--set",
+    "size=32",
+    "--set",
+    "epochs=3",
+    "--set",
+    "warmup_epochs=0.5",
+    "--set",
+    "smoothing=0",
+    "--set",
+    "batch_size=16",
+]
+
+
+def test_train_evaluate_predict(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (row,) = json.loads(call("train", data, "-o", run, "--model", "resnet10t", *SHORT, "--json"))
+    assert row["classes"] == 2
+    assert {"model.safetensors", "classifier.json", "metrics.csv", "run.json"} <= {p.name for p in run.iterdir()}
+    (scores,) = json.loads(call("evaluate", run, data, "--split", "test", "-o", tmp_path / "scores", "--json"))
+    assert scores["accuracy"] > 0.8  # half would be chance
+    assert scores["low"] <= scores["accuracy"] <= scores["high"]
+    assert (tmp_path / "scores/page.html").is_file()
+    # a damaged picture in the folder counts as wrong, the others are done, exit status 1
+    spoilt = data / "test/digit0/broken.png"
+    spoilt.write_bytes(b"not a picture")
+    try:
+        with pytest.raises(BatchError, match=r"broken\.png"):
+            call("evaluate", run, data, "--split", "test", "-o", tmp_path / "scores")
+        again = json.loads((tmp_path / "scores/scores.json").read_text())
+        assert again["unreadable"] == 1
+        assert again["accuracy"] == pytest.approx(scores["accuracy"] * scores["pictures"] / (scores["pictures"] + 1))
+        with pytest.raises(BatchError, match=r"1 of \d+ failed"):
+            call("predict", run, data / "test", "-o", tmp_path / "table.csv")
+    finally:
+        spoilt.unlink()
+    lines = (tmp_path / "table.csv").read_text().splitlines()
+    assert lines[0] == "file,rank,class,probability"
+    assert len(lines) == 1 + scores["pictures"]
+    (data.parent / "other").mkdir(exist_ok=True)
+    for name in ("x", "y", "z"):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "other" / name / "p.png")
+    with pytest.raises(UserError, match=r"has 3 classes .* knows 2"):
+        call("evaluate", run, tmp_path / "other")
+
+
+def test_models_are_listed() -> None:
+    rows = json.loads(call("models", "overlock", "--json"))
+    assert [row["model"] for row in rows] == ["overlock_xt", "overlock_t", "overlock_s", "overlock_b"]
+    assert rows[0]["top-1 (published)"] == 82.7
+    with pytest.raises(UserError, match="no model of this name"):
+        call("models", "nothing-like-this")
+
+
+def test_tour_chapter_learns(tmp_path: Path) -> None:
+    report = Report("tour")
+    chapter(report, tmp_path)
+    report.write(tmp_path / "index.html")
+    rows = (tmp_path / "table.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == list(SMALL)
+    for row in rows:
+        assert float(row.split(",")[1]) > 0.7, row  # a tenth would be chance
+    # what was saved gives the same predictions
+    every = digits()
+    held = every.subset(split_pictures(every, 0.3, 0)[1][:40])
+    loaded = Classifier.load(tmp_path / "attnet_xxs")
+    assert evaluate_scores(loaded.scores(held), held.labels)["accuracy"] > 0.7
+
+
+def test_bad_input(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such model"):
+        call("train", data, "-o", tmp_path / "run", "--model", "resnet_of_dreams")
+    with pytest.raises(UserError, match="unknown setting speed"):
+        call("train", data, "-o", tmp_path / "run", "--set", "speed=9")
+    with pytest.raises(UserError, match="holds no trained classifier"):
+        call("predict", tmp_path, data)
+    every = digits()
+    with pytest.raises(UserError, match="training and in the validation"):
+        train_classifier("resnet10t", every, every, Recipe(size=32))

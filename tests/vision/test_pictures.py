@@ -1,0 +1,132 @@
+"""Reading labelled pictures: every source, every mode of picture, and what is wrong said plainly."""
+
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nearfar.core.errors import UserError
+from nearfar.vision.pictures import Pictures, open_pictures, read_picture, split_pictures
+
+
+def folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int = 3) -> Path:
+    for c, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(each):
+            Image.new("RGB", (8, 6), (40 * c, 20 * i, 7)).save(root / name / f"{i}.png")
+    return root
+
+
+def content(pictures: Pictures) -> list[tuple[tuple[int, ...], str]]:
+    return [(pictures[i][0].getpixel((0, 0)), pictures.classes[pictures[i][1]]) for i in range(len(pictures))]
+
+
+def test_every_source_gives_the_same_pictures(tmp_path: Path) -> None:
+    root = folder(tmp_path / "pictures")
+    want = content(open_pictures(root))
+    assert want[1] == ((0, 20, 7), "cat")
+    assert len(want) == 6
+    assert content(open_pictures(folder(tmp_path / "splits/train").parent, "train")) == want
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+        for file in sorted(root.rglob("*.png")):
+            archive.write(file, Path("data/train") / file.relative_to(root))
+    assert content(open_pictures(tmp_path / "some.zip", "train")) == want
+    assert content(open_pictures(tmp_path / "some.zip")) == want
+    for numbered in (False, True):
+        shards = tmp_path / f"shards{numbered}"
+        shards.mkdir()
+        with tarfile.open(shards / "0000.tar", "w") as archive:
+            for i, file in enumerate(sorted(root.rglob("*.png"))):
+                label = str(["cat", "dog"].index(file.parent.name)) if numbered else file.parent.name
+                extra = ("cls", label.encode()) if i % 2 else ("json", json.dumps({"label": label}).encode())
+                for suffix, data in (("png", file.read_bytes()), extra):
+                    member = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+        if numbered:
+            (shards / "classes.txt").write_text("cat\ndog\n")
+        assert content(open_pictures(shards)) == want
+        assert content(open_pictures(shards / "0000.tar")) == want
+
+
+def test_hugging_face_data(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    root = folder(tmp_path / "pictures")
+    files = sorted(root.rglob("*.png"))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    data = {"image": [str(f) for f in files], "label": [int(f.parent.name == "dog") for f in files]}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(data, features=features)}).save_to_disk(tmp_path / "hf")
+    assert content(open_pictures(tmp_path / "hf", "train")) == content(open_pictures(root))
+    with pytest.raises(UserError, match="has no split test; it has train"):
+        open_pictures(tmp_path / "hf", "test")
+
+
+def test_modes_become_rgb(tmp_path: Path) -> None:
+    grey16 = np.array([[0, 32896, 65535]], dtype=np.uint16)
+    Image.fromarray(grey16).save(tmp_path / "grey16.png")
+    assert [read_picture(tmp_path / "grey16.png").getpixel((x, 0)) for x in range(3)] == [
+        (0,) * 3,
+        (128,) * 3,
+        (255,) * 3,
+    ]
+    Image.new("L", (2, 2), 77).save(tmp_path / "grey.png")
+    assert read_picture(tmp_path / "grey.png").getpixel((0, 0)) == (77, 77, 77)
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
+    red = read_picture(tmp_path / "cmyk.jpg").getpixel((4, 4))
+    assert red[0] > 230
+    assert max(red[1:]) < 40
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.save(tmp_path / "palette.png")
+    assert read_picture(tmp_path / "palette.png").getpixel((0, 0)) == (10, 20, 30)
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_damaged_pictures_are_listed_and_the_rest_stays(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    whole = (root / "cat/1.png").read_bytes()
+    (root / "cat/1.png").write_bytes(whole[: len(whole) // 2])
+    (root / "dog/0.png").write_bytes(b"no picture")
+    good, failures = open_pictures(root).readable()
+    assert len(good) == 4
+    assert [Path(name).name for name in good.names] == ["0.png", "2.png", "1.png", "2.png"]
+    assert len(failures) == 2
+    assert "cat/1.png" in failures[0]
+    assert "cannot be read as a picture" in failures[1]
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_pictures(tmp_path / "nowhere")
+    root = folder(tmp_path / "a")
+    (root / "bird").mkdir()
+    with pytest.raises(UserError, match="no pictures in the class folder bird"):
+        open_pictures(root)
+    (root / "bird").rmdir()
+    with pytest.raises(UserError, match="has no folder train; it has cat, dog"):
+        open_pictures(root, "train")
+    Image.new("RGB", (2, 2)).save(root / "loose.png")
+    with pytest.raises(UserError, match="lie in no class folder"):
+        open_pictures(root)
+    with pytest.raises(UserError, match="one class folder only"):
+        open_pictures(folder(tmp_path / "b", ("cat",)))
+    (tmp_path / "c").mkdir()
+    with pytest.raises(UserError, match="holds no pictures"):
+        open_pictures(tmp_path / "c")
+    (tmp_path / "broken.tar").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="cannot be read as a tar"):
+        open_pictures(tmp_path / "broken.tar")
+
+
+def test_splits_hold_every_class() -> None:
+    pictures = Pictures([str(i) for i in range(22)], [0] * 20 + [1] * 2, ["a", "b"], lambda i: None)
+    rest, held = split_pictures(pictures, 0.1, seed=0)
+    assert sorted(rest + held) == list(range(22))
+    assert sorted(pictures.labels[i] for i in held) == [0, 0, 1]
+    assert split_pictures(pictures, 0.1, seed=0) == (rest, held)
