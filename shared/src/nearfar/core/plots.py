@@ -14,22 +14,19 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 @contextmanager
 def style() -> Iterator[None]:
     """Figures made in this block have the project's style; matplotlib's settings outside stay as they are."""
-    with mpl.rc_context(
-        {
-            "axes.prop_cycle": cycler(color=COLORS),
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.3,
-            "figure.constrained_layout.use": True,
-            "font.family": "sans-serif",
-            "font.size": 10,
-            "text.color": "black",
-            "axes.labelcolor": "black",
-            "xtick.color": "black",
-            "ytick.color": "black",
-        }
-    ):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # some libraries change the settings when imported
+        mpl.rcParams.update(
+            {
+                "axes.prop_cycle": cycler(color=COLORS),
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "axes.grid": True,
+                "grid.alpha": 0.3,
+                "figure.constrained_layout.use": True,
+                "font.size": 10,
+            }
+        )
         yield
 
 

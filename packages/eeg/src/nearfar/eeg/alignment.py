@@ -57,6 +57,8 @@ class ExponentialMovingStandardizer:
         return result
 
     def _moving(self, x: NDArray) -> NDArray:
+        if x.shape[1] == 0:  # lfilter would lose the state
+            return x
         if self._state is None:
             self._state = np.zeros((2, len(x), 1))
         keep = 1.0 - self.factor_new

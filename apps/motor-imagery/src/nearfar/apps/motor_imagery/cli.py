@@ -614,7 +614,7 @@ def _score(y_true: np.ndarray, y_pred: np.ndarray, n_classes: int) -> dict[str, 
 
 
 def _sentence(name: str, score: dict[str, float]) -> str:
-    verdict = "above" if score["accuracy"] > score["chance_bound"] else "not above"
+    verdict = "at or above" if score["accuracy"] >= score["chance_bound"] else "below"
     return (
         f"{name} accuracy {score['accuracy']:.3f} (95 % interval {score['low']:.3f} to {score['high']:.3f}), "
         f"kappa {score['kappa']:.3f}; {verdict} the chance bound of {score['chance_bound']:.3f}"
