@@ -1,0 +1,204 @@
+"""Scores of label maps under named conventions, and their aggregation over cases.
+
+The conventions differ in what an absent structure counts, in the distance's percentile and in its unit:
+
+- `nearfar`: HD95 of both directions together, in mm. One of prediction and truth empty: the worst value (0; for HD95
+  the image's diagonal). Both empty: no score.
+- `synapse_legacy`: HD95 likewise, but in voxels. Only the truth empty: Dice 1, HD95 0. A missed organ, or both empty:
+  Dice 0, HD95 0.
+- `brats`: HD95 at 1 mm per voxel. Any empty: Dice 0, HD95 50.
+- `monai`: HD95 is the larger of the two directions'. Truth empty: NaN; a missed structure: Dice 0, HD95 NaN.
+
+A mean over cases that drops NaN lets a network that misses a structure look better; only `nearfar` never does so.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics import compute_surface_dice
+from scipy import ndimage, stats
+
+CONVENTIONS = ("nearfar", "synapse_legacy", "brats", "monai")
+
+Array = np.ndarray
+
+
+def dice(prediction: Array, truth: Array) -> float:
+    """2 |P and G| / (|P| + |G|) of two masks; NaN where both are empty."""
+    total = int(prediction.sum()) + int(truth.sum())
+    return 2 * int((prediction & truth).sum()) / total if total else float("nan")
+
+
+def iou(prediction: Array, truth: Array) -> float:
+    """|P and G| / |P or G| of two masks; NaN where both are empty."""
+    union = int((prediction | truth).sum())
+    return int((prediction & truth).sum()) / union if union else float("nan")
+
+
+def border(mask: Array) -> Array:
+    """The mask's voxels with a neighbour (4 in two, 6 in three axes) outside it; the image's edge counts as outside."""
+    return mask & ~ndimage.binary_erosion(mask, ndimage.generate_binary_structure(mask.ndim, 1))
+
+
+def surface_distances(prediction: Array, truth: Array, spacing: Sequence[float] | None = None) -> tuple[Array, Array]:
+    """Distances from each border voxel of the one mask to the nearest of the other, in both directions.
+
+    In the unit of `spacing`, in voxels without. Both masks must be non-empty. Everything happens in the masks' joint
+    bounding box, which changes nothing and makes it many times faster.
+    """
+    if not prediction.any() or not truth.any():
+        raise ValueError("surface distances need two masks that are not empty")
+    box = ndimage.find_objects((prediction | truth).astype(np.uint8))[0]
+    p, g = (np.pad(mask[box], 1) for mask in (prediction, truth))
+    p, g = border(p), border(g)
+    to_truth = ndimage.distance_transform_edt(~g, sampling=spacing)[p]
+    to_prediction = ndimage.distance_transform_edt(~p, sampling=spacing)[g]
+    return to_truth, to_prediction
+
+
+def hausdorff(
+    prediction: Array,
+    truth: Array,
+    spacing: Sequence[float] | None = None,
+    percentile: float = 95,
+    convention: str = "medpy",
+) -> float:
+    """Percentile of the surface distances: "medpy" of both directions together, "monai" the larger of the two.
+
+    NaN where a mask is empty: what that counts is the convention's matter.
+    """
+    if convention not in ("medpy", "monai"):
+        raise ValueError(f"convention is {convention!r}; allowed are 'medpy' and 'monai'")
+    if not prediction.any() or not truth.any():
+        return float("nan")
+    there, back = surface_distances(prediction, truth, spacing)
+    if convention == "medpy":
+        return float(np.percentile(np.hstack([there, back]), percentile))
+    return float(max(np.percentile(there, percentile), np.percentile(back, percentile)))
+
+
+def surface_dice(prediction: Array, truth: Array, tolerance: float, spacing: Sequence[float] | None = None) -> float:
+    """Normalised surface Dice: share of both surfaces within `tolerance` (mm) of the other, by area of subvoxels.
+
+    NaN where both masks are empty, 0 where one is.
+    """
+    if not prediction.any() and not truth.any():
+        return float("nan")
+    if not prediction.any() or not truth.any():
+        return 0.0
+    box = ndimage.find_objects((prediction | truth).astype(np.uint8))[0]
+    p, g = (torch.from_numpy(np.pad(mask[box], 1))[None, None] for mask in (prediction, truth))
+    spaced = None if spacing is None else [float(s) for s in spacing]
+    return float(compute_surface_dice(p, g, [tolerance], include_background=True, spacing=spaced, use_subvoxels=True))
+
+
+def score_case(
+    prediction: Array,
+    truth: Array,
+    labels: Mapping[int, str],
+    spacing: Sequence[float] | None = None,
+    *,
+    convention: str = "nearfar",
+    tolerance: float | Mapping[int, float] | None = None,
+) -> list[dict[str, Any]]:
+    """One row per label: `label`, `dice`, `iou`, `hd95`, with `tolerance` (mm) `nsd` too; see the table above.
+
+    Label 0 is background and has no row. Raises ValueError for shapes that differ, labels outside `labels` or an
+    unknown convention.
+    """
+    if prediction.shape != truth.shape:
+        raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention is {convention!r}; allowed are {', '.join(CONVENTIONS)}")
+    for name, array in (("prediction", prediction), ("truth", truth)):
+        if unknown := sorted(set(np.unique(array).tolist()) - {0, *labels}):
+            raise ValueError(f"the {name} holds labels {unknown} that are not declared ({sorted(labels)})")
+    unit = {"synapse_legacy": None, "brats": None}.get(convention, spacing)
+    diagonal = float(np.linalg.norm(np.array(truth.shape) * np.array(spacing or [1.0] * truth.ndim)))
+    rows = []
+    for value, name in labels.items():
+        if value == 0:
+            continue
+        p, g = prediction == value, truth == value
+        found, there = bool(p.any()), bool(g.any())
+        row: dict[str, Any] = {"label": name, "dice": dice(p, g), "iou": iou(p, g)}
+        row["hd95"] = hausdorff(p, g, unit, convention="monai" if convention == "monai" else "medpy")
+        if convention == "nearfar" and found != there:
+            row["hd95"] = diagonal
+        elif convention == "synapse_legacy" and not (found and there):
+            row |= {"dice": float(found), "iou": float(found), "hd95": 0.0}
+        elif convention == "brats" and not (found and there):
+            row |= {"dice": 0.0, "iou": 0.0, "hd95": 50.0}
+        elif convention == "monai" and not there:
+            row |= {"dice": float("nan"), "iou": float("nan")}
+        if tolerance is not None:
+            limit = tolerance if isinstance(tolerance, int | float) else tolerance[value]
+            row["nsd"] = surface_dice(p, g, limit, spacing)
+        rows.append(row)
+    return rows
+
+
+def micro_scores(pairs: Sequence[tuple[Array, Array]], labels: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Dice and IoU from one confusion matrix of all pixels of all (prediction, truth) pairs, per label."""
+    rows = []
+    for value, name in labels.items():
+        both = sum(int(((p == value) & (g == value)).sum()) for p, g in pairs)
+        size = sum(int((p == value).sum()) + int((g == value).sum()) for p, g in pairs)
+        nothing = float("nan")
+        row = {"dice": 2 * both / size, "iou": both / (size - both)} if size else {"dice": nothing, "iou": nothing}
+        rows.append({"label": name, **row})
+    return rows
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], *, level: float = 0.95, seed: int = 0) -> list[dict[str, Any]]:
+    """Per label, and over all (`mean of labels`: first over the labels of a case), the mean over cases of each score.
+
+    `rows` are those of `score_case` with a key `case`. Each score comes with `_std` and a bootstrap interval over
+    cases, `_low` and `_high`; `cases` is how many had the structure in prediction or truth. NaN is left out here: the
+    convention has decided already whether a case counts.
+    """
+    names = [k for k in rows[0] if k not in ("case", "label")] if rows else []
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    result = []
+    for label in [*labels, "mean of labels"]:
+        chosen = [row for row in rows if label in (row["label"], "mean of labels")]
+        out: dict[str, Any] = {"label": label}
+        for name in names:
+            by_case: dict[Any, list[float]] = {}
+            for row in chosen:
+                if not np.isnan(row[name]):
+                    by_case.setdefault(row["case"], []).append(row[name])
+            values = np.array([np.mean(v) for v in by_case.values()])
+            out.setdefault("cases", len(values))
+            out[name] = float(values.mean()) if len(values) else float("nan")
+            out[f"{name}_std"] = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+            out[f"{name}_low"], out[f"{name}_high"] = bootstrap_interval(values, level=level, seed=seed)
+        result.append(out)
+    return result
+
+
+def bootstrap_interval(
+    values: Array, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of the mean under resampling of the cases; NaN for fewer than two."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    means = rng.choice(values, (resamples, len(values))).mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_test(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> dict[str, float]:
+    """Compares two methods on the same cases: mean difference, its bootstrap interval, Wilcoxon signed-rank p.
+
+    Raises ValueError for other than the same number of values, at least two.
+    """
+    if len(first) != len(second) or len(first) < 2:
+        raise ValueError(f"got {len(first)} and {len(second)} values; paired cases are needed, at least two")
+    difference = np.asarray(first, float) - np.asarray(second, float)
+    low, high = bootstrap_interval(difference, seed=seed)
+    p = 1.0 if not difference.any() else float(stats.wilcoxon(difference).pvalue)
+    return {"difference": float(difference.mean()), "low": low, "high": high, "p": p, "cases": len(difference)}
