@@ -20,20 +20,23 @@ def depthwise_sequence(
     x: (B, N, C); weight: (C, K); left, right: zeros put before and after. Returns (B, N + left + right - (K-1) *
     dilation, C). Cost: O(N * C * K) time, O(N * C) memory.
 
-    A sequence (B, N, C) is already a channels-last picture, so a 2-D depthwise kernel runs on it as it lies; a
-    dilation folds its phases into the picture's other axis. Training in single precision goes through `conv1d`,
-    whose weight gradient is the faster one.
+    A sequence (B, N, C) is already a channels-last picture of one row, so a 2-D depthwise kernel runs on it as it lies;
+    a dilation folds its phases into rows. `conv1d` does the rest: training (its gradients are faster), dilations on a
+    GPU, and half precision on a CPU, where the picture form can hang in torch 2.14.
     """
     batch, frames, channels = x.shape
     width = weight.shape[1]
-    out = frames + left + right - (width - 1) * dilation
-    if torch.is_grad_enabled() and weight.requires_grad and x.dtype not in (torch.float16, torch.bfloat16):
+    learning = torch.is_grad_enabled() and weight.requires_grad
+    if learning or (dilation > 1 if x.is_cuda else x.dtype in (torch.float16, torch.bfloat16)):
         padded = F.pad(x.transpose(1, 2), (left, right))
         return F.conv1d(padded, weight.unsqueeze(1), dilation=dilation, groups=channels).transpose(1, 2)
     surplus = -(frames + left + right) % dilation
-    x = F.pad(x, (0, 0, left, right + surplus)).view(batch, -1, dilation, channels)
-    y = F.conv2d(x.permute(0, 3, 1, 2), weight[:, None, :, None].contiguous(), groups=channels)
-    return y.permute(0, 2, 3, 1).reshape(batch, -1, channels)[:, :out]
+    rows = F.pad(x, (0, 0, left, right + surplus)).unsqueeze(1)
+    if dilation > 1:
+        rows = rows.view(batch, -1, dilation, channels).transpose(1, 2).contiguous()
+    y = F.conv2d(rows.permute(0, 3, 1, 2), weight[:, None, None].contiguous(), groups=channels)
+    out = frames + left + right - (width - 1) * dilation
+    return y.permute(0, 3, 2, 1).reshape(batch, -1, channels)[:, :out]
 
 
 def prepend_history(x: Float[Tensor, "b n c"], frames: int, state: dict, key: object) -> Float[Tensor, "b m c"]:
