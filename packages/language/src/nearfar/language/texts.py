@@ -1,5 +1,7 @@
 """Text as tokens: plain files, folders, tables and `datasets` corpora; bytes or any tokenizer; models by name."""
 
+import codecs
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,7 @@ def encode(text: bytes | str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         data = text if isinstance(text, bytes) else text.encode()
         return np.frombuffer(data, np.uint8).astype(np.int64) + BYTE_OFFSET
     if isinstance(text, bytes):
-        text = text.decode()
+        text = text.decode(errors="replace")
     return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
 
 
@@ -131,12 +133,11 @@ def read_text(path: Path) -> bytes:
         raise UserError(f"{path}: is empty")
     if b"\0" in data:
         raise UserError(f"{path}: is binary, not text (zero byte at {data.index(0)})")
-    try:
-        data.decode()
+    start = next((i for i in range(min(3, len(data))) if not 0x80 <= data[i] < 0xC0), 0)
+    try:  # a file cut inside a character at its beginning or end, as EnWik8's parts may be, is sound
+        codecs.getincrementaldecoder("utf-8")().decode(data[start:])
     except UnicodeDecodeError as error:
-        cut = min(error.start, len(data) - error.start) < 4  # a file cut inside a character, as EnWik8's parts are
-        if not cut:
-            raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); convert it first") from error
+        raise UserError(f"{path}: is not UTF-8 text (byte {start + error.start}); convert it first") from error
     return data
 
 
@@ -180,8 +181,6 @@ def split_enwik8(path: str | Path, folder: str | Path) -> list[Path]:
 
     `path` is the file `enwik8` or a zip archive that holds it.
     """
-    import zipfile
-
     path = Path(path)
     try:
         if zipfile.is_zipfile(path):

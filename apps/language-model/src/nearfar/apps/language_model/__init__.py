@@ -1,0 +1,1 @@
+"""Train, evaluate and audit causal language models with exchangeable sequence mixers."""

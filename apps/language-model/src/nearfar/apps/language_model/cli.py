@@ -1,0 +1,201 @@
+"""`nearfar language-model`: train, evaluate, generate, audit; EnWik8 preparation."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from nearfar.core.cli import console, messages, table
+from nearfar.core.errors import UserError
+from nearfar.core.files import write_csv
+from nearfar.core.training import read_recipe
+from nearfar.language import evaluation, texts
+from nearfar.language.audit import audit as audit_model
+from nearfar.language.modeling import MixerCache
+from nearfar.language.training import Recipe, train_language_model
+
+app = typer.Typer(
+    help="Causal language models with exchangeable mixers. `train TEXT --out FOLDER` makes one, `evaluate` gives bits "
+    "per byte, `generate` writes on, `audit` checks what padding, pieces and saved states do to a model's numbers.\n\n"
+    "A MODEL is a folder or a transformers id. A TEXT is a file, a folder, a .jsonl or .parquet table with a column "
+    "`text`, or `hub:NAME[:CONFIG[:SPLIT]]`, a datasets corpus that is streamed.",
+    no_args_is_help=True,
+)
+
+Model = Annotated[str, typer.Argument(help="Folder or transformers id of a causal language model.")]
+Texts = Annotated[list[str], typer.Argument(help="Text files, folders, tables, or hub:NAME[:CONFIG[:SPLIT]].")]
+MaxTokens = Annotated[int | None, typer.Option(help="Read at most so many tokens.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
+JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def train(
+    sources: Texts,
+    out: Annotated[Path, typer.Option(help="Folder for the model; an interrupted run goes on there.")],
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with settings of model and training.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting: mixers=[based,mamba], hidden_size=256, epochs=10, tokenizer=gpt2 ..."),
+    ] = None,
+    max_tokens: MaxTokens = None,
+    accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = "32-true",
+    as_json: JsonOutput = False,
+) -> None:
+    """Train a model on text, bytes by default; the last part of the text is held out and chooses the best epoch."""
+    chosen = read_recipe(Recipe, recipe, settings or ())
+    tokenizer = texts.load_tokenizer(chosen.tokenizer)
+    tokens = texts.read_tokens(sources, tokenizer, max_tokens)
+    model, history = train_language_model(
+        chosen, tokens, tokenizer, out, sources, accelerator, precision, show_progress=messages.is_terminal
+    )
+    write_csv(out / "metrics.csv", history)
+    result = {
+        "model": str(out),
+        "parameters": model.num_parameters(),
+        "tokens": len(tokens),
+        "epochs": len(history),
+        "validation_loss": min(row["validation_loss"] for row in history),
+        "tokens_per_second": history[-1]["tokens_per_second"],
+    }
+    result["bits_per_token"] = result["validation_loss"] / 0.6931471805599453
+    if as_json:
+        print(json.dumps(result | {"history": history}, indent=2))
+    else:
+        console.print(table(history))
+        console.print(table([result]))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    sources: Annotated[list[str] | None, typer.Argument(help="Texts to score.")] = None,
+    piece: Annotated[int, typer.Option(help="Tokens that are read at a time.")] = 1024,
+    carry: Annotated[bool, typer.Option(help="Carry the state from piece to piece.")] = True,
+    ngram: Annotated[
+        list[str] | None, typer.Option(help="Also score a byte 5-gram counted on these texts (the training texts).")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task of lm-evaluation-harness (repeatable).")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many examples of each task.")] = None,
+    max_tokens: MaxTokens = None,
+    device: Device = "cpu",
+    as_json: JsonOutput = False,
+) -> None:
+    """Bits per byte and perplexity of texts, and lm-evaluation-harness tasks."""
+    if not sources and not task:
+        raise UserError("evaluate: name texts to score, or a --task")
+    if piece < 1:
+        raise UserError(f"--piece {piece}: must be at least 1")
+    lm, tokenizer = texts.load_causal_lm(model, device)
+    result: dict[str, object] = {"model": model}
+    if sources:
+        tokens = texts.read_tokens(sources, tokenizer, max_tokens)
+        result |= evaluation.score(lm, tokens, tokenizer, piece, carry)
+        if ngram:
+            byte_tokens = texts.byte_tokenizer()
+            counted, scored = (texts.read_tokens(s, byte_tokens).numpy() - texts.BYTE_OFFSET for s in (ngram, sources))
+            result["5-gram_bits_per_byte"] = evaluation.ngram_bits(counted, scored, 256)
+    if task:
+        for name, scores in evaluation.run_tasks(lm, tokenizer, task, limit, max_length=piece).items():
+            for metric, value in scores.items():
+                if isinstance(value, int | float):
+                    result[f"{name} {metric.removesuffix(',none')}"] = value
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        console.print(table([{"": name, "value": value} for name, value in result.items()]))
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")] = "",
+    read: Annotated[list[str] | None, typer.Option(help="Read these texts before the prompt.")] = None,
+    load_state: Annotated[Path | None, typer.Option(help="Start from a state saved with --save-state.")] = None,
+    save_state: Annotated[Path | None, typer.Option(help="Save the state after reading, before the prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write; 0: only read.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that reach this probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the choices.")] = 0,
+    piece: Annotated[int, typer.Option(help="Tokens that are read at a time.")] = 1024,
+    device: Device = "cpu",
+) -> None:
+    """Write on from a prompt. A long text is read once, its state saved, and asked many times."""
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(f"--temperature {temperature} must not be negative and --top-p {top_p} must lie in (0, 1]")
+    lm, tokenizer = texts.load_causal_lm(model, device)
+    state = None
+    if load_state is not None:
+        state = MixerCache.load(load_state, device)
+        if len(state.layers) != getattr(lm.config, "num_hidden_layers", None):
+            raise UserError(f"{load_state}: is the state of a model with {len(state.layers)} layers, not of {model}")
+    if read:
+        with torch.inference_mode():
+            for part in texts.read_tokens(read, tokenizer).split(piece):
+                _, state = evaluation.read_on(lm, part[None].to(lm.device), state)
+    if save_state is not None:
+        if not isinstance(state, MixerCache):
+            raise UserError("--save-state: needs a text to --read and a model of nearfar")
+        state.save(save_state)
+    if max_new_tokens == 0:
+        return
+    ids = torch.from_numpy(texts.encode(prompt, tokenizer))[None].to(lm.device)
+    if not ids.shape[1]:
+        raise UserError("generate: give a prompt of at least one token")
+    written: list[int] = []
+    shown = ""
+    sys.stdout.write(prompt)
+    end = tokenizer.eos_token_id
+    for token, _ in evaluation.write_on(lm, ids, state, max_new_tokens, temperature, top_p, seed, end):
+        written.append(token)
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # half a character waits for its other half
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+    sys.stdout.write("\n")
+
+
+@app.command()
+def audit(
+    model: Model,
+    text: Annotated[Path | None, typer.Option(help="A text to take the sequences from.  [default: random]")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of the longest of three sequences.")] = 48,
+    device: Device = "cpu",
+    as_json: JsonOutput = False,
+) -> None:
+    """Do padding, batching, pieces, saved or reordered states and half precision change the model's numbers?
+
+    Prints the relative error of the logits per check; exit status 1 if any check fails.
+    """
+    if length < 16:
+        raise UserError(f"--length {length}: must be at least 16")
+    lm, tokenizer = texts.load_causal_lm(model, device)
+    if text is not None:
+        tokens = texts.read_tokens(text, tokenizer, 3 * length)
+    else:
+        tokens = torch.randint(lm.config.vocab_size, (3 * length,), generator=torch.Generator().manual_seed(0))
+    if len(tokens) < 3 * length:
+        raise UserError(f"{text}: has {len(tokens)} tokens, {3 * length} are needed")
+    sequences = [tokens[:length], tokens[length : length + length // 2], tokens[-(length * 3 // 4) :]]
+    rows = audit_model(lm, sequences, device)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        console.print(table([row | {"error": f"{row['error']:.1e}"} for row in rows]))
+    if any(row["verdict"] == "FAIL" for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def prepare_enwik8(
+    path: Annotated[Path, typer.Argument(help="The file enwik8, or enwik8.zip.")],
+    out: Annotated[Path, typer.Option(help="Folder for the three parts.")] = Path("enwik8"),
+) -> None:
+    """Cut EnWik8 into its usual parts: 90, 5 and 5 million bytes."""
+    for written in texts.split_enwik8(path, out):
+        console.print(f"{written}", soft_wrap=True, highlight=False)

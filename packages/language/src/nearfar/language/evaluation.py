@@ -1,0 +1,163 @@
+"""How well a causal language model predicts a text, and what an n-gram of the same text would."""
+
+import inspect
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nearfar.core.cli import track
+from nearfar.core.errors import UserError
+from nearfar.language.texts import token_bytes
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which the model takes and returns its state."""
+    names = inspect.signature(model.forward).parameters
+    return "past_key_values" if "past_key_values" in names else "cache_params"
+
+
+def read_on(model: PreTrainedModel, ids: Tensor, state: Any = None, **more: Any) -> tuple[Tensor, Any]:
+    """Logits of `ids` after what `state` remembers, and the state after them."""
+    name = cache_argument(model)
+    given = {name: state} if state is not None else {}
+    try:
+        out = model(ids, use_cache=True, **given, **more)
+    except (ValueError, IndexError) as error:
+        if "longer than" in str(error) or "out of range" in str(error):
+            raise UserError(f"the text is longer than the model can carry its state over ({error})") from error
+        raise
+    return out.logits, out[name]
+
+
+@torch.inference_mode()
+def score(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    piece: int = 1024,
+    carry: bool = True,
+) -> dict[str, Any]:
+    """Predict every token but the first from those before it, in pieces of `piece`.
+
+    With `carry` the state goes from piece to piece, so each token is predicted from all of the text; without, from its
+    own piece alone. Returns tokens, bytes, perplexity per token, bits per token and per byte, tokens per second.
+    """
+    if len(tokens) < 2:
+        raise UserError(f"the text has {len(tokens)} tokens; at least 2 are needed")
+    total, state, started = 0.0, None, time.perf_counter()
+    for start in track(range(0, len(tokens) - 1, piece), "scoring"):
+        part = tokens[start : start + piece + 1].to(model.device)
+        if carry:
+            logits, state = read_on(model, part[None, :-1], state)
+        else:
+            logits = model(part[None, :-1]).logits
+        total += torch.nn.functional.cross_entropy(logits[0].float(), part[1:], reduction="sum").item()
+    count, size = len(tokens) - 1, max(1, token_bytes(tokens[1:], tokenizer))
+    return {
+        "tokens": count,
+        "bytes": size,
+        "perplexity": math.exp(total / count),
+        "bits_per_token": total / count / math.log(2),
+        "bits_per_byte": total / size / math.log(2),
+        "context": "all of the text, state carried" if carry else f"pieces of {piece} tokens",
+        "tokens_per_second": count / (time.perf_counter() - started),
+    }
+
+
+@torch.inference_mode()
+def write_on(
+    model: PreTrainedModel,
+    ids: Tensor,
+    state: Any = None,
+    max_new_tokens: int = 200,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    end: int | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """Yield one new token at a time after `ids` `(1, N)`, with the state that has read all before it.
+
+    temperature 0 takes the likeliest token; else from the smallest set of tokens whose probability reaches `top_p`.
+    """
+    generator = torch.Generator(ids.device).manual_seed(seed)
+    for _ in range(max_new_tokens):
+        logits, state = read_on(model, ids, state)
+        logits = logits[0, -1].float()
+        if temperature == 0:
+            token = logits.argmax()
+        else:
+            p, order = (logits / temperature).softmax(-1).sort(descending=True)
+            p = torch.where(p.cumsum(-1) - p < top_p, p, 0)
+            token = order[torch.multinomial(p, 1, generator=generator)[0]]
+        ids = token.view(1, 1)
+        if token == end:
+            return
+        yield int(token), state
+
+
+def ngram_bits(train: np.ndarray, test: np.ndarray, vocabulary: int, order: int = 5) -> float:
+    """Bits per token of an interpolated n-gram (Witten-Bell) counted on `train`, for `test` without its first token.
+
+    `P(c | h) = (count(h c) + T(h) P(c | h')) / (count(h) + T(h))`, T(h) the different tokens seen after h, h' the
+    history without its oldest token; below the unigram, the uniform distribution.
+    """
+    if vocabulary**order > 2**62:
+        raise UserError(f"an {order}-gram over {vocabulary} tokens is too large; use bytes or a lower order")
+    p = np.full(len(test) - 1, 1 / vocabulary)
+    for n in range(1, order + 1):
+        grams, counts = np.unique(windows(train, n, vocabulary), return_counts=True)
+        histories, first = np.unique(grams // vocabulary, return_index=True)
+        totals, kinds = np.add.reduceat(counts, first), np.diff([*first, len(grams)])
+        start = max(0, n - 2)  # the earliest tokens lack a full history: they keep the shorter one's estimate
+        wanted = windows(test[max(0, 2 - n) :], n, vocabulary)
+        count, total, kind = (
+            find(wanted, grams, counts),
+            find(wanted // vocabulary, histories, totals),
+            find(wanted // vocabulary, histories, kinds),
+        )
+        known = total > 0
+        lower = p[start:]
+        p[start:] = np.where(known, (count + kind * lower) / np.maximum(total + kind, 1), lower)
+    return float(-np.log2(p).mean())
+
+
+def windows(tokens: np.ndarray, n: int, vocabulary: int) -> np.ndarray:
+    """Every n neighbouring tokens as one number."""
+    code = np.zeros(len(tokens) - n + 1, np.int64)
+    for i in range(n):
+        code = code * vocabulary + tokens[i : len(tokens) - n + 1 + i]
+    return code
+
+
+def find(wanted: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The value of each wanted key, 0 where there is none."""
+    place = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+    return np.where(keys[place] == wanted, values[place], 0)
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    limit: int | None = None,
+    batch_size: int = 8,
+    max_length: int = 1024,
+) -> dict[str, dict[str, Any]]:
+    """Scores of lm-evaluation-harness tasks, by its own library (extra `evaluate`)."""
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise UserError(f"tasks need {error.name}: pip install 'lm-eval[hf]'") from error
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    try:
+        found = lm_eval.simple_evaluate(harness, tasks=list(tasks), limit=limit)
+    except (KeyError, ValueError, OSError, ConnectionError) as error:
+        raise UserError(f"{', '.join(tasks)}: {str(error).splitlines()[0]}") from error
+    return found["results"]

@@ -1,0 +1,169 @@
+"""Training a `MixerForCausalLM` on text."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from nearfar.core.errors import UserError
+from nearfar.core.training import data_loader, train, warmup_cosine
+from nearfar.language.modeling import MixerConfig, MixerForCausalLM
+
+
+@dataclass
+class Recipe:
+    """A model and how to train it.
+
+    Args:
+        mixers, hidden_size, num_hidden_layers, state_mixer, norm, dropout, learned_positions,
+        max_position_embeddings: of the model, see `MixerConfig`; the last is at least `context`.
+        tokenizer: "bytes", a folder, or a transformers id.
+        context: tokens per example.
+        batch_size: examples per step.
+        epochs: passes over the text; the weights of the one with the best validation loss are kept.
+        learning_rate: the peak, after `warmup` steps; then a cosine down to a tenth.
+        weight_decay: AdamW's, on matrices only.
+        clip: largest norm of the gradient.
+        validation_share: share of the text, at its end, that is held out.
+        seed: of everything.
+    """
+
+    mixers: list = field(default_factory=lambda: ["base-conv", {"type": "sliding-attention", "window": 128}, "mamba"])
+    hidden_size: int = 128
+    num_hidden_layers: int = 3
+    state_mixer: str | dict = "mlp"
+    norm: str = "layernorm"
+    dropout: float = 0.0
+    learned_positions: bool = False
+    max_position_embeddings: int = 2048
+    tokenizer: str = "bytes"
+    context: int = 256
+    batch_size: int = 16
+    epochs: int = 4
+    learning_rate: float = 3e-3
+    warmup: int = 50
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    validation_share: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.learning_rate = float(self.learning_rate)
+        if min(self.context, self.batch_size, self.epochs, self.warmup) < 1 or self.learning_rate <= 0:
+            raise ValueError("context, batch_size, epochs, warmup and learning_rate must be positive")
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"validation_share={self.validation_share} must lie between 0 and 1")
+
+    def model(self, tokenizer: PreTrainedTokenizerBase) -> MixerForCausalLM:
+        """The untrained model."""
+        names = ("mixers", "hidden_size", "num_hidden_layers", "state_mixer", "norm", "dropout", "learned_positions")
+        torch.manual_seed(self.seed)
+        config = MixerConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=max(self.max_position_embeddings, self.context),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **{name: getattr(self, name) for name in names},
+        )
+        return MixerForCausalLM(config)
+
+
+class Windows(Dataset):
+    """A text cut into pieces of `context` tokens, each with the token after it as last target."""
+
+    def __init__(self, tokens: Tensor, context: int) -> None:
+        self.tokens, self.context = tokens, context
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.context
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = index * self.context
+        return self.tokens[start : start + self.context + 1]
+
+
+class LanguageModule(pl.LightningModule):
+    """Cross-entropy of the next token; AdamW with warm-up and cosine."""
+
+    def __init__(self, model: MixerForCausalLM, recipe: Recipe, steps: int) -> None:
+        super().__init__()
+        self.model, self.recipe, self.steps = model, recipe, steps
+
+    def loss(self, batch: Tensor) -> Tensor:
+        logits = self.model(batch[:, :-1]).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch))
+        extra = self.model.model.auxiliary_loss
+        return loss if extra is None else loss + extra
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        self.log("validation_loss", self.loss(batch), prog_bar=True, batch_size=len(batch))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        matrices = [p for n, p in self.named_parameters() if p.dim() > 1 and not n.endswith("A_log")]
+        vectors = [p for n, p in self.named_parameters() if p.dim() < 2 or n.endswith("A_log")]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(
+            groups, self.recipe.learning_rate, betas=(0.9, 0.95), weight_decay=self.recipe.weight_decay
+        )
+        schedule = warmup_cosine(optimizer, self.recipe.warmup, self.steps, floor=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def train_language_model(
+    recipe: Recipe,
+    tokens: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    sources: Sequence[str] = (),
+    accelerator: str = "auto",
+    precision: str = "32-true",
+    show_progress: bool = False,
+) -> tuple[MixerForCausalLM, list[dict[str, float]]]:
+    """Train in `folder/run` (an interrupted run goes on) and save model and tokenizer to `folder`.
+
+    Returns the model and one row of losses per epoch, with the training tokens per second.
+    """
+    model = recipe.model(tokenizer)
+    held_out = int(len(tokens) * recipe.validation_share)
+    fit, validation = tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :]
+    parts = [Windows(part, recipe.context) for part in (fit, validation)]
+    if not all(len(part) for part in parts):
+        raise UserError(
+            f"the text has {len(tokens)} tokens; with context {recipe.context} training needs {recipe.context + 1} and "
+            f"validation (share {recipe.validation_share:g}) as many again; use more text or a shorter context"
+        )
+    loaders = [
+        data_loader(part, recipe.batch_size, shuffle=shuffle, seed=recipe.seed)
+        for part, shuffle in zip(parts, (True, False))
+    ]
+    module = LanguageModule(model, recipe, recipe.epochs * len(loaders[0]))
+    history = train(
+        module,
+        loaders[0],
+        loaders[1],
+        max_epochs=recipe.epochs,
+        monitor="validation_loss",
+        mode="min",
+        seed=recipe.seed,
+        folder=Path(folder) / "run",
+        settings={**dataclasses.asdict(recipe), "sources": list(sources), "tokens": len(tokens)},
+        show_progress=show_progress,
+        accelerator=accelerator,
+        precision=precision,
+        gradient_clip_val=recipe.clip,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    per_epoch = len(parts[0]) * recipe.context
+    return model, [row | {"tokens_per_second": per_epoch / max(row["seconds"], 1e-9)} for row in history]

@@ -1,0 +1,91 @@
+"""`nearfar language-model` from its command line."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from nearfar.core.errors import UserError
+
+cli = pytest.importorskip("nearfar.apps.language_model.cli", reason="nearfar-language-model is not installed")
+
+
+def run(*arguments, status=0):
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status
+    return result.stdout
+
+
+@pytest.fixture(scope="module", name="trained")
+def _trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm")
+    (folder / "book.txt").write_text("she sells sea shells by the sea shore. " * 120)
+    arguments = ["train", folder / "book.txt", "--out", folder / "model", "--accelerator", "cpu", "--json"]
+    for setting in (
+        "mixers=[base-conv,based]",
+        "hidden_size=32",
+        "num_hidden_layers=2",
+        "context=48",
+        "epochs=2",
+        "batch_size=1",
+        "warmup=10",
+    ):
+        arguments += ["--set", setting]
+    return folder, arguments, json.loads(run(*arguments))
+
+
+def test_training_reports_and_a_second_call_trains_nothing(trained):
+    _, arguments, result = trained
+    assert result["epochs"] == 2
+    assert result["bits_per_token"] < 4
+    assert json.loads(run(*arguments))["history"] == result["history"]
+
+
+def test_evaluate_with_a_5_gram(trained):
+    folder, _, _ = trained
+    result = json.loads(
+        run("evaluate", folder / "model", folder / "book.txt", "--ngram", folder / "book.txt", "--json")
+    )
+    assert result["bytes"] == 39 * 120 - 1
+    assert 0 < result["5-gram_bits_per_byte"] < result["bits_per_byte"] < 4
+    alone = json.loads(run("evaluate", folder / "model", folder / "book.txt", "--no-carry", "--piece", 20, "--json"))
+    assert alone["bits_per_byte"] > result["bits_per_byte"]
+
+
+def test_a_text_read_once_is_asked_many_times(trained):
+    folder, _, _ = trained
+    model, book, state = folder / "model", folder / "book.txt", folder / "state.safetensors"
+    run("generate", model, "--read", book, "--save-state", state, "--max-new-tokens", 0)
+    ask = ("generate", model, "she ", "--max-new-tokens", 30, "--temperature", 0)
+    once = run(*ask, "--read", book)
+    assert once.startswith("she ")
+    assert run(*ask, "--load-state", state) == run(*ask, "--load-state", state) == once
+
+
+def test_audit_of_ours_passes(trained):
+    folder, _, _ = trained
+    rows = json.loads(run("audit", folder / "model", "--json"))
+    assert {row["verdict"] for row in rows} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "none.txt", "--out", "x"], "no such file"),
+        (["train", "book.txt", "--out", "x", "--set", "mixers=[atention]"], "unknown mixer 'atention'"),
+        (["train", "book.txt", "--out", "x", "--set", "width=3"], "unknown setting width"),
+        (["train", "book.txt", "--out", "x", "--set", "context=100000"], "use more text"),
+        (["evaluate", "no/such/model", "book.txt"], "no/such/model: no causal language model"),
+        (["evaluate", "model"], "name texts to score"),
+        (["generate", "model"], "prompt"),
+        (["generate", "model", "a", "--load-state", "book.txt"], "no saved state"),
+        (["generate", "model", "a", "--top-p", "0"], "--top-p"),
+    ],
+)
+def test_mistakes_end_in_one_line(trained, arguments, message, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    with pytest.raises(UserError, match=message) as error:
+        run(*arguments)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,222 @@
+"""Texts as tokens, scores with the state carried over, n-grams, writing on, and the audit."""
+
+import math
+import zipfile
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+
+from nearfar.core.errors import UserError
+from nearfar.language import texts
+from nearfar.language.audit import CHECKS, audit
+from nearfar.language.evaluation import ngram_bits, run_tasks, score, write_on
+from nearfar.language.modeling import MixerConfig, MixerForCausalLM
+from nearfar.language.training import Recipe, train_language_model
+
+BYTES = texts.byte_tokenizer()
+
+
+def model(mixers=("base-conv", "based", "mamba"), **more):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(BYTES), "hidden_size": 16, "num_hidden_layers": len(mixers), "initializer_range": 0.2}
+    return MixerForCausalLM(MixerConfig(mixers=list(mixers), **(sizes | more))).eval()
+
+
+@given(st.text(min_size=1, max_size=50))
+@settings(deadline=None)
+def test_bytes_as_the_tokenizer_has_them(text):
+    ids = texts.encode(text, BYTES)
+    assert ids.tolist() == BYTES(text, add_special_tokens=False)["input_ids"]
+    assert BYTES.decode(ids) == text
+    assert texts.token_bytes(torch.from_numpy(ids), BYTES) == len(text.encode())
+
+
+def test_folders_and_tables_are_read_in_order(tmp_path):
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.md").write_text("first")
+    (tmp_path / "c.jsonl").write_text('{"text": "third"}\n{"text": "fourth"}\n')
+    datasets.Dataset.from_dict({"text": ["fifth"]}).to_parquet(str(tmp_path / "d.parquet"))
+    (tmp_path / "picture.png").write_bytes(b"\0")
+    ids = texts.read_tokens(tmp_path, BYTES)
+    assert BYTES.decode(ids, skip_special_tokens=False) == "firstsecondthird</s>fourth</s>fifth</s>"
+    assert len(texts.read_tokens(tmp_path, BYTES, max_tokens=7)) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b" \n ", r"empty\.txt: is empty"),
+        ("binary.txt", b"ab\0cd", r"binary\.txt: is binary, not text \(zero byte at 2\)"),
+        ("latin.txt", "Käse ".encode("latin-1") * 9, r"latin\.txt: is not UTF-8"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": ', r"bad\.jsonl: is damaged"),
+        ("bad.parquet", b"PAR1 no table", r"bad\.parquet: is damaged"),
+        ("other.jsonl", b'{"words": "a"}\n', r"other\.jsonl: has no column `text`; it has words"),
+    ],
+)
+def test_a_bad_shard_in_a_folder_is_named(tmp_path, name, content, message):
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        texts.read_tokens(tmp_path, BYTES)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_texts_and_a_missing_file_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no texts in this folder"):
+        texts.read_tokens(tmp_path, BYTES)
+    with pytest.raises(UserError, match="no such file"):
+        texts.read_tokens(tmp_path / "none.txt", BYTES)
+
+
+def test_a_text_cut_inside_a_character_is_sound(tmp_path):
+    data = "Käse €".encode()
+    for part in (data[2:], data[:-1], data[2:-1]):
+        (tmp_path / "cut.txt").write_bytes(part)
+        assert len(texts.read_tokens(tmp_path / "cut.txt", BYTES)) == len(part)
+
+
+def test_enwik8_is_cut_by_bytes(tmp_path):
+    data = np.random.default_rng(0).integers(32, 127, 100_000_000, dtype=np.uint8).tobytes()
+    with zipfile.ZipFile(tmp_path / "enwik8.zip", "w") as archive:
+        archive.writestr("enwik8", data)
+    parts = texts.split_enwik8(tmp_path / "enwik8.zip", tmp_path / "out")
+    assert [p.stat().st_size for p in parts] == [90_000_000, 5_000_000, 5_000_000]
+    assert parts[2].read_bytes() == data[95_000_000:]
+    (tmp_path / "short").write_bytes(b"abc")
+    with pytest.raises(UserError, match="this has 3"):
+        texts.split_enwik8(tmp_path / "short", tmp_path)
+
+
+def test_scores_carry_the_state_over():
+    lm, tokens = model().double(), torch.randint(3, 259, (300,))
+    logits = lm(tokens[None]).logits[0, :-1]
+    bits = torch.nn.functional.cross_entropy(logits, tokens[1:]).item() / math.log(2)
+    for piece in (7, 64, 1000):
+        found = score(lm, tokens, BYTES, piece)
+        assert found["tokens"] == found["bytes"] == 299
+        assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    alone = score(lm, tokens, BYTES, 64, carry=False)
+    assert alone["tokens"] == 299
+    assert alone["bits_per_byte"] != pytest.approx(bits, rel=1e-4)
+
+
+def test_a_text_that_a_model_cannot_carry_over_is_refused():
+    lm = model(["hyena"], max_position_embeddings=64)
+    tokens = torch.randint(3, 259, (200,))
+    with pytest.raises(UserError, match="longer than the model can carry"):
+        score(lm, tokens, BYTES, 32)
+    assert score(lm, tokens, BYTES, 32, carry=False)["tokens"] == 199
+
+
+def slow_ngram(train, test, vocabulary, order):
+    counts = [Counter(tuple(train[i : i + n]) for i in range(len(train) - n + 1)) for n in range(order + 1)]
+
+    def probability(history, token):
+        if history is None:
+            return 1 / vocabulary
+        n = len(history) + 1
+        after = [g for g in counts[n] if g[:-1] == history]
+        lower = probability(history[1:] if history else None, token)
+        total = sum(counts[n][g] for g in after)
+        return (counts[n][(*history, token)] + len(after) * lower) / (total + len(after)) if total else lower
+
+    bits = [-math.log2(probability(tuple(test[max(0, i - order + 1) : i]), test[i])) for i in range(1, len(test))]
+    return sum(bits) / len(bits)
+
+
+@pytest.mark.parametrize("order", [1, 2, 4])
+def test_ngram_is_the_interpolated_one(order):
+    rng = np.random.default_rng(0)
+    train, test = (rng.choice(5, n, p=[0.5, 0.2, 0.1, 0.1, 0.1]) for n in (200, 40))
+    ours = ngram_bits(train, test, 6, order)
+    assert ours == pytest.approx(slow_ngram(train.tolist(), test.tolist(), 6, order))
+
+
+def test_writing_on_is_generate():
+    lm, ids = model(), torch.randint(3, 259, (1, 12))
+    expected = lm.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)[0, 12:]
+    written = [token for token, _ in write_on(lm, ids, max_new_tokens=20, temperature=0)]
+    assert written == expected.tolist()
+    again = [[t for t, _ in write_on(lm, ids, max_new_tokens=20, seed=s, top_p=0.9)] for s in (1, 1, 2)]
+    assert again[0] == again[1] != again[2]
+
+
+def sequences(vocabulary):
+    return [torch.randint(3, vocabulary, (n,)) for n in (23, 14, 30)]
+
+
+@pytest.mark.parametrize(
+    "mixers", [("base-conv", "attention"), ("mamba",), ("based", "retnet"), ("rwkv4", "h3"), ("hyena",)]
+)
+def test_ours_pass_the_audit(mixers):
+    rows = audit(model(mixers), sequences(259))
+    assert [row["check"] for row in rows] == list(CHECKS)
+    assert {row["verdict"] for row in rows} == {"ok"}, rows
+
+
+def test_the_audit_finds_what_padding_does_to_a_recurrent_state():
+    torch.manual_seed(0)
+    theirs = MambaForCausalLM(MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2))
+    verdicts = {row["check"]: row["verdict"] for row in audit(theirs, sequences(60))}
+    assert verdicts["batch order"] == verdicts["token by token"] == verdicts["left padding"] == "ok"
+    assert verdicts["right-padded prefill, then steps"] == "FAIL"
+
+
+def test_the_audit_clears_a_sound_model():
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=2))
+    assert {row["verdict"] for row in audit(theirs, sequences(60))} == {"ok"}
+
+
+def test_training_beats_a_unigram_resumes_and_repeats(tmp_path):
+    text = ("the quick brown fox jumps over the lazy dog. " * 200).encode()
+    tokens = torch.from_numpy(texts.encode(text, BYTES))
+    recipe = Recipe(
+        mixers=["base-conv", "attention"], hidden_size=32, num_hidden_layers=2, context=64, epochs=3, batch_size=4
+    )
+    trained, history = train_language_model(recipe, tokens, BYTES, tmp_path / "a", accelerator="cpu")
+    unigram = ngram_bits(tokens.numpy(), tokens.numpy(), 259, 1) * math.log(2)
+    assert history[-1]["validation_loss"] < 0.8 * unigram
+    again, tokenizer = texts.load_causal_lm(str(tmp_path / "a"))
+    ids = tokens[None, :30]
+    assert torch.equal(again(ids).logits, trained.eval()(ids).logits)
+    assert len(tokenizer) == 259
+    _, same = train_language_model(recipe, tokens, BYTES, tmp_path / "b", accelerator="cpu")
+    assert [row["validation_loss"] for row in same] == [row["validation_loss"] for row in history]
+    with pytest.raises(UserError, match="use more text or a shorter context"):
+        train_language_model(recipe, tokens[:100], BYTES, tmp_path / "c")
+
+
+def test_lm_eval_scores_a_byte_model(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate", reason="lm-evaluation-harness drives models through accelerate")
+    (tmp_path / "docs.jsonl").write_text('{"text": "one two three"}\n{"text": "four five six"}\n')
+    (tmp_path / "own.yaml").write_text(
+        "task: own_text\ndataset_path: json\ndataset_kwargs:\n  data_files: {test: "
+        + str(tmp_path / "docs.jsonl")
+        + "}\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: bits_per_byte}]\n"
+    )
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    import lm_eval
+
+    evaluate = lm_eval.simple_evaluate
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda lm, **more: evaluate(lm, task_manager=manager, **more))
+    lm = model()
+    scores = run_tasks(lm, BYTES, ["own_text"])
+    total = size = 0
+    for text in ("one two three", "four five six"):
+        ids = torch.tensor([[BYTES.eos_token_id, *texts.encode(text, BYTES)]])
+        total += torch.nn.functional.cross_entropy(lm(ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        size += len(text)
+    assert scores["own_text"]["bits_per_byte,none"] == pytest.approx(total / size / math.log(2), rel=1e-4)
