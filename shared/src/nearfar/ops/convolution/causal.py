@@ -1,6 +1,7 @@
 """Causal depthwise convolutions on sequences: short ones by shifted sums, long ones by FFT; both can stream."""
 
-import numpy as np
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -158,10 +159,10 @@ def position_features(max_length: int, features: int) -> Tensor:
     if features < 3 or features % 2 == 0:
         raise ValueError(f"features={features} must be odd and at least 3: time, then pairs of sine and cosine")
     bands = (features - 1) // 2
-    n = np.arange(max_length)[:, None]
-    phase = np.linspace(1e-4, bands - 1, bands) * (2 * np.pi * n / max_length)
-    t = np.linspace(0, 1, max_length)[:, None]
-    return torch.from_numpy(np.concatenate([t, np.cos(phase), -np.sin(phase)], -1)).to(torch.get_default_dtype())
+    n = torch.arange(max_length, dtype=torch.float64)[:, None]
+    phase = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64) * (2 * math.pi * n / max_length)
+    t = torch.linspace(0, 1, max_length, dtype=torch.float64)[:, None]
+    return torch.cat([t, phase.cos(), -phase.sin()], -1).to(torch.get_default_dtype())
 
 
 class ImplicitLongConv(LongConv):
