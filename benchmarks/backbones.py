@@ -57,6 +57,7 @@ def models() -> dict[str, nn.Module]:
             found[name] = timm.create_model(name)
     found["nearfar_convnext_tiny fused"] = ConvNeXt.from_published(convnext.state_dict()).fuse()
     found["lsnet_t fused"] = timm.create_model("lsnet_t").fuse()
+    found["transxnet_t fused"] = timm.create_model("transxnet_t").fuse()
     found["overlock_xt fused"] = timm.create_model("overlock_xt").fuse()
     return found
 

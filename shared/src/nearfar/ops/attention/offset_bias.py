@@ -58,8 +58,9 @@ class OffsetBiasAttention(nn.Module):
         """Queries, keys and values, (B, heads, N, d)."""
         query, key, value = self.qkv(x).split(self.splits, dim=1)
         parts = (self.dw(query), key, value)
-        # contiguous, as CUDA's attention kernels refuse rows that are not aligned
-        return tuple(part.flatten(2).unflatten(1, (self.num_heads, -1)).mT.contiguous() for part in parts)
+        split = (part.flatten(2).unflatten(1, (self.num_heads, -1)).mT for part in parts)
+        # CUDA's attention kernels refuse odd strides, which `contiguous` leaves where an axis has length one
+        return tuple(part.clone(memory_format=torch.contiguous_format) for part in split)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         query, key, value = self.heads(x)

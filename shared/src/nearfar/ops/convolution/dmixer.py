@@ -36,7 +36,10 @@ class ConvBN(nn.Module):
         dims: int = 2,
     ) -> None:
         super().__init__()
-        self.conv = CONVOLUTIONS[dims](in_dim, dim, kernel_size, stride, padding, groups=groups, bias=False)
+        if kernel_size == stride == 1 and groups == in_dim == dim:
+            self.conv: nn.Module = DepthwiseConv(dim, 1, dims=dims, bias=False)
+        else:
+            self.conv = CONVOLUTIONS[dims](in_dim, dim, kernel_size, stride, padding, groups=groups, bias=False)
         self.bn: nn.Module = BATCH_NORMS[dims](dim)
         self.act = nn.GELU() if act else nn.Identity()
 
@@ -151,8 +154,8 @@ class OverlappingReductionAttention(nn.Module):
         reduced = reduced + self.local_conv(reduced)
         key, value = self.kv(reduced).chunk(2, dim=1)
         query, key, value = (
-            # contiguous, as CUDA's attention kernels refuse rows that are not aligned
-            part.flatten(2).unflatten(1, (self.num_heads, -1)).mT.contiguous()
+            # CUDA's attention kernels refuse odd strides, which `contiguous` leaves where an axis has length one
+            part.flatten(2).unflatten(1, (self.num_heads, -1)).mT.clone(memory_format=torch.contiguous_format)
             for part in (self.q(x), key, value)
         )
         return query, key, value, tuple(reduced.shape[-2:])
