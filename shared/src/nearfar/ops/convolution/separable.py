@@ -134,7 +134,7 @@ class _Selu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (y,) = ctx.saved_tensors
-        return grad * torch.where(y > 0, SELU_SCALE, y + SELU_SCALE * SELU_ALPHA)
+        return torch.ops.aten.elu_backward(grad, SELU_ALPHA, SELU_SCALE, 1.0, True, y)  # from the result alone
 
 
 def glorot_uniform_(weight: Tensor, fan_in: int, fan_out: int) -> None:
