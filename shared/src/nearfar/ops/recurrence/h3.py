@@ -75,6 +75,30 @@ class DiagonalSSM(nn.Module):
         BC = torch.view_as_complex(self.B.to(dtype)) * torch.view_as_complex(self.C.to(dtype))
         return torch.log(1 + half) - torch.log(1 - half), BC * dt / (1 - half)
 
+    def taps(self, length: int) -> Tensor:
+        """The model as a convolution, `2 Re sum_n Cbar_n Abar_n^t`, `(H, length)`: one product of small matrices.
+
+        t is split as t1 q + t0 with q = sqrt(length), so 2 q powers are enough.
+        """
+        log_A, C = self.discrete()
+        coarse, fine = split_powers(log_A, length)
+        coarse = coarse * C[:, None]
+        left, right = torch.cat([coarse.real, -coarse.imag], -1), torch.cat([fine.real, fine.imag], -1)
+        return 2 * (left @ right.mT).flatten(1)[:, :length]
+
+
+def split_powers(log_A: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """`Abar^(q t1)` and `Abar^t0`, `(H, ., modes)`, q = ceil(sqrt(length)): all powers below `length` are products."""
+    q = math.isqrt(length - 1) + 1
+    step = torch.arange(max(q, -(-length // q)), device=log_A.device)[:, None]
+    return torch.exp(log_A[:, None] * (q * step[: -(-length // q)])), torch.exp(log_A[:, None] * step[:q])
+
+
+def powers(log_A: Tensor, length: int) -> Tensor:
+    """`Abar^t`, t < length, `(H, length, modes)`."""
+    coarse, fine = split_powers(log_A, length)
+    return (coarse[:, :, None] * fine[:, None]).flatten(1, 2)[:, :length]
+
 
 class H3(StreamingMixer):
     """H3 (Dao et al. 2023, arXiv 2212.14052).
@@ -114,7 +138,7 @@ class H3(StreamingMixer):
         k = self.k_proj(x)
         k = self.D_k * k + fft_convolution(k.transpose(1, 2), self.shift.taps()[:, : x.shape[1]]).transpose(1, 2)
         kv = self.products(k, x)
-        y = fft_convolution(kv, self.taps(x.shape[1])[:, None, None]) + self.D[:, None, None, None] * kv
+        y = fft_convolution(kv, self.diagonal.taps(x.shape[1])[:, None, None]) + self.D[:, None, None, None] * kv
         return self.output(x, y)
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
@@ -134,18 +158,17 @@ class H3(StreamingMixer):
         else:
             shifted = fft_convolution(both.transpose(1, 2), self.shift.taps()).transpose(1, 2)[:, -n:]
         kv = self.products(self.D_k * raw + shifted, x)
-        step = torch.arange(n, device=x.device)
-        powers = torch.exp(log_A[:, None] * (step + 1)[:, None])  # Abar^(t+1), (g, n, modes)
-        y = 2 * torch.einsum("bgijs,gns->bgijn", modes, C[:, None] * powers).real
+        table = powers(log_A, n)
+        first = C * torch.exp(log_A)  # after t more steps the modes show with Cbar Abar^(t + 1)
+        y = 2 * torch.einsum("bgijs,gns->bgijn", modes, first[:, None] * table).real
         recent = kv.to(y.dtype)
-        y = (y + fft_convolution(recent, self.taps(n)[:, None, None])).to(x.dtype)
+        y = (y + fft_convolution(recent, self.diagonal.taps(n)[:, None, None])).to(x.dtype)
         y = y + self.D[:, None, None, None] * kv
         end = torch.full((b,), n, device=x.device) if lengths is None else lengths
         if lengths is not None:  # the real positions to the end of the piece, so that all rows share one table
             empty = recent.new_zeros(b, 0, *recent.shape[1:4])
             recent = shift_in(empty, recent.movedim(-1, 1), n, lengths).movedim(1, -1)
-        ages = torch.exp(log_A[:, None] * (n - 1 - step)[:, None])
-        written = torch.einsum("bgijn,gns->bgijs", recent.to(C.dtype), ages)
+        written = torch.einsum("bgijn,gns->bgijs", recent.to(C.dtype), table.flip(1))
         kept = modes * torch.exp(log_A * end[:, None, None])[:, :, None, None]
         return self.output(x, y), (shift_in(keys, raw, self.d_state - 1, lengths), kept + written)
 
@@ -159,12 +182,6 @@ class H3(StreamingMixer):
         q = rearrange(self.q_proj(x), "b n (g m) -> b g m n", m=self.head_dim)
         o = (q[:, :, :, None] * kv).sum(2)
         return self.out_proj(rearrange(o, "b g j n -> b n (j g)"))
-
-    def taps(self, length: int) -> Tensor:
-        """The diagonal model as a convolution, `2 Re sum_n Cbar_n Abar_n^t`, `(g, length)`."""
-        log_A, C = self.diagonal.discrete()
-        time = torch.arange(length, device=C.device)
-        return 2 * (C[:, None] * torch.exp(log_A[:, None] * time[:, None])).sum(-1).real
 
     def state_size(self, length: int) -> int:
         return self.dim * self.d_state
