@@ -10,6 +10,9 @@ DATA = REPOSITORY.parent / "shared" / "data"
 """Real recordings, pictures and texts that some tests use where they are there."""
 
 
+torch.set_num_threads(1)  # the tests run in parallel
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
