@@ -20,13 +20,13 @@ from nearfar.audio.speakers import Embedded, Embedder, Gate, Utterance, find_utt
 from nearfar.core.cli import console, messages, raise_failures, run_batch, table
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_json
-from nearfar.core.training import read_recipe
+from nearfar.core.training import read_recipe, seed_epoch
 
 app = typer.Typer(
-    help="Is it the same speaker? `train` makes a model folder from labelled recordings, `verify` compares two recordings "
-    "and answers with a calibrated likelihood ratio, `identify` looks for a speaker in a gallery, `score` and `evaluate` "
-    "run trial lists.\n\nA recording that offers too little (speech, level over noise, bandwidth) is refused, never "
-    "scored.",
+    help="Is it the same speaker? `train` makes a model folder from labelled recordings, `verify` compares two "
+    "recordings and answers with a calibrated likelihood ratio, `identify` looks for a speaker in a gallery, `score` "
+    "and `evaluate` run trial lists.\n\nA recording that offers too little (speech, level over noise, bandwidth) is "
+    "refused, never scored.",
     no_args_is_help=True,
 )
 
@@ -78,6 +78,7 @@ def train(
     changes = [*([] if backbone is None else [f"backbone={backbone}"]), *(settings or [])]
     chosen = read_recipe(Recipe, path, changes)
     choose_device(accelerator)
+    seed_epoch(chosen.seed, 0)  # the initial weights follow from the seed too
     model = build_model(chosen) if start is None else SpeakerEncoder.from_pretrained(start)
     utterances = find_utterances(data, layout)
     good, bad = usable(utterances, model.sample_rate)
@@ -208,8 +209,8 @@ def verify(
     }
     if system.calibration is None:
         answer["sentence"] = (
-            f"Score {score[0]:.3f} ({system.convention}). This model is not calibrated, so the score alone says nothing "
-            "about the same or different speakers; `calibrate` it with trials of your own."
+            f"Score {score[0]:.3f} ({system.convention}). This model is not calibrated, so the score alone says "
+            "nothing about the same or different speakers; `calibrate` it with trials of your own."
         )
     else:
         answer["llr"] = float(system.calibration(score)[0])
@@ -292,7 +293,7 @@ def score(
 ) -> None:
     """Score a trial list: each recording is embedded once, and kept (default: OUTPUT.cache), so it can go on.
 
-    Trials whose recordings cannot be read are left out of the score file, listed in OUTPUT.failed, and end with status 1.
+    Trials whose recordings cannot be read are left out, listed in OUTPUT.failed, and the exit status is 1.
     """
     system = SpeakerSystem.load(model, choose_device(accelerator))
     if norm not in (None, "none", "as"):
@@ -465,7 +466,7 @@ def _needed(listed: scoring.Trials, members: dict[str, list[str]] | None) -> lis
 
 
 def _attach(listed: scoring.Trials, reference: scoring.Trials, path: Path) -> scoring.Trials:
-    """The scored trials with labels and conditions of the list they come from. Raises UserError where one is not in it."""
+    """The scored trials with labels and conditions of the list they come from. Raises UserError where it lacks one."""
     row = {pair: n for n, pair in enumerate(zip(reference.enroll.tolist(), reference.test.tolist()))}
     rows = np.array([row.get(pair, -1) for pair in zip(listed.enroll.tolist(), listed.test.tolist())])
     if (rows < 0).any():

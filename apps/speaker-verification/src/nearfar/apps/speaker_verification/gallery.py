@@ -16,7 +16,7 @@ from nearfar.core.files import atomic_path
 
 @dataclass
 class Gallery:
-    """Speakers and all their embeddings, of one model. `owners[n]` is the row of `names` that embedding n belongs to."""
+    """Speakers and all their embeddings, of one model. `owners[n]`: the row in `names` of embedding n."""
 
     digest: str
     names: list[str]

@@ -116,8 +116,14 @@ def write_evaluation(
 ) -> Report:
     """Write figures (JSON, CSV), pictures and the page of scored trials. Raises ValueError for bad scores."""
     labels = np.asarray(trials.labels)
-    figures = scoring.evaluate(scores, labels, calibrated, *(speakers or (None, None)), draws)
-    figures |= {"missing": missing, "llr": calibrated, "trials_from": trials.source}
+    figures = scoring.evaluate(scores, labels, calibrated)
+    unsure = ""
+    try:
+        if draws:
+            figures = scoring.evaluate(scores, labels, calibrated, *(speakers or (None, None)), draws)
+    except ValueError as error:  # the figures stand, their intervals do not
+        unsure = f"No intervals: {error}."
+    figures |= {"no_intervals": unsure, "missing": missing, "llr": calibrated, "trials_from": trials.source}
     thresholds = []
     for far in rates:
         try:
@@ -142,7 +148,9 @@ def write_evaluation(
     if missing:
         report.text(f"{missing} trials of the list have no score and are not in these figures.")
     report.table(figure_rows(figures))
-    if draws:
+    if unsure:
+        report.text(unsure)
+    elif draws:
         unit = figures["interval_resamples"]
         note = "" if speakers else " The names do not tell speakers, so these intervals are too narrow."
         report.text(f"Intervals: {draws} bootstrap draws of {unit}.{note}")

@@ -1,0 +1,273 @@
+"""The speaker-verification app: every command on recordings that the tests make, and every kind of bad input."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from safetensors.torch import load_file
+from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
+
+from nearfar.core.cli import BatchError
+from nearfar.core.errors import UserError
+
+app = pytest.importorskip("nearfar.apps.speaker_verification.cli", reason="the app is not installed").app
+
+RATE = 8000
+LENIENT = ["--min-speech", "0.2", "--min-snr", "0"]
+TINY = [
+    "channels=16", "num_mels=24", "sample_rate=8000", "embedding_dim=8", "crop_seconds=0.5", "crops_per_utterance=4",
+    "batch_size=24", "epochs=7", "lr=5e-3", "scale=15", "margin=0.1", "margin_epochs=3", "validation=0.3",
+    "speeds=[1.0]",
+]  # fmt: skip
+
+
+def run(*arguments):
+    """The app in this process; a UserError comes through."""
+    app([str(a) for a in arguments], standalone_mode=False)
+
+
+def options(settings):
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def voice(speaker, number, seconds=1.0):
+    """A buzz in syllables; the formant is the speaker's, pitch and noise vary."""
+    rng = np.random.default_rng(int(100 * speaker) + number)
+    pitch, t = rng.uniform(90, 200), np.arange(int(seconds * RATE)) / RATE
+    formant = 400 + 60 * speaker
+    buzz = sum(
+        np.sin(2 * np.pi * k * pitch * t) * np.exp(-(((k * pitch - formant) / 500) ** 2))
+        for k in range(1, int(3800 / pitch))
+    )
+    syllables = np.clip(np.sin(2 * np.pi * 3 * t + rng.uniform(0, 6)), 0, None)
+    samples = 0.1 * buzz * syllables + rng.uniform(0.002, 0.02) * rng.standard_normal(len(t))
+    return samples.clip(-1, 1).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    for speaker in range(12):
+        for number in range(6):
+            path = root / f"s{speaker:02}" / f"{number}.wav"
+            path.parent.mkdir(exist_ok=True)
+            soundfile.write(path, voice(speaker, number), RATE)
+    return root
+
+
+@pytest.fixture(scope="module")
+def test_folder(tmp_path_factory):
+    """Six speakers between those of the corpus, and a trial list of all their pairs."""
+    root = tmp_path_factory.mktemp("test")
+    names = []
+    for speaker in range(6):
+        for number in range(4):
+            path = root / f"t{speaker}" / f"{number}.wav"
+            path.parent.mkdir(exist_ok=True)
+            soundfile.write(path, voice(2 * speaker + 0.5, 50 + number), RATE)
+            names.append(f"t{speaker}/{number}.wav")
+    lines = [f"{int(a[:2] == b[:2])} {a} {b}" for i, a in enumerate(names) for b in names[i + 1 :]]
+    (root / "trials.txt").write_text("\n".join(lines))
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    run("train", corpus, "-o", folder, "--accelerator", "cpu", *options(TINY))
+    return folder
+
+
+def test_train_writes_a_calibrated_model_and_a_page(model):
+    assert {"config.json", "model.safetensors", "scoring.json", "calibration.json", "report.html"} <= {
+        path.name for path in model.iterdir()
+    }
+    config = json.loads((model / "config.json").read_text())
+    assert config["trained_on"]["speakers"] == 8
+    assert "data:image/png" in (model / "report.html").read_text()
+
+
+def test_score_evaluate_calibrate(model, test_folder, tmp_path, capsys):
+    scores = tmp_path / "scores.txt"
+    score = ["score", test_folder / "trials.txt", "--root", test_folder, "-o", scores, "-m", model]
+    run(*score)
+    lines = scores.read_text().splitlines()
+    assert len(lines) == 24 * 23 // 2
+    assert len(list((tmp_path / "scores.txt.cache").rglob("*.npz"))) == 24  # each recording once
+    before = scores.read_text()
+    run(*score)
+    assert scores.read_text() == before
+    run("evaluate", scores, "-o", tmp_path / "eval", "--root", test_folder, "--draws", "50", "--far", "0.1")
+    figures = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+    assert figures["eer_nist"] < 0.4  # a tiny network of seven epochs; guessing is 0.5
+    assert figures["interval_resamples"] == "speakers"
+    assert figures["eer_nist_low"] <= figures["eer_nist"] <= figures["eer_nist_high"]
+    assert {"det.png", "scores.png", "det.csv", "errors.csv", "report.html"} <= {
+        path.name for path in (tmp_path / "eval").iterdir()
+    }
+    assert "data:audio/wav" in (tmp_path / "eval" / "report.html").read_text()
+    assert "EER (NIST" in capsys.readouterr().out
+    run("calibrate", scores, "-m", model)
+    assert "Cllr" in capsys.readouterr().out
+    run(*score[:5], tmp_path / "llr.txt", *score[6:], "--llr")
+    run("evaluate", tmp_path / "llr.txt", "-o", tmp_path / "llr", "--llr", "--draws", "0")
+    calibrated = json.loads((tmp_path / "llr" / "evaluation.json").read_text())
+    assert calibrated["eer_nist"] == pytest.approx(figures["eer_nist"], abs=1e-12)
+    assert calibrated["cllr"] < calibrated["min_cllr"] + 0.2
+    with pytest.raises(UserError, match="was not scored the way"):
+        run("calibrate", tmp_path / "llr.txt", "-m", model)
+
+
+def test_enrolment_maps_average_several_recordings(model, test_folder, tmp_path):
+    (tmp_path / "map.txt").write_text("".join(f"t{s} t{s}/0.wav t{s}/1.wav t{s}/2.wav\n" for s in range(6)))
+    (tmp_path / "trials.txt").write_text(
+        "".join(f"t{a} t{b}/3.wav {'target' if a == b else 'nontarget'}\n" for a in range(6) for b in range(6))
+    )
+    arguments = ["score", tmp_path / "trials.txt", "--root", test_folder, "-o", tmp_path / "s.txt", "-m", model]
+    run(*arguments, "--enrollments", tmp_path / "map.txt")
+    assert len((tmp_path / "s.txt").read_text().splitlines()) == 36
+    (tmp_path / "map.txt").write_text("t0 t0/0.wav\n")
+    with pytest.raises(UserError, match="lacks 5 models"):
+        run(*arguments, "--enrollments", tmp_path / "map.txt")
+
+
+def test_verify_answers_in_words_and_numbers(model, test_folder, capsys):
+    pair = [test_folder / "t0/0.wav", test_folder / "t0/1.wav"]
+    run("verify", *pair, "-m", model, "--json", *LENIENT)
+    same = json.loads(capsys.readouterr().out)
+    run("verify", pair[0], test_folder / "t5/1.wav", "-m", model, "--json", *LENIENT)
+    other = json.loads(capsys.readouterr().out)
+    assert same["llr"] > 0 > other["llr"]
+    assert other["llr_low"] <= other["llr"] <= other["llr_high"]
+    assert "Log-likelihood ratio" in same["sentence"]
+    run("verify", *pair, "-m", model, *LENIENT)
+    assert "Log-likelihood ratio" in capsys.readouterr().out
+
+
+def test_poor_recordings_are_refused_not_scored(model, test_folder, tmp_path):
+    good = test_folder / "t0/0.wav"
+    poor = {
+        "silent.wav": (np.zeros(RATE), "is silent"),
+        "quiet.wav": (1e-5 * np.random.default_rng(0).standard_normal(3 * RATE), "0.0 s of speech"),
+        "hum.wav": (0.5 * np.sin(np.arange(3 * RATE) / 4), "0.0 s of speech"),
+        "clipped.wav": (np.clip(30 * voice(1, 1, 3.0), -1, 1), "clipped"),
+        "stereo.wav": (np.stack([voice(1, 1), voice(2, 1)], 1), "2 channels"),
+    }
+    for name, (samples, message) in poor.items():
+        soundfile.write(tmp_path / name, samples, RATE, subtype="FLOAT")
+        with pytest.raises(UserError, match=message) as caught:
+            run("verify", good, tmp_path / name, "-m", model, *LENIENT)
+        assert name in str(caught.value)
+    with pytest.raises(UserError, match=r"gone\.wav"):
+        run("verify", good, tmp_path / "gone.wav", "-m", model, *LENIENT)
+
+
+def test_enroll_and_identify_with_none_of_these(model, test_folder, tmp_path, capsys):
+    gallery = tmp_path / "gallery.npz"
+    for speaker in (0, 2, 4):
+        files = [test_folder / f"t{speaker}/{n}.wav" for n in range(3)]
+        run("enroll", f"person {speaker}", *files, "-g", gallery, "-m", model, *LENIENT)
+    with pytest.raises(UserError, match="is in the gallery already"):
+        run("enroll", "person 0", test_folder / "t0/3.wav", "-g", gallery, "-m", model, *LENIENT)
+    with pytest.raises(UserError, match="given twice"):
+        run("enroll", "x", test_folder / "t0/3.wav", test_folder / "t0/3.wav", "-g", gallery, "-m", model, *LENIENT)
+    run(
+        "enroll",
+        "person 0",
+        *[test_folder / f"t0/{n}.wav" for n in range(3)],
+        "-g",
+        gallery,
+        "-m",
+        model,
+        "--replace",
+        *LENIENT,
+    )
+    capsys.readouterr()
+    probes = [test_folder / "t0/3.wav", test_folder / "t2/3.wav", test_folder / "t4/3.wav"]
+    run("identify", *probes, "-g", gallery, "-m", model, "--far", "0.3", "--json", *LENIENT)
+    rows = json.loads(capsys.readouterr().out)["results"]
+    assert [row["nearest"] for row in rows] == ["person 0", "person 2", "person 4"]
+    strict = [row["score"] for row in rows]
+    run("identify", *probes, "-g", gallery, "-m", model, "--far", "0.05", "--json", *LENIENT)
+    again = json.loads(capsys.readouterr().out)["results"]
+    assert all(row["threshold"] > rows[0]["threshold"] for row in again)
+    for row, score in zip(again, strict):
+        assert row["score"] == pytest.approx(score)
+        assert (row["speaker"] == "none of these") == (row["score"] <= row["threshold"])
+    with pytest.raises(UserError, match="cannot show"):
+        run("identify", *probes, "-g", gallery, "-m", model, "--far", "0.0000001", *LENIENT)
+
+
+def test_a_bad_recording_among_many_loses_only_its_trials(model, test_folder, tmp_path):
+    folder = tmp_path / "data"
+    for path in test_folder.rglob("*.wav"):
+        target = folder / path.relative_to(test_folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    (folder / "t3/2.wav").write_bytes(b"RIFF broken")
+    scores = tmp_path / "s.txt"
+    with pytest.raises(BatchError, match=r"t3/2\.wav") as caught:
+        run("score", test_folder / "trials.txt", "--root", folder, "-o", scores, "-m", model)
+    assert "23 trials have no score" in str(caught.value)
+    assert len(scores.read_text().splitlines()) == 276 - 23
+    assert len((tmp_path / "s.txt.failed").read_text().splitlines()) == 23
+    run("evaluate", scores, "--trials", test_folder / "trials.txt", "-o", tmp_path / "e", "--draws", "0")
+    assert json.loads((tmp_path / "e/evaluation.json").read_text())["missing"] == 23
+
+
+def test_bad_lists_are_refused(model, test_folder, tmp_path):
+    def listed(text):
+        (tmp_path / "t.txt").write_text(text)
+        run("score", tmp_path / "t.txt", "--root", test_folder, "-o", tmp_path / "s.txt", "-m", model)
+
+    with pytest.raises(UserError, match="empty"):
+        listed("")
+    with pytest.raises(UserError, match=r"1 of 2 recordings are not below .*nobody\.wav"):
+        listed("1 t0/0.wav nobody.wav\n")
+    (tmp_path / "one.txt").write_text("a b 0.5 target\nc d 0.3 target\n")
+    with pytest.raises(UserError, match="needs targets and non-targets"):
+        run("evaluate", tmp_path / "one.txt", "-o", tmp_path / "e")
+    (tmp_path / "none.txt").write_text("a b 0.5\n")
+    with pytest.raises(UserError, match="has no labels"):
+        run("evaluate", tmp_path / "none.txt", "-o", tmp_path / "e")
+    with pytest.raises(UserError, match="no speaker model"):
+        run("verify", test_folder / "t0/0.wav", test_folder / "t0/1.wav", "-m", tmp_path)
+
+
+def test_embed_writes_names_and_qualities(model, test_folder, tmp_path):
+    run("embed", test_folder, "-o", tmp_path / "e.npz", "-m", model)
+    with np.load(tmp_path / "e.npz", allow_pickle=False) as arrays:
+        assert arrays["embeddings"].shape == (24, 8)
+        assert arrays["names"][0] == "t0/0.wav"
+        assert set(arrays["speakers"].tolist()) == {f"t{n}" for n in range(6)}
+        assert (arrays["speech"] > 0).all()
+
+
+@pytest.mark.parametrize("head", ["ltdnn-d3net", "lap"])
+def test_a_backbone_folder_drives_the_whole_path(tmp_path, head):
+    for speaker in range(4):
+        for number in range(3):
+            path = tmp_path / "data" / f"s{speaker}" / f"{number}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, voice(3 * speaker, number), RATE)
+    backbone = tmp_path / "wavlm"
+    config = WavLMConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8,) * 7,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    WavLMModel(config).save_pretrained(backbone)
+    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(backbone)
+    settings = ["epochs=1", "batch_size=6", "crop_seconds=0.3", "embedding_dim=8", "speeds=[1.0]", "validation=0.5"]
+    arguments = ["train", tmp_path / "data", "--backbone", backbone, "--accelerator", "cpu"]
+    arguments += options([f"head={head}", *settings])
+    run(*arguments, "--recipe", "frozen", "-o", tmp_path / "one")
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    assert config["frontend"]["normalize"] is True
+    pair = [tmp_path / "data/s0/0.wav", tmp_path / "data/s1/0.wav"]
+    run("verify", *pair, "-m", tmp_path / "one", *LENIENT)
+    run(*arguments, "--recipe", "joint", "-o", tmp_path / "two", "--start", tmp_path / "one", "--set", "tune=1")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    changed = {name for name in first if not first[name].equal(second[name])}
+    assert any(name.startswith("frontend.backbone.encoder.layers.1.") for name in changed)
+    assert not any(name.startswith("frontend.backbone.encoder.layers.0.") for name in changed)
