@@ -14,6 +14,7 @@ skip with GroupNorm) this is the code. The released code has no mask for unequal
 the convolutions symmetric; `lengths` and `causal=True` are ours.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -308,6 +309,28 @@ def create_model(variant: str, **settings: Any) -> MossFormer:
         raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(VARIANTS)}")
     cls, kwargs = VARIANTS[variant]
     return cls(**{**kwargs, **settings})
+
+
+def load_model(path: str | Path, sample_rate: int | None = None, masking: bool | None = None) -> MossFormer:
+    """A model from a folder that `save_pretrained` or a training wrote, or else from a released checkpoint.
+
+    sample_rate, masking: for released checkpoints, see `MossFormer.from_published`.
+    Raises UserError where there is neither.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such model; name a folder made by training, or a downloaded checkpoint")
+    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
+        state = read_state_dict(path / "model.safetensors")
+        if "encoder.weight" in state:
+            cls = MossFormer2 if any(name.startswith("recurrent.") for name in state) else MossFormer
+            try:
+                model = cls(**json.loads((path / "config.json").read_text(encoding="utf-8")))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{path / 'config.json'}: does not describe a {cls.__name__} ({error})") from error
+            load_state_dict(model, state)
+            return model.eval()
+    return MossFormer.from_published(path, sample_rate=sample_rate, masking=masking)
 
 
 # -------------------------------------------------------------------------------------------- published checkpoints

@@ -186,7 +186,7 @@ class Report:
 
 @dataclass
 class Separation:
-    """Tracks that are about to be made: `count` of them; `blocks()` makes them, once, and then fills `report`."""
+    """Tracks that are about to be made: `count` of them; `blocks()` makes them, each time anew, and fills `report`."""
 
     count: int
     blocks: Callable[[], Iterator[Samples]]
@@ -232,7 +232,7 @@ def separate_recording(
     unit = rate // gcd(rate, model_rate)  # windows begin on samples of both rates
     ranges = window_ranges(total, size, round(hop * size), unit)
     windows: list[Window] = []
-    scratch_file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - read, and closed, by blocks()
+    scratch_file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - lives as long as what blocks() needs
     shapes: list[tuple[int, ...]] = []  # of each window's outputs in the scratch file
     before: Samples | None = None
     last, done, loudest, clipped = 0, 0, 0.0, 0
@@ -246,7 +246,12 @@ def separate_recording(
             overlap = min((done - start) * model_rate // rate, before.shape[1], outputs.shape[1])
             shared = before[:, (start - last) * model_rate // rate :][:, :overlap]
         windows.append(describe(outputs, model_rate, embed, shared, floor=max(1e-6, FAINT * loudest)))
-        scratch_file.write(outputs.tobytes())
+        try:
+            scratch_file.write(outputs.tobytes())
+        except OSError as error:
+            raise UserError(
+                f"{scratch}: the windows' outputs cannot be kept there ({error}); free some space"
+            ) from error
         shapes.append(outputs.shape)
         if progress is not None:
             progress((stop - done) / rate)
@@ -259,21 +264,20 @@ def separate_recording(
 
     def blocks() -> Iterator[Samples]:
         stitcher, meter, done = Stitcher(), _Meter(tracks.count), 0
-        with scratch_file:
-            scratch_file.seek(0)
-            for labels, (start, stop), shape in zip(tracks.labels, ranges, shapes):
-                outputs = np.frombuffer(scratch_file.read(4 * shape[0] * shape[1]), np.float32).reshape(shape)
-                routed = resample(route(outputs, labels, tracks.count), model_rate, rate, stop - start)
-                settled = [stitcher.add(routed, start)]
-                if stop == total:
-                    settled.append(stitcher.rest())
-                for block in settled:
-                    if block.shape[1]:
-                        mix = source.read(done, done + block.shape[1])
-                        done += block.shape[1]
-                        block = share_residual(block, mix) if consistency else block
-                        meter.add(block, mix)
-                        yield block
+        scratch_file.seek(0)
+        for labels, (start, stop), shape in zip(tracks.labels, ranges, shapes):
+            outputs = np.frombuffer(scratch_file.read(4 * shape[0] * shape[1]), np.float32).reshape(shape)
+            routed = resample(route(outputs, labels, tracks.count), model_rate, rate, stop - start)
+            settled = [stitcher.add(routed, start)]
+            if stop == total:
+                settled.append(stitcher.rest())
+            for block in settled:
+                if block.shape[1]:
+                    mix = source.read(done, done + block.shape[1])
+                    done += block.shape[1]
+                    block = share_residual(block, mix) if consistency else block
+                    meter.add(block, mix)
+                    yield block
         separation.report = Report(
             seconds=round(total / rate, 3),
             rate=rate,

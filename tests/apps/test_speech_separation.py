@@ -1,0 +1,170 @@
+"""The speech-separation app on recordings that the tests make: every command, and every kind of bad input."""
+
+import csv
+import json
+from importlib.metadata import entry_points
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from nearfar.audio.mossformer import MossFormer
+from nearfar.core import cli
+
+pytestmark = pytest.mark.skipif(
+    "speech-separation" not in entry_points(group="nearfar.apps").names, reason="the app is not installed"
+)
+RATE = 8000
+
+
+def sound(pitch, seconds, seed=0, rate=RATE):
+    rng = np.random.default_rng(seed)
+    t = np.arange(int(seconds * rate)) / rate
+    envelope = np.interp(t, np.arange(0, seconds + 1, 0.2), rng.uniform(0, 1, len(np.arange(0, seconds + 1, 0.2))))
+    return (0.2 * envelope * np.sign(np.sin(2 * np.pi * pitch * t))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "model"
+    MossFormer(num_filters=16, dim=12, depth=1, group_size=32, query_key_dim=8).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def recording(tmp_path):
+    path = tmp_path / "talk.wav"
+    soundfile.write(path, sound(110, 6) + sound(190, 6, 1), RATE)
+    return path
+
+
+def run(*arguments):
+    return cli.run(["speech-separation", *map(str, arguments)])
+
+
+def error(capsys):
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_separate_writes_voices_a_page_and_what_was_found(recording, model, tmp_path, capsys):
+    assert run("separate", recording, "-o", tmp_path / "out", "--model", model, "--speakers", 2, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    folder = tmp_path / "out/talk"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["index.html", "separation.json", "spectrograms.png", "voice1.wav", "voice2.wav"]
+    for k in (1, 2):
+        info = soundfile.info(folder / f"voice{k}.wav")
+        assert (info.samplerate, info.frames) == (RATE, 6 * RATE)
+    assert shown[0]["speakers"] == 2
+    assert shown[0]["real_time_factor"] > 0
+    page = (folder / "index.html").read_text()
+    assert page.count("<audio") == 3
+    assert "http" not in page.replace("http://www.w3.org", "")
+    before = (folder / "voice1.wav").stat().st_mtime_ns
+    assert run("separate", recording, "-o", tmp_path / "out", "--model", model) == 0
+    assert (folder / "voice1.wav").stat().st_mtime_ns == before  # done is done
+
+
+def test_consistency_and_levels(recording, model, tmp_path, capsys):
+    assert run("separate", recording, "-o", tmp_path / "c", "--model", model, "--speakers", 2, "--consistency") == 0
+    voices = [soundfile.read(tmp_path / f"c/talk/voice{k}.wav")[0] for k in (1, 2)]
+    np.testing.assert_allclose(sum(voices), soundfile.read(recording)[0], atol=1e-4)
+    assert run("separate", recording, "-o", tmp_path / "p", "--model", model, "--speakers", 2, "--level", "peak") == 0
+    assert np.abs(soundfile.read(tmp_path / "p/talk/voice1.wav")[0]).max() == pytest.approx(0.9, abs=1e-3)
+    assert run("separate", recording, "-o", tmp_path / "r", "--model", model, "--speakers", 2, "--level", "rms") == 0
+    voice, mix = soundfile.read(tmp_path / "r/talk/voice1.wav")[0], soundfile.read(recording)[0]
+    assert np.std(voice) == pytest.approx(np.std(mix), rel=0.02)
+
+
+@pytest.mark.parametrize(("rate", "channels", "ending"), [(44100, 2, "flac"), (16000, 1, "ogg"), (8000, 3, "wav")])
+def test_any_rate_and_channel_count(model, tmp_path, rate, channels, ending):
+    mix = sound(110, 3, 0, rate) + sound(190, 3, 1, rate)
+    soundfile.write(tmp_path / f"x.{ending}", np.stack([mix] * channels, axis=1), rate)
+    done = run("separate", tmp_path / f"x.{ending}", "-o", tmp_path / "o", "--model", model, "--format", "flac")
+    assert done == 0
+    info = soundfile.info(tmp_path / "o/x/voice1.flac")
+    assert (info.samplerate, info.channels) == (rate, 1)
+    assert abs(info.frames - 3 * rate) <= 1
+
+
+def test_a_folder_goes_on_past_bad_files_and_names_them(model, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    soundfile.write(folder / "good.wav", sound(110, 2), RATE)
+    soundfile.write(folder / "silent.wav", np.zeros(RATE), RATE)
+    soundfile.write(folder / "nan.wav", np.full(RATE, np.nan, np.float32), RATE, "FLOAT")
+    soundfile.write(folder / "cut.wav", sound(110, 2), RATE)
+    (folder / "cut.wav").write_bytes((folder / "cut.wav").read_bytes()[:9000])
+    (folder / "text.flac").write_text("no sound")
+    assert run("separate", folder, "-o", tmp_path / "out", "--model", model) == 1
+    text = error(capsys)
+    assert "4 of 5 failed" in text
+    for words in ("silent.wav: silent", "nan.wav: holds a value", "cut.wav: truncated", "text.flac: cannot be read"):
+        assert words in text
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["good"]
+
+
+def test_clipping_and_very_short_input_are_handled(model, tmp_path, capsys):
+    soundfile.write(tmp_path / "loud.wav", np.clip(20 * sound(110, 2), -1, 1), RATE)
+    soundfile.write(tmp_path / "short.wav", sound(110, 1)[:7] + 0.1, RATE)
+    done = run("separate", tmp_path / "loud.wav", tmp_path / "short.wav", "-o", tmp_path / "o", "--model", model)
+    assert done == 0
+    assert "clipped" in error(capsys)
+    assert soundfile.info(tmp_path / "o/short/voice1.wav").frames == 7
+
+
+def test_stream_writes_as_many_samples(recording, model, tmp_path):
+    done = run("separate", recording, "-o", tmp_path / "o", "--model", model, "--stream", "--window", 2, "--hop", 0.5)
+    assert done == 0
+    assert soundfile.info(tmp_path / "o/talk/voice2.wav").frames == 6 * RATE
+    assert json.loads((tmp_path / "o/talk/separation.json").read_text())["speakers"] == 2
+
+
+def voices(root):
+    for s, pitch in enumerate((90, 150, 230)):
+        for u in range(15):
+            path = root / f"speaker{s}" / f"u{s}-{u}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, sound(pitch, 0.7, 100 * s + u), RATE)
+    return root
+
+
+def test_mix_train_evaluate_separate(tmp_path, capsys):
+    root = voices(tmp_path / "voices")
+    assert run("mix", root, "-o", tmp_path / "mixtures", "--count", 4, "--seconds", 0.6, "--part", "test") == 0
+    assert len(list(csv.DictReader((tmp_path / "mixtures/manifest.csv").open()))) == 4
+    small = "model={num_filters: 16, dim: 12, depth: 1, group_size: 32, query_key_dim: 8}"
+    sizes = ["--set", small, "--set", "max_epochs=2", "--set", "mixtures_per_epoch=8", "--set", "batch_size=4"]
+    assert run("train", root, "-o", tmp_path / "run", *sizes, "--accelerator", "cpu") == 0
+    model = tmp_path / "run/model"
+    capsys.readouterr()
+    done = run(
+        "evaluate", tmp_path / "mixtures", "--model", model, "--metrics", "si_sdri,stoi", "--json",
+        "-o", tmp_path / "scores.csv",
+    )  # fmt: skip
+    assert done == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert {row["metric"] for row in scores["summary"]} == {"si_sdr", "si_sdri", "stoi"}
+    assert len(list(csv.DictReader((tmp_path / "scores.csv").open()))) == 4
+    assert run("separate", tmp_path / "mixtures/mix/00000.wav", "-o", tmp_path / "o", "--model", model) == 0
+
+
+def test_bad_calls_end_in_one_line(recording, model, tmp_path, capsys):
+    cases = [
+        (["separate", recording, "-o", tmp_path, "--model", tmp_path / "none"], "no such model"),
+        (["separate", tmp_path / "none.wav", "-o", tmp_path, "--model", model], "none.wav"),
+        (["separate", recording, "-o", tmp_path, "--model", model, "--speakers", 0], "--speakers 0"),
+        (["separate", recording, "-o", tmp_path, "--model", model, "--hop", 0.9], "hop 0.9"),
+        (["separate", recording, "-o", tmp_path, "--model", model, "--stream", "--speakers", 2], "--stream"),
+        (["mix", tmp_path, "-o", tmp_path / "m"], "no speaker"),
+        (["evaluate", tmp_path, "--model", model], "no mixtures found"),
+        (["evaluate", tmp_path, "--model", model, "--metrics", "wer"], "unknown wer"),
+        (["train", tmp_path, "-o", tmp_path / "r", "--set", "speed=1"], "unknown setting speed"),
+    ]
+    for arguments, words in cases:
+        assert run(*arguments) in (1, 2), arguments
+        text = error(capsys)
+        assert words in text, text
+        assert "Traceback" not in text
