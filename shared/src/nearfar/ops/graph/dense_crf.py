@@ -127,16 +127,18 @@ class DenseCRF(nn.Module):
         for weight in self.weights:
             if weight.ndim and len(weight) != labels:
                 raise ValueError(f"a weight of shape {tuple(weight.shape)} does not go with {labels} labels")
-        score = -energy
+        score = base = -energy
         for _ in range(self.iterations):
-            q, score = torch.softmax(score, -1), -energy
+            q, score = torch.softmax(score, -1), base
             for weight, kernel in zip(self.weights, kernels):
                 if kernel is not None:
                     message, w = kernel(q), weight.to(q.dtype)
                     if w.ndim == 2:
                         score = score - message @ ((w + w.mT) / 2)
+                    elif w.ndim:
+                        score = torch.addcmul(score, message, w, value=-1)
                     else:
-                        score = score - w * message if w.ndim else score + w * message
+                        score = torch.addcmul(score, message, w)
         return torch.softmax(score.mT.contiguous(), 1).view(unary.shape)
 
     @torch.compiler.disable
@@ -172,9 +174,13 @@ class _Kernel:
         elif normalization == "after":
             self.after = 1 / (ones + 1e-20)
         else:
-            self.after = ones.shape[1] / ones.sum(1, keepdim=True)
+            self.after = (ones.shape[1] / ones.sum(1, keepdim=True)).expand_as(ones)
+        if self.lattice is not None:
+            self.lattice = self.lattice.scaled(self.before, self.after)
 
     def __call__(self, values: Tensor) -> Tensor:
+        if self.lattice is not None:
+            return self.lattice.filter(values)
         values = self._filter(values if self.before is None else values * self.before.to(values.dtype))
         return values if self.after is None else values * self.after.to(values.dtype)
 

@@ -1,5 +1,6 @@
 """Gaussian filtering of points in a feature space on the permutohedral lattice, in linear time."""
 
+import copy
 import math
 from typing import Any
 
@@ -63,9 +64,11 @@ class PermutohedralLattice:
         self.vertices = len(keys)
         vertex = torch.empty_like(order)
         vertex[order] = is_first.cumsum(0) - 1
-        self.slice_index, self.slice_weight = vertex.view_as(key).int(), weight
+        self.slice_index = vertex.view_as(key).int()
         self.splat_index = (order // (d + 1)).int()
-        self.splat_weight = weight.flatten()[order]
+        # one pair of weights for the filter and one for its transpose: they differ once `scaled`
+        self.slice_weight = [weight / (1 + 2.0**-d)] * 2
+        self.splat_weight = [weight.flatten()[order]] * 2
         self.splat_offset = starts.int()
         self.blur_index = self._neighbours(keys, strides)
         self.blur_weight = features.new_tensor([1.0, 0.5, 0.5]).expand(self.vertices + 1, 3).contiguous()
@@ -111,19 +114,33 @@ class PermutohedralLattice:
             table[j, place[found], 2] = own[found].int()
         return table
 
+    def scaled(self, before: Tensor | None, after: Tensor | None) -> "PermutohedralLattice":
+        """The filter `after * filter(before * values)` at no extra cost per call; before, after: (B, N), None for 1."""
+        result, d = copy.copy(self), self.dim
+        pair = [None if factor is None else factor.flatten() for factor in (before, after)]
+        splat, slices = [], []
+        for first, last, own_splat, own_slice in zip(pair, pair[::-1], self.splat_weight, self.slice_weight):
+            splat.append(own_splat if first is None else own_splat * first[self.splat_index])
+            slices.append(own_slice if last is None else own_slice * last.view(-1, 1).expand(-1, d + 1))
+        if before is after:
+            splat[1], slices[1] = splat[0], slices[0]
+        result.splat_weight, result.slice_weight = splat, slices
+        return result
+
     def filter(self, values: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """The filtered values, in their dtype. Differentiable in `values`, any number of times."""
         if values.shape[:2] != (self.batch, self.points):
             raise ValueError(f"values are {tuple(values.shape)}, the lattice holds {self.batch} x {self.points} points")
-        filtered = _Filter.apply(values.flatten(0, 1).to(self.slice_weight.dtype), self, False)
+        filtered = _Filter.apply(values.flatten(0, 1).to(self.slice_weight[0].dtype), self, False)
         return filtered.view_as(values).to(values.dtype)
 
     def _apply(self, values: Tensor, reverse: bool) -> Tensor:
-        nodes = _weighted_sums(values.contiguous(), self.splat_index, self.splat_weight, self.splat_offset)
+        splat_weight, slice_weight = self.splat_weight[reverse], self.slice_weight[reverse]
+        nodes = _weighted_sums(values.contiguous(), self.splat_index, splat_weight, self.splat_offset)
         nodes = F.pad(nodes, (0, 0, 0, 1))
         for index in self.blur_index.flip(0) if reverse else self.blur_index:
             nodes = _weighted_sums(nodes, index, self.blur_weight)
-        return _weighted_sums(nodes, self.slice_index, self.slice_weight) / (1 + 2.0**-self.dim)
+        return _weighted_sums(nodes, self.slice_index, slice_weight)
 
 
 def _weighted_sums(rows: Tensor, index: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
