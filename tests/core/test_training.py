@@ -107,6 +107,12 @@ def test_other_settings_are_refused(tmp_path):
         run(tmp_path / "run", epochs=1, settings={"lr": 0.2})
 
 
+def test_settings_of_every_plain_kind_are_recognised(tmp_path):
+    settings = {"lr": 1e-5, "shape": (1, 2), "path": tmp_path, "on": True, "none": None}
+    for _ in range(2):
+        run(tmp_path / "run", epochs=1, settings=settings)
+
+
 def test_unknown_monitor_is_named():
     with pytest.raises(ValueError, match="logs no 'val_kappa'"):
         run(None, epochs=1, monitor="val_kappa")
@@ -123,8 +129,9 @@ class Recipe:
 
 
 def test_recipe_from_file_and_overrides(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("lr: 0.01\nepochs: 5\n")
+    (tmp_path / "recipe.yaml").write_text("lr: 1e-2\nepochs: 5\n")
     assert read_recipe(Recipe, tmp_path / "recipe.yaml", ["epochs=7"]) == Recipe(0.01, 7)
+    assert read_recipe(Recipe, None, ["lr=5e-4"]) == Recipe(5e-4, 10)
     assert read_recipe(Recipe) == Recipe()
 
 

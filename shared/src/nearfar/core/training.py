@@ -6,11 +6,13 @@ goes on from there to the same weights, bit for bit on the CPU, as one that was 
 """
 
 import dataclasses
+import json
 import logging
 import math
 import os
 import platform
 import random
+import re
 import subprocess
 import time
 import warnings
@@ -37,6 +39,15 @@ from nearfar.core.files import atomic_path, write_csv, write_json
 Settings = TypeVar("Settings")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number; YAML 1.1 takes only 1.0e-3 for one."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def read_recipe(cls: type[Settings], path: str | Path | None = None, overrides: Iterable[str] = ()) -> Settings:
     """An instance of the dataclass `cls` from a YAML recipe and `name=value` overrides (values are read as YAML).
 
@@ -46,7 +57,7 @@ def read_recipe(cls: type[Settings], path: str | Path | None = None, overrides: 
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}  # a SafeLoader
         except (OSError, yaml.YAMLError) as error:
             raise UserError(f"{path}: cannot be read as a YAML recipe ({str(error).splitlines()[0]})") from error
         if not isinstance(values, dict):
@@ -55,7 +66,7 @@ def read_recipe(cls: type[Settings], path: str | Path | None = None, overrides: 
         name, sign, value = override.partition("=")
         if not sign:
             raise UserError(f"{override}: an override is written name=value")
-        values[name.strip()] = yaml.safe_load(value)
+        values[name.strip()] = yaml.load(value, _Loader)
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if unknown := [name for name in values if name not in known]:
         raise UserError(f"{path or 'recipe'}: unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
@@ -209,8 +220,8 @@ class _Run(Callback):
         if not (path := self.folder / "run.json").exists():
             write_json(path, record)
             return False
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML; tuples and lists compare equal
-        ours = yaml.safe_load(yaml.safe_dump(_as_plain(self.settings)))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        ours = json.loads(json.dumps(self.settings, default=str))  # as they come back: tuples are lists
         if found["settings"] != ours or found["seed"] != self.seed:
             different = [k for k in {*ours, *found["settings"]} if ours.get(k) != found["settings"].get(k)] or ["seed"]
             raise UserError(
@@ -233,7 +244,7 @@ class _Run(Callback):
             if self.best is None:
                 save_state_dict(module, self.folder / "best.safetensors")
             load_state_dict(module, read_state_dict(self.folder / "best.safetensors"))
-            record = yaml.safe_load((self.folder / "run.json").read_text(encoding="utf-8"))
+            record = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
             write_json(self.folder / "run.json", {**record, "finished": True, "history": self.history})
         elif self.best_state is not None:
             module.load_state_dict(self.best_state)
@@ -298,11 +309,3 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
-
-
-def _as_plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _as_plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
