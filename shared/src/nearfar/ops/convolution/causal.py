@@ -159,10 +159,11 @@ def position_features(max_length: int, features: int) -> Tensor:
     if features < 3 or features % 2 == 0:
         raise ValueError(f"features={features} must be odd and at least 3: time, then pairs of sine and cosine")
     bands = (features - 1) // 2
-    n = torch.arange(max_length, dtype=torch.float64)[:, None]
-    phase = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64) * (2 * math.pi * n / max_length)
-    t = torch.linspace(0, 1, max_length, dtype=torch.float64)[:, None]
-    return torch.cat([t, phase.cos(), -phase.sin()], -1).to(torch.get_default_dtype())
+    with torch.device("cpu"):  # also where the model is being made on "meta"
+        n = torch.arange(max_length, dtype=torch.float64)[:, None]
+        phase = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64) * (2 * math.pi * n / max_length)
+        t = torch.linspace(0, 1, max_length, dtype=torch.float64)[:, None]
+        return torch.cat([t, phase.cos(), -phase.sin()], -1).to(torch.get_default_dtype())
 
 
 class ImplicitLongConv(LongConv):

@@ -33,6 +33,27 @@ def scan_(a: Tensor, x: Tensor, start: Tensor, reverse: bool = False) -> None:
         start = x[:, j, order[-1]]
 
 
+class _Softplus(torch.autograd.Function):
+    """`log(1 + e^x)` by log and exp, which run on vectors where torch's softplus runs on single numbers.
+
+    z = e^-|x|; the rounding of 1 + z is put back to first order, so small results keep their relative precision.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        z = x.abs().neg_().exp_()
+        one = z + 1
+        lost = (z - (one - 1)).div_(one)
+        return one.log_().add_(lost).add_(x.clamp(min=0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * torch.sigmoid(x)
+
+
 class _SelectiveScan(torch.autograd.Function):
     """`h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t`, `y_t = C_t . h_t`, block by block.
 
@@ -187,7 +208,7 @@ class Mamba(StreamingMixer):
         u, conv_state = self.conv.extend(u, conv_state, lengths)
         u = F.silu(u)
         r, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
-        dt = F.softplus(self.dt_proj(r))
+        dt = _Softplus.apply(self.dt_proj(r).to(wide(x)[0]))
         real = real_positions(x, lengths)
         if real is not None:
             dt = dt * real[..., None]
