@@ -1,0 +1,1 @@
+"""`nearfar medical-segmentation`: segment volumes and pictures, and score what was segmented."""

@@ -1,0 +1,165 @@
+"""Losses by their formulas; a network trained on real scans against a stated baseline; any network by name."""
+
+import math
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nearfar.core.errors import UserError
+from nearfar.medical.datasets import find_cases
+from nearfar.medical.losses import SegmentationLoss
+from nearfar.medical.metrics import score_case
+from nearfar.medical.samples import threshold_baseline, write_brain
+from nearfar.medical.scans import read_scan
+from nearfar.medical.segmenter import (
+    RECIPES,
+    Preparation,
+    Recipe,
+    Segmenter,
+    create_network,
+    search_crf,
+    train_segmenter,
+)
+from nearfar.ops.graph.dense_crf import DenseCRF
+
+
+@pytest.mark.parametrize("name", ["dice_ce", "nnunet", "transunet", "binary", "structure", "cross_entropy"])
+def test_losses_prefer_the_truth(name: str) -> None:
+    labels = torch.zeros(2, 40, 40, dtype=torch.long)
+    labels[:, 10:25, 8:30] = 1
+    one_hot = F.one_hot(labels, 2).movedim(-1, 1).float()
+    right = one_hot[:, 1:] * 20 - 10 if name in ("binary", "structure") else one_hot * 20
+    loss = SegmentationLoss(name)
+    assert loss(right, labels) < 0.05 < loss(-right, labels)
+    both = loss([right, right], labels)
+    assert both == pytest.approx(float(loss(right, labels)) * (1 if name == "nnunet" else 2), abs=1e-6)
+
+
+def test_transunet_loss_formula() -> None:
+    logits, labels = torch.randn(3, 4, 9, 9), torch.randint(0, 4, (3, 9, 9))
+    p, g = logits.softmax(1), F.one_hot(labels, 4).movedim(-1, 1).float()
+    axes = (0, 2, 3)
+    dice = 1 - (2 * (p * g).sum(axes) + 1e-5) / ((p**2).sum(axes) + (g**2).sum(axes) + 1e-5)
+    expected = 0.4 * F.cross_entropy(logits, labels) + 0.6 * dice.mean()
+    torch.testing.assert_close(SegmentationLoss("transunet")(logits, labels), expected)
+
+
+def test_squashed_scores_cannot_reach_a_small_loss() -> None:
+    labels = torch.zeros(1, 8, 8, dtype=torch.long)
+    logits = torch.stack([torch.full((1, 8, 8), 50.0), *[torch.full((1, 8, 8), -50.0)] * 8], 1)
+    assert SegmentationLoss("cross_entropy")(logits, labels) < 1e-6
+    floor = math.log(1 + 8 / math.e)
+    assert float(SegmentationLoss("cross_entropy", squash=True)(logits, labels)) == pytest.approx(floor, rel=1e-4)
+
+
+def test_ignored_pixels_do_not_count() -> None:
+    logits, labels = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
+    labels[0, :2] = 255
+    expected = F.cross_entropy(logits[:, :, 2:], labels[:, 2:])
+    torch.testing.assert_close(SegmentationLoss("cross_entropy", ignore=255)(logits, labels), expected)
+    with pytest.raises(ValueError, match="leave out"):
+        SegmentationLoss("nnunet", ignore=255)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "dims", "settings"),
+    [
+        ("smp.Unet", 2, {"encoder_name": "resnet18"}),
+        ("monai.BasicUNet", 3, {}),
+        ("monai.DynUNet", 3, {}),
+        ("monai.SwinUNETR", 3, {"feature_size": 12}),
+        ("deeplab_v3plus", 2, {"depths": [1, 1, 1, 3], "width": 8}),
+        ("deeplab_v2", 3, {"depths": [1, 1, 1, 1], "width": 8}),
+    ],
+)
+def test_networks_by_name_run_in_the_pipeline(tmp_path: Path, name: str, dims: int, settings: dict) -> None:
+    recipe = Recipe(network=name, settings=settings, roi=(64 if "Swin" in name else 32, 32, 32)[:dims])
+    segmenter = Segmenter.create(recipe, {3: "a", 7: "b"}, 1)
+    affine = np.diag([-1.0, 1, 2, 1])
+    nib.save(nib.Nifti1Image(np.random.rand(32, 40, 6).astype(np.float32), affine), tmp_path / "a.nii")  # noqa: NPY002
+    scan = read_scan(tmp_path / "a.nii")
+    labels = segmenter(scan)
+    assert labels.shape == scan.shape
+    assert set(np.unique(labels)) <= {0, 3, 7}
+    segmenter.save(tmp_path / "model")
+    np.testing.assert_array_equal(Segmenter.load(tmp_path / "model")(scan), labels)
+
+
+def test_preparation_is_undone_exactly(tmp_path: Path) -> None:
+    affine = np.array([[0, -1.5, 0, 3], [0, 0, 2.0, 4], [-1.0, 0, 0, 5], [0, 0, 0, 1]])
+    data = np.zeros((10, 12, 8), np.float32)
+    data[3:7, 2:6, 1:5] = 100
+    nib.save(nib.Nifti1Image(data, affine), tmp_path / "a.nii")
+    scan, labels = read_scan(tmp_path / "a.nii"), (data > 0).astype(np.uint8) * 5
+    same = Preparation()
+    np.testing.assert_array_equal(same.restore(same.labels(labels, scan), scan), labels)
+    finer = Preparation(spacing=(0.5, 0.5, 0.5))
+    assert finer.image(scan).shape[1:] == finer.size(scan) == (36, 32, 20)
+    np.testing.assert_array_equal(finer.restore(finer.labels(labels, scan), scan), labels)
+    windowed = Preparation(window=(0, 50)).image(scan)
+    assert (float(windowed.min()), float(windowed.max())) == (0, 1)
+
+
+@pytest.fixture(scope="module")
+def brain(tmp_path_factory) -> Path:
+    pytest.importorskip("nilearn")
+    return write_brain(tmp_path_factory.mktemp("brain"), resolution=4)
+
+
+def test_learns_brain_tissue(brain: Path, tmp_path: Path) -> None:
+    collection = find_cases(brain)
+    left, right = collection.cases
+    recipe = Recipe(
+        settings={"features": [8, 8, 16, 16, 32, 8], "norm": "batch"},
+        roi=(16, 32, 32),
+        max_epochs=6,
+        patches_per_epoch=24,
+        lr=5e-3,
+    )
+    segmenter, summary = train_segmenter(
+        collection, recipe, tmp_path, train_cases=[right], validation_cases=[left], accelerator="cpu"
+    )
+    (scan, truth), (other, other_truth) = collection.read(left), collection.read(right)
+    chance = (scan.image[0] > 0) * np.random.default_rng(0).integers(1, 3, truth.shape)  # tissue drawn at random
+    intensity = threshold_baseline(scan.image[0], other.image[0], other_truth)
+    dice = lambda labels: np.mean([r["dice"] for r in score_case(labels, truth, collection.labels)])  # noqa: E731
+    assert dice(segmenter(scan)) > dice(chance) + 0.15
+    assert dice(intensity) > 0.8  # the template's tissue maps follow its intensity closely: a strong baseline
+    assert summary[-1]["dice"] == pytest.approx(dice(segmenter(scan)))
+    refined = segmenter(scan, crf=DenseCRF(2, 1.0, 4.0, 1.0, 12.0, 20.0))
+    assert dice(refined) > 0.8 * dice(segmenter(scan))
+    with pytest.raises(UserError, match="both sides"):
+        train_segmenter(collection, recipe, tmp_path / "x", train_cases=[left], validation_cases=[left])
+
+
+def test_crf_search_finds_the_better_setting() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.zeros(24, 24, dtype=torch.long)
+    truth[6:18, 6:18] = 1
+    noisy = truth.float() + 0.8 * torch.randn(24, 24, generator=generator)
+    p = torch.sigmoid(4 * (noisy - 0.5))
+    items = [(torch.stack([1 - p, p]), truth[None] * 100.0, truth)]
+    useless = {"iterations": 0}
+    good = {"iterations": 5, "spatial_std": 2.0, "bilateral_std": 20.0, "color_std": 10.0}
+    best, rows = search_crf(items, [useless, good], 2)
+    assert best == good
+    assert rows[0]["dice"] == pytest.approx(rows[1]["dice"])
+    assert rows[2]["dice"] > rows[0]["dice"]
+
+
+def test_bad_settings() -> None:
+    for recipe in RECIPES.values():
+        Recipe(**recipe)
+    with pytest.raises(ValueError, match="roi"):
+        Recipe(roi=(3,))
+    with pytest.raises(UserError, match="unknown"):
+        create_network("resnet", 2, 1, 2, {})
+    with pytest.raises(UserError, match="2-D"):
+        create_network("macmd", 2, 1, 3, {})
+    with pytest.raises(UserError, match="no trained model"):
+        Segmenter.load("/nonexistent")
