@@ -15,7 +15,7 @@ from nearfar.ops.graph.dense_crf import DenseCRF
 
 def chapter(report: Report, folder: Path) -> None:
     """Train a small 3-D network on one half of the MNI152 brain, segment the other half, compare."""
-    collection = find_cases(write_brain(folder / "data", resolution=3))
+    collection = find_cases(write_brain(folder / "data", resolution=4))
     left, right = collection.cases
     recipe = Recipe(
         settings={"features": [8, 8, 16, 16, 32, 8], "norm": "batch"},
