@@ -258,8 +258,9 @@ def test_bad_input_is_one_line_and_status_2(kind, command, tmp_path, capsys):
 
 def test_decoder_of_another_montage_is_refused(decoder, tmp_path, capsys):
     other = recording(tmp_path / "a_raw.fif", channels=["F3", "F4", "FC3", "FC4", "C3", "Cz", "C4", "Pz"])
-    assert run("predict", decoder, other, "-o", tmp_path / "out") == 1
-    assert "no channel CP3, CP4" in capsys.readouterr().err
+    assert run("predict", decoder, other, "-o", tmp_path / "out") == 2
+    assert "a_raw.fif: no channel CP3, CP4" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     assert run("train", other, "--start", decoder, "-o", tmp_path / "tuned", *TRAINING) == 2
     assert f"was trained on {', '.join(CHANNELS)}" in capsys.readouterr().err
     assert run("predict", tmp_path, other) == 2

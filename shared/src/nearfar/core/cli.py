@@ -57,7 +57,12 @@ def run_batch(
 
 
 def raise_failures(failures: Sequence[str], total: int) -> None:
-    """End a batch of `total` items with BatchError that lists its failures, if there are any."""
+    """End a batch of `total` items with BatchError that lists its failures, if there are any.
+
+    One item is no batch: its failure is a plain UserError (exit status 2).
+    """
+    if failures and total == 1:
+        raise UserError(failures[0])
     if failures:
         raise BatchError(f"{len(failures)} of {total} failed:\n  " + "\n  ".join(failures))
 

@@ -96,14 +96,14 @@ def bciciv2a(folder: str | Path, subjects: Iterable[int] | None = None) -> list[
 def bids_recordings(
     root: str | Path, subjects: Sequence[str] | None = None, tasks: Sequence[str] | None = None
 ) -> list[Recording]:
-    """EEG recordings of a BIDS dataset, read by mne-bids (the extra nearfar-eeg[bids]).
+    """EEG recordings of a BIDS dataset, read by mne-bids (the extra mne-bids).
 
     subjects, tasks: labels without `sub-` and `task-`; None takes all.
     """
     try:
         import mne_bids
     except ImportError as error:
-        raise UserError(f"{root}: a BIDS dataset needs mne-bids; install nearfar-eeg[bids]") from error
+        raise UserError(f"{root}: a BIDS dataset needs mne-bids; install mne-bids") from error
     root = Path(root)
     if not (root / "dataset_description.json").is_file():
         raise UserError(f"{root}: no dataset_description.json here; give the root of a BIDS dataset")

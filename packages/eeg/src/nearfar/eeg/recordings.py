@@ -351,7 +351,7 @@ def _open_bids(path: Path) -> mne.io.BaseRaw:
     try:
         from mne_bids import get_bids_path_from_fname, read_raw_bids
     except ImportError as error:
-        raise UserError(f"{path}: a BIDS dataset needs mne-bids; install nearfar-eeg[bids]") from error
+        raise UserError(f"{path}: a BIDS dataset needs mne-bids; install mne-bids") from error
     return read_raw_bids(get_bids_path_from_fname(path)).load_data()
 
 

