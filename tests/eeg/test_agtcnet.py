@@ -365,8 +365,12 @@ def test_published_state_is_strict():
         AGTCNet.from_published(missing)
     with pytest.raises(CheckpointError, match=r"unexpected more \(2,\)"):
         AGTCNet.from_published(extra)
-    with pytest.raises(CheckpointError, match=r"final_layer.weight has shape"):
+    with pytest.raises(CheckpointError, match=r"weights for 10 pooled time steps, n_times=562 gives 16"):
         AGTCNet.from_published(state, n_times=562)
+    with pytest.raises(CheckpointError, match="tells 4 classes apart, n_outputs=2"):
+        AGTCNet.from_published(state, n_outputs=2)
+    with pytest.raises(CheckpointError, match=r"mha_query|tce.qkv.weight has shape"):
+        AGTCNet.from_published(state | {"mha_query.weight": torch.zeros(15, 96)})
     with pytest.raises(CheckpointError, match="missing pos_scale"):
         AGTCNet.from_published({"weight": torch.zeros(3)})
 

@@ -240,6 +240,7 @@ class AGTCNet(
         cls,
         weights: str | PathLike[str] | Mapping[str, Tensor],
         *,
+        n_outputs: int | None = None,
         n_times: int | None = None,
         sfreq: float | None = None,
         chs_info: list[dict[str, Any]] | None = None,
@@ -250,13 +251,16 @@ class AGTCNet(
 
         `weights` is a file that the released Keras code wrote (`run-1-best_model.h5`; its licence forbids passing the
         weights on, so you need a download of your own), or the same weights as a torch state dict or file with the
-        names that `published_state` lists. Sizes come from the shapes. Window, rate and electrodes come from the entry
-        of `VARIANTS` that fits, or from the caller; `settings` go to the constructor.
+        names of `published_names`. Sizes come from the shapes. Window, rate and electrodes come from the entry of
+        `VARIANTS` that fits, or from the caller; `settings` go to the constructor.
 
-        The spatial weights belong to the electrodes that they were trained on, in that order. Raises CheckpointError
-        where `chs_info` names others than the published configuration of that size (unless an adjacency says that
-        these are weights of another montage), where a tensor is missing, left over or misshapen, or where the file
-        fits no published configuration and `chs_info` and `n_times` are not given.
+        Raises CheckpointError where
+
+        - a tensor is missing, left over or misshapen;
+        - `n_outputs` or `n_times` are given and are not the file's (for other classes, call `reset_head` afterwards);
+        - `chs_info` names other electrodes than the published configuration of that size, or another order, unless
+          `graph` is an adjacency, which says that these are weights of another montage;
+        - the file fits no published configuration and `chs_info` and `n_times` are not given.
         """
         name = str(weights) if isinstance(weights, str | PathLike) else "the state dict"
         state = weights if isinstance(weights, Mapping) else read_state_dict(weights)
@@ -264,7 +268,7 @@ class AGTCNet(
             if any("kernel" in key for key in state):
                 state = keras_state(state)
             sizes = published_sizes(state) | settings
-            n_chans, n_outputs, length = (sizes.pop(key) for key in ("n_chans", "n_outputs", "length"))
+            n_chans, classes, length = (sizes.pop(key) for key in ("n_chans", "n_outputs", "length"))
             fitting = [variant for variant in VARIANTS.values() if len(variant["chs_info"]) == n_chans]
             if fitting and chs_info is None:
                 chs_info = fitting[0]["chs_info"]
@@ -277,7 +281,11 @@ class AGTCNet(
                     f"has {n_chans} channels and {length} pooled time steps, which is no published configuration; "
                     "give chs_info and n_times"
                 )
-            model = cls(n_chans, n_outputs, n_times, chs_info, sfreq=sfreq, graph=graph, **sizes)
+            if n_outputs not in (None, classes):
+                raise CheckpointError(f"tells {classes} classes apart, n_outputs={n_outputs} was asked for")
+            if (steps := pooled_steps(n_times, **sizes)) != length:
+                raise CheckpointError(f"has weights for {length} pooled time steps, n_times={n_times} gives {steps}")
+            model = cls(n_chans, classes, n_times, chs_info, sfreq=sfreq, graph=graph, **sizes)
             load_state_dict(model, published_state(state) | {"_extra_state": model.get_extra_state()})
         except (CheckpointError, RuntimeError, IndexError) as error:  # the last two from shapes that do not divide
             raise CheckpointError(f"{name}: {error}") from error

@@ -125,8 +125,11 @@ def selu_(x: Tensor) -> Tensor:
 class _Selu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        negative = x.clamp(max=0).exp_().sub_(1)
-        x.clamp_(min=0).add_(negative, alpha=SELU_ALPHA).mul_(SELU_SCALE)
+        in_memory = x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
+        parts = in_memory.view(-1).split(2**18) if in_memory.is_contiguous() else [x]
+        for part in parts:  # of a size that stays in the cache over the five passes
+            negative = part.clamp(max=0).exp_().sub_(1)
+            part.clamp_(min=0).add_(negative, alpha=SELU_ALPHA).mul_(SELU_SCALE)
         ctx.mark_dirty(x)
         ctx.save_for_backward(x)
         return x

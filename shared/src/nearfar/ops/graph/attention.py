@@ -79,7 +79,7 @@ class NeighbourAttention(nn.Module):
         scores = source.index_select(2, self.sources.flatten()).unflatten(2, self.sources.shape)
         slope = self.slope[self.sources, nodes[:, None]].permute(2, 0, 1)
         weights = self.weights(scores + target.unsqueeze(3), slope, self.absent[:, :, None], dim=3)
-        return self.gather(weights.to(values.dtype), values) / self.num_heads
+        return self.gather(weights.to(values.dtype), values)
 
     def dense(self, source: Tensor, target: Tensor, values: Tensor, adjacency: Tensor | None) -> Tensor:
         edges = self.adjacency
@@ -96,14 +96,14 @@ class NeighbourAttention(nn.Module):
         return self.dropout(scores.masked_fill_(absent, -math.inf).softmax(dim))
 
     def gather(self, weights: Tensor, values: Tensor) -> Tensor:
-        """sum_h sum_k weights[h, j, k, t] values[h, c, sources[j, k], t]: (B, C, N, T)."""
+        """1/H sum_h sum_k weights[h, j, k, t] values[h, c, sources[j, k], t]: (B, C, N, T)."""
         if torch.compiler.is_compiling() or values.device.type not in ("cpu", "cuda"):
             neighbours = values[:, :, :, self.sources]  # (B, H, C, N, K, T), which the compiler never builds
-            return (weights.unsqueeze(2) * neighbours).sum((1, 4))
-        return _NeighbourSum.apply(weights, values, self.sources, self.readers, self.reader_slots, self.unread)
+            return (weights.unsqueeze(2) * neighbours).sum((1, 4)) / self.num_heads
+        return _NeighbourMean.apply(weights, values, self.sources, self.readers, self.reader_slots, self.unread)
 
 
-class _NeighbourSum(torch.autograd.Function):
+class _NeighbourMean(torch.autograd.Function):
     """The weighted sum over neighbours as one pass over the edges: an embedding bag for every node and time step.
 
     The bag's table are the values, one row of C channels per (sample, node, time, head). The gradient of the values is
@@ -114,8 +114,8 @@ class _NeighbourSum(torch.autograd.Function):
     def forward(ctx, weights, values, sources, readers, reader_slots, unread):
         ctx.save_for_backward(weights, values, sources, readers, reader_slots, unread)
         b, h, c, n, t = values.shape
-        index = _rows(sources, b, t, h)
-        y = _bags(index.flatten(-2), _channels_last(values), weights.permute(0, 2, 4, 1, 3))
+        index = _rows(sources, b, t, h).flatten(-2)
+        y = _bags(index, _channels_last(values), _bag_weights(weights, h))
         return y.view(b, n, t, c).permute(0, 3, 1, 2)
 
     @staticmethod
@@ -128,15 +128,16 @@ class _NeighbourSum(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             index = _rows(sources, b, t, h).flatten(-2)
             with torch.enable_grad():
-                bag_weights = weights.detach().permute(0, 2, 4, 1, 3).reshape(len(grad), -1).requires_grad_()
+                bag_weights = _bag_weights(weights.detach(), h).requires_grad_()
                 y = _bags(index, _channels_last(values.detach()), bag_weights)
             (grad_weights,) = torch.autograd.grad(y, bag_weights, grad)
-            grad_weights = grad_weights.view(b, n, t, h, -1).permute(0, 3, 1, 4, 2)
+            grad_weights = grad_weights.div_(h).view(b, n, t, h, -1).permute(0, 3, 1, 4, 2)
             del index, bag_weights, y
         if ctx.needs_input_grad[1]:
+            read = weights.flatten(2, 3).index_select(2, reader_slots.flatten()).unflatten(2, readers.shape)
+            bag_weights = _bag_weights(read.masked_fill_(unread[:, :, None], 0), h)
+            del read
             index = _rows(readers, b, t, 1).expand(b, n, t, h, -1)
-            bag_weights = weights.flatten(2, 3).index_select(2, reader_slots.flatten()).unflatten(2, readers.shape)
-            bag_weights = bag_weights.masked_fill_(unread[:, :, None], 0).permute(0, 2, 4, 1, 3)
             grad_values = _bags(index, grad, bag_weights).view(b, n, t, h, c).permute(0, 3, 4, 1, 2)
         return grad_weights, grad_values, None, None, None, None
 
@@ -218,8 +219,12 @@ def _channels_last(values: Tensor) -> Tensor:
     return values.permute(0, 3, 4, 1, 2).reshape(-1, values.shape[2])
 
 
+def _bag_weights(weights: Tensor, heads: int) -> Tensor:
+    """(B, H, N, K, T) as (B, N, T, H, K), in memory too, divided by the number of heads."""
+    return weights.permute(0, 2, 4, 1, 3).clone(memory_format=torch.contiguous_format).div_(heads)
+
+
 def _bags(index: Tensor, table: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of rows of `table`, one per entry of the leading axes of index (..., K) and weights (..., K)."""
+    """Weighted sums of rows of `table`: one bag per entry of the leading axes of `index` (..., items)."""
     size = index.shape[-1]
-    weights = weights.reshape(-1, size)
-    return F.embedding_bag(index.reshape(-1, size), table, mode="sum", per_sample_weights=weights)
+    return F.embedding_bag(index.reshape(-1, size), table, mode="sum", per_sample_weights=weights.view(-1, size))
