@@ -12,6 +12,7 @@ one CPU thread as processor time. Memory is what torch has allocated at the peak
 
 import argparse
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from torch.profiler import ProfilerActivity
 from nearfar.eeg.agtcnet import VARIANTS, AGTCNet
 from nearfar.ops.graph.attention import GraphConvAttention
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces each of its runs
 PEERS = ("EEGNet", "ATCNet", "EEGConformer", "TCFormer")
 
 
@@ -169,7 +171,9 @@ def select(gcat: GraphConvAttention, sparse: bool, call: Callable[[], None]) -> 
 def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=title)
     for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+        table.add_column(
+            name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=True
+        )
     for row in rows:
         table.add_row(*(f"{v:,.2f}" if isinstance(v, float) else str(v) for v in row.values()))
     console.print(table)
@@ -189,7 +193,7 @@ def main() -> None:
     attention = compare_attention(timer, options.device, options.repeats)
     models = compare_networks(timer, options.device, options.repeats)
     device = torch.cuda.get_device_name() if timer.cuda else f"cpu, {options.threads} threads"
-    console = Console(width=120)
+    console = Console(width=140)
     show(console, f"Graph attention at 64 electrodes, 303 steps, 32 trials ({device})", attention)
     for part, (sparse, dense) in {"edges": attention[:2], "layer": attention[2:]}.items():
         ratios = {key: dense[key] / sparse[key] for key in sparse if key[-3:] in ("_ms", "_mb")}
