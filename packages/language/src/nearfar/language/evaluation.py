@@ -155,7 +155,15 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise UserError(f"tasks need {error.name}: pip install 'lm-eval[hf]'") from error
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    # a tokenizer that ends every text with its end token (as byte tokenizers do) would have the end scored too
+    ends = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    harness = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=max_length,
+        add_bos_token=False if ends else None,
+    )
     try:
         found = lm_eval.simple_evaluate(harness, tasks=list(tasks), limit=limit)
     except (KeyError, ValueError, OSError, ConnectionError) as error:
