@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-
-pytest.importorskip("nearfar.apps.image_classification", reason="the app image-classification is not installed")
-
 from typer.testing import CliRunner
 
 from nearfar.apps.image_classification.cli import app

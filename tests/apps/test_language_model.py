@@ -5,9 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from nearfar.apps.language_model import cli
 from nearfar.core.errors import UserError
-
-cli = pytest.importorskip("nearfar.apps.language_model.cli", reason="nearfar-language-model is not installed")
 
 
 def run(*arguments, status=0):

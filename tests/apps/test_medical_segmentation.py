@@ -9,11 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from nearfar.apps.medical_segmentation import cli
 from nearfar.core.cli import BatchError
 from nearfar.core.errors import UserError
-
-cli = pytest.importorskip("nearfar.apps.medical_segmentation.cli", reason="the app is not installed here")
-samples = pytest.importorskip("nearfar.medical.samples")
+from nearfar.medical import samples
 
 SMALL = ("max_epochs=1", "patches_per_epoch=4", "roi=[16,32,32]", "settings={features: [4, 4, 8, 8, 8, 4]}")
 
@@ -24,7 +23,6 @@ def run(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def brain(tmp_path_factory) -> Path:
-    pytest.importorskip("nilearn")
     return samples.write_brain(tmp_path_factory.mktemp("data"), resolution=4)
 
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from nearfar.apps.recall import cli
 from nearfar.core.errors import UserError
-
-cli = pytest.importorskip("nearfar.apps.recall.cli", reason="nearfar-recall is not installed")
 
 TINY = """
 vocab_size: 64

@@ -8,10 +8,9 @@ import soundfile
 from safetensors.torch import load_file
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
+from nearfar.apps.speaker_verification.cli import app
 from nearfar.core.cli import BatchError
 from nearfar.core.errors import UserError
-
-app = pytest.importorskip("nearfar.apps.speaker_verification.cli", reason="the app is not installed").app
 
 RATE = 8000
 LENIENT = ["--min-speech", "0.2", "--min-snr", "0"]
@@ -100,7 +99,7 @@ def test_score_evaluate_calibrate(model, test_folder, tmp_path, capsys):
     assert scores.read_text() == before
     run("evaluate", scores, "-o", tmp_path / "eval", "--root", test_folder, "--draws", "50", "--far", "0.1")
     figures = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
-    assert figures["eer_nist"] < 0.4  # a tiny network of seven epochs; guessing is 0.5
+    assert figures["eer_nist"] < 0.25  # a tiny network of seven epochs; guessing is 0.5
     assert figures["interval_resamples"] == "speakers"
     assert figures["eer_nist_low"] <= figures["eer_nist"] <= figures["eer_nist_high"]
     assert {"det.png", "scores.png", "det.csv", "errors.csv", "report.html"} <= {

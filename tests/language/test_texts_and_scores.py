@@ -195,8 +195,6 @@ def test_training_beats_a_unigram_resumes_and_repeats(tmp_path):
 
 
 def test_lm_eval_scores_a_byte_model(tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
-    pytest.importorskip("accelerate", reason="lm-evaluation-harness drives models through accelerate")
     (tmp_path / "docs.jsonl").write_text('{"text": "one two three"}\n{"text": "four five six"}\n')
     (tmp_path / "own.yaml").write_text(
         "task: own_text\ndataset_path: json\ndataset_kwargs:\n  data_files: {test: "

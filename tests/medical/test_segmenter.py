@@ -107,7 +107,6 @@ def test_preparation_is_undone_exactly(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def brain(tmp_path_factory) -> Path:
-    pytest.importorskip("nilearn")
     return write_brain(tmp_path_factory.mktemp("brain"), resolution=4)
 
 
