@@ -128,7 +128,7 @@ def train_separation(
         patience=recipe.stop,
         seed=recipe.seed,
         folder=folder,
-        settings={name: str(v) if isinstance(v, float) else v for name, v in asdict(recipe).items()},
+        settings=asdict(recipe),
         show_progress=show_progress,
         accelerator=accelerator,
         devices=1,

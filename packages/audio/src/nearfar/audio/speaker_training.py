@@ -305,8 +305,7 @@ def train_speaker_model(
         mode="min",
         seed=recipe.seed,
         folder=folder,
-        settings={name: str(value) for name, value in asdict(recipe).items()}
-        | {"speakers": len(crops.speakers), "recordings": len(learn)},
+        settings=asdict(recipe) | {"speakers": len(crops.speakers), "recordings": len(learn)},
         gradient_clip_val=recipe.clip,
         **trainer_options,
     )
