@@ -73,7 +73,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "speeds", tuple(self.speeds))
-        for name, default in vars(type(self)).items():  # YAML reads 1e-3 as text
+        for name, default in vars(type(self)).items():  # whole numbers are floats too
             if isinstance(default, float) and not name.startswith("_"):
                 object.__setattr__(self, name, float(getattr(self, name)))
         if self.head not in ("ecapa", "ltdnn-ecapa", "ltdnn-d3net", "lap"):
