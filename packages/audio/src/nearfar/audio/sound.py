@@ -1,14 +1,13 @@
 """Recordings on disk: any length read in pieces as one channel, and several files written together or not at all."""
 
-import shutil
 import struct
-import subprocess
-import tempfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
+import av
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".m4a", ".aac", ".mp4")
+SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".m4a", ".aac", ".mp4", ".webm", ".wma", ".amr")
 """Endings of the files that are looked for in a folder."""
 
 
@@ -27,51 +26,33 @@ class Recording:
             recording.rate, recording.frames, recording.channels
             samples = recording.read(start, stop)          # float32, (stop - start,)
 
-    What libsndfile cannot decode (m4a, aac, mp4) goes through the `ffmpeg` program, where it is installed.
+    What libsndfile cannot decode (m4a, aac, webm, ...) is decoded by PyAV, forwards from its beginning; of what it has
+    passed it keeps 30 s, so reading in order, with overlaps, decodes once, and only a long jump back starts again.
 
     Raises UserError for a file that is missing, damaged, empty, shorter than its header says, or holds NaN.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._decoded: Path | None = None
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file")
         _refuse_truncated(self.path)
+        self._file: soundfile.SoundFile | _Container
         try:
             self._file = soundfile.SoundFile(self.path)
-        except soundfile.LibsndfileError as error:
-            self._file = self._through_ffmpeg(error)
+        except soundfile.LibsndfileError:
+            self._file = _Container(self.path)
         self.rate, self.channels, self.frames = self._file.samplerate, self._file.channels, self._file.frames
         if self.frames <= 0:
             self.close()
             raise UserError(f"{self.path}: holds no sound")
-
-    def _through_ffmpeg(self, error: Exception) -> soundfile.SoundFile:
-        reason = str(error).split(": ")[-1].rstrip(".")
-        if self.path.suffix.lower() not in (".m4a", ".aac", ".mp4"):
-            raise UserError(f"{self.path}: cannot be read as sound ({reason})")
-        if shutil.which("ffmpeg") is None:
-            raise UserError(
-                f"{self.path}: reading {self.path.suffix} needs the ffmpeg program; install it or convert to flac"
-            )
-        with tempfile.NamedTemporaryFile(suffix=".wav", delete=False) as file:
-            name = file.name
-        self._decoded = Path(name)
-        command = ["ffmpeg", "-v", "error", "-y", "-i", str(self.path), "-vn", "-c:a", "pcm_f32le", name]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            self._decoded.unlink(missing_ok=True)
-            first = (done.stderr.strip().splitlines() or ["no reason given"])[0]
-            raise UserError(f"{self.path}: ffmpeg cannot read it ({first})")
-        return soundfile.SoundFile(self._decoded)
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Samples start .. stop-1 as float32, the channels averaged."""
         try:
             self._file.seek(start)
             samples = self._file.read(stop - start, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
+        except (soundfile.LibsndfileError, av.FFmpegError) as error:
             raise UserError(f"{self.path}: damaged at {start / self.rate:.1f} s ({error})") from error
         if len(samples) < stop - start:
             raise UserError(f"{self.path}: ends at {(start + len(samples)) / self.rate:.1f} s, its header says later")
@@ -90,19 +71,92 @@ class Recording:
 
     @property
     def subtype(self) -> str:
-        """How samples are coded, in libsndfile's words, e.g. PCM_16."""
+        """How samples are coded, in libsndfile's words, e.g. PCM_16, or in FFmpeg's, e.g. aac."""
         return self._file.subtype
 
     def close(self) -> None:
         self._file.close()
-        if self._decoded is not None:
-            self._decoded.unlink(missing_ok=True)
 
     def __enter__(self) -> "Recording":
         return self
 
     def __exit__(self, kind: type | None, error: Exception | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class _Container:
+    """The part of `soundfile.SoundFile` that `Recording` uses, for a file that PyAV decodes.
+
+    Coded audio cannot be entered just anywhere: a decoder's state reaches back. So it decodes forwards only, and gives
+    the same samples however they are asked for. The file is decoded once at the start to count its samples, because
+    headers are estimates.
+    """
+
+    KEPT = 30
+    """Seconds of what is passed that stay at hand."""
+
+    def __init__(self, path: Path):
+        self._path, self.frames = path, 0
+        rates, channels = {0}, {0}
+        try:
+            with self._open() as container:
+                stream = container.streams.audio[0]
+                self.subtype = stream.codec_context.name
+                for frame in container.decode(stream):
+                    rates.add(frame.sample_rate)
+                    channels.add(frame.layout.nb_channels)
+                    self.frames += frame.samples
+                promised = float(stream.duration * stream.time_base) if "mp4" in container.format.name else 0.0
+        except IndexError:
+            raise UserError(f"{path}: holds no sound") from None
+        except av.FFmpegError as error:
+            where = f"damaged at {self.frames / max(rates):.1f} s" if self.frames else "cannot be read as sound"
+            raise UserError(f"{path}: {where} ({error.strerror})") from error
+        if len(rates) > 2 or len(channels) > 2:
+            raise UserError(f"{path}: changes its sample rate or channels on the way; convert it to flac")
+        self.samplerate, self.channels = max(rates), max(channels)
+        if self.frames < (promised - 0.5) * self.samplerate:
+            raise UserError(
+                f"{path}: truncated, {self.frames / self.samplerate:.1f} of {promised:.1f} s of sound are there"
+            )
+        self._start()
+
+    def _open(self) -> av.container.InputContainer:
+        return av.open(str(self._path), options={"protocol_whitelist": "file"})  # a playlist must not reach the network
+
+    def _start(self) -> None:
+        self._container = self._open()
+        self._pieces: deque[NDArray[np.float32]] = deque()  # (n, channels) each, from sample _first on
+        self._first = self._end = self._position = 0
+        self._decoded = self._decode()
+
+    def _decode(self) -> Iterator[NDArray[np.float32]]:
+        to_float = av.AudioResampler(format="fltp")
+        for frame in self._container.decode(audio=0):
+            for piece in to_float.resample(frame):
+                yield piece.to_ndarray().T
+
+    def seek(self, position: int) -> None:
+        if position < self._first:
+            self.close()
+            self._start()
+        self._position = position
+
+    def read(self, count: int, dtype: str, always_2d: bool) -> NDArray[np.float32]:
+        stop = self._position + count
+        while self._end < stop and (piece := next(self._decoded, None)) is not None:
+            self._pieces.append(piece)
+            self._end += len(piece)
+            while self._pieces and self._first + len(self._pieces[0]) < self._position - self.KEPT * self.samplerate:
+                self._first += len(self._pieces.popleft())
+        if not self._pieces:
+            return np.empty((0, self.channels), np.float32)
+        found = np.concatenate(self._pieces)[self._position - self._first : stop - self._first]
+        self._position += len(found)
+        return found
+
+    def close(self) -> None:
+        self._container.close()
 
 
 def _refuse_truncated(path: Path) -> None:
