@@ -110,10 +110,27 @@ def test_tour_runs_chapters_and_writes_one_page(install, tmp_path, capsys):
     install({"nearfar.tour": {"one": chapter, "two": chapter}})
     assert cli.run(["tour", "--output", str(tmp_path / "t")]) == 0
     page = (tmp_path / "t" / "index.html").read_text()
-    assert page.count("<h2>A chapter</h2>") == 2
+    assert page.count(">A chapter</h2>") == 2
     assert "a &lt; b" in page
     assert cli.run(["tour", "--only", "three"]) == 2
     assert "installed are one, two" in capsys.readouterr().err
+
+
+def test_tour_goes_on_past_a_chapter_that_fails(install, tmp_path, capsys):
+    def broken(report: Report, folder):
+        report.section("Broken")
+        raise RuntimeError("out of luck")
+
+    def good(report: Report, folder):
+        report.section("Good")
+
+    install({"nearfar.tour": {"a-broken": broken, "good": good}})
+    assert cli.run(["tour", "--output", str(tmp_path)]) == 1
+    assert "a-broken: RuntimeError: out of luck" in capsys.readouterr().err
+    page = (tmp_path / "index.html").read_text()
+    assert "This chapter did not finish: out of luck" in page
+    assert ">Good</h2>" in page
+    assert cli.run(["tour", "--output", str(tmp_path), "--only", "a-broken"]) == 1
 
 
 def test_main_ends_with_the_status(monkeypatch):

@@ -43,3 +43,13 @@ def test_figure_from_file(tmp_path):
     assert "data:image/png;base64," in Report("x").figure(tmp_path / "a.png").parts[-1]
     with pytest.raises(FileNotFoundError):
         Report("x").figure(tmp_path / "b.png")
+
+
+def test_long_pages_link_to_their_chapters(tmp_path):
+    report = Report("x").section("One").text("a").section("Part", level=3).section("Two & more").section("Three")
+    links = Links()
+    links.feed(page := report.write(tmp_path / "r.html").read_text())
+    targets = [source for source in links.sources if source.startswith("#")]
+    assert len(targets) == 3
+    assert all(f'id="{target[1:]}"' in page for target in targets)
+    assert "<nav" not in Report("x").section("One").section("Two").write(tmp_path / "s.html").read_text()

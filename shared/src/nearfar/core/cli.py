@@ -6,6 +6,7 @@ bad items ends in a list of them and exit status 1; `--debug`, anywhere on the l
 """
 
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points, version
@@ -271,8 +272,20 @@ def tour(
     if not chosen:
         raise UserError("tour: no app is installed; install one, for example with pip install ./apps/motor-imagery")
     report = Report("A tour of nearfar", "A short real job in every installed domain.")
-    for name in chosen:
+
+    def run_chapter(name: str) -> None:
         console.rule(name)
-        load_entry_point(points[name])(report, output / name)
+        started = time.monotonic()
+        try:
+            load_entry_point(points[name])(report, output / name)
+        except Exception as error:
+            report.text(f"This chapter did not finish: {error}")
+            if isinstance(error, UserError) or len(chosen) == 1:  # alone, `--debug` shows where
+                raise
+            raise UserError(f"{type(error).__name__}: {error}") from error
+        console.print(f"{name}: {time.monotonic() - started:.0f} s", highlight=False)
+
+    _, failures = run_batch(chosen, run_chapter, "tour")
     page = report.write(output / "index.html")
     console.print(f"The page with all results and pictures: {page}", soft_wrap=True, highlight=False)
+    raise_failures(failures, len(chosen))

@@ -29,18 +29,23 @@ pre { background: #f4f4f4; padding: .8rem; overflow-x: auto }
 class Report:
     """A page that apps add to, from top to bottom; `write` makes one self-contained file.
 
+    From three chapters on, links to them stand below the title.
+
     Every method that adds something returns the report, so calls can be chained.
     """
 
     def __init__(self, title: str, introduction: str = "") -> None:
         self.title = title
         self.parts: list[str] = []
+        self.chapters: list[str] = []
         if introduction:
             self.text(introduction)
 
     def section(self, heading: str, level: int = 2) -> "Report":
         """Start a section; `level` 2 is a chapter, 3 a part of one."""
-        self.parts.append(f"<h{level}>{escape(heading)}</h{level}>")
+        self.parts.append(f'<h{level} id="part{len(self.parts)}">{escape(heading)}</h{level}>')
+        if level == 2:
+            self.chapters.append(f'<a href="#part{len(self.parts) - 1}">{escape(heading)}</a>')
         return self
 
     def text(self, text: str) -> "Report":
@@ -100,6 +105,7 @@ class Report:
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(self.title)}</title>'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<style>{STYLE}</style></head><body><h1>{escape(self.title)}</h1>"
+            + (f"<nav>{' · '.join(self.chapters)}</nav>" if len(self.chapters) > 2 else "")
             + "\n".join(self.parts)
             + f"<footer><p>Made by nearfar {version('nearfar-core')}.</p></footer></body></html>\n"
         )
