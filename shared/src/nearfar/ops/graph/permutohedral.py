@@ -40,88 +40,101 @@ class PermutohedralLattice:
         features = features.detach().to(torch.promote_types(features.dtype, torch.float32))
         self.batch, self.points, self.dim = features.shape
         d, device = self.dim, features.device
-        nearest, rank, weight = self._embed(features.flatten(0, 1))
+        nearest, rank, weight = self._embed(features.flatten(0, 1).mT.contiguous())
 
         # vertex r of a simplex: coordinate i is (d + 1) a_i + r, with a_i = nearest_i, one lower where rank_i > d - r
-        nearest, rank = nearest[:, :d], rank[:, :d]
-        nearest -= nearest.amin(0) - 2  # so that a >= 1: the step to a neighbour may lower it by one
-        radices = [d + 1, *(nearest.amax(0) + 2).tolist()]
+        nearest = nearest[:d].long()
+        nearest -= nearest.amin(1, keepdim=True) - 2  # so that a >= 1: the step to a neighbour may lower it by one
+        radices = [d + 1, *(nearest.amax(1) + 2).tolist()]
         if self.batch * math.prod(radices) >= 2**63:
             raise ValueError(
                 f"the features span {radices[1:]} lattice cells, more than a 63-bit key holds; "
                 "use fewer features or larger standard deviations"
             )
+        dtype = (
+            torch.int32 if self.batch * math.prod(radices) < 2**31 else torch.int64
+        )  # half the bits sort twice as fast
         strides = [math.prod(radices[:i]) for i in range(d + 2)]
-        per_axis = torch.tensor(strides[1:-1], device=device)
-        base = (nearest * per_axis).sum(-1)
-        base += torch.arange(self.batch, device=device).repeat_interleave(self.points) * strides[-1]
-        key = torch.stack([base + r - ((rank > d - r) * per_axis).sum(-1) for r in range(d + 1)], -1)
+        key = torch.arange(self.batch, dtype=dtype, device=device).repeat_interleave(self.points) * strides[-1]
+        for column, stride in zip(nearest.to(dtype), strides[1:]):
+            key.add_(column, alpha=stride)
+        # from vertex r to r + 1 every coordinate grows by one, and the one of rank d - r falls by d + 1
+        steps = key.new_tensor([*strides[1:-1], 0])[:, None].expand(-1, len(key))
+        steps = 1 - torch.empty_like(steps).scatter_(0, d - rank, steps)
+        keys = [key]
+        for step in steps[:d]:
+            keys.append(keys[-1] + step)
 
         # one sort gives the vertices that exist and, for each, the entries that touch it
-        ordered, order = key.flatten().sort(stable=True)
+        ordered, order = torch.cat(keys).sort(stable=True)
         is_first = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
         keys, starts = ordered[is_first], is_first.nonzero().flatten()
         self.vertices = len(keys)
-        vertex = torch.empty_like(order)
-        vertex[order] = is_first.cumsum(0) - 1
-        self.slice_index = vertex.view_as(key).int()
-        self.splat_index = (order // (d + 1)).int()
+        vertex = torch.empty_like(order, dtype=torch.int32)
+        vertex[order] = is_first.cumsum(0, dtype=torch.int32) - 1
+        self.slice_index = vertex.view(d + 1, -1).mT.flatten()
+        self.slice_offset = torch.arange(0, len(order), d + 1, dtype=torch.int32, device=device)
+        self.splat_index = (order % (self.batch * self.points)).int()
+        # the last row, which no point touches, stands for "there is no such vertex"
+        self.splat_offset = F.pad(starts.int(), (0, 1), value=len(order))
         # one pair of weights for the filter and one for its transpose: they differ once `scaled`
-        self.slice_weight = [weight / (1 + 2.0**-d)] * 2
+        self.slice_weight = [(weight / (1 + 2.0**-d)).mT.flatten()] * 2
         self.splat_weight = [weight.flatten()[order]] * 2
-        self.splat_offset = starts.int()
         self.blur_index = self._neighbours(keys, strides)
-        self.blur_weight = features.new_tensor([1.0, 0.5, 0.5]).expand(self.vertices + 1, 3).contiguous()
+        self.blur_offset = torch.arange(0, 3 * self.vertices + 3, 3, dtype=torch.int32, device=device)
+        self.blur_weight = features.new_tensor([1.0, 0.5, 0.5]).repeat(self.vertices + 1)
 
     def _embed(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Nearest 0-coloured vertex / (d + 1), rank of each coordinate and barycentric weights, each (P, d + 1)."""
+        """Nearest 0-coloured vertex / (d + 1), rank of each coordinate and barycentric weights, each (d + 1, P)."""
         d = self.dim
         scale = [math.sqrt(2 / 3) * (d + 1) / math.sqrt((i + 1) * (i + 2)) for i in range(d)]
-        scaled = features * features.new_tensor(scale)
+        scaled = features * features.new_tensor(scale)[:, None]
         # e_0 = sum_i s_i; e_j = sum_{i >= j} s_i - j s_{j-1}
-        tails = F.pad(scaled.flip(-1).cumsum(-1).flip(-1), (0, 1))
-        elevated = tails - F.pad(scaled, (1, 0)) * torch.arange(d + 1, device=features.device)
+        elevated = F.pad(scaled.flip(0).cumsum(0).flip(0), (0, 0, 0, 1))
+        elevated[1:] -= scaled * torch.arange(1, d + 1, device=features.device)[:, None]
         nearest = torch.round(elevated / (d + 1))
         residual = elevated - nearest * (d + 1)
-        above = residual[:, None, :] > residual[:, :, None]
-        ties = (residual[:, None, :] == residual[:, :, None]).tril(-1)
-        total = nearest.sum(-1, keepdim=True).long()
-        rank = (above | ties).sum(-1) + total
-        low, high = rank < 0, rank > d
-        nearest = nearest.long() + low.long() - high.long()
-        rank = rank + (d + 1) * (low.long() - high.long())
+        nearest = nearest.int()
+        rank = nearest.sum(0, dtype=torch.long).repeat(d + 1, 1)
+        for i in range(d):  # of equal residuals the later coordinate has the higher rank
+            lower = residual[i] < residual[i + 1 :]
+            rank[i] += lower.sum(0)
+            rank[i + 1 :] += ~lower
+        shift = (rank < 0).int() - (rank > d).int()
+        nearest += shift
+        rank += (d + 1) * shift
 
         v = (elevated - nearest * (d + 1)) / (d + 1)
-        weight = v.new_zeros(len(v), d + 2)
-        weight.scatter_add_(1, d - rank, v)
-        weight.scatter_add_(1, d + 1 - rank, -v)
-        weight[:, 0] += 1 + weight[:, d + 1]
-        return nearest, rank, weight[:, : d + 1].contiguous()
+        weight = v.new_zeros(d + 2, v.shape[1])
+        weight.scatter_add_(0, d - rank, v)
+        weight.scatter_add_(0, d + 1 - rank, -v)
+        weight[0] += 1 + weight[d + 1]
+        return nearest, rank, weight[: d + 1]
 
     def _neighbours(self, keys: Tensor, strides: list[int]) -> Tensor:
-        """(d + 1, M + 1, 3): a vertex and its two neighbours in each direction; row M stands for "there is none"."""
+        """(d + 1, 3 (M + 1)): a vertex and its two neighbours in each direction; M stands for "there is none"."""
         d, m = self.dim, len(keys)
-        own = torch.arange(m, device=keys.device)
-        first = keys % (d + 1) == 0
+        wrap = (keys % (d + 1) == 0).to(keys.dtype) * (d + 1 - sum(strides[1:-1]))
         table = torch.full((d + 1, m + 1, 3), m, dtype=torch.int32, device=keys.device)
-        table[:, :m, 0] = own.int()
+        table[:, :m, 0] = torch.arange(m, dtype=torch.int32, device=keys.device)
         for j in range(d + 1):
             up = strides[j + 1] if j < d else 0
-            target = keys + torch.where(first, d + up - sum(strides[1:-1]), up - 1)
-            place = torch.searchsorted(keys, target).clamp_(max=m - 1)
-            found = keys[place] == target
-            table[j, own[found], 1] = place[found].int()
-            table[j, place[found], 2] = own[found].int()
-        return table
+            target = keys + wrap + (up - 1)
+            place = torch.searchsorted(keys, target, out_int32=True).clamp_(max=m - 1)
+            own = (keys[place] == target).nonzero().flatten()
+            place = place[own]
+            table[j, own, 1] = place
+            table[j, place, 2] = own.int()
+        return table.flatten(1)
 
     def scaled(self, before: Tensor | None, after: Tensor | None) -> "PermutohedralLattice":
         """The filter `after * filter(before * values)` at no extra cost per call; before, after: (B, N), None for 1."""
-        result, d = copy.copy(self), self.dim
+        result = copy.copy(self)
         pair = [None if factor is None else factor.flatten() for factor in (before, after)]
         splat, slices = [], []
         for first, last, own_splat, own_slice in zip(pair, pair[::-1], self.splat_weight, self.slice_weight):
             splat.append(own_splat if first is None else own_splat * first[self.splat_index])
-            slices.append(own_slice if last is None else own_slice * last.view(-1, 1).expand(-1, d + 1))
+            slices.append(own_slice if last is None else own_slice * last.repeat_interleave(self.dim + 1))
         if before is after:
             splat[1], slices[1] = splat[0], slices[0]
         result.splat_weight, result.slice_weight = splat, slices
@@ -135,15 +148,14 @@ class PermutohedralLattice:
         return filtered.view_as(values).to(values.dtype)
 
     def _apply(self, values: Tensor, reverse: bool) -> Tensor:
-        splat_weight, slice_weight = self.splat_weight[reverse], self.slice_weight[reverse]
-        nodes = _weighted_sums(values.contiguous(), self.splat_index, splat_weight, self.splat_offset)
-        nodes = F.pad(nodes, (0, 0, 0, 1))
+        nodes = _sums(values.contiguous(), self.splat_index, self.splat_offset, self.splat_weight[reverse])
         for index in self.blur_index.flip(0) if reverse else self.blur_index:
-            nodes = _weighted_sums(nodes, index, self.blur_weight)
-        return _weighted_sums(nodes, self.slice_index, slice_weight)
+            nodes = _sums(nodes, index, self.blur_offset, self.blur_weight)
+        return _sums(nodes, self.slice_index, self.slice_offset, self.slice_weight[reverse])
 
 
-def _weighted_sums(rows: Tensor, index: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
+def _sums(rows: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums of `rows[index]` from each offset to the next."""
     return F.embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=weight)
 
 
