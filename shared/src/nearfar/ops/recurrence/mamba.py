@@ -12,15 +12,26 @@ from torch.autograd.function import once_differentiable
 from nearfar.ops.convolution.causal import ShortConv
 from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions, wide
 
-BLOCK = 64  # positions whose states exist at one time
-LANE = 8  # neighbours that are scanned one after the other, in all lanes of a block side by side
+LANE = 8  # on a GPU: neighbours that are scanned one after the other, in all lanes of a block side by side
+LOG2_E = math.log2(math.e)
+
+
+def block_length(h: Tensor) -> int:
+    """Positions whose states `h` exist at one time: 64, on a CPU fewer where these would not fit its cache."""
+    return 64 if h.device.type != "cpu" else max(LANE, min(64, 2**19 // h.numel()))
 
 
 def scan_(a: Tensor, x: Tensor, start: Tensor, reverse: bool = False) -> None:
     """In place, `x[t] <- a[t] x[t-1] + x[t]` along axis 1, from `start` before it (`reverse`: from behind).
 
-    a, x: `(B, T, ...)`, T at most LANE or a multiple of it; a is used up. `start`: `(B, ...)`.
+    a, x: `(B, T, ...)`, T at most LANE or a multiple of it; a is used up. `start`: `(B, ...)`. On a CPU a block is
+    small enough for its cache and is scanned row by row: one pass over the numbers, where lanes need three.
     """
+    if x.device.type == "cpu":
+        rows = zip(a.unbind(1)[::-1], x.unbind(1)[::-1]) if reverse else zip(a.unbind(1), x.unbind(1))
+        for decay, row in rows:
+            start = row.addcmul_(decay, start)
+        return
     lane = min(LANE, x.shape[1])
     a, x = (t.view(t.shape[0], -1, lane, *t.shape[2:]) for t in (a, x))
     order = range(lane - 1, -1, -1) if reverse else range(lane)
@@ -58,20 +69,21 @@ class _SelectiveScan(torch.autograd.Function):
     """`h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t`, `y_t = C_t . h_t`, block by block.
 
     u, dt `(B, N, G, E)`, A `(G, S, E)`, B, C `(B, N, G, S)`, h0 `(B, G, S, E)`; N a multiple of the lane. Keeps the
-    state between blocks only; the backward pass runs each block again.
+    state between blocks only; the backward pass runs each block again. Decays are computed as powers of 2, which
+    torch does three times as fast as powers of e.
     """
 
     @staticmethod
     def forward(ctx, u, dt, A, B, C, h0):
         h, starts, y = h0, [], torch.empty_like(u)
-        du = dt * u
-        block = u.new_empty(2, min(BLOCK, u.shape[1]) * h0.numel())  # memory that all blocks use in turn
-        for t in range(0, u.shape[1], BLOCK):
-            part = slice(t, t + BLOCK)
+        du, rate, length = dt * u, A * LOG2_E, block_length(h0)
+        block = u.new_empty(2, min(length, u.shape[1]) * h0.numel())  # memory that all blocks use in turn
+        for t in range(0, u.shape[1], length):
+            part = slice(t, t + length)
             starts.append(h)
             shape = (len(h), du[:, part].shape[1], *h.shape[1:])
             a, x = (m[: math.prod(shape)].view(shape) for m in block)
-            torch.mul(dt[:, part, :, None], A, out=a).exp_()
+            torch.mul(dt[:, part, :, None], rate, out=a).exp2_()
             torch.mul(du[:, part, :, None], B[:, part, ..., None], out=x)
             scan_(a, x, h)
             y[:, part] = (C[:, part, :, None] @ x).squeeze(-2)
@@ -84,17 +96,17 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx, grad_y, grad_h):
         u, dt, A, B, C, *starts = ctx.saved_tensors
         later = F.pad(dt, (0, 0, 0, 0, 0, 1))  # one step of dt = 0 behind the end: exp(0) hands grad_h on
-        du, g = dt * u, grad_h
+        du, g, rate, length = dt * u, grad_h, A * LOG2_E, block_length(grad_h)
         gu, gdt, gB, gC = (torch.empty_like(t) for t in (u, dt, B, C))
         gA = torch.zeros_like(A)
-        block = u.new_empty(4, (min(BLOCK, u.shape[1]) + 1) * g.numel())
-        for t in reversed(range(0, u.shape[1], BLOCK)):
-            part, start = slice(t, t + BLOCK), starts[t // BLOCK]
+        block = u.new_empty(4, (min(length, u.shape[1]) + 1) * g.numel())
+        for t in reversed(range(0, u.shape[1], length)):
+            part, start = slice(t, t + length), starts[t // length]
             step, push, gy = dt[:, part], du[:, part], grad_y[:, part]
             shape = (len(g), step.shape[1], *g.shape[1:])
             scratch, h, w = (m[: math.prod(shape)].view(shape) for m in block[:3])
             a = block[3, : g.numel() * (shape[1] + 1)].view(len(g), shape[1] + 1, *g.shape[1:])
-            torch.mul(later[:, t : t + shape[1] + 1, :, None], A, out=a).exp_()
+            torch.mul(later[:, t : t + shape[1] + 1, :, None], rate, out=a).exp2_()
             torch.mul(push[..., None, :], B[:, part, ..., None], out=h)
             scan_(scratch.copy_(a[:, :-1]), h, start)
             gC[:, part] = (h @ gy[..., None]).squeeze(-1)
@@ -117,10 +129,9 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """S6: `h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t`, `y_t = C_t . h_t` (Gu & Dao 2023, arXiv 2312.00752, eq. 2).
 
-    A block of 64 positions exists at one time, forward and backward, so memory is that of u and y, plus the state at
-    every 64th position for the backward pass. Inside a block, lanes of 8 neighbours advance side by side and are
-    then joined; nothing is divided by a product of decays, so no length and no decay overflows. In float32 or
-    better. Cost O(N E S).
+    The states of a block of at most 64 positions exist at one time, forward and backward, so memory is that of u and
+    y, plus the state before each block for the backward pass. Nothing is divided by a product of decays, so no
+    length and no decay overflows. In float32 or better. Cost O(N E S).
 
     Args:
         u: `(B, N, E)` input.
