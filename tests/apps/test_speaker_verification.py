@@ -1,6 +1,8 @@
 """The speaker-verification app: every command on recordings that the tests make, and every kind of bad input."""
 
+import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
 from nearfar.apps.speaker_verification.cli import app
+from nearfar.audio.scoring import read_scores
 from nearfar.core.cli import BatchError
 from nearfar.core.errors import UserError
 
@@ -114,21 +117,72 @@ def test_score_evaluate_calibrate(model, test_folder, tmp_path, capsys):
     calibrated = json.loads((tmp_path / "llr" / "evaluation.json").read_text())
     assert calibrated["eer_nist"] == pytest.approx(figures["eer_nist"], abs=1e-12)
     assert calibrated["cllr"] < calibrated["min_cllr"] + 0.2
-    with pytest.raises(UserError, match="was not scored the way"):
+    with open(tmp_path / "llr.txt.csv", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == len(lines)
+    assert all(float(row["low"]) <= float(row["llr"]) <= float(row["high"]) for row in rows)
+    with pytest.raises(UserError, match="holds log-likelihood ratios"):
         run("calibrate", tmp_path / "llr.txt", "-m", model)
 
 
-def test_enrolment_maps_average_several_recordings(model, test_folder, tmp_path):
+def test_plda_and_quality_measures_are_calibrated_and_used(model, test_folder, tmp_path, capsys):
+    """`calibrate` takes over how a list was scored; `score --llr` and `verify` follow it."""
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    score = ["score", test_folder / "trials.txt", "--root", test_folder, "--cache", tmp_path / "cache", "-m", own]
+    pair = [test_folder / "t0/0.wav", test_folder / "t0/1.wav"]
+    found = {}
+    for name, how in {"cosine": [], "plda": ["--backend", "plda"], "quality": ["--quality", "lap"]}.items():
+        run(*score, "-o", tmp_path / name, "--backend", "cosine", *how)
+        run("calibrate", tmp_path / name, "-m", own)
+        run(*score, "-o", tmp_path / f"{name}-llr", "--llr")
+        found[name], llr = read_scores(tmp_path / name)[1], read_scores(tmp_path / f"{name}-llr")[1]
+        capsys.readouterr()
+        run("verify", *pair, "-m", own, "--json", *LENIENT)
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["llr"] == pytest.approx(llr[0], abs=1e-4)
+        assert answer["convention"].startswith("PLDA" if name == "plda" else "cosine")
+    assert len(json.loads((own / "calibration.json").read_text())["weights"]) == 9
+    np.testing.assert_array_equal(found["cosine"], found["quality"])
+    assert np.abs(np.argsort(found["cosine"]) - np.argsort(found["plda"])).max() > 0
+    with pytest.raises(UserError, match="needs a cohort"):
+        run(*score, "-o", tmp_path / "x", "--quality", "wespeaker")
+    for wrong in (["--backend", "svm"], ["--norm", "as"], ["--backend", "plda", "--norm", "as"], ["--quality", "x"]):
+        with pytest.raises(UserError, match=r"must be|cohort has 0 rows|not for PLDA"):
+            run(*score, "-o", tmp_path / "x", *wrong)
+    lines = (tmp_path / "quality").read_text().splitlines()
+    (tmp_path / "quality").write_text("\n".join(lines[::-1]))
+    with pytest.raises(UserError, match="run `score` again"):
+        run("calibrate", tmp_path / "quality", "-m", own)
+
+
+def test_enrolment_maps_average_embeddings_or_scores(model, test_folder, tmp_path):
     (tmp_path / "map.txt").write_text("".join(f"t{s} t{s}/0.wav t{s}/1.wav t{s}/2.wav\n" for s in range(6)))
     (tmp_path / "trials.txt").write_text(
         "".join(f"t{a} t{b}/3.wav {'target' if a == b else 'nontarget'}\n" for a in range(6) for b in range(6))
     )
-    arguments = ["score", tmp_path / "trials.txt", "--root", test_folder, "-o", tmp_path / "s.txt", "-m", model]
-    run(*arguments, "--enrollments", tmp_path / "map.txt")
-    assert len((tmp_path / "s.txt").read_text().splitlines()) == 36
+    (tmp_path / "single.txt").write_text(
+        "".join(f"t{a}/{n}.wav t{b}/3.wav\n" for a in range(6) for b in range(6) for n in range(3))
+    )
+    arguments = ["--root", test_folder, "--cache", tmp_path / "cache", "-m", model]
+
+    def scored(name, *how):
+        run("score", tmp_path / name, "-o", tmp_path / "s.txt", *arguments, *how)
+        return read_scores(tmp_path / "s.txt")[1]
+
+    mapped = ["--enrollments", tmp_path / "map.txt"]
+    of_scores = scored("trials.txt", *mapped, "--average", "scores")
+    np.testing.assert_allclose(of_scores, scored("single.txt").reshape(36, 3).mean(1), atol=1e-9)
+    of_embeddings = scored("trials.txt", *mapped)
+    assert np.abs(of_embeddings - of_scores).max() > 1e-3
+    same = np.eye(6, dtype=bool).ravel()
+    for values in (of_embeddings, of_scores):
+        assert values[same].mean() > values[~same].mean() + 0.1
+    with pytest.raises(UserError, match="must be embeddings or scores"):
+        scored("trials.txt", *mapped, "--average", "medians")
     (tmp_path / "map.txt").write_text("t0 t0/0.wav\n")
     with pytest.raises(UserError, match="lacks 5 models"):
-        run(*arguments, "--enrollments", tmp_path / "map.txt")
+        scored("trials.txt", *mapped)
 
 
 def test_verify_answers_in_words_and_numbers(model, test_folder, capsys):

@@ -10,16 +10,24 @@ import numpy as np
 import typer
 
 from nearfar.apps.speaker_verification import gallery as galleries
-from nearfar.apps.speaker_verification import pages
-from nearfar.audio import scoring
+from nearfar.apps.speaker_verification import lists, pages
+from nearfar.apps.speaker_verification.common import (
+    Accelerator,
+    Cache,
+    JsonOutput,
+    MixChannels,
+    Model,
+    embed_all,
+    matrix,
+)
 from nearfar.audio.ltdnn import SpeakerEncoder
 from nearfar.audio.sound import SUFFIXES
 from nearfar.audio.speaker_system import SpeakerSystem, choose_device
 from nearfar.audio.speaker_training import Recipe, build_model, split_speakers, train_speaker_model, usable
-from nearfar.audio.speakers import Embedded, Embedder, Gate, Utterance, find_utterances, locate
-from nearfar.core.cli import console, messages, raise_failures, run_batch, table
+from nearfar.audio.speakers import Embedded, Embedder, Gate, Utterance, find_utterances
+from nearfar.core.cli import console, messages, raise_failures, table
 from nearfar.core.errors import UserError
-from nearfar.core.files import atomic_path, write_json
+from nearfar.core.files import atomic_path
 from nearfar.core.training import read_recipe, seed_epoch
 
 app = typer.Typer(
@@ -32,10 +40,6 @@ app = typer.Typer(
 
 RECIPES = Path(__file__).parent / "recipes"
 
-Model = Annotated[Path, typer.Option("--model", "-m", help="Model folder that `train` wrote.")]
-Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Cache = Annotated[Path | None, typer.Option(help="Folder that keeps embeddings; interrupted work goes on there.")]
-MixChannels = Annotated[bool, typer.Option("--mix-channels", help="Average the channels of recordings with several.")]
 Layout = Annotated[
     str,
     typer.Option(
@@ -43,7 +47,6 @@ Layout = Annotated[
         "expression with (?P<speaker>...)."
     ),
 ]
-JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 LeastSpeech = Annotated[float, typer.Option("--min-speech", help="Seconds of speech that a recording must have.")]
 LeastSNR = Annotated[float, typer.Option("--min-snr", help="dB that speech must be above the noise.")]
 MostClipped = Annotated[float, typer.Option("--max-clipped", help="Greatest share of clipped samples.")]
@@ -99,14 +102,14 @@ def train(
     )
     embed_one = Embedder(model.to(choose_device(accelerator)), output / "training" / "embeddings", mix_channels=True)
     keep = np.random.default_rng(chosen.seed).permutation(len(learn))[:20000]
-    seen, lost = _embed_all([learn[n] for n in sorted(keep)], embed_one)
-    system = SpeakerSystem.build(model, _matrix(seen), [str(u.speaker) for u, _ in seen], chosen.seed)
+    seen, lost = embed_all([learn[n] for n in sorted(keep)], embed_one)
+    system = SpeakerSystem.build(model, matrix(seen), [str(u.speaker) for u, _ in seen], chosen.seed)
     unseen: list[tuple[Utterance, Embedded]] = []
     if held:
-        unseen, more = _embed_all(held, embed_one)
+        unseen, more = embed_all(held, embed_one)
         lost += more
         try:
-            system.calibrate(_matrix(unseen), [str(u.speaker) for u, _ in unseen], seed=chosen.seed)
+            system.calibrate(matrix(unseen), [str(u.speaker) for u, _ in unseen], seed=chosen.seed)
         except ValueError as error:
             messages.print(f"not calibrated: {error}. `calibrate` can do it with other trials.")
     system.save(output, trained_on={"data": str(data), "speakers": len({u.speaker for u in learn})})
@@ -131,7 +134,7 @@ def embed(
     """Write the embeddings of recordings, before normalisation. Nothing is gated; the qualities are written too."""
     system = SpeakerSystem.load(model, choose_device(accelerator))
     utterances = _recordings(paths, layout)
-    found, failures = _embed_all(utterances, Embedder(system.model, cache, mix_channels=mix_channels))
+    found, failures = embed_all(utterances, Embedder(system.model, cache, mix_channels=mix_channels))
     if found:
         qualities = {
             name: np.array([getattr(e.quality, name) for _, e in found]) for name in ("seconds", "speech", "snr")
@@ -141,7 +144,7 @@ def embed(
                 stream,
                 names=np.array([u.name for u, _ in found]),
                 speakers=np.array([u.speaker or "" for u, _ in found]),
-                embeddings=_matrix(found),
+                embeddings=matrix(found),
                 **qualities,
             )
         console.print(f"{len(found)} embeddings: {output}", soft_wrap=True)
@@ -170,9 +173,9 @@ def enroll(
     utterances = [Utterance(str(path), path) for path in recordings]
     if len({path.resolve() for path in recordings}) != len(recordings):
         raise UserError(f"{name}: the same recording is given twice")
-    seen, failures = _embed_all(utterances, embed_one)
+    seen, failures = embed_all(utterances, embed_one)
     if seen:
-        found.add(name, _matrix(seen), replace)
+        found.add(name, matrix(seen), replace)
         found.save(gallery)
         console.print(f"{name} enrolled with {len(seen)} recordings; {len(found.names)} speakers in {gallery}")
     raise_failures(failures, len(recordings))
@@ -198,7 +201,8 @@ def verify(
     embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels)
     found = [embed_one(path) for path in (first, second)]
     x = np.stack([e.embedding for e in found])
-    score = system.score(x, x, np.array([0]), np.array([1]))
+    left, right = np.array([0]), np.array([1])
+    score = system.score(x, x, left, right)
     answer: dict[str, Any] = {
         "first": str(first),
         "second": str(second),
@@ -213,10 +217,12 @@ def verify(
             "nothing about the same or different speakers; `calibrate` it with trials of your own."
         )
     else:
-        answer["llr"] = float(system.calibration(score)[0])
+        seconds = np.array([e.quality.seconds for e in found])
+        inputs = system.inputs(score, x, x, left, right, (seconds, seconds), system.quality)
+        answer["llr"] = float(system.calibration(inputs)[0])
         low = high = None
         if len(system.calibration.replicates) >= 20:
-            low, high = (float(bound[0]) for bound in system.calibration.interval(score))
+            low, high = (float(bound[0]) for bound in system.calibration.interval(inputs))
         answer |= {"llr_low": low, "llr_high": high, "sentence": _sentence(answer["llr"], low, high)}
     if as_json:
         print(json.dumps(answer, indent=2))
@@ -248,7 +254,7 @@ def identify(
     limit = system.threshold(far, len(found.names))
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)
     utterances = [Utterance(str(path), path) for path in recordings]
-    seen, failures = _embed_all(utterances, Embedder(system.model, gate=gate, mix_channels=mix_channels))
+    seen, failures = embed_all(utterances, Embedder(system.model, gate=gate, mix_channels=mix_channels))
     models, rows = found.models(system.mean), []
     for utterance, embedded in seen:
         scores = found.scores(system, models, embedded.embedding)
@@ -271,168 +277,8 @@ def identify(
     raise_failures(failures, len(recordings))
 
 
-@app.command()
-def score(
-    trials: Annotated[Path, typer.Argument(help="Trial list: VoxCeleb, Kaldi, CSV or pairs.")],
-    root: Annotated[Path, typer.Option(help="Folder of the recordings, or a Kaldi folder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Score file: enrol test score [label].")],
-    model: Model,
-    enrollments: Annotated[
-        Path | None, typer.Option(help="Map of models to their recordings; the list's first names are then models.")
-    ] = None,
-    form: Annotated[str, typer.Option("--format", help="auto, voxceleb, kaldi, csv or pairs.")] = "auto",
-    norm: Annotated[str | None, typer.Option(help="none or as (AS-norm).  [default: the model's]")] = None,
-    top_n: Annotated[int | None, typer.Option(help="Cohort rows for AS-norm.  [default: the model's]")] = None,
-    keep_speakers: Annotated[
-        bool, typer.Option("--keep-cohort-speakers", help="Leave speakers of the trials in the cohort.")
-    ] = False,
-    llr: Annotated[bool, typer.Option("--llr", help="Write calibrated log-likelihood ratios.")] = False,
-    cache: Cache = None,
-    mix_channels: MixChannels = False,
-    accelerator: Accelerator = "auto",
-) -> None:
-    """Score a trial list: each recording is embedded once, and kept (default: OUTPUT.cache), so it can go on.
-
-    Trials whose recordings cannot be read are left out, listed in OUTPUT.failed, and the exit status is 1.
-    """
-    system = SpeakerSystem.load(model, choose_device(accelerator))
-    if norm not in (None, "none", "as"):
-        raise UserError(f"--norm {norm}: must be none or as")
-    if norm == "as" and system.cohort is None:
-        raise UserError(f"{model}: holds no cohort for AS-norm")
-    if llr and (norm or top_n):
-        raise UserError("--llr: the calibration is for the model's own scores; leave out --norm and --top-n")
-    system.norm, system.top_n = norm or system.norm, top_n or system.top_n  # type: ignore[assignment]
-    listed = scoring.read_trials(trials, form)  # type: ignore[arg-type]
-    members = scoring.read_enrollments(enrollments) if enrollments else None
-    if members is not None and (
-        lost := [name for name in dict.fromkeys(listed.enroll.tolist()) if name not in members]
-    ):
-        raise UserError(f"{enrollments}: lacks {len(lost)} models of {trials}, {lost[0]} first")
-    needed = _needed(listed, members)
-    known = find_utterances(root, "kaldi") if (root / "wav.scp").is_file() else []
-    places, missing = locate(needed, root, known)
-    if missing:
-        raise UserError(
-            f"{trials}: {len(missing)} of {len(needed)} recordings are not below {root}: {', '.join(missing[:5])}"
-        )
-    utterances = [Utterance(name, path) for name, path in places.items()]
-    keep = cache or output.with_name(output.name + ".cache")
-    seen, failures = _embed_all(utterances, Embedder(system.model, keep, mix_channels=mix_channels))
-    if not seen:
-        raise_failures(failures, len(utterances))
-    row = {utterance.name: number for number, (utterance, _) in enumerate(seen)}
-    x = _matrix(seen)
-    if not keep_speakers and system.cohort is not None:
-        inside = {part for name in needed for part in Path(name).parts}
-        hold = np.array([speaker not in inside for speaker in system.cohort_speakers])
-        if hold.sum() < system.top_n and system.norm == "as" and not hold.all():
-            raise UserError(
-                f"{trials}: without the trials' own speakers the cohort has {int(hold.sum())} rows, fewer than "
-                f"--top-n {system.top_n}; choose a lower one or --keep-cohort-speakers"
-            )
-        system.cohort = system.cohort[hold]
-    enrolled, enroll_rows = x, row
-    if members is not None:
-        names = [name for name in dict.fromkeys(listed.enroll.tolist()) if any(m in row for m in members[name])]
-        groups = [[row[m] for m in members[name] if m in row] for name in names]
-        enrolled = galleries.enroll_before_mean(x, groups, system.mean)
-        enroll_rows = {name: number for number, name in enumerate(names)}
-    usable_rows = np.array(
-        [e in enroll_rows and t in row for e, t in zip(listed.enroll.tolist(), listed.test.tolist())], bool
-    )
-    kept = listed.select(usable_rows)
-    left = np.array([enroll_rows[name] for name in kept.enroll.tolist()], int)
-    right = np.array([row[name] for name in kept.test.tolist()], int)
-    values = system.score(enrolled, x, left, right)
-    if llr:
-        if system.calibration is None:
-            raise UserError(f"{model}: is not calibrated, --llr needs `calibrate` first")
-        values = system.calibration(values)
-    scoring.write_scores(output, kept, values)
-    about = {
-        "trials": str(trials),
-        "convention": system.convention,
-        "llr": llr,
-        "scored": len(kept),
-        "listed": len(listed),
-    }
-    write_json(output.with_name(output.name + ".json"), about)
-    console.print(f"{len(kept)} of {len(listed)} trials: {output}", soft_wrap=True)
-    if failures:
-        lost_trials = listed.select(~usable_rows)
-        scoring.write_trials(output.with_name(output.name + ".failed"), lost_trials)
-        failures.append(f"{len(lost_trials)} trials have no score: {output.name}.failed")
-    raise_failures(failures, len(utterances))
-
-
-@app.command()
-def evaluate(
-    scores: Annotated[Path, typer.Argument(help="Score file with labels: enrol test score target|nontarget.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for figures, pictures and the page.")],
-    trials: Annotated[
-        Path | None, typer.Option(help="Trial list with the labels, where the score file has none.")
-    ] = None,
-    calibrated: Annotated[bool, typer.Option("--llr", help="The scores are log-likelihood ratios.")] = False,
-    speaker_pattern: Annotated[
-        str | None, typer.Option(help="Expression whose first group is the speaker in a name; else the first folder.")
-    ] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of the recordings, to hear the worst errors.")] = None,
-    draws: Annotated[int, typer.Option(help="Bootstrap draws for the intervals.")] = 1000,
-    far: Annotated[list[float] | None, typer.Option(help="False-accept rates to give thresholds for.")] = None,
-) -> None:
-    """Figures with their conventions named, thresholds, DET curve, histograms, conditions, and the worst errors."""
-    listed, values = scoring.read_scores(scores)
-    reference = scoring.read_trials(trials) if trials is not None else None
-    if reference is not None:
-        listed = _attach(listed, reference, scores)
-    if listed.labels is None:
-        raise UserError(f"{scores}: has no labels; give the list that has them with --trials")
-    speakers = pages.speakers_of(listed, speaker_pattern)
-    missing = 0 if reference is None else len(reference) - len(listed)
-    try:
-        pages.write_evaluation(output, listed, values, calibrated, speakers, draws, far or [0.01, 0.001], root, missing)
-    except ValueError as error:
-        raise UserError(f"{scores}: {error}") from error
-    figures = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
-    console.print(table(pages.figure_rows(figures)))
-    if missing:
-        messages.print(f"{missing} trials of {trials} have no score: they are not in these figures, but counted there")
-    console.print(f"page: {output / 'report.html'}", soft_wrap=True)
-
-
-@app.command()
-def calibrate(
-    scores: Annotated[Path, typer.Argument(help="Score file with labels, of speakers that the model has not seen.")],
-    model: Model,
-    trials: Annotated[
-        Path | None, typer.Option(help="Trial list with the labels, where the score file has none.")
-    ] = None,
-    speaker_pattern: Annotated[
-        str | None, typer.Option(help="Expression whose first group is the speaker in a name; else the first folder.")
-    ] = None,
-) -> None:
-    """Calibrate a model folder with your own trials, scored with it by `score` (without --llr)."""
-    listed, values = scoring.read_scores(scores)
-    if trials is not None:
-        listed = _attach(listed, scoring.read_trials(trials), scores)
-    if listed.labels is None:
-        raise UserError(f"{scores}: has no labels; give the list that has them with --trials")
-    system = SpeakerSystem.load(model)
-    record = scores.with_name(scores.name + ".json")
-    if record.is_file():
-        about = json.loads(record.read_text(encoding="utf-8"))
-        if about.get("llr") or about.get("convention") != system.convention:
-            raise UserError(f"{scores}: was not scored the way {model} scores ({system.convention})")
-    sides = pages.speakers_of(listed, speaker_pattern)
-    try:
-        system.fit(values, listed.labels, *(sides or (None, None)))
-        before, after = scoring.min_cllr(values, listed.labels), scoring.cllr(system.calibration(values), listed.labels)
-    except ValueError as error:
-        raise UserError(f"{scores}: {error}") from error
-    system.save_scoring(model)
-    how = "speakers" if sides else "trials (name speakers with --speaker-pattern for honest intervals)"
-    console.print(f"calibrated on {len(listed)} trials: Cllr {after:.3f}, at best {before:.3f}; intervals over {how}")
+for command in (lists.score, lists.evaluate, lists.calibrate):
+    app.command()(command)
 
 
 def _recordings(paths: Sequence[Path], layout: str) -> list[Utterance]:
@@ -445,33 +291,6 @@ def _recordings(paths: Sequence[Path], layout: str) -> list[Utterance]:
         else:
             raise UserError(f"{path}: is no recording ({', '.join(SUFFIXES)})")
     return found
-
-
-def _embed_all(
-    utterances: Sequence[Utterance], embed_one: Embedder
-) -> tuple[list[tuple[Utterance, Embedded]], list[str]]:
-    """Embed with a progress bar, going on past what cannot be."""
-    return run_batch(utterances, lambda u: (u, embed_one(u.path)), "embedding", name=lambda u: str(u.path))
-
-
-def _matrix(found: Sequence[tuple[Utterance, Embedded]]) -> np.ndarray:
-    return np.stack([embedded.embedding for _, embedded in found])
-
-
-def _needed(listed: scoring.Trials, members: dict[str, list[str]] | None) -> list[str]:
-    if members is None:
-        return listed.names()
-    enrolled = [m for name in dict.fromkeys(listed.enroll.tolist()) for m in members[name]]
-    return list(dict.fromkeys([*enrolled, *listed.test.tolist()]))
-
-
-def _attach(listed: scoring.Trials, reference: scoring.Trials, path: Path) -> scoring.Trials:
-    """The scored trials with labels and conditions of the list they come from. Raises UserError where it lacks one."""
-    row = {pair: n for n, pair in enumerate(zip(reference.enroll.tolist(), reference.test.tolist()))}
-    rows = np.array([row.get(pair, -1) for pair in zip(listed.enroll.tolist(), listed.test.tolist())])
-    if (rows < 0).any():
-        raise UserError(f"{path}: {int((rows < 0).sum())} of its trials are not in {reference.source}")
-    return reference.select(rows)
 
 
 def _sentence(llr: float, low: float | None, high: float | None) -> str:

@@ -81,13 +81,17 @@ class Calibration:
         """Log-likelihood ratios `(n,)` of features `(n, k)`, or of scores `(n,)` where there is one."""
         return self._features(features) @ self.weights + self.bias
 
-    def interval(self, features: Array, level: float = 0.95) -> tuple[Array, Array]:
+    def interval(self, features: Array, level: float = 0.95, chunk: int = 65536) -> tuple[Array, Array]:
         """Lower and upper bound of each ratio: what the calibration's own trials leave open."""
         if len(self.replicates) < 20:
             raise ValueError("the calibration was fitted without bootstrap replicates (at least 20)")
-        llr = self._features(features) @ self.replicates[:, :-1].T + self.replicates[:, -1]
-        low, high = np.quantile(llr, [(1 - level) / 2, (1 + level) / 2], axis=1)
-        return low, high
+        x = self._features(features)
+        bounds = np.empty((2, len(x)))
+        for start in range(0, len(x), chunk):
+            part = slice(start, start + chunk)
+            llr = x[part] @ self.replicates[:, :-1].T + self.replicates[:, -1]
+            bounds[:, part] = np.quantile(llr, [(1 - level) / 2, (1 + level) / 2], axis=1)
+        return bounds[0], bounds[1]
 
     def save(self, path: str | Path) -> Path:
         """Write as JSON."""

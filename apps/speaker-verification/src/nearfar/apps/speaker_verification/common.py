@@ -1,0 +1,28 @@
+"""What the commands share: their options, and embedding many recordings."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from nearfar.audio.speakers import Embedded, Embedder, Utterance
+from nearfar.core.cli import run_batch
+
+Model = Annotated[Path, typer.Option("--model", "-m", help="Model folder that `train` wrote.")]
+Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Cache = Annotated[Path | None, typer.Option(help="Folder that keeps embeddings; interrupted work goes on there.")]
+MixChannels = Annotated[bool, typer.Option("--mix-channels", help="Average the channels of recordings with several.")]
+JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def embed_all(
+    utterances: Sequence[Utterance], embed_one: Embedder
+) -> tuple[list[tuple[Utterance, Embedded]], list[str]]:
+    """Embed with a progress bar, going on past what cannot be."""
+    return run_batch(utterances, lambda u: (u, embed_one(u.path)), "embedding", name=lambda u: str(u.path))
+
+
+def matrix(found: Sequence[tuple[Utterance, Embedded]]) -> np.ndarray:
+    return np.stack([embedded.embedding for _, embedded in found])

@@ -1,0 +1,267 @@
+"""The commands that take trial lists: score, evaluate, calibrate."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from nearfar.apps.speaker_verification import gallery as galleries
+from nearfar.apps.speaker_verification import pages
+from nearfar.apps.speaker_verification.common import (
+    Accelerator,
+    Cache,
+    JsonOutput,
+    MixChannels,
+    Model,
+    embed_all,
+    matrix,
+)
+from nearfar.audio import scoring
+from nearfar.audio.speaker_system import SpeakerSystem, choose_device
+from nearfar.audio.speakers import Embedder, Utterance, find_utterances, locate, model_digest
+from nearfar.core.cli import console, messages, raise_failures, table
+from nearfar.core.errors import UserError
+from nearfar.core.files import atomic_path, write_csv, write_json
+
+Labels = Annotated[Path | None, typer.Option("--trials", help="Trial list with the labels, if the scores have none.")]
+SpeakerPattern = Annotated[
+    str | None, typer.Option(help="Expression whose first group is the speaker in a name; else the first folder.")
+]
+
+
+def score(
+    trials: Annotated[Path, typer.Argument(help="Trial list: VoxCeleb, Kaldi, CSV or pairs.")],
+    root: Annotated[Path, typer.Option(help="Folder of the recordings, or a Kaldi folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Score file: enrol test score [label].")],
+    model: Model,
+    enrollments: Annotated[
+        Path | None, typer.Option(help="Map of models to their recordings; the list's first names are then models.")
+    ] = None,
+    average: Annotated[
+        str, typer.Option(help="For models of several recordings, average their embeddings or their scores.")
+    ] = "embeddings",
+    form: Annotated[str, typer.Option("--format", help="auto, voxceleb, kaldi, csv or pairs.")] = "auto",
+    backend: Annotated[str | None, typer.Option(help="cosine or plda.  [default: the model's]")] = None,
+    norm: Annotated[str | None, typer.Option(help="none or as (AS-norm).  [default: the model's]")] = None,
+    top_n: Annotated[int | None, typer.Option(help="Cohort rows for AS-norm.  [default: the model's]")] = None,
+    keep_speakers: Annotated[
+        bool, typer.Option("--keep-cohort-speakers", help="Leave speakers of the trials in the cohort.")
+    ] = False,
+    quality: Annotated[
+        str | None, typer.Option(help="Write quality measures for `calibrate` too: wespeaker or lap.")
+    ] = None,
+    llr: Annotated[
+        bool, typer.Option("--llr", help="Write calibrated log-likelihood ratios, and OUTPUT.csv with intervals.")
+    ] = False,
+    cache: Cache = None,
+    mix_channels: MixChannels = False,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Score a trial list: each recording is embedded once, and kept (default: OUTPUT.cache), so it can go on.
+
+    Trials whose recordings cannot be read are left out, listed in OUTPUT.failed, and the exit status is 1.
+    """
+    system = SpeakerSystem.load(model, choose_device(accelerator))
+    if average not in ("embeddings", "scores"):
+        raise UserError(f"--average {average}: must be embeddings or scores")
+    if llr and (backend or norm or top_n or quality):
+        raise UserError("--llr: the calibration says how to score; leave out --backend, --norm, --top-n and --quality")
+    if llr and system.calibration is None:
+        raise UserError(f"{model}: is not calibrated, --llr needs `calibrate` first")
+    quality = system.quality if llr else quality
+    if quality and average == "scores" and enrollments:
+        raise UserError("--average scores: quality measures are of averaged embeddings")
+    system.choose(backend, norm, top_n)
+    listed = scoring.read_trials(trials, form)  # type: ignore[arg-type]
+    members = scoring.read_enrollments(enrollments) if enrollments else None
+    if members is not None and (lost := [name for name in _once(listed.enroll) if name not in members]):
+        raise UserError(f"{enrollments}: lacks {len(lost)} models of {trials}, {lost[0]} first")
+    needed = listed.names()
+    if members is not None:
+        needed = list(dict.fromkeys([m for name in _once(listed.enroll) for m in members[name]] + _once(listed.test)))
+    known = find_utterances(root, "kaldi") if (root / "wav.scp").is_file() else []
+    places, missing = locate(needed, root, known)
+    if missing:
+        raise UserError(
+            f"{trials}: {len(missing)} of {len(needed)} recordings are not below {root}: {', '.join(missing[:5])}"
+        )
+    speakers = {u.name: str(u.speaker) for u in known}
+    if not keep_speakers:
+        _leave_out(system, {part for name in needed for part in (*Path(name).parts, speakers.get(name))}, trials)
+    utterances = [Utterance(name, path) for name, path in places.items()]
+    keep = cache or output.with_name(output.name + ".cache")
+    seen, failures = embed_all(utterances, Embedder(system.model, keep, mix_channels=mix_channels))
+    if not seen:
+        raise_failures(failures, len(utterances))
+    row = {utterance.name: number for number, (utterance, _) in enumerate(seen)}
+    x, seconds = matrix(seen), np.array([e.quality.seconds for _, e in seen])
+    groups = {name: [name] for name in _once(listed.enroll)} if members is None else members
+    rows = {name: [row[m] for m in groups[name] if m in row] for name in _once(listed.enroll)}
+    possible = np.array([bool(rows[e]) and t in row for e, t in zip(listed.enroll.tolist(), listed.test.tolist())])
+    kept = listed.select(possible)
+    models, number, lengths = x, row, seconds
+    if members is not None:
+        names = _once(kept.enroll)
+        models = galleries.enroll_before_mean(x, [rows[name] for name in names], system.mean)
+        number = {name: n for n, name in enumerate(names)}
+        lengths = np.array([seconds[rows[name]].sum() for name in names])
+    left = np.array([number[name] for name in kept.enroll.tolist()], int)
+    right = np.array([row[name] for name in kept.test.tolist()], int)
+    if average == "scores":
+        sizes = np.array([len(rows[name]) for name in kept.enroll.tolist()], int)
+        singles = np.concatenate([rows[name] for name in kept.enroll.tolist()])
+        single = system.score(x, x, singles, np.repeat(right, sizes))
+        values = inputs = scoring.averaged_scores(single, np.repeat(np.arange(len(kept)), sizes), len(kept))
+    else:
+        values = system.score(models, x, left, right)
+        inputs = system.inputs(values, models, x, left, right, (lengths, seconds), quality)
+    if llr and system.calibration is not None:
+        values = system.calibration(inputs)
+        if len(system.calibration.replicates) >= 20:
+            columns = zip(
+                kept.enroll, kept.test, values.tolist(), *map(np.ndarray.tolist, system.calibration.interval(inputs))
+            )
+            write_csv(
+                output.with_name(output.name + ".csv"),
+                [dict(zip(("enrol", "test", "llr", "low", "high"), line)) for line in columns],
+            )
+    elif quality:
+        with atomic_path(_beside(output, "quality.npz")) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, inputs=inputs)
+    scoring.write_scores(output, kept, values)
+    about = {
+        "trials": str(trials),
+        "model": model_digest(system.model),
+        "convention": system.convention,
+        "backend": system.backend,
+        "norm": system.norm if system.backend == "cosine" else None,
+        "top_n": system.top_n if system.backend == "cosine" else None,
+        "average": average if members is not None else None,
+        "quality": quality,
+        "llr": llr,
+        "scored": len(kept),
+        "listed": len(listed),
+    }
+    write_json(_beside(output, "json"), about)
+    console.print(f"{len(kept)} of {len(listed)} trials: {output}", soft_wrap=True)
+    if failures:
+        lost_trials = listed.select(~possible)
+        scoring.write_trials(_beside(output, "failed"), lost_trials)
+        failures.append(f"{len(lost_trials)} trials have no score: {output.name}.failed")
+    raise_failures(failures, len(utterances))
+
+
+def evaluate(
+    scores: Annotated[Path, typer.Argument(help="Score file with labels: enrol test score target|nontarget.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for figures, pictures and the page.")],
+    trials: Labels = None,
+    calibrated: Annotated[bool, typer.Option("--llr", help="The scores are log-likelihood ratios.")] = False,
+    speaker_pattern: SpeakerPattern = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the recordings, to hear the worst errors.")] = None,
+    draws: Annotated[int, typer.Option(help="Bootstrap draws for the intervals.")] = 1000,
+    far: Annotated[list[float] | None, typer.Option(help="False-accept rates to give thresholds for.")] = None,
+    as_json: JsonOutput = False,
+) -> None:
+    """Figures with their conventions named, thresholds, DET curve, histograms, conditions, and the worst errors."""
+    listed, values, reference = _labelled(scores, trials)
+    speakers = pages.speakers_of(listed, speaker_pattern)
+    missing = 0 if reference is None else len(reference) - len(listed)
+    try:
+        pages.write_evaluation(output, listed, values, calibrated, speakers, draws, far or [0.01, 0.001], root, missing)
+    except ValueError as error:
+        raise UserError(f"{scores}: {error}") from error
+    text = (output / "evaluation.json").read_text(encoding="utf-8")
+    if as_json:
+        print(text)
+    else:
+        console.print(table(pages.figure_rows(json.loads(text))))
+        console.print(f"page: {output / 'report.html'}", soft_wrap=True)
+    if missing:
+        messages.print(f"{missing} trials of {trials} have no score: they are not in these figures, but counted there")
+
+
+def calibrate(
+    scores: Annotated[Path, typer.Argument(help="Score file with labels, of speakers that the model has not seen.")],
+    model: Model,
+    trials: Labels = None,
+    speaker_pattern: SpeakerPattern = None,
+    as_json: JsonOutput = False,
+) -> None:
+    """Calibrate a model folder with your own trials, scored with it by `score` (without --llr).
+
+    From then on the model scores as they were scored: with that back end, norm and quality measures.
+    """
+    listed, values, _ = _labelled(scores, trials)
+    system = SpeakerSystem.load(model)
+    record, inputs = _beside(scores, "json"), values
+    about: Mapping[str, object] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if about:
+        if about["llr"]:
+            raise UserError(
+                f"{scores}: holds log-likelihood ratios; `calibrate` takes what `score` writes without --llr"
+            )
+        if about["model"] != model_digest(system.model):
+            raise UserError(f"{scores}: was scored with another model than {model}")
+        system.choose(about["backend"], about["norm"], about["top_n"])  # type: ignore[arg-type]
+        if about["quality"]:
+            with np.load(_beside(scores, "quality.npz"), allow_pickle=False) as arrays:
+                inputs = arrays["inputs"]
+            if not np.array_equal(inputs[:, 0], values):
+                raise UserError(f"{scores}: is not what {scores.name}.quality.npz belongs to; run `score` again")
+    sides = pages.speakers_of(listed, speaker_pattern)
+    try:
+        system.fit(inputs, listed.labels, *(sides or (None, None)), about.get("quality"))  # type: ignore[arg-type]
+        ratios = system.calibration(inputs)
+        after, before = scoring.cllr(ratios, listed.labels), scoring.min_cllr(ratios, listed.labels)
+    except ValueError as error:
+        raise UserError(f"{scores}: {error}") from error
+    system.save_scoring(model)
+    if as_json:
+        answer = {"trials": len(listed), "convention": system.convention, "cllr": after, "min_cllr": before}
+        answer |= {"bias": system.calibration.bias, "intervals": "speakers" if sides else "trials"}
+        answer["weights"] = dict(zip(system.calibration.names, system.calibration.weights.tolist()))
+        print(json.dumps(answer, indent=2))
+        return
+    how = "speakers" if sides else "trials (name speakers with --speaker-pattern for honest intervals)"
+    console.print(f"calibrated on {len(listed)} trials: Cllr {after:.3f}, at best {before:.3f}; intervals over {how}")
+    extra = f", and {len(system.calibration.weights) - 1} quality measures ({system.quality})" if system.quality else ""
+    console.print(f"the model now scores by {system.convention}{extra}", soft_wrap=True)
+
+
+def _leave_out(system: SpeakerSystem, speakers: set[str | None], trials: Path) -> None:
+    """Take the speakers of the trials out of the system's cohort."""
+    if system.cohort is None:
+        return
+    hold = np.array([speaker not in speakers for speaker in system.cohort_speakers])
+    if system.backend == "cosine" and system.norm == "as" and hold.sum() < system.top_n and not hold.all():
+        raise UserError(
+            f"{trials}: without the trials' own speakers the cohort has {int(hold.sum())} rows, fewer than "
+            f"--top-n {system.top_n}; choose a lower one or --keep-cohort-speakers"
+        )
+    system.cohort = system.cohort[hold]
+
+
+def _labelled(scores: Path, trials: Path | None) -> tuple[scoring.Trials, np.ndarray, scoring.Trials | None]:
+    """Scored trials with labels, their scores, and the list that the labels come from. Raises UserError."""
+    listed, values = scoring.read_scores(scores)
+    reference = scoring.read_trials(trials) if trials is not None else None
+    if reference is not None:
+        row = {pair: n for n, pair in enumerate(zip(reference.enroll.tolist(), reference.test.tolist()))}
+        rows = np.array([row.get(pair, -1) for pair in zip(listed.enroll.tolist(), listed.test.tolist())])
+        if (rows < 0).any():
+            raise UserError(f"{scores}: {int((rows < 0).sum())} of its trials are not in {reference.source}")
+        listed = reference.select(rows)
+    if listed.labels is None:
+        raise UserError(f"{scores}: has no labels; give the list that has them with --trials")
+    return listed, values, reference
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f"{path.name}.{ending}")
+
+
+def _once(names: np.ndarray | Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(np.asarray(names).tolist()))
