@@ -1,0 +1,34 @@
+"""Memory in bytes: what a user allows, and what this process holds."""
+
+import sys
+from pathlib import Path
+
+from nearfar.core.errors import UserError
+
+
+def parse_memory(text: str) -> int:
+    """Bytes from "2G", "512M", "800k" or a plain number (powers of 1024). Raises UserError for anything else."""
+    units = {"k": 10, "m": 20, "g": 30, "t": 40}
+    stripped = text.strip().lower().removesuffix("b").removesuffix("i")
+    try:
+        shift = units.get(stripped[-1:], 0)
+        value = int(float(stripped[:-1] if shift else stripped) * 2**shift)
+    except (ValueError, OverflowError):
+        value = 0
+    if value <= 0:
+        raise UserError(f"--memory {text}: must be a positive size such as 800M or 2G")
+    return value
+
+
+def resident_memory(peak: bool = False) -> int:
+    """Bytes of memory that this process holds, or the most that it has held since it started.
+
+    Off Linux both are the peak, as `getrusage` gives it; there a process begins with its parent's.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        name = "VmHWM:" if peak else "VmRSS:"
+        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith(name))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
