@@ -5,6 +5,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from torch import nn
 from torchaudio.compliance.kaldi import fbank
 from transformers import (
     HubertConfig,
@@ -67,8 +68,8 @@ def saved_backbone(folder, do_normalize=True, **options):
     return folder
 
 
-def published_checkpoint(path, head, backbone=None, classes=3):
-    """A training checkpoint in the published layout: every name spelt out by hand where it differs from ours."""
+def published_head(head):
+    """The head's state in the published layout: every name spelt out by hand where it differs from ours."""
     names = {}
     for name, value in head.state_dict().items():
         new = name
@@ -111,7 +112,13 @@ def published_checkpoint(path, head, backbone=None, classes=3):
             new = new.replace(".norm.", ".bn.")
             if "se_attention" in new and new.endswith("weight"):
                 value = value[:, :, None, None]
-        names["module.encoder." + new] = value
+        names["encoder." + new] = value
+    return names
+
+
+def published_checkpoint(path, head, backbone=None, classes=3):
+    """A training checkpoint in the published layout."""
+    names = {f"module.{name}": value for name, value in published_head(head).items()}
     names["module.aam_softmax.weight"] = torch.randn(1, 6, classes)
     names["module.span_mask_kernel"] = torch.ones(1, 1, 3)
     if backbone is not None:
@@ -127,6 +134,91 @@ def test_computes_what_the_published_code_computes(path):
         outputs = build_contract(contract)(*contract.input_tensors())
     for name, error in relative_errors(contract, outputs).items():
         assert error < 1e-5, (name, error)
+
+
+def contract_of(variant, state, settings, **inputs):
+    """A contract that gives the tensors of `state` values by their names and shapes."""
+    tensors = [{"name": name, "shape": list(t.shape), "kind": "parameter"} for name, t in state.items()]
+    given = [{"name": name, "shape": shape, "dist": "normal"} for name, shape in inputs.items()]
+    content = {"system": "l-tdnn", "variant": variant, "settings": settings, "state": tensors, "inputs": given}
+    return Contract(Path(), content | {"outputs": []})
+
+
+OTHER_SIZES = [
+    {"form": "ecapa", "hidden_size": 20, "num_states": 25, "conv_dim": 24, "scale": 4, "kernel_size": (3, 5),
+     "num_blocks": 2, "dilations": (1, 3), "se_channels": 6, "layer_pool_heads": 2, "embedding_dim": 10},
+    {"form": "ecapa", "hidden_size": 32, "num_states": 4, "conv_dim": 16, "num_blocks": 4, "layer_pool_heads": 8},
+    {"form": "d3net", "hidden_size": 20, "num_states": 7, "conv_dim": 18, "depth": 3, "kernel_size": (3, 3),
+     "num_blocks": 2, "se_channels": 9, "layer_pool_heads": 1, "attention_dim": 5},
+    {"form": "d3net", "hidden_size": 12, "num_states": 2, "conv_dim": 8, "num_blocks": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", OTHER_SIZES, ids=lambda s: f"{s['form']}-{s['num_states']}-states")
+@torch.no_grad()
+def test_contracts_of_other_sizes_are_built_from_their_shapes(sizes):
+    """Other backbones, fewer layers, other settings: nothing but names, shapes and a few settings is given."""
+    head = LTDNN(**{"layer_pool_dim": 16, **sizes}).eval()
+    state = published_head(head)
+    shape = [2, sizes["num_states"], 9, sizes["hidden_size"]]
+    contract = contract_of("other", state, {"dilations": sizes.get("dilations", (2, 3, 4, 5))}, hidden_states=shape)
+    (states,) = contract.input_tensors()
+    outputs = build_contract(contract)(states)
+    names = dict(zip(state, head.state_dict()))
+    head.load_state_dict(  # the same values under our own names; squeeze-and-excites hold matrices
+        {names[k]: v.reshape(head.state_dict()[names[k]].shape) for k, v in contract.state().items()}
+    )
+    torch.testing.assert_close(outputs["embedding"], head(states))
+    torch.testing.assert_close(outputs["unit"].norm(dim=1), torch.ones(2))
+
+    def operator(variant, prefix, settings, module, *x_shape, new=""):
+        part = {new + name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        contract = contract_of(f"op-{variant}", part, settings, x=list(x_shape))
+        (x,) = contract.input_tensors()
+        ours = zip(module.state_dict().items(), contract.state().values())
+        module.load_state_dict({name: value.reshape(old.shape) for (name, old), value in ours})
+        return build_contract(contract)(x), module(x)
+
+    block, blocks = head.net.blocks[0], len(head.net.blocks)
+    if sizes["form"] == "ecapa":
+        settings = {"dilation": sizes.get("dilations", (2,))[0]}
+        got, want = operator(
+            "se-res2-block-2d", "encoder.net.block1.", settings, block, 1, head.settings["conv_dim"], 5, 8
+        )
+    else:
+        got, want = operator(
+            "se-d2-block-2d", "encoder.net.se_d2blocks.0.", {}, block, 1, head.settings["conv_dim"], 5, 8
+        )
+    torch.testing.assert_close(got, want)
+    pooled = blocks * head.settings["conv_dim"]
+    got, want = operator("layer-attention-pool", "encoder.l_pool.", {}, head.layer_pool, 1, pooled, shape[1], 6)
+    torch.testing.assert_close(got, want)
+    settings = {"valid_frames": [7, 4]}
+    got, want = operator("attentive-stats-pool", "encoder.t_pool.", settings, head.time_pool, 2, 16, 7, new="pool.")
+    torch.testing.assert_close(got["no_mask"], want)
+    assert list(got) == ["no_mask", "mask_7_4"]
+
+
+def test_contracts_of_scores_follow_their_settings():
+    settings = {"mean_subtraction": False, "top_n": 3, "std": "sample (ddof 1)"}
+    contract = contract_of("op-score-norm", {}, settings, enrol=[4, 6], test=[5, 6], cohort=[9, 6])
+    enroll, test, cohort = (nn.functional.normalize(x.double(), dim=1) for x in contract.input_tensors())
+    found = build_contract(contract)(*contract.input_tensors())
+    cosine = enroll @ test.T
+    top = [(x @ cohort.T).sort(1).values[:, -3:] for x in (enroll, test)]
+    e, t = ((x.mean(1), x.std(1)) for x in top)
+    want = 0.5 * ((cosine - e[0][:, None]) / e[1][:, None] + (cosine - t[0]) / t[1])
+    torch.testing.assert_close(found["asnorm_top3"].double(), want, rtol=1e-5, atol=1e-5)
+    settings = {"embedding_dim": 5, "classes": 4, "heads": 3, "margin": 0.3, "scale": 20, "labels": [3, 0]}
+    contract = contract_of("op-aam-softmax", {"aam_softmax.weight": torch.empty(3, 5, 4)}, settings, embedding=[2, 5])
+    (embedding,) = contract.input_tensors()
+    found = build_contract(contract)(embedding)
+    centers = nn.functional.normalize(contract.state()["aam_softmax.weight"], dim=1)
+    cosine = torch.einsum("be,hec->bhc", nn.functional.normalize(embedding, dim=1), centers).amax(1)
+    logits = 20 * cosine
+    for row, label in enumerate(settings["labels"]):
+        logits[row, label] = 20 * torch.cos(torch.arccos(cosine[row, label]) + 0.3)
+    torch.testing.assert_close(found["probability"], logits.softmax(1))
 
 
 @pytest.mark.parametrize(("form", "count"), [("ecapa", 5_717_272), ("d3net", 6_481_336)])

@@ -544,7 +544,8 @@ def _score_metrics(score: Tensor, settings: Mapping[str, Any]) -> dict[str, Tens
 
 def _score_norm(*tensors: Tensor, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """Cosines, S-norm and AS-norm of all pairs."""
-    enroll, test, cohort, mean = (t.cpu().double().numpy() for t in tensors)
+    enroll, test, cohort, *rest = (t.cpu().double().numpy() for t in tensors)
+    mean = rest[0] if rest else None
     ddof = 1 if "ddof 1" in str(settings.get("std", "")) else 0
     cosine = scoring.unit(enroll, mean) @ scoring.unit(test, mean).T
     found = {"cosine": cosine}
