@@ -6,7 +6,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.ops.recurrence.kernels import kernel
 from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions, wide
+
+FUSED_LENGTH = 2048  # fla's kernel is quadratic in the length
 
 
 def taylor_features(x: Tensor, compressed: bool = False) -> Tensor:
@@ -35,6 +38,7 @@ class Based(StreamingMixer):
     Parallel form: chunks of `chunk` positions, quadratic inside a chunk, through the running sums before it; a
     sequence of one chunk is the purely quadratic view. The published linear view materialises the outer products of
     every position. Cost O(N d (f^2 / 2 + chunk)).
+    On CUDA fla's quadratic kernel (eps 1e-6) takes texts of up to 2048 positions where it is installed.
     State: sums of phi(k) v and phi(k), h (1 + f + f (f + 1) / 2) (d / h + 1) numbers.
 
     Args:
@@ -59,6 +63,10 @@ class Based(StreamingMixer):
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        fused = kernel(x, "fla.ops.based", "parallel_based", tensor_cores=True)
+        if fused is not None and x.shape[1] <= FUSED_LENGTH and self.feature_dim <= 128:
+            q, k, v = (t.transpose(1, 2).contiguous().to(x.dtype) for t in self.heads(x)[:3])
+            return self.output(fused(q, k, v).transpose(1, 2), x)
         if x.shape[1] > self.chunk:
             return self.extend(x)[0]
         q, k, v, unchanged = self.heads(x)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nearfar.ops.convolution.causal import ShortConv
+from nearfar.ops.recurrence.kernels import kernel
 from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions, wide
 
 LANE = 8  # on a GPU: neighbours that are scanned one after the other, in all lanes of a block side by side
@@ -131,7 +132,8 @@ def selective_scan(
 
     The states of a block of at most 64 positions exist at one time, forward and backward, so memory is that of u and
     y, plus the state before each block for the backward pass. Nothing is divided by a product of decays, so no
-    length and no decay overflows. In float32 or better. Cost O(N E S).
+    length and no decay overflows. In float32 or better. Cost O(N E S). On CUDA mamba_ssm's kernel does a text without
+    a state before it, where it is installed.
 
     Args:
         u: `(B, N, E)` input.
@@ -143,6 +145,12 @@ def selective_scan(
     Returns:
         y `(B, N, E)` in u's type, and the last state `(B, E, S)`.
     """
+    fused = kernel(u, "mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
+    if fused is not None and state is None:  # that kernel always starts from zeros
+        swapped = (t.transpose(1, 2).contiguous() for t in (u, dt.to(u.dtype)))
+        B, C = (t.movedim(1, -1).contiguous() for t in (B, C))
+        y, state = fused(*swapped, A.float(), B, C, return_last_state=True)
+        return y.transpose(1, 2), state
     b, n, e = u.shape
     dtype, unchanged = wide(u)
     if B.dim() == 3:

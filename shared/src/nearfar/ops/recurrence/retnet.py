@@ -6,6 +6,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.ops.recurrence.kernels import kernel
 from nearfar.ops.recurrence.streaming import State, StreamingMixer, advance, real_positions, wide
 
 
@@ -30,7 +31,8 @@ class Retention(StreamingMixer):
     arXiv 2307.08621), in the form that flash-linear-attention gives it.
 
     Parallel form: chunks, quadratic inside, a state (d_k x d_v per head) carried from chunk to chunk.
-    Cost O(N d (chunk + d_k)). State: h d_k d_v = expand d^2 / h numbers, and the position.
+    Cost O(N d (chunk + d_k)). On CUDA fla's kernel takes over where it is installed.
+    State: h d_k d_v = expand d^2 / h numbers, and the position.
 
     Args:
         dim: channels d.
@@ -80,8 +82,14 @@ class Retention(StreamingMixer):
             q, v = q * q.shape[-1] ** -0.5, v.to(dtype)
             head = torch.arange(self.num_heads, device=x.device, dtype=dtype)
             rate = torch.log1p(-(2.0 ** (-5 - head)))  # log gamma, one per head
-            o = self.retain(q, k, v, memory, rate)
-            after = self.remember(k, v, memory, rate, lengths)
+            fused = kernel(x, "fla.ops.retention", "chunk_retention", tensor_cores=True)
+            if fused is not None and lengths is None and n > 1:
+                parts = (t.transpose(1, 2).to(x.dtype) for t in (q, k, v))
+                o, after = fused(*parts, scale=1.0, initial_state=memory, output_final_state=True)
+                o = o.transpose(1, 2).to(dtype)
+            else:
+                o = self.retain(q, k, v, memory, rate)
+                after = self.remember(k, v, memory, rate, lengths)
             o = F.rms_norm(o, o.shape[-1:], self.norm.to(dtype), self.eps)
         o = rearrange(o, "b h n c -> b n (h c)").to(x.dtype)
         return self.out_proj(o * F.silu(self.g_proj(x))), (after, advance(seen, x, lengths))

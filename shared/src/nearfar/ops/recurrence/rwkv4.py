@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, shift_in, wide
+from nearfar.ops.recurrence.kernels import kernel
+from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions, shift_in, wide
 
 CHUNK = 16
 NEVER = -1e30  # logarithm of a weight that is zero, finite so that differences stay defined
@@ -50,6 +51,20 @@ def decayed_sums(decay: Tensor, items: Weighted, start: Weighted) -> tuple[Weigh
     return before, (last[0], last[1], last[2] - pad * decay)
 
 
+def weighted_average(
+    time_decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, state: Weighted
+) -> tuple[Tensor, Weighted]:
+    """wkv of `RWKV4TimeMix`, `(B, N, d)`, and the sums after the last position; k, v `(B, N, d)`, state `(B, d)`."""
+    fused = kernel(k, "fla.ops.rwkv4", "fused_recurrent_rwkv4")
+    if fused is not None:
+        wkv, after = fused(time_decay, bonus, k, v, torch.stack(state, 1)[:, :, None])
+        return wkv, tuple(after[:, :, 0].unbind(1))
+    one = torch.ones_like(v)
+    before, after = decayed_sums(-torch.exp(time_decay), (v, one, k), state)
+    top, bottom, _ = merge(before, (v, one, k + bonus))
+    return top / bottom, after
+
+
 class RWKV4TimeMix(StreamingMixer):
     """RWKV-4 time mixing (Peng et al. 2023, arXiv 2305.13048).
 
@@ -60,7 +75,8 @@ class RWKV4TimeMix(StreamingMixer):
         y = W_o (sigmoid(r) * wkv)
 
     No biases. The released code has a CUDA kernel only, to length 1024 and in bfloat16 by default; here any length,
-    in float32 or better. Cost O(N d). State: x, and the two sums with their scale, 4 d numbers.
+    in float32 or better. Cost O(N d). State: x, and the two sums with their scale, 4 d numbers. On CUDA fla's kernel
+    takes over where it is installed.
     """
 
     def __init__(self, dim: int):
@@ -97,17 +113,13 @@ class RWKV4TimeMix(StreamingMixer):
                 (self.receptance, self.mix_r),
             )
         )
-        k, v = k.to(dtype), v.to(dtype)
-        decay, bonus = -torch.exp(self.time_decay.to(dtype)), self.time_first.to(dtype)
-        one, items_k = torch.ones_like(v), k
+        k, v, time_decay, bonus = (t.to(dtype) for t in (k, v, self.time_decay, self.time_first))
         if lengths is not None:
-            real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-            items_k = k.masked_fill(~real[..., None], NEVER)
-        before, after = decayed_sums(decay, (v, one, items_k), state[1:])
+            k = k.masked_fill(~real_positions(x, lengths)[..., None], NEVER)
+        wkv, after = weighted_average(time_decay, bonus, k, v, state[1:])
         if lengths is not None:  # the padding added nothing but its decay
-            after = (*after[:2], after[2] - (x.shape[1] - lengths)[:, None] * decay)
-        top, bottom, _ = merge(before, (v, one, k + bonus))
-        y = self.output(torch.sigmoid(r) * (top / bottom).to(r.dtype))
+            after = (*after[:2], after[2] + (x.shape[1] - lengths)[:, None] * torch.exp(time_decay))
+        y = self.output(torch.sigmoid(r) * wkv.to(r.dtype))
         return y, (shift_in(state[0], x, 1, lengths), *after)
 
     def state_size(self, length: int) -> int:

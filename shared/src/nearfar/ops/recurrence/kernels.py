@@ -1,0 +1,37 @@
+"""Other packages' CUDA kernels, used where they are installed: flash-linear-attention (`fla`) and `mamba_ssm`.
+
+An operator asks `kernel` for a function and runs its own form, which needs none of them, where it gets None.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+enabled = True
+"""Set to False to run the plain forms everywhere."""
+
+
+def kernel(x: Tensor, module: str, name: str, tensor_cores: bool = False) -> Callable[..., Any] | None:
+    """The function `name` of `module` for work on `x`; None off CUDA, or where the package is missing.
+
+    `tensor_cores`: the kernel multiplies float32 in TF32 (errors near 1e-3), so float32 gets it only under autocast or
+    where torch was told to accept that (`torch.set_float32_matmul_precision("high")`). No kernel takes float64.
+    """
+    if not (enabled and x.is_cuda) or x.dtype == torch.float64:
+        return None
+    exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    if tensor_cores and exact and not torch.is_autocast_enabled("cuda"):
+        return None
+    return installed(module, name)
+
+
+@functools.cache
+def installed(module: str, name: str) -> Callable[..., Any] | None:
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
