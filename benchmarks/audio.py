@@ -3,7 +3,8 @@
     uv run --group bench python benchmarks/audio.py [--device cuda] [--threads 2] [--compile] [--frames 150]
 
 L-TDNN in both forms and LAP at [1, 13, 150, 768] (3 s of speech), against speechbrain's ECAPA_TDNN on the same input
-after a weighted sum of the layers. Best of several runs, all in one process; the ratios are what to read.
+after a weighted sum of the layers. Multiply-accumulates are counted, times are the best of several runs, the models in
+turn, all in one process; the ratios are what to read.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nearfar.audio.ltdnn import LAP, LTDNN
 
@@ -29,17 +31,18 @@ class WeightedSum(nn.Module):
         return self.network(torch.einsum("l,bltd->btd", self.weights.softmax(0), states))
 
 
-def best_time(work: Callable[[], object], device: str, repeats: int) -> float:
-    """Least seconds of `repeats` calls, after two to warm up."""
-    times = []
-    for n in range(repeats + 2):
-        start = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if n >= 2:
-            times.append(time.perf_counter() - start)
-    return min(times)
+def seconds(work: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def multiply_accumulates(model: nn.Module, states: Tensor) -> float:
+    with FlopCounterMode(display=False) as counter:
+        model(states)
+    return counter.get_total_flops() / 2
 
 
 def main() -> None:
@@ -67,19 +70,27 @@ def main() -> None:
     else:
         models["speechbrain-ecapa"] = WeightedSum(13, ECAPA_TDNN(768, lin_neurons=192))
 
-    found = {}
+    found, calls = {}, {}
     with torch.inference_mode():
         for name, model in models.items():
             model = model.to(options.device).eval()
-            call = torch.compile(model) if options.compile else model
-            seconds = best_time(lambda call=call: call(states), options.device, options.repeats)
             parameters = sum(p.numel() for p in model.parameters())
-            found[name] = {"parameters": parameters, "milliseconds": 1000 * seconds}
-    reference = found.get("speechbrain-ecapa", {}).get("milliseconds")
+            found[name] = {"million_parameters": parameters / 1e6, "gmac": multiply_accumulates(model, states) / 1e9}
+            calls[name] = torch.compile(model) if options.compile else model
+        for model in 2 * [*calls.values()]:  # to warm up, and to compile
+            model(states)
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(options.repeats):
+            for name, model in calls.items():
+                times[name].append(seconds(lambda model=model: model(states), options.device))
+    for name, figures in found.items():
+        figures["milliseconds"] = 1000 * min(times[name])
+        figures["gmac_per_second"] = figures["gmac"] / min(times[name])
+    reference = dict(found.get("speechbrain-ecapa", {}))
     for name, figures in found.items():
         if reference:
-            figures["over_speechbrain"] = figures["milliseconds"] / reference
-        print(f"{name:20s}", "  ".join(f"{key} {value:,.4g}" for key, value in figures.items()))
+            figures |= {f"{key}_ratio": figures[key] / reference[key] for key in ("gmac", "milliseconds")}
+        print(f"{name:18s}", "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as stream:
             json.dump(found, stream, indent=2)
