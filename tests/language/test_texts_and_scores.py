@@ -49,6 +49,29 @@ def test_folders_and_tables_are_read_in_order(tmp_path):
     assert len(texts.read_tokens(tmp_path, BYTES, max_tokens=7)) == 7
 
 
+def test_a_long_text_is_read_in_pieces_of_lines(tmp_path):
+    data = "".join(f"line {i} of äöü\n" for i in range(300_000)).encode()
+    (tmp_path / "long.txt").write_bytes(data)
+    sizes = [len(piece) for piece in texts.text_pieces(tmp_path / "long.txt")]
+    assert len(sizes) > 1
+    assert max(sizes) < 5e6
+    tokens = texts.read_tokens(tmp_path / "long.txt", BYTES)
+    assert tokens.dtype == torch.int32
+    assert (tokens.numpy() - texts.BYTE_OFFSET).astype(np.uint8).tobytes() == data
+    (tmp_path / "long.txt").write_bytes(data + b"\xff\n")
+    with pytest.raises(UserError, match=rf"not UTF-8 text \(byte {len(data)}\)"):
+        texts.read_tokens(tmp_path / "long.txt", BYTES)
+
+
+def test_a_datasets_corpus_is_streamed(tmp_path):
+    (tmp_path / "train-0.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
+    (tmp_path / "train-1.jsonl").write_text('{"text": "third"}\n{"text": ')
+    ids = texts.read_tokens(f"hub:{tmp_path}", BYTES, max_tokens=10)  # the damaged shard is never reached
+    assert BYTES.decode(ids, skip_special_tokens=False) == "first</s>seco"
+    with pytest.raises(UserError, match="cannot be streamed"):
+        texts.read_tokens(f"hub:{tmp_path}", BYTES)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

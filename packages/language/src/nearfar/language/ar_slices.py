@@ -26,8 +26,14 @@ class BigramCounts:
 
     @classmethod
     def of(cls, tokens: Tensor, vocabulary: int) -> "BigramCounts":
-        codes, counts = np.unique(bigram_codes(tokens.numpy(), vocabulary), return_counts=True)
-        return cls(codes, counts, vocabulary)
+        counted = cls(np.zeros(0, np.int64), np.zeros(0, np.int64), vocabulary)
+        for start in range(0, len(tokens), 2**24):  # so that memory grows with the different bigrams alone
+            part = tokens[start : start + 2**24 + 1].numpy()
+            codes, counts = np.unique(bigram_codes(part, vocabulary), return_counts=True)
+            both = np.union1d(counted.codes, codes)
+            total = counted(both) + cls(codes, counts, vocabulary)(both)
+            counted = cls(both, total, vocabulary)
+        return counted
 
     def __call__(self, codes: np.ndarray) -> np.ndarray:
         """The counts of `codes`."""
@@ -62,7 +68,6 @@ def slice_scores(
     context: int = 1024,
     counts: BigramCounts | None = None,
     frequent: int = 1250,
-    limit: int | None = None,
 ) -> dict[str, Any]:
     """Score `tokens` in separate contexts; the first token of each is given, not predicted.
 
@@ -71,11 +76,12 @@ def slice_scores(
     """
     if context < 3:
         raise UserError(f"--context {context}: needs at least 3 tokens to see a bigram again")
-    pieces = [p for p in tokens.split(context) if len(p) > 2][:limit]
+    pieces = [p for p in tokens.split(context) if len(p) > 2]
     if not pieces:
         raise UserError(f"the text has {len(tokens)} tokens; at least 3 are needed")
     loss, hit = [], []
-    for piece in track(pieces, "scoring"):
+    for ids in track(pieces, "scoring"):
+        piece = ids.long()
         logits = model(piece[None].to(model.device)).logits[0, :-1].float()
         loss.append(torch.nn.functional.cross_entropy(logits, piece[1:].to(logits.device), reduction="none").cpu())
         hit.append(torch.from_numpy(ar_hits(piece.numpy(), logits.shape[-1], counts, frequent)))

@@ -52,13 +52,13 @@ def score(
         raise UserError(f"the text has {len(tokens)} tokens; at least 2 are needed")
     total, state, started = 0.0, None, time.perf_counter()
     for start in track(range(0, len(tokens) - 1, piece), "scoring"):
-        part = tokens[start : start + piece + 1].to(model.device)
+        part = tokens[start : start + piece + 1].long().to(model.device)
         if carry:
             logits, state = read_on(model, part[None, :-1], state)
         else:
             logits = model(part[None, :-1]).logits
         total += torch.nn.functional.cross_entropy(logits[0].float(), part[1:], reduction="sum").item()
-    count, size = len(tokens) - 1, max(1, token_bytes(tokens[1:], tokenizer))
+    count, size = len(tokens) - 1, max(1, sum(token_bytes(part, tokenizer) for part in tokens[1:].split(2**22)))
     return {
         "tokens": count,
         "bytes": size,

@@ -1,6 +1,7 @@
 """Text as tokens: plain files, folders, tables and `datasets` corpora; bytes or any tokenizer; models by name."""
 
 import codecs
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -59,23 +60,29 @@ def read_tokens(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None = None,
 ) -> Tensor:
-    """The tokens of texts, one after the other, as int64.
+    """The tokens of texts, one after the other.
 
     A source is a text file (UTF-8), a table (.jsonl, .parquet) with a column `text`, a folder of either (in the order
     of their names), or `hub:NAME`, `hub:NAME:CONFIG` or `hub:NAME:CONFIG:SPLIT`, a `datasets` corpus that is streamed.
     Documents of tables and corpora are followed by the tokenizer's end of text. Bytes are taken as they are.
 
+    Texts are read in pieces and the tokens kept as int32 in a temporary file that is mapped into memory, so a corpus
+    may be larger than the memory.
+
     Raises UserError that names the file for one that is missing, empty, binary or damaged.
     """
-    parts, count = [], 0
-    for ids in token_parts([sources] if isinstance(sources, str | Path) else sources, tokenizer):
-        parts.append(ids)
-        count += len(ids)
-        if max_tokens is not None and count >= max_tokens:
-            break
-    if not count:
-        raise UserError(f"{sources}: holds no text")
-    return torch.from_numpy(np.concatenate(parts)[:max_tokens])
+    count = 0
+    with tempfile.TemporaryFile() as file:
+        for ids in token_parts([sources] if isinstance(sources, str | Path) else sources, tokenizer):
+            kept = ids[: None if max_tokens is None else max_tokens - count]
+            file.write(kept.astype(np.int32).tobytes())
+            count += len(kept)
+            if count == max_tokens:
+                break
+        if not count:
+            raise UserError(f"{sources}: holds no text")
+        file.flush()
+        return torch.from_numpy(np.memmap(file, np.int32, "r+", shape=(count,)))
 
 
 def token_parts(sources: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
@@ -90,7 +97,8 @@ def token_parts(sources: Iterable[str | Path], tokenizer: PreTrainedTokenizerBas
                 for text in table_texts(path):
                     yield np.array([*encode(text, tokenizer).tolist(), *end], np.int64)
             else:
-                yield encode(read_text(path), tokenizer)
+                for piece in text_pieces(path):
+                    yield encode(piece, tokenizer)
 
 
 def encode(text: bytes | str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -123,22 +131,28 @@ def text_files(path: Path) -> list[Path]:
     return found
 
 
-def read_text(path: Path) -> bytes:
-    """The bytes of a text file; an empty or binary one is refused."""
+def text_pieces(path: Path) -> Iterator[bytes]:
+    """The bytes of a text file, about 4 MB of whole lines at a time; an empty or binary file is refused."""
+    read, empty = 0, True
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            while data := b"".join(file.readlines(2**22)):
+                if b"\0" in data:
+                    raise UserError(f"{path}: is binary, not text (zero byte at {read + data.index(0)})")
+                # a file cut inside a character at its beginning or end, as EnWik8's parts may be, is sound
+                start = 0 if read else next((i for i in range(min(3, len(data))) if not 0x80 <= data[i] < 0xC0), 0)
+                try:
+                    codecs.getincrementaldecoder("utf-8")().decode(data[start:])
+                except UnicodeDecodeError as error:
+                    place = read + start + error.start
+                    raise UserError(f"{path}: is not UTF-8 text (byte {place}); convert it first") from error
+                read += len(data)
+                empty = empty and not data.strip()
+                yield data
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if not data.strip():
+    if empty:
         raise UserError(f"{path}: is empty")
-    if b"\0" in data:
-        raise UserError(f"{path}: is binary, not text (zero byte at {data.index(0)})")
-    start = next((i for i in range(min(3, len(data))) if not 0x80 <= data[i] < 0xC0), 0)
-    try:  # a file cut inside a character at its beginning or end, as EnWik8's parts may be, is sound
-        codecs.getincrementaldecoder("utf-8")().decode(data[start:])
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {start + error.start}); convert it first") from error
-    return data
 
 
 def table_texts(path: Path) -> Iterator[str]:

@@ -86,7 +86,7 @@ class Windows(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         start = index * self.context
-        return self.tokens[start : start + self.context + 1]
+        return self.tokens[start : start + self.context + 1].long()
 
 
 class LanguageModule(pl.LightningModule):

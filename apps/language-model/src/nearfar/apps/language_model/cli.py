@@ -136,7 +136,7 @@ def generate(
     if read:
         with torch.inference_mode():
             for part in texts.read_tokens(read, tokenizer).split(piece):
-                _, state = evaluation.read_on(lm, part[None].to(lm.device), state)
+                _, state = evaluation.read_on(lm, part[None].long().to(lm.device), state)
     if save_state is not None:
         if not isinstance(state, MixerCache):
             raise UserError("--save-state: needs a text to --read and a model of nearfar")
@@ -176,7 +176,7 @@ def audit(
         raise UserError(f"--length {length}: must be at least 16")
     lm, tokenizer = texts.load_causal_lm(model, device)
     if text is not None:
-        tokens = texts.read_tokens(text, tokenizer, 3 * length)
+        tokens = texts.read_tokens(text, tokenizer, 3 * length).long()
     else:
         tokens = torch.randint(lm.config.vocab_size, (3 * length,), generator=torch.Generator().manual_seed(0))
     if len(tokens) < 3 * length:

@@ -113,12 +113,12 @@ def plot(
 @app.command()
 def text(
     model: Annotated[str, typer.Argument(help="Folder of a causal language model, or a transformers model id.")],
-    files: Annotated[list[Path], typer.Argument(help="Text files, or folders of them.")],
+    files: Annotated[list[str], typer.Argument(help="Text files, folders, tables, or hub:NAME[:CONFIG[:SPLIT]].")],
     against: Annotated[
         str | None, typer.Option(help="A second model (attention, say): how much of the gap recall explains.")
     ] = None,
     train: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(help="Training texts: bigrams frequent in them are known by heart and count as other tokens."),
     ] = None,
     frequent: Annotated[
@@ -138,7 +138,8 @@ def text(
     for name in (model, *([against] if against else [])):
         lm, tokenizer = load_causal_lm(name, device)
         counts = BigramCounts.of(read_tokens(train, tokenizer), len(tokenizer)) if train else None
-        scores = slice_scores(lm, read_tokens(files, tokenizer), context, counts, frequent, limit)
+        tokens = read_tokens(files, tokenizer, None if limit is None else limit * context)
+        scores = slice_scores(lm, tokens, context, counts, frequent)
         rows.append({"model": name, **scores})
     result: dict[str, Any] = {"models": rows}
     if against:
