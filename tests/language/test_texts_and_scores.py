@@ -139,23 +139,30 @@ def test_a_text_that_a_model_cannot_carry_over_is_refused():
 
 
 def slow_ngram(train, test, vocabulary, order):
-    counts = [Counter(tuple(train[i : i + n]) for i in range(len(train) - n + 1)) for n in range(order + 1)]
+    grams = [Counter(tuple(train[i : i + n]) for i in range(len(train) - n + 1)) for n in range(order + 1)]
+    counts = [Counter(g[1:] for g in grams[n + 1]) for n in range(order)] + [grams[order]]
+    discounts = []
+    for table in counts:
+        ones, twos = (list(table.values()).count(n) for n in (1, 2))
+        discounts.append(ones / (ones + 2 * twos) if ones else 0.5)
 
     def probability(history, token):
         if history is None:
             return 1 / vocabulary
         n = len(history) + 1
-        after = [g for g in counts[n] if g[:-1] == history]
+        after = {g: count for g, count in counts[n].items() if g[:-1] == history}
         lower = probability(history[1:] if history else None, token)
-        total = sum(counts[n][g] for g in after)
-        return (counts[n][(*history, token)] + len(after) * lower) / (total + len(after)) if total else lower
+        if not after:
+            return lower
+        own = max(after.get((*history, token), 0) - discounts[n], 0)
+        return (own + discounts[n] * len(after) * lower) / sum(after.values())
 
     bits = [-math.log2(probability(tuple(test[max(0, i - order + 1) : i]), test[i])) for i in range(1, len(test))]
     return sum(bits) / len(bits)
 
 
 @pytest.mark.parametrize("order", [1, 2, 4])
-def test_ngram_is_the_interpolated_one(order):
+def test_ngram_is_kneser_and_neys(order):
     rng = np.random.default_rng(0)
     train, test = (rng.choice(5, n, p=[0.5, 0.2, 0.1, 0.1, 0.1]) for n in (200, 40))
     ours = ngram_bits(train, test, 6, order)

@@ -102,16 +102,24 @@ def write_on(
 
 
 def ngram_bits(train: np.ndarray, test: np.ndarray, vocabulary: int, order: int = 5) -> float:
-    """Bits per token of an interpolated n-gram (Witten-Bell) counted on `train`, for `test` without its first token.
+    """Bits per token of an interpolated Kneser-Ney n-gram counted on `train`, for `test` without its first token.
 
-    `P(c | h) = (count(h c) + T(h) P(c | h')) / (count(h) + T(h))`, T(h) the different tokens seen after h, h' the
-    history without its oldest token; below the unigram, the uniform distribution.
+        P(c | h) = (max(N(h c) - D, 0) + D T(h) P(c | h')) / N(h)
+
+    h' is h without its oldest token, T(h) the different tokens seen after h, D = n1 / (n1 + 2 n2) with n1, n2 the
+    n-grams of count 1 and 2 (1/2 where there are none). N counts occurrences at the highest order, below it the
+    different tokens seen before. Under the unigram stands the uniform distribution. Chen & Goodman (1999), section 2.7.
     """
     if vocabulary**order > 2**62:
         raise UserError(f"an {order}-gram over {vocabulary} tokens is too large; use bytes or a lower order")
     p = np.full(len(test) - 1, 1 / vocabulary)
     for n in range(1, order + 1):
-        grams, counts = np.unique(windows(train, n, vocabulary), return_counts=True)
+        seen = windows(train, n, vocabulary)
+        if n < order:
+            seen = np.unique(windows(train, n + 1, vocabulary)) % vocabulary**n
+        grams, counts = np.unique(seen, return_counts=True)
+        ones, twos = (counts == 1).sum(), (counts == 2).sum()
+        discount = ones / (ones + 2 * twos) if ones else 0.5
         histories, first = np.unique(grams // vocabulary, return_index=True)
         totals, kinds = np.add.reduceat(counts, first), np.diff([*first, len(grams)])
         start = max(0, n - 2)  # the earliest tokens lack a full history: they keep the shorter one's estimate
@@ -121,9 +129,9 @@ def ngram_bits(train: np.ndarray, test: np.ndarray, vocabulary: int, order: int 
             find(wanted // vocabulary, histories, totals),
             find(wanted // vocabulary, histories, kinds),
         )
-        known = total > 0
         lower = p[start:]
-        p[start:] = np.where(known, (count + kind * lower) / np.maximum(total + kind, 1), lower)
+        mixed = (np.maximum(count - discount, 0) + discount * kind * lower) / np.maximum(total, 1)
+        p[start:] = np.where(total > 0, mixed, lower)
     return float(-np.log2(p).mean())
 
 
