@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
 from nearfar.apps.speaker_verification.cli import app
-from nearfar.audio.scoring import read_scores
+from nearfar.audio.scoring import eer, read_scores
 from nearfar.core.cli import BatchError
 from nearfar.core.errors import UserError
 
@@ -156,6 +156,29 @@ def test_plda_and_quality_measures_are_calibrated_and_used(model, test_folder, t
         run("calibrate", tmp_path / "quality", "-m", own)
 
 
+def test_two_models_are_compared_on_the_same_trials(model, corpus, test_folder, tmp_path, capsys):
+    """`epochs=0` is the untrained network; `evaluate --against` gives the difference with its paired interval."""
+    run("train", corpus, "-o", tmp_path / "zero", "--accelerator", "cpu", *options([*TINY, "epochs=0"]))
+    for name, folder in {"trained": model, "untrained": tmp_path / "zero"}.items():
+        run("score", test_folder / "trials.txt", "--root", test_folder, "-o", tmp_path / name, "-m", folder)
+    lines = (tmp_path / "untrained").read_text().splitlines()
+    (tmp_path / "untrained").write_text("\n".join(lines[::-1]))  # the order does not matter
+    capsys.readouterr()
+    compare = ["evaluate", tmp_path / "trained", "-o", tmp_path / "e", "--against", tmp_path / "untrained"]
+    run(*compare, "--draws", "50", "--json")
+    figures = json.loads(capsys.readouterr().out)
+    difference, low, high = figures["minus"]["figures"]["eer_nist"]
+    scores = {name: read_scores(tmp_path / name) for name in ("trained", "untrained")}
+    both = [eer(values, trials.labels).value for trials, values in scores.values()]
+    assert difference == pytest.approx(both[0] - both[1])
+    assert low <= difference <= high < 0  # training helps
+    run(*compare, "--draws", "20")
+    assert "EER (NIST) minus that of untrained" in capsys.readouterr().out
+    (tmp_path / "untrained").write_text("\n".join(lines[:-1]))
+    with pytest.raises(UserError, match="has 275 trials"):
+        run(*compare)
+
+
 def test_enrolment_maps_average_embeddings_or_scores(model, test_folder, tmp_path):
     (tmp_path / "map.txt").write_text("".join(f"t{s} t{s}/0.wav t{s}/1.wav t{s}/2.wav\n" for s in range(6)))
     (tmp_path / "trials.txt").write_text(
@@ -281,6 +304,9 @@ def test_bad_lists_are_refused(model, test_folder, tmp_path):
     (tmp_path / "one.txt").write_text("a b 0.5 target\nc d 0.3 target\n")
     with pytest.raises(UserError, match="needs targets and non-targets"):
         run("evaluate", tmp_path / "one.txt", "-o", tmp_path / "e")
+    (tmp_path / "t.txt").write_text("1 t0/0.wav t0/1.wav\n")
+    with pytest.raises(UserError, match="is a folder"):
+        run("score", tmp_path / "t.txt", "--root", test_folder, "-o", tmp_path, "-m", model)
     (tmp_path / "none.txt").write_text("a b 0.5\n")
     with pytest.raises(UserError, match="has no labels"):
         run("evaluate", tmp_path / "none.txt", "-o", tmp_path / "e")

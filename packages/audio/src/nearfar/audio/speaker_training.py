@@ -35,8 +35,8 @@ class Recipe:
     `responses` are folders for augmentation, applied with `augment_probability`; `validation` is the share of the
     speakers that is kept apart to choose the epoch.
     Loss: AAM-softmax with `margin` (ramped up over `margin_epochs`), `scale`, `sub_centers`, `top_k`, `penalty`.
-    Optimisation: Adam, `schedule` "cosine" (10 % warm-up) or "onecycle", `lr` for the head and `backbone_lr` for what
-    is tuned of the backbone, gradient norm at most `clip`.
+    Optimisation: `epochs` (0 leaves the network untrained, to compare with), Adam, `schedule` "cosine" (10 % warm-up)
+    or "onecycle", `lr` for the head and `backbone_lr` for what is tuned of the backbone, gradient norm at most `clip`.
     """
 
     head: Literal["ecapa", "ltdnn-ecapa", "ltdnn-d3net", "lap"] = "ecapa"
@@ -84,8 +84,8 @@ class Recipe:
             raise ValueError(f"schedule must be cosine or onecycle, got {self.schedule!r}")
         if 1.0 not in self.speeds:
             raise ValueError(f"speeds must hold 1.0, got {self.speeds}")
-        if not 0 <= self.validation < 1 or self.crop_seconds <= 0 or self.epochs < 1 or self.batch_size < 2:
-            raise ValueError("needs 0 <= validation < 1, crop_seconds > 0, epochs >= 1 and batch_size >= 2")
+        if not 0 <= self.validation < 1 or self.crop_seconds <= 0 or self.epochs < 0 or self.batch_size < 2:
+            raise ValueError("needs 0 <= validation < 1, crop_seconds > 0, epochs >= 0 and batch_size >= 2")
         if self.span_out and self.head == "ecapa":
             raise ValueError("span_out needs a backbone")
 
@@ -279,6 +279,9 @@ def train_speaker_model(
     The best epoch is the one with the lowest EER on the `validation` speakers, without them the last. With `folder` an
     interrupted run goes on where it was. `trainer_options` go to `nearfar.core.training.train`.
     """
+    if recipe.epochs == 0:
+        model.eval()
+        return []
     if overlap := {u.speaker for u in learn} & {u.speaker for u in validation}:
         raise UserError(f"speaker {sorted(map(str, overlap))[0]} is in training and in validation")
     if isinstance(model.frontend, SelfSupervised):

@@ -19,6 +19,7 @@ from nearfar.apps.speaker_verification.common import (
     Model,
     embed_all,
     matrix,
+    refuse_folder,
 )
 from nearfar.audio.ltdnn import SpeakerEncoder
 from nearfar.audio.sound import SUFFIXES
@@ -114,7 +115,7 @@ def train(
             messages.print(f"not calibrated: {error}. `calibrate` can do it with other trials.")
     system.save(output, trained_on={"data": str(data), "speakers": len({u.speaker for u in learn})})
     pages.training_page(system, history, chosen).write(output / "report.html")
-    if held:
+    if held and history:
         best = min(row["val_eer"] for row in history)
         console.print(f"EER {best:.2%} on {len({u.speaker for u in held})} speakers that chose the epoch (too good)")
     console.print(f"model: {output}, its page: {output / 'report.html'}", soft_wrap=True)
@@ -132,6 +133,7 @@ def embed(
     accelerator: Accelerator = "auto",
 ) -> None:
     """Write the embeddings of recordings, before normalisation. Nothing is gated; the qualities are written too."""
+    refuse_folder(output)
     system = SpeakerSystem.load(model, choose_device(accelerator))
     utterances = _recordings(paths, layout)
     found, failures = embed_all(utterances, Embedder(system.model, cache, mix_channels=mix_channels))

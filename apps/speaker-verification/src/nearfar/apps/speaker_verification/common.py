@@ -9,6 +9,7 @@ import typer
 
 from nearfar.audio.speakers import Embedded, Embedder, Utterance
 from nearfar.core.cli import run_batch
+from nearfar.core.errors import UserError
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Model folder that `train` wrote.")]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
@@ -26,3 +27,9 @@ def embed_all(
 
 def matrix(found: Sequence[tuple[Utterance, Embedded]]) -> np.ndarray:
     return np.stack([embedded.embedding for _, embedded in found])
+
+
+def refuse_folder(output: Path) -> None:
+    """Raise UserError, before any work, where a file is to be written over a folder."""
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; name a file to write")

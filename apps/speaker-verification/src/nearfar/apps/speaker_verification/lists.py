@@ -18,6 +18,7 @@ from nearfar.apps.speaker_verification.common import (
     Model,
     embed_all,
     matrix,
+    refuse_folder,
 )
 from nearfar.audio import scoring
 from nearfar.audio.speaker_system import SpeakerSystem, choose_device
@@ -64,6 +65,7 @@ def score(
 
     Trials whose recordings cannot be read are left out, listed in OUTPUT.failed, and the exit status is 1.
     """
+    refuse_folder(output)
     system = SpeakerSystem.load(model, choose_device(accelerator))
     if average not in ("embeddings", "scores"):
         raise UserError(f"--average {average}: must be embeddings or scores")
@@ -161,6 +163,9 @@ def evaluate(
     calibrated: Annotated[bool, typer.Option("--llr", help="The scores are log-likelihood ratios.")] = False,
     speaker_pattern: SpeakerPattern = None,
     root: Annotated[Path | None, typer.Option(help="Folder of the recordings, to hear the worst errors.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Other scores of the same trials: differences with their paired intervals.")
+    ] = None,
     draws: Annotated[int, typer.Option(help="Bootstrap draws for the intervals.")] = 1000,
     far: Annotated[list[float] | None, typer.Option(help="False-accept rates to give thresholds for.")] = None,
     as_json: JsonOutput = False,
@@ -169,8 +174,14 @@ def evaluate(
     listed, values, reference = _labelled(scores, trials)
     speakers = pages.speakers_of(listed, speaker_pattern)
     missing = 0 if reference is None else len(reference) - len(listed)
+    rates, other = far or [0.01, 0.001], None
+    if against is not None:
+        theirs, their_values = scoring.read_scores(against)
+        if len(theirs) != len(listed):
+            raise UserError(f"{against}: has {len(theirs)} trials, {scores} has {len(listed)}; compare the same ones")
+        other = (against.name, their_values[_rows(listed, theirs, scores)])
     try:
-        pages.write_evaluation(output, listed, values, calibrated, speakers, draws, far or [0.01, 0.001], root, missing)
+        pages.write_evaluation(output, listed, values, calibrated, speakers, draws, rates, root, missing, other)
     except ValueError as error:
         raise UserError(f"{scores}: {error}") from error
     text = (output / "evaluation.json").read_text(encoding="utf-8")
@@ -249,14 +260,19 @@ def _labelled(scores: Path, trials: Path | None) -> tuple[scoring.Trials, np.nda
     listed, values = scoring.read_scores(scores)
     reference = scoring.read_trials(trials) if trials is not None else None
     if reference is not None:
-        row = {pair: n for n, pair in enumerate(zip(reference.enroll.tolist(), reference.test.tolist()))}
-        rows = np.array([row.get(pair, -1) for pair in zip(listed.enroll.tolist(), listed.test.tolist())])
-        if (rows < 0).any():
-            raise UserError(f"{scores}: {int((rows < 0).sum())} of its trials are not in {reference.source}")
-        listed = reference.select(rows)
+        listed = reference.select(_rows(listed, reference, scores))
     if listed.labels is None:
         raise UserError(f"{scores}: has no labels; give the list that has them with --trials")
     return listed, values, reference
+
+
+def _rows(listed: scoring.Trials, reference: scoring.Trials, path: Path) -> np.ndarray:
+    """Where the reference has each trial of `path`. Raises UserError where it lacks one."""
+    row = {pair: n for n, pair in enumerate(zip(reference.enroll.tolist(), reference.test.tolist()))}
+    rows = np.array([row.get(pair, -1) for pair in zip(listed.enroll.tolist(), listed.test.tolist())])
+    if (rows < 0).any():
+        raise UserError(f"{path}: {int((rows < 0).sum())} of its trials are not in {reference.source}")
+    return rows
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -100,6 +100,10 @@ def figure_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         actual = name.replace("min_dcf", "actual_dcf")
         if actual != name and actual in figures:
             rows.append({"figure": "actual " + title[3:], "value": f"{figures[actual]:.4f}", "95 % interval": ""})
+    for name, interval in figures.get("minus", {}).get("figures", {}).items():
+        value, low, high = (f"{x:+.3%}" if name == "eer_nist" else f"{x:+.4f}" for x in interval)
+        title = f"{NAMES[name].split(':')[0].rstrip(')')}) minus that of {figures['minus']['scores']}"
+        rows.append({"figure": title, "value": value, "95 % interval": f"{low} to {high}"})
     return rows
 
 
@@ -113,14 +117,26 @@ def write_evaluation(
     rates: Sequence[float],
     root: Path | None,
     missing: int,
+    against: tuple[str, np.ndarray] | None = None,
 ) -> Report:
-    """Write figures (JSON, CSV), pictures and the page of scored trials. Raises ValueError for bad scores."""
+    """Write figures (JSON, CSV), pictures and the page of scored trials, `against` other scores of them if given.
+
+    Raises ValueError for bad scores.
+    """
     labels = np.asarray(trials.labels)
     figures = scoring.evaluate(scores, labels, calibrated)
     unsure = ""
     try:
         if draws:
             figures = scoring.evaluate(scores, labels, calibrated, *(speakers or (None, None)), draws)
+            if against is not None:
+                differences = {
+                    name: scoring.bootstrap_difference(
+                        metric, scores, against[1], labels, *(speakers or (None, None)), draws
+                    )[:3]
+                    for name, metric in scoring.INTERVAL_METRICS.items()
+                }
+                figures["minus"] = {"scores": against[0], "figures": differences}
     except ValueError as error:  # the figures stand, their intervals do not
         unsure = f"No intervals: {error}."
     figures |= {"no_intervals": unsure, "missing": missing, "llr": calibrated, "trials_from": trials.source}
@@ -137,7 +153,8 @@ def write_evaluation(
     fpr, fnr = scoring.det_points(scores, labels)
     write_csv(folder / "det.csv", [{"fpr": float(a), "fnr": float(b)} for a, b in zip(fpr, fnr)])
     threshold = 0.0 if calibrated else figures["eer_nist_threshold"]
-    det = scoring.plot_det({"scores": (scores, labels)})
+    systems = {"scores": (scores, labels)} | ({} if against is None else {against[0]: (against[1], labels)})
+    det = scoring.plot_det(systems)
     histogram = scoring.plot_scores(scores, labels, threshold, "log-likelihood ratio" if calibrated else "score")
     det.savefig(folder / "det.png", dpi=120)
     histogram.savefig(folder / "scores.png", dpi=120)

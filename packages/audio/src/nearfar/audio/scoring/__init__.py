@@ -23,6 +23,7 @@ from nearfar.audio.scoring.backend import (
 from nearfar.audio.scoring.calibration import QUALITY_NAMES, Calibration, draw_trials, quality_features
 from nearfar.audio.scoring.rates import (
     COSTS,
+    INTERVAL_METRICS,
     Cost,
     ErrorCurve,
     Interval,
@@ -55,6 +56,7 @@ from nearfar.audio.scoring.trials import (
 
 __all__ = [
     "COSTS",
+    "INTERVAL_METRICS",
     "PLDA",
     "QUALITY_NAMES",
     "Calibration",

@@ -353,6 +353,13 @@ def bootstrap_weights(
         yield np.where(labels == 1, counts[left], counts[left] * counts[right])
 
 
+INTERVAL_METRICS: Mapping[str, Metric] = {
+    "eer_nist": lambda *a, **k: eer(*a, **k).value,
+    "min_dcf_voxceleb": lambda *a, **k: min_dcf(*a, **k).value,
+}
+"""The figures of `evaluate` that get intervals."""
+
+
 def evaluate(
     scores: Array,
     labels: Array,
@@ -383,11 +390,7 @@ def evaluate(
         found |= {f"actual_dcf_{name}": actual_dcf(scores, labels, name).value for name in COSTS}
     if draws:
         found["interval_resamples"] = "trials" if enroll_speakers is None else "speakers"
-        metrics: dict[str, Metric] = {
-            "eer_nist": lambda *a, **k: eer(*a, **k).value,
-            "min_dcf_voxceleb": lambda *a, **k: min_dcf(*a, **k).value,
-        }
-        for name, metric in metrics.items():
+        for name, metric in INTERVAL_METRICS.items():
             interval = bootstrap(metric, scores, labels, enroll_speakers, test_speakers, draws, seed=seed)
             found[f"{name}_low"], found[f"{name}_high"] = interval.low, interval.high
     return found
