@@ -113,9 +113,12 @@ def test_score_evaluate_calibrate(model, test_folder, tmp_path, capsys):
     run("calibrate", scores, "-m", model)
     assert "Cllr" in capsys.readouterr().out
     run(*score[:5], tmp_path / "llr.txt", *score[6:], "--llr")
-    run("evaluate", tmp_path / "llr.txt", "-o", tmp_path / "llr", "--llr", "--draws", "0")
+    run(
+        "evaluate", tmp_path / "llr.txt", "-o", tmp_path / "llr", "--draws", "0"
+    )  # the record says that it holds ratios
     calibrated = json.loads((tmp_path / "llr" / "evaluation.json").read_text())
     assert calibrated["eer_nist"] == pytest.approx(figures["eer_nist"], abs=1e-12)
+    assert calibrated["scored_by"].startswith("cosine after subtracting the training mean")
     assert calibrated["cllr"] < calibrated["min_cllr"] + 0.2
     with open(tmp_path / "llr.txt.csv", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))

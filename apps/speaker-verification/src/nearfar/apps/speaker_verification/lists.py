@@ -1,9 +1,9 @@
 """The commands that take trial lists: score, evaluate, calibrate."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -172,6 +172,8 @@ def evaluate(
 ) -> None:
     """Figures with their conventions named, thresholds, DET curve, histograms, conditions, and the worst errors."""
     listed, values, reference = _labelled(scores, trials)
+    about = _record(scores)
+    calibrated = calibrated or about.get("llr", False)
     speakers = pages.speakers_of(listed, speaker_pattern)
     missing = 0 if reference is None else len(reference) - len(listed)
     rates, other = far or [0.01, 0.001], None
@@ -181,7 +183,19 @@ def evaluate(
             raise UserError(f"{against}: has {len(theirs)} trials, {scores} has {len(listed)}; compare the same ones")
         other = (against.name, their_values[_rows(listed, theirs, scores)])
     try:
-        pages.write_evaluation(output, listed, values, calibrated, speakers, draws, rates, root, missing, other)
+        pages.write_evaluation(
+            output,
+            listed,
+            values,
+            calibrated,
+            speakers,
+            draws,
+            rates,
+            root,
+            missing,
+            about.get("convention", ""),
+            other,
+        )
     except ValueError as error:
         raise UserError(f"{scores}: {error}") from error
     text = (output / "evaluation.json").read_text(encoding="utf-8")
@@ -207,8 +221,7 @@ def calibrate(
     """
     listed, values, _ = _labelled(scores, trials)
     system = SpeakerSystem.load(model)
-    record, inputs = _beside(scores, "json"), values
-    about: Mapping[str, object] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    about, inputs = _record(scores), values
     if about:
         if about["llr"]:
             raise UserError(
@@ -216,7 +229,7 @@ def calibrate(
             )
         if about["model"] != model_digest(system.model):
             raise UserError(f"{scores}: was scored with another model than {model}")
-        system.choose(about["backend"], about["norm"], about["top_n"])  # type: ignore[arg-type]
+        system.choose(about["backend"], about["norm"], about["top_n"])
         if about["quality"]:
             with np.load(_beside(scores, "quality.npz"), allow_pickle=False) as arrays:
                 inputs = arrays["inputs"]
@@ -224,7 +237,7 @@ def calibrate(
                 raise UserError(f"{scores}: is not what {scores.name}.quality.npz belongs to; run `score` again")
     sides = pages.speakers_of(listed, speaker_pattern)
     try:
-        system.fit(inputs, listed.labels, *(sides or (None, None)), about.get("quality"))  # type: ignore[arg-type]
+        system.fit(inputs, listed.labels, *(sides or (None, None)), about.get("quality"))
         ratios = system.calibration(inputs)
         after, before = scoring.cllr(ratios, listed.labels), scoring.min_cllr(ratios, listed.labels)
     except ValueError as error:
@@ -264,6 +277,12 @@ def _labelled(scores: Path, trials: Path | None) -> tuple[scoring.Trials, np.nda
     if listed.labels is None:
         raise UserError(f"{scores}: has no labels; give the list that has them with --trials")
     return listed, values, reference
+
+
+def _record(scores: Path) -> dict[str, Any]:
+    """What `score` wrote about a score file; empty where the scores come from elsewhere."""
+    path = _beside(scores, "json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _rows(listed: scoring.Trials, reference: scoring.Trials, path: Path) -> np.ndarray:

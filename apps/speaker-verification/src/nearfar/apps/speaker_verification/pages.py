@@ -117,11 +117,12 @@ def write_evaluation(
     rates: Sequence[float],
     root: Path | None,
     missing: int,
+    convention: str = "",
     against: tuple[str, np.ndarray] | None = None,
 ) -> Report:
     """Write figures (JSON, CSV), pictures and the page of scored trials, `against` other scores of them if given.
 
-    Raises ValueError for bad scores.
+    convention: how the scores were made, for the record. Raises ValueError for bad scores.
     """
     labels = np.asarray(trials.labels)
     figures = scoring.evaluate(scores, labels, calibrated)
@@ -140,6 +141,7 @@ def write_evaluation(
     except ValueError as error:  # the figures stand, their intervals do not
         unsure = f"No intervals: {error}."
     figures |= {"no_intervals": unsure, "missing": missing, "llr": calibrated, "trials_from": trials.source}
+    figures |= {"scored_by": convention}
     thresholds = []
     for far in rates:
         try:
@@ -161,7 +163,8 @@ def write_evaluation(
     worst = worst_errors(trials, scores)
     write_csv(folder / "errors.csv", worst)
 
-    report = Report("Speaker verification", f"{len(trials)} trials of {trials.source}.")
+    scored = f" Scored by {convention}." if convention else ""
+    report = Report("Speaker verification", f"{len(trials)} trials of {trials.source}.{scored}")
     if missing:
         report.text(f"{missing} trials of the list have no score and are not in these figures.")
     report.table(figure_rows(figures))
