@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from nearfar.core.errors import UserError
 from nearfar.language.modeling import MIXERS, MixerCache, MixerConfig, MixerForCausalLM, MixerModel
@@ -186,6 +186,23 @@ def test_it_learns(kind):
         loss.backward()
         optimizer.step()
     assert loss < 0.5 * torch.tensor(float(VOCABULARY)).log()
+
+
+def test_the_trainer_of_transformers_drives_it(tmp_path):
+    texts = [{"input_ids": ids, "labels": ids} for ids in tokens(rows=8, length=12)]
+    options = {
+        "output_dir": str(tmp_path), "max_steps": 40, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "use_cpu": True, "logging_steps": 40, "save_steps": 20, "report_to": [], "disable_tqdm": True,
+        "activation_checkpointing": True,
+    }  # fmt: skip
+    trainer = Trainer(make("based"), TrainingArguments(**options), train_dataset=texts, eval_dataset=texts)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert after < 0.7 * before
+    resumed = Trainer(make("based"), TrainingArguments(**options), train_dataset=texts, eval_dataset=texts)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    assert resumed.evaluate()["eval_loss"] == pytest.approx(after, rel=1e-5)
 
 
 def test_the_embedding_is_tied_or_not(tmp_path):

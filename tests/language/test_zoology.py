@@ -47,8 +47,8 @@ def test_every_tensor_is_accounted_for():
     extra = state | {"backbone.layers.0.surprise.weight": torch.zeros(2)}
     with pytest.raises(CheckpointError, match=r"unexpected model\.layers\.0\.surprise\.weight"):
         from_published(extra)
-    del state["backbone.ln_f.bias"]
-    with pytest.raises(CheckpointError, match=r"missing model\.norm\.bias"):
+    del state["backbone.layers.1.norm2.bias"]
+    with pytest.raises(CheckpointError, match=r"missing model\.layers\.1\.norm2\.bias"):
         from_published(state)
 
 
@@ -87,3 +87,90 @@ def test_a_hyena_of_another_filter_network_is_recognised():
     mixer = from_published(state).model.layers[0].mixer
     assert (mixer.filter.max_length, mixer.short.kernel_size, len(mixer.filter.layers)) == (length, 4, 2)
     torch.testing.assert_close(mixer.filter.positions, fill("filter_fn.pos_emb.z", (1, length, 5))[0])
+
+
+def mixer_shapes(kind, d):
+    """Published tensors of a mixer of width d, at sizes that no contract has."""
+    linear = lambda name, out, dim=d, bias=True: (  # noqa: E731
+        {f"{name}.weight": (out, dim)} | ({f"{name}.bias": (out,)} if bias else {})
+    )
+    if kind == "attention without bias":
+        return linear("Wqkv", 3 * d, bias=False) | linear("out_proj", d)
+    if kind == "sliding":
+        return linear("Wqkv", 3 * d) | linear("out_proj", d)
+    if kind == "base-conv":
+        return linear("projection", d) | {"conv.conv.weight": (d, 1, 5), "conv.conv.bias": (d,)}
+    if kind == "based":
+        return {f"proj_{n}.weight": (rows, d) for n, rows in (("q", 20), ("k", 20), ("v", d), ("o", d))}
+    if kind == "h3":
+        heads, modes = d // 4, 3
+        shapes = {"ssm_k_D": (d,), "D": (heads,)}
+        for name in ("q_proj", "k_proj", "v_proj"):
+            shapes |= linear(name, d)
+        shapes |= {"ssm_k_kernel.kernel.B": (d, 6), "ssm_k_kernel.kernel.C": (1, d, 6)}
+        shapes |= {"kernel.kernel.C": (1, heads, modes, 2), "kernel.kernel.log_dt": (heads,)}
+        shapes |= {"kernel.kernel.B": (heads, modes, 2), "kernel.kernel.inv_A_real": (heads, modes)}
+        return shapes | {"kernel.kernel.A_imag": (heads, modes)} | linear("output_linear", d)
+    if kind == "mamba":
+        e, s, r = 3 * d, 5, 4
+        shapes = {"A_log": (e, s), "D": (e,), "in_proj.weight": (2 * e, d), "conv1d.weight": (e, 1, 3)}
+        return shapes | {"x_proj.weight": (r + 2 * s, e), **linear("dt_proj", e, r), "out_proj.weight": (d, e)}
+    shapes = {"time_decay": (d,), "time_first": (d,)} | {f"time_mix_{n}": (1, 1, d) for n in "kvr"}
+    return shapes | {f"{n}.weight": (d, d) for n in ("key", "value", "receptance", "output")}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "settings", "expected"),
+    [
+        (
+            ["attention without bias"],
+            {"mixer": "attention, 4 heads"},
+            {"type": "attention", "num_heads": 4, "bias": False, "out_bias": True},
+        ),
+        (
+            ["base-conv", "sliding"],
+            {"mixer": "layer 0 BaseConv kernel 5 (SiLU), layer 1 sliding attention (block_size 7)"},
+            {"type": "sliding-attention", "num_heads": 1, "window": 7, "bias": True, "out_bias": True},
+        ),
+        (["base-conv", "based"], {"heads": 4}, {"type": "based", "num_heads": 4, "feature_dim": 5}),
+        (["h3"], {}, {"type": "h3", "d_state": 6, "head_dim": 4}),
+        (
+            ["mamba"],
+            {},
+            {"type": "mamba", "d_state": 5, "d_conv": 3, "expand": 3, "dt_rank": 4, "bias": False, "conv_bias": False},
+        ),
+        (["rwkv4"], {}, {"type": "rwkv4"}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("state_mixer", ["mlp", "rwkv4-channel-mix", "identity", "none"])
+def test_checkpoints_of_any_size_are_recognised_and_loaded(kinds, settings, expected, state_mixer):
+    d, vocabulary = 24, 37
+    shapes = {"backbone.embeddings.word_embeddings.weight": (vocabulary, d)}
+    for i in range(3):
+        layer = f"backbone.layers.{i}."
+        where, norms = ("sequence_mixer.", ("norm1", "norm2")) if state_mixer != "none" else ("mixer.", ("norm",))
+        shapes |= {layer + where + n: s for n, s in mixer_shapes(kinds[i % len(kinds)], d).items()}
+        shapes |= {f"{layer}{norm}.weight": (d,) for norm in norms}
+        if state_mixer == "mlp":
+            shapes |= {f"{layer}state_mixer.fc1.weight": (2 * d, d), f"{layer}state_mixer.fc1.bias": (2 * d,)}
+            shapes |= {f"{layer}state_mixer.fc2.weight": (d, 2 * d), f"{layer}state_mixer.fc2.bias": (d,)}
+        if state_mixer == "rwkv4-channel-mix":
+            shapes |= {f"{layer}state_mixer.time_mix_{n}": (1, 1, d) for n in "kr"}
+            shapes |= {f"{layer}state_mixer.{n}.weight": s for n, s in (("key", (3 * d, d)), ("value", (d, 3 * d)))}
+            shapes[f"{layer}state_mixer.receptance.weight"] = (d, d)
+    shapes |= {"backbone.ln_f.weight": (d,), "backbone.ln_f.bias": (d,), "lm_head.weight": (vocabulary, d)}
+    state = {name: fill(name, shape) for name, shape in shapes.items()}
+    model = from_published(state, **settings)
+    assert model.config.mixers[len(kinds) - 1] == expected
+    assert (model.config.norm, model.config.final_norm) == ("rmsnorm", "layernorm")
+    assert not model.config.tie_word_embeddings
+    if settings and kinds[0] == "base-conv":
+        assert model.config.mixers[0]["activation"] == ("SiLU" in settings.get("mixer", ""))
+    ids = torch.randint(vocabulary, (2, 11))
+    with torch.no_grad():
+        whole = model(ids).logits
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+        torch.testing.assert_close(model(ids[:, 6:], past_key_values=cache).logits, whole[:, 6:], rtol=1e-3, atol=1e-4)
+    counted = sum(value.numel() for name, value in state.items())
+    assert sum(p.numel() for p in model.parameters()) == counted

@@ -126,6 +126,7 @@ class MixerConfig(PreTrainedConfig):
             number i modulo their count, so `["base-conv", "attention"]` alternates.
         state_mixer: likewise, of `STATE_MIXERS`, or "none" for blocks that are a mixer alone (Mamba).
         norm: "layernorm" or "rmsnorm", before each part and at the end.
+        final_norm: the one at the end, where it is another.
         norm_eps: of the norms.
         embed_dropout: dropout after the embedding.
         dropout: dropout after each mixer.
@@ -135,7 +136,7 @@ class MixerConfig(PreTrainedConfig):
     """
 
     model_type = "nearfar-mixer"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 256
     hidden_size: int = 128
@@ -143,6 +144,7 @@ class MixerConfig(PreTrainedConfig):
     mixers: list = field(default_factory=lambda: ["base-conv", "attention"])
     state_mixer: str | dict = "mlp"
     norm: str = "layernorm"
+    final_norm: str | None = None
     norm_eps: float = 1e-5
     embed_dropout: float = 0.0
     dropout: float = 0.0
@@ -158,8 +160,9 @@ class MixerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if not self.mixers:
             raise UserError(f"mixers is empty; name at least one of {', '.join(sorted(MIXERS))}")
-        if self.norm not in NORMS:
-            raise UserError(f"unknown norm {self.norm!r}; known are {', '.join(sorted(NORMS))}")
+        for norm in (self.norm, self.final_norm or self.norm):
+            if norm not in NORMS:
+                raise UserError(f"unknown norm {norm!r}; known are {', '.join(sorted(NORMS))}")
         for choice in self.mixers:
             name = choice if isinstance(choice, str) else choice.get("type")
             if name not in MIXERS:
@@ -360,7 +363,7 @@ class MixerModel(MixerPreTrainedModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.embed_dropout)
         self.layers = nn.ModuleList(MixerBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = NORMS[config.norm](config.hidden_size, eps=config.norm_eps)
+        self.norm = NORMS[config.final_norm or config.norm](config.hidden_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -76,15 +76,17 @@ def recognise(shapes: Shapes, settings: Mapping[str, Any], layer: int = 0) -> di
     if "selecting.weight" in shapes:
         return {"type": "selective-lookup", "num_heads": heads}
     if "Wqkv.weight" in shapes:
+        biases = {"bias": "Wqkv.bias" in shapes, "out_bias": "out_proj.bias" in shapes}
         window = settings.get("block_size", settings.get("window"))
         if window is not None or "sliding" in text:
             window = int(window or number(r"(?:window|block|block_size|sliding)\D{0,12}(\d+)", 0))
-            return {"type": "sliding-attention", "num_heads": heads, "window": window}
-        return {"type": "attention", "num_heads": heads}
+            return {"type": "sliding-attention", "num_heads": heads, "window": window, **biases}
+        return {"type": "attention", "num_heads": heads, **biases}
     if "proj_q.weight" in shapes:
         return {"type": "based", "num_heads": heads, "feature_dim": shapes["proj_q.weight"][0] // heads}
     if "projection.weight" in shapes:
-        choice: dict[str, Any] = {"type": "base-conv", "activation": bool(settings.get("activation", False))}
+        activation = str(settings.get("activation", "silu" in text)).lower() not in ("false", "none", "identity")
+        choice: dict[str, Any] = {"type": "base-conv", "activation": activation}
         if "conv.conv.weight" in shapes:
             return choice | {"kernel_size": shapes["conv.conv.weight"][-1]}
         explicit = "conv.filter" in shapes
@@ -107,7 +109,8 @@ def recognise(shapes: Shapes, settings: Mapping[str, Any], layer: int = 0) -> di
         inner, state = shapes["A_log"]
         expand = inner // shapes["out_proj.weight"][0]
         rank, taps = shapes["dt_proj.weight"][1], shapes["conv1d.weight"][-1]
-        return {"type": "mamba", "d_state": state, "d_conv": taps, "expand": expand, "dt_rank": rank}
+        biases = {"bias": "in_proj.bias" in shapes, "conv_bias": "conv1d.bias" in shapes}
+        return {"type": "mamba", "d_state": state, "d_conv": taps, "expand": expand, "dt_rank": rank, **biases}
     raise CheckpointError(f"no Zoology mixer has these tensors: {', '.join(shapes)}")
 
 
@@ -166,7 +169,7 @@ def part(values: Mapping[str, Any], *prefixes: str) -> dict[str, Any]:
     return {}
 
 
-MIXER_PREFIXES = ("sequence_mixer.mixer.", "sequence_mixer.")
+MIXER_PREFIXES = ("sequence_mixer.mixer.", "sequence_mixer.", "mixer.")
 
 
 def model_config(shapes: Shapes, settings: Mapping[str, Any]) -> MixerConfig:
@@ -179,6 +182,9 @@ def model_config(shapes: Shapes, settings: Mapping[str, Any]) -> MixerConfig:
         state_mixers.append(recognise_state_mixer(part(layer, "state_mixer.")))
     if any(s != state_mixers[0] for s in state_mixers):
         raise CheckpointError("the layers have different state mixers")
+    if "backbone.layers.0.norm.weight" in shapes:  # a block that is one norm and a mixer, as Mamba's
+        state_mixers[0] = "none"
+    norms = ["layernorm" if f"{name}.bias" in shapes else "rmsnorm" for name in (first_norm(shapes), "backbone.ln_f")]
     vocabulary, dim = shapes["backbone.embeddings.word_embeddings.weight"]
     positions = shapes.get("backbone.embeddings.position_embeddings.weight")
     lengths = [m["max_length"] for m in mixers if "max_length" in m]
@@ -188,11 +194,17 @@ def model_config(shapes: Shapes, settings: Mapping[str, Any]) -> MixerConfig:
         num_hidden_layers=count,
         mixers=mixers,
         state_mixer=state_mixers[0],
+        norm=norms[0],
+        final_norm=norms[1] if norms[1] != norms[0] else None,
         norm_eps=settings.get("layernorm_eps", 1e-5),
         max_position_embeddings=positions[0] if positions else min(lengths, default=2048),
         learned_positions=positions is not None,
         tie_word_embeddings=settings.get("tie_embeddings", True),
     )
+
+
+def first_norm(shapes: Shapes) -> str:
+    return next((n for n in ("backbone.layers.0.norm1", "backbone.layers.0.norm") if f"{n}.weight" in shapes), "")
 
 
 def published_state(state: Mapping[str, Tensor], config: MixerConfig) -> dict[str, Tensor]:
@@ -216,8 +228,8 @@ def published_state(state: Mapping[str, Tensor], config: MixerConfig) -> dict[st
         if isinstance(config.state_mixer, dict):
             after = our_names(part(layer, "state_mixer."), config.state_mixer["type"])
             ours |= {f"{to}state_mixer.{name}": value for name, value in after.items()}
-        rest = {n: v for n, v in layer.items() if not n.startswith(("sequence_mixer.", "state_mixer."))}
-        ours |= {f"{to}{name}": value for name, value in rest.items()}
+        rest = {n: v for n, v in layer.items() if not n.startswith((*MIXER_PREFIXES, "state_mixer."))}
+        ours |= {to + re.sub(r"^norm\.", "norm1.", name): value for name, value in rest.items()}
     return ours
 
 
@@ -225,10 +237,15 @@ def from_published(checkpoint: str | Path | Mapping[str, Tensor], **settings: An
     """A model with the weights of a published Zoology checkpoint, a file or a state dict.
 
     Its architecture is read from the names and shapes. `settings` give what they do not tell: `heads` (default 1),
-    `window` of sliding attention, `activation` of BaseConv, `layernorm_eps`, `tie_embeddings`; `wrap=False` makes
-    explicit long convolutions causal at every length, and able to stream, where the published code is not.
+    `window` of sliding attention, `activation` of BaseConv, `layernorm_eps`; `wrap=False` makes explicit long
+    convolutions causal at every length, and able to stream, where the published code is not.
     """
     state = dict(checkpoint) if isinstance(checkpoint, Mapping) else read_state_dict(checkpoint)
+    embedding = state.get("backbone.embeddings.word_embeddings.weight")
+    head = state.get("lm_head.weight", embedding)
+    settings = {
+        "tie_embeddings": head is not None and embedding is not None and torch.equal(head, embedding)
+    } | settings
     return load_model(state, {name: tuple(value.shape) for name, value in state.items()}, settings)
 
 

@@ -24,11 +24,17 @@ class CausalAttention(StreamingMixer):
         num_heads: heads; must divide `dim`.
         window: positions before the query that it sees, None for all of them.
         dropout: rate on the attention weights while training.
-        bias: biases in both linear maps.
+        bias, out_bias: biases in the first and in the last linear map.
     """
 
     def __init__(
-        self, dim: int, num_heads: int = 1, window: int | None = None, dropout: float = 0.0, bias: bool = True
+        self,
+        dim: int,
+        num_heads: int = 1,
+        window: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        out_bias: bool = True,
     ):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -37,7 +43,7 @@ class CausalAttention(StreamingMixer):
             raise ValueError(f"window={window} must be at least 1, or None for full attention")
         self.dim, self.num_heads, self.window, self.dropout = dim, num_heads, window, dropout
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
-        self.out_proj = nn.Linear(dim, dim, bias=bias)
+        self.out_proj = nn.Linear(dim, dim, bias=out_bias)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v, each `(B, h, N, d / h)`."""

@@ -188,9 +188,19 @@ class Mamba(StreamingMixer):
         d_conv: K, taps of the convolution.
         expand: E / d.
         dt_rank: width of r; None: ceil(d / 16).
+        bias, conv_bias: biases in W_in and W_out, and in the convolution.
     """
 
-    def __init__(self, dim: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, dt_rank: int | None = None):
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        bias: bool = False,
+        conv_bias: bool = True,
+    ):
         super().__init__()
         if min(d_state, d_conv, expand) < 1 or (dt_rank is not None and dt_rank < 1):
             raise ValueError(
@@ -198,13 +208,13 @@ class Mamba(StreamingMixer):
             )
         self.inner, self.d_state = expand * dim, d_state
         self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
-        self.in_proj = nn.Linear(dim, 2 * self.inner, bias=False)
-        self.conv = ShortConv(self.inner, d_conv)
+        self.in_proj = nn.Linear(dim, 2 * self.inner, bias=bias)
+        self.conv = ShortConv(self.inner, d_conv, conv_bias)
         self.x_proj = nn.Linear(self.inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.inner)
         self.A_log = nn.Parameter(torch.empty(self.inner, d_state))
         self.D = nn.Parameter(torch.empty(self.inner))
-        self.out_proj = nn.Linear(self.inner, dim, bias=False)
+        self.out_proj = nn.Linear(self.inner, dim, bias=bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
