@@ -1,5 +1,7 @@
 """RWKV-4's two halves: time mixing (a decayed softmax-like average per channel) and channel mixing."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -9,6 +11,8 @@ from nearfar.ops.recurrence.kernels import kernel
 from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions, shift_in, wide
 
 CHUNK = 16
+BLOCK = 512  # positions that are worked on at a time, so that a CPU's cache holds them
+LOG2_E = math.log2(math.e)  # torch computes powers of 2 three times as fast as powers of e
 NEVER = -1e30  # logarithm of a weight that is zero, finite so that differences stay defined
 
 Weighted = tuple[Tensor, Tensor, Tensor]
@@ -16,9 +20,9 @@ Weighted = tuple[Tensor, Tensor, Tensor]
 
 
 def merge(first: Weighted, second: Weighted) -> Weighted:
-    """The sum of two weighted sums, on the larger of the two scales."""
-    scale = torch.maximum(first[2], second[2])
-    one, two = torch.exp(first[2] - scale), torch.exp(second[2] - scale)
+    """The sum of two weighted sums, on the larger of the two scales; no result depends on the scale's gradient."""
+    scale = torch.maximum(first[2], second[2]).detach()
+    one, two = (torch.exp2((part[2] - scale) * LOG2_E) for part in (first, second))
     return first[0] * one + second[0] * two, first[1] * one + second[1] * two, scale
 
 
@@ -59,10 +63,13 @@ def weighted_average(
     if fused is not None:
         wkv, after = fused(time_decay, bonus, k, v, torch.stack(state, 1)[:, :, None])
         return wkv, tuple(after[:, :, 0].unbind(1))
-    one = torch.ones_like(v)
-    before, after = decayed_sums(-torch.exp(time_decay), (v, one, k), state)
-    top, bottom, _ = merge(before, (v, one, k + bonus))
-    return top / bottom, after
+    decay, out = -torch.exp(time_decay), []
+    for key, value in zip(k.split(BLOCK, 1), v.split(BLOCK, 1)):
+        one = torch.ones_like(value)
+        before, state = decayed_sums(decay, (value, one, key), state)
+        top, bottom, _ = merge(before, (value, one, key + bonus))
+        out.append(top / bottom)
+    return torch.cat(out, 1), state
 
 
 class RWKV4TimeMix(StreamingMixer):
