@@ -12,7 +12,6 @@ import torch
 
 from nearfar.audio.separation import (
     ArraySource,
-    OnlineSeparator,
     Stitcher,
     model_separator,
     resample,
@@ -20,6 +19,7 @@ from nearfar.audio.separation import (
     separate_samples,
     window_ranges,
 )
+from nearfar.audio.separation_live import OnlineSeparator
 from nearfar.audio.sound import Recording, writing
 from nearfar.audio.tracking import VoicePrint, Window, certain_pairs, correlate, describe, track_speakers
 from nearfar.core.errors import UserError
@@ -294,7 +294,7 @@ def test_live_latency_is_one_window_and_memory_stays():
         came += online.push(np.ones(800, dtype=np.float32)).shape[1]
         assert n * 800 - came < 2.0 * RATE
         assert len(online.held) < 2.0 * RATE
-    assert len(online.confidences) <= 1000
+    assert len(online.uncertain) <= 1000
 
 
 def test_short_live_input():

@@ -195,8 +195,10 @@ def refuse_shared_sources(train: Iterable[Mixture], other: Iterable[Mixture]) ->
 # ------------------------------------------------------------------------------------------------- voices by speaker
 
 
-def find_voices(root: str | Path, layout: str = "auto", same: Sequence[Sequence[str]] = ()) -> dict[str, list[Path]]:
-    r"""The utterances of each speaker below `root`.
+def find_voices(
+    roots: str | Path | Sequence[Path], layout: str = "auto", same: Sequence[Sequence[str]] = ()
+) -> dict[str, list[Path]]:
+    r"""The utterances of each speaker below one or several folders.
 
     layout: how paths tell the speaker, see `nearfar.audio.speakers.find_utterances`; a regular expression such as
         r"\d_(?P<speaker>\w+)_\d+\.wav" where no customary layout fits.
@@ -206,12 +208,14 @@ def find_voices(root: str | Path, layout: str = "auto", same: Sequence[Sequence[
     """
     voices: dict[str, list[Path]] = {}
     stand_in = {name: group[0] for group in same for name in group}
-    for utterance in find_utterances(root, layout):
+    folders = [Path(roots)] if isinstance(roots, str | Path) else list(roots)
+    for utterance in (utterance for folder in folders for utterance in find_utterances(folder, layout)):
         if utterance.speaker is None:
             raise UserError(f"{utterance.path}: shows no speaker; put each speaker in a folder, or name a layout")
         voices.setdefault(stand_in.get(utterance.speaker, utterance.speaker), []).append(utterance.path)
     if len(voices) < 2:
-        raise UserError(f"{root}: utterances of at least two speakers are needed, found {len(voices)}")
+        where = ", ".join(map(str, folders))
+        raise UserError(f"{where}: utterances of at least two speakers are needed, found {len(voices)}")
     return voices
 
 

@@ -3,8 +3,8 @@
     samples -> windows -> separator -> which output is which voice (`nearfar.audio.tracking`) -> crossfade -> tracks
 
 `separate_recording` goes twice over a recording: first it separates every window, puts the outputs into a scratch file
-and keeps a few numbers of each; then it orders all windows at once and writes the tracks. `OnlineSeparator` does one
-pass over samples as they arrive, `window` seconds late. Both take any function (n,) -> (K, n) as separator.
+and keeps a few numbers of each; then it orders all windows at once and writes the tracks. It takes any function
+(n,) -> (K, n) as separator. For samples as they arrive see `nearfar.audio.separation_live`.
 """
 
 import tempfile
@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 from scipy.signal import resample_poly
 from torch import nn
 
-from nearfar.audio.tracking import Embedder, OnlineTracker, VoicePrint, Window, describe, track_speakers
+from nearfar.audio.tracking import Embedder, VoicePrint, Window, describe, track_speakers
 from nearfar.core.errors import UserError
 
 Samples = NDArray[np.float32]
@@ -163,7 +164,9 @@ class Report:
 
     seconds, rate, speakers: of the recording and what came out. windows: number of them. model_outputs: voices that
     the model gives per window. sum_back_db: energy of the mixture over that of mixture minus sum of the tracks, in dB
-    (100 and more: equal). levels_db: root mean square of each track relative to the mixture's, in dB.
+    (100 and more: equal). sum_back_fitted_db: the same after multiplying each track by its `fitted_gains`, those that
+    make it best: a model trained on SI-SDR leaves levels open. levels_db: root mean square of each track relative to
+    the mixture's, in dB.
     confidence: the least of all windows, 0 to 1. uncertain: times in s at which a window's order was not clear.
     clipped: part of the mixture's samples at full scale. peak: of each track.
     """
@@ -174,11 +177,13 @@ class Report:
     windows: int
     model_outputs: int
     sum_back_db: float
+    sum_back_fitted_db: float
+    fitted_gains: list[float]
     levels_db: list[float]
+    peak: list[float]
     confidence: float
     uncertain: list[float]
     clipped: float
-    peak: list[float]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -240,7 +245,7 @@ def separate_recording(
         mix = source.read(start, stop)
         loudest = max(loudest, float(np.sqrt(np.mean(mix.astype(np.float64) ** 2))))
         clipped += int((np.abs(mix[done - start :]) >= CLIPPED).sum())
-        outputs = _separated(separate, resample(mix, rate, model_rate))
+        outputs = run_separator(separate, resample(mix, rate, model_rate))
         shared = None
         if before is not None:
             overlap = min((done - start) * model_rate // rate, before.shape[1], outputs.shape[1])
@@ -263,7 +268,7 @@ def separate_recording(
     separation = Separation(tracks.count, lambda: iter(()))
 
     def blocks() -> Iterator[Samples]:
-        stitcher, meter, done = Stitcher(), _Meter(tracks.count), 0
+        stitcher, meter, done = Stitcher(), Meter(tracks.count), 0
         scratch_file.seek(0)
         for labels, (start, stop), shape in zip(tracks.labels, ranges, shapes):
             outputs = np.frombuffer(scratch_file.read(4 * shape[0] * shape[1]), np.float32).reshape(shape)
@@ -284,12 +289,10 @@ def separate_recording(
             speakers=tracks.count,
             windows=len(ranges),
             model_outputs=shapes[0][0],
-            sum_back_db=meter.sum_back(),
-            levels_db=meter.levels(),
+            **meter.as_dict(),
             confidence=round(float(tracks.confidence.min()), 3),
             uncertain=[round(ranges[w][0] / rate, 2) for w in np.flatnonzero(tracks.confidence < UNSURE)],
             clipped=clipped / total,
-            peak=[round(float(p), 4) for p in meter.peak],
         )
 
     separation.blocks = blocks
@@ -307,100 +310,53 @@ def separate_samples(
     return tracks, separation.report
 
 
-class _Meter:
-    """Levels and the sum-back error, gathered block by block."""
+class Meter:
+    """Levels of `count` tracks and how well they sum back to the mixture, gathered block by block."""
 
     def __init__(self, count: int):
-        self.mix, self.residual = 0.0, 0.0
-        self.energy, self.peak = np.zeros(count), np.zeros(count)
+        self.mix, self.products, self.with_mix = 0.0, np.zeros((count, count)), np.zeros(count)
+        self.peak = np.zeros(count)
 
     def add(self, tracks: Samples, mix: Samples) -> None:
-        exact = tracks.astype(np.float64)
-        self.mix += float(np.sum(mix.astype(np.float64) ** 2))
-        self.residual += float(np.sum((mix - exact.sum(0)) ** 2))
-        self.energy += np.sum(exact**2, axis=1)
+        exact, whole = tracks.astype(np.float64), mix.astype(np.float64)
+        self.mix += float(whole @ whole)
+        self.products += exact @ exact.T
+        self.with_mix += exact @ whole
         self.peak = np.maximum(self.peak, np.abs(tracks).max(axis=1))
 
-    def sum_back(self) -> float:
-        return round(10 * float(np.log10(max(self.mix, 1e-20) / max(self.residual, 1e-12 * self.mix, 1e-30))), 2)
+    def gains(self) -> NDArray[np.floating]:
+        """(count,) factors with which the tracks sum back to the mixture best, none below 0."""
+        root = np.linalg.cholesky(self.products + 1e-9 * (np.trace(self.products) + 1e-20) * np.eye(len(self.peak)))
+        return nnls(root.T, np.linalg.solve(root, self.with_mix))[0]
+
+    def sum_back(self, gains: NDArray[np.floating] | float = 1.0) -> float:
+        """Energy of the mixture over that of mixture minus sum of gains * tracks, in dB; 100 and more: equal."""
+        gains = np.broadcast_to(gains, self.peak.shape)
+        residual = self.mix - 2 * gains @ self.with_mix + gains @ self.products @ gains
+        return round(10 * float(np.log10(max(self.mix, 1e-20) / max(residual, 1e-12 * self.mix, 1e-30))), 2)
 
     def levels(self) -> list[float]:
-        return [round(float(db), 2) for db in 10 * np.log10((self.energy + 1e-20) / (self.mix + 1e-20))]
+        """Root mean square of each track relative to the mixture's, in dB."""
+        ratio = (np.diag(self.products) + 1e-20) / (self.mix + 1e-20)
+        return [round(float(db), 2) for db in 10 * np.log10(ratio)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `Report` holds of it."""
+        gains = self.gains()
+        return {
+            "sum_back_db": self.sum_back(),
+            "sum_back_fitted_db": self.sum_back(gains),
+            "fitted_gains": [round(float(g), 5) for g in gains],
+            "levels_db": self.levels(),
+            "peak": [round(float(p), 4) for p in self.peak],
+        }
 
 
-def _separated(separate: Separator, mix: Samples) -> Samples:
+def run_separator(separate: Separator, mix: Samples) -> Samples:
+    """`separate(mix)`, its shape and values checked."""
     outputs = np.asarray(separate(mix), dtype=np.float32)
     if outputs.ndim != 2 or outputs.shape[1] != len(mix):
         raise ValueError(f"the separator made {outputs.shape} of {len(mix)} samples; it must return (voices, samples)")
     if not np.isfinite(outputs).all():
         raise ValueError("the separator returned values that are no numbers")
     return outputs
-
-
-class OnlineSeparator:
-    """Block-online separation: samples in as they arrive, tracks out `window` seconds late, in constant memory.
-
-        online = OnlineSeparator(separate, rate=8000)
-        for block in microphone:
-            tracks = online.push(block)             # (K, m), m = what is settled by now
-        tracks = online.finish()                    # the rest
-
-    Each window is ordered when it comes, by the overlap with the one before and else by the voices heard so far; what
-    was once decided stays. `confidences` holds a number from 0 to 1 for the latest windows (at most 1000).
-
-    Args:
-        separate: the model, at `rate` Hz. window: seconds, also the latency. hop: 0.5 to 0.75 of it.
-        embed: see `tracking.Embedder`; default `VoicePrint()`.
-    """
-
-    def __init__(
-        self, separate: Separator, rate: int, window: float = 4.0, hop: float = 0.5, embed: Embedder | None = None
-    ):
-        if window <= 0 or not 0.5 <= hop <= 0.75:
-            raise ValueError(f"window {window} s and hop {hop}: the window must be positive, the hop 0.5 to 0.75 of it")
-        self.separate, self.rate = separate, rate
-        self.embed = VoicePrint() if embed is None else embed
-        self.size = max(2, round(window * rate))
-        self.hop = max(1, round(hop * self.size))
-        self.tracker, self.stitcher = OnlineTracker(getattr(self.embed, "threshold", None)), Stitcher()
-        self.held = np.zeros(0, dtype=np.float32)
-        self.before: Samples | None = None
-        self.start = 0  # of the next window
-        self.loudest = 0.0
-        self.confidences: list[float] = []
-
-    def push(self, samples: Samples) -> Samples:
-        """Take (n,) samples, return (K, m) settled ones; m is 0 until a window is full."""
-        samples = np.asarray(samples, dtype=np.float32)
-        if samples.ndim != 1 or not np.isfinite(samples).all():
-            raise UserError("a live block must be one channel of finite samples")
-        self.held = np.concatenate([self.held, samples])
-        out = []
-        while len(self.held) >= self.size:
-            out.append(self._window(self.held[: self.size]))
-            self.held = self.held[self.hop :]
-            self.start += self.hop
-            out.append(self.stitcher.settle(self.start))
-        if not out:
-            return np.zeros((0 if self.before is None else len(self.before), 0), dtype=np.float32)
-        return np.concatenate(out, axis=1)
-
-    def finish(self) -> Samples:
-        """The rest of the tracks; as many samples have then come out as went in."""
-        seen = self.size - self.hop if self.before is not None else 0  # samples of `held` that a window has covered
-        out = []
-        if len(self.held) > seen:
-            out.append(self._window(self.held))
-        if self.stitcher.tail is not None:
-            out.append(self.stitcher.rest())
-        return np.concatenate(out, axis=1) if out else np.zeros((0, 0), dtype=np.float32)
-
-    def _window(self, mix: Samples) -> Samples:
-        outputs = _separated(self.separate, mix)
-        self.loudest = max(self.loudest, float(np.sqrt(np.mean(mix.astype(np.float64) ** 2))))
-        shared = None if self.before is None else self.before[:, self.hop :][:, : outputs.shape[1]]
-        found = describe(outputs, self.rate, self.embed, shared, floor=max(1e-6, FAINT * self.loudest))
-        labels, confidence = self.tracker.order(found)
-        self.confidences = [*self.confidences[-999:], confidence]
-        self.before = outputs
-        return self.stitcher.add(route(outputs, labels, len(outputs)), self.start)

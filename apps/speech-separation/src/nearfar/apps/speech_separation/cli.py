@@ -1,8 +1,10 @@
 """`nearfar speech-separation`: one file per voice, mixtures to learn from, training, evaluation."""
 
 import json
-import time
+import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
@@ -11,13 +13,17 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from nearfar.apps.speech_separation import pages
-from nearfar.audio.mossformer import MossFormer, load_model
-from nearfar.audio.separation import OnlineSeparator, Separator, model_separator, resample, separate_recording
+from nearfar.apps.speech_separation import separating
+from nearfar.apps.speech_separation.separating import Job
+from nearfar.audio.mossformer import load_model
+from nearfar.audio.separation import model_separator
+from nearfar.audio.separation_live import WavPipe, read_pipe
+from nearfar.audio.separation_memory import fit_window
 from nearfar.audio.sound import SUFFIXES, Recording, writing
 from nearfar.core.cli import console, messages, progress, raise_failures, run_batch, table
 from nearfar.core.errors import UserError
-from nearfar.core.files import atomic_path, write_csv, write_json
+from nearfar.core.files import write_csv, write_json
+from nearfar.core.memory import parse_memory
 
 app = typer.Typer(
     help="Separate the voices of a recording: `separate` with a model that you have, or `train` one from recordings of "
@@ -27,9 +33,11 @@ app = typer.Typer(
 
 
 class Level(StrEnum):
-    """keep: as the model gives it. peak: each voice's peak at 0.9. rms: each voice at the recording's level."""
+    """keep: as the model gives it. mix: so that the voices sum best to the recording. peak: each voice's peak at 0.9.
+    rms: each voice at the recording's level."""
 
     keep = "keep"
+    mix = "mix"
     peak = "peak"
     rms = "rms"
 
@@ -52,16 +60,35 @@ Same = Annotated[list[str] | None, typer.Option(help="Folders of one person: --s
 
 @app.command()
 def separate(
-    inputs: Annotated[list[Path], typer.Argument(help="Recordings, or folders of them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the voices; what is done is skipped.")],
+    inputs: Annotated[list[Path], typer.Argument(help="Recordings, folders of them, or - for a pipe (--stream).")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the voices; what is done is skipped. -: a pipe.")
+    ],
     model: ModelPath,
-    speakers: Annotated[int | None, typer.Option(help="Number of voices.  [default: estimated]")] = None,
-    window: Annotated[float, typer.Option(help="Seconds that are separated at once; with --stream the delay.")] = 10.0,
+    speakers: Annotated[str, typer.Option(help="Number of voices, or auto: estimated.")] = "auto",
+    most: Annotated[
+        int | None, typer.Option(help="Most voices that auto may find.  [default: what the model gives]")
+    ] = None,
+    speaker_model: Annotated[
+        Path | None, typer.Option(help="Folder that speaker-verification train wrote: tells voices apart.")
+    ] = None,
+    window: Annotated[
+        float | None, typer.Option(help="Seconds separated at once.  [default: 10; with --stream 4, the delay]")
+    ] = None,
     hop: Annotated[float, typer.Option(help="Where the next window begins, 0.5 to 0.75 of a window.")] = 0.6,
-    stream: Annotated[bool, typer.Option("--stream", help="Decide block by block, as for live input.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Block by block, as it comes; nothing is revised.")] = False,
+    raw: Annotated[
+        str | None, typer.Option(help="Samples without a header from -: CODING:RATE[:CHANNELS], e.g. s16le:16000.")
+    ] = None,
     consistency: Annotated[bool, typer.Option("--consistency", help="Make the voices sum to the recording.")] = False,
     level: Annotated[Level, typer.Option(help=str(Level.__doc__))] = Level.keep,
     audio_format: Annotated[Format, typer.Option("--format", help="wav is 32-bit float, flac 24 bit.")] = Format.wav,
+    memory: Annotated[
+        str | None, typer.Option(help="Most memory to use, e.g. 2G; windows are shortened to keep to it.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Measure on each recording what ought to be equal, and print it.")
+    ] = False,
     rate: Rate = None,
     mapping: Mapping = False,
     device: Device = "cpu",
@@ -70,48 +97,84 @@ def separate(
     """Write one file per voice, at the recording's rate, with a page to listen to.
 
     OUTPUT/<name>/ gets voice1.wav, voice2.wav ..., separation.json, index.html and spectrograms.png.
+    With --stream, - reads a pipe (wav, flac, ogg, mp3, or --raw) into OUTPUT/live, and `-o -` writes a wav with one
+    channel per voice to standard output, both as the sound comes.
     """
-    if speakers is not None and speakers < 1:
-        raise UserError(f"--speakers {speakers}: must be at least 1")
+    piped, to_pipe = inputs == [Path("-")], output == Path("-")
+    if speakers != "auto" and (not speakers.isdecimal() or int(speakers) < 1):
+        raise UserError(f"--speakers {speakers}: must be a number, at least 1, or auto")
+    if most is not None and (most < 1 or speakers != "auto"):
+        raise UserError(f"--most {most}: must be at least 1, and is for --speakers auto")
+    window = window or (4.0 if stream else 10.0)
     if window < 1 or not 0.5 <= hop <= 0.75:
         raise UserError(f"--window {window:g} --hop {hop:g}: the window must be at least 1 s, the hop 0.5 to 0.75")
-    if stream and (consistency or level is not Level.keep or speakers is not None):
+    if stream and (consistency or level is not Level.keep or speakers != "auto" or most is not None):
         raise UserError(
-            "--stream: writes what the model gives as it comes; leave out --speakers, --level, --consistency"
+            "--stream: writes what the model gives as it comes; leave out --speakers, --most, --level, --consistency"
         )
-    found = _recordings(inputs)
-    net = load_model(model, rate, False if mapping else None)
-    separator = model_separator(net, device)
+    if (piped or to_pipe) and not (stream and len(inputs) == 1 and not check):
+        raise UserError("-: a pipe needs --stream, one input, and no --check")
+    if raw is not None and not piped:
+        raise UserError("--raw: is for samples from a pipe, give - as the input")
+    found = inputs if piped else _recordings(inputs)
+    net = load_model(model, rate, False if mapping else None).to(device)
+    embed = None
+    if speaker_model is not None:
+        from nearfar.audio.speaker_print import SpeakerPrint
+        from nearfar.audio.speaker_system import SpeakerSystem
 
-    def one(path: Path) -> dict[str, Any]:
-        folder = output / path.stem
-        if (folder / "separation.json").is_file():
-            return json.loads((folder / "separation.json").read_text(encoding="utf-8"))
-        started = time.monotonic()
-        with Recording(path) as recording, atomic_path(folder) as place, progress() as bar:
-            place.mkdir()
-            task = bar.add_task(path.name, total=round(recording.frames / recording.rate, 1))
-            advance = lambda seconds: bar.advance(task, seconds)  # noqa: E731
-            if stream:
-                result = _stream(recording, net, separator, place, window, hop, audio_format, advance)
-            else:
-                result = _whole(
-                    recording, net, separator, place, window, hop, speakers, consistency, level, audio_format, advance
-                )
-            spent = time.monotonic() - started
-            result = {"file": str(path), **result, "real_time_factor": round(spent / result["seconds"], 3)}
-            parts = {path.name: path} | {p.stem: p for p in sorted(place.glob(f"voice*.{audio_format}"))}
-            pages.listening_page(parts, result, place)
-            write_json(place / "separation.json", result)
-        return result
+        embed = SpeakerPrint(SpeakerSystem.load(speaker_model, device))
+    frames_at_once = None
+    if memory is not None:
+        window, frames_at_once = fit_window(net, parse_memory(memory), window)
+    job = Job(
+        net, model_separator(net, device, frames_at_once), device, window, hop, embed,
+        None if speakers == "auto" else int(speakers), most, stream, consistency, str(level), str(audio_format),
+    )  # fmt: skip
 
-    results, failures = run_batch(found, one, "separating")
+    with progress() as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(name: str, done: float, total: float) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=round(total, 1) or None)
+            bar.advance(tasks[name], done)
+
+        if to_pipe:
+            source, found_rate = _source(found[0], raw)
+            with broken_pipe():
+                out = WavPipe(sys.stdout.buffer, found_rate, net.num_speakers)
+                separating.stream(job, source, found_rate, out, lambda done: None, str(found[0]))
+            return
+        if piped:
+            folder = output / "live"
+            if folder.exists():
+                raise UserError(f"{folder}: is there already; name another folder")
+            source, found_rate = _source(found[0], raw)
+            results, failures = [separating.separate_pipe(job, source, found_rate, folder, advance)], []
+        else:
+
+            def one(path: Path) -> dict[str, Any]:
+                record = output / path.stem / "separation.json"
+                if record.is_file():
+                    result = json.loads(record.read_text(encoding="utf-8"))
+                else:
+                    result = separating.separate_file(job, path, output / path.stem, advance)
+                if check and "check" not in result:
+                    result["check"] = separating.check_file(job, path)
+                    write_json(record, result)
+                return result
+
+            results, failures = run_batch(found, one, "separating")
     if as_json:
         print(json.dumps(results, indent=2))
     elif results:
-        columns = ("file", "seconds", "speakers", "sum_back_db", "confidence", "real_time_factor")
+        columns = ("file", "seconds", "speakers", "sum_back_db", "sum_back_fitted_db", "confidence", "real_time_factor")
         console.print(table([{name: row[name] for name in columns} for row in results]))
         for row in results:
+            if check:
+                lines = [{**line, "si_sdr": line.get("si_sdr", "")} for line in row["check"]]
+                console.print(table(lines, f"check: {row['file']}"))
             if row["clipped"] > 1e-4:
                 messages.print(f"{row['file']}: clipped ({100 * row['clipped']:.2f} % of its samples at full scale)")
             if row["uncertain"]:
@@ -120,89 +183,22 @@ def separate(
     raise_failures(failures, len(found))
 
 
-def _whole(
-    recording: Recording,
-    net: MossFormer,
-    separator: Separator,
-    place: Path,
-    window: float,
-    hop: float,
-    speakers: int | None,
-    consistency: bool,
-    level: Level,
-    audio_format: Format,
-    advance: Any,
-) -> dict[str, Any]:
-    separation = separate_recording(
-        recording, separator, net.sample_rate, place, window=window, hop=hop, speakers=speakers,
-        consistency=consistency, progress=advance,
-    )  # fmt: skip
-    gain = np.ones((separation.count, 1), dtype=np.float32)
-    if level is not Level.keep:  # the gain follows from the whole: make the tracks once to measure them
-        for _ in separation.blocks():
-            pass
-        assert separation.report is not None
-        if level is Level.peak:
-            gain[:, 0] = 0.9 / np.maximum(separation.report.peak, 1e-6)
-        else:
-            gain[:, 0] = 10 ** (-np.array(separation.report.levels_db) / 20)
-    paths = [place / f"voice{k + 1}.{audio_format}" for k in range(separation.count)]
-    with writing(paths, recording.rate) as out:
-        for block in separation.blocks():
-            out.write(gain * block)
-    assert separation.report is not None
-    return {**separation.report.as_dict(), "level": str(level), "gain": [round(float(g), 5) for g in gain[:, 0]]}
+def _source(path: Path, raw: str | None) -> tuple[Iterator[np.ndarray], int]:
+    """Blocks of a pipe or a recording, and their rate."""
+    if path == Path("-"):
+        rate, blocks = read_pipe(sys.stdin.buffer.raw, raw)  # type: ignore[attr-defined] - unbuffered
+        return blocks, rate
+    recording = Recording(path)
+    return recording.blocks(0.5), recording.rate
 
 
-def _stream(
-    recording: Recording,
-    net: MossFormer,
-    separator: Separator,
-    place: Path,
-    window: float,
-    hop: float,
-    audio_format: Format,
-    advance: Any,
-) -> dict[str, Any]:
-    if recording.rate != net.sample_rate:
-        online_rate = net.sample_rate
-        inner = separator
-        separator = lambda mix: resample(  # noqa: E731
-            inner(resample(mix, recording.rate, online_rate)), online_rate, recording.rate, len(mix)
-        )
-    online = OnlineSeparator(separator, recording.rate, window, hop)
-    paths = [place / f"voice{k + 1}.{audio_format}" for k in range(net.num_speakers)]
-    mixed = rest = 0.0
-    clipped, held = 0, np.zeros(0, dtype=np.float32)
-
-    def pieces() -> Iterator[np.ndarray]:
-        nonlocal clipped, held
-        for block in recording.blocks(0.5):
-            clipped += int((np.abs(block) >= 0.9999).sum())
-            held = np.concatenate([held, block])
-            advance(len(block) / recording.rate)
-            yield online.push(block)
-        yield online.finish()
-
-    with writing(paths, recording.rate) as out:
-        for tracks in pieces():
-            if tracks.shape[1]:
-                out.write(tracks)
-                mix, held = held[: tracks.shape[1]].astype(np.float64), held[tracks.shape[1] :]
-                mixed += float(np.sum(mix**2))
-                rest += float(np.sum((mix - tracks.sum(0)) ** 2))
-    if mixed == 0:
-        raise UserError(f"{recording.path}: silent from beginning to end")
-    unsure = [k for k, c in enumerate(online.confidences) if c < 0.1]
-    return {
-        "seconds": recording.frames / recording.rate,
-        "rate": recording.rate,
-        "speakers": net.num_speakers,
-        "sum_back_db": round(10 * float(np.log10(mixed / max(rest, 1e-12 * mixed))), 2),
-        "confidence": round(min(online.confidences), 3),
-        "uncertain": [round(k * online.hop / recording.rate, 2) for k in unsure],
-        "clipped": clipped / recording.frames,
-    }
+@contextmanager
+def broken_pipe() -> Iterator[None]:
+    """The reader of our output, or Ctrl-C, may end a stream at any time."""
+    try:
+        yield
+    except (BrokenPipeError, KeyboardInterrupt):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush into
 
 
 def _recordings(inputs: list[Path]) -> list[Path]:
@@ -225,7 +221,7 @@ def _recordings(inputs: list[Path]) -> list[Path]:
 
 @app.command()
 def mix(
-    voices: Annotated[Path, typer.Argument(help="Folder with one folder of recordings per speaker.")],
+    voices: Annotated[list[Path], typer.Argument(help="Folders with one folder of recordings per speaker.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for mix, s1, s2 ... and a manifest.")],
     count: Annotated[int, typer.Option(help="Number of mixtures.")] = 100,
     speakers: Annotated[int, typer.Option(help="Voices per mixture.")] = 2,
@@ -263,9 +259,11 @@ def mix(
 
 @app.command()
 def train(
-    source: Annotated[Path, typer.Argument(help="Folder of speakers, or mixtures: a corpus, a folder, a list.")],
+    source: Annotated[list[Path], typer.Argument(help="Folders of speakers; or mixtures: a corpus, a folder, a list.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run; call again to go on.")],
-    recipe: Annotated[str, typer.Option(help="small, mossformer2, or a YAML file.")] = "small",
+    recipe: Annotated[
+        str, typer.Option(help="quick (minutes on a CPU), small, mossformer2, or a YAML file.")
+    ] = "small",
     settings: Annotated[list[str] | None, typer.Option("--set", help="A setting: max_epochs=10, lr=0.001 ...")] = None,
     validation: Annotated[
         Path | None, typer.Option(help="Mixtures to validate on (with mixtures as SOURCE; or its split).")
@@ -285,7 +283,9 @@ def train(
     shipped = files("nearfar.apps.speech_separation") / "recipes" / f"{recipe}.yaml"
     plan = read_recipe(Recipe, Path(str(shipped)) if shipped.is_file() else Path(recipe), settings or ())
     if validation is not None:
-        training = find_mixtures(source, split)
+        if len(source) > 1:
+            raise UserError("--validation: goes with one set of mixtures; of several folders only speakers are taken")
+        training = find_mixtures(source[0], split)
         held_out = find_mixtures(validation)
         refuse_shared_sources(training, held_out)
         train_set: Any = RecordedMixtures(training, plan.rate, plan.seconds, plan.speeds)
@@ -359,12 +359,10 @@ def evaluate(
     raise_failures(failures, len(found))
 
 
-def _voices(folder: Path, layout: str, same: list[str] | None, part: str | None) -> dict[str, list[Path]]:
+def _voices(folders: list[Path], layout: str, same: list[str] | None, part: str | None) -> dict[str, list[Path]]:
     from nearfar.audio.mixtures import find_voices, split_voices
 
-    found = find_voices(folder, layout, [pair.split("=") for pair in same or ()])
-    if part is None:
-        return found
-    if part not in ("train", "valid", "test"):
+    if part not in (None, "train", "valid", "test"):
         raise UserError(f"--part {part}: must be train, valid, test or all")
-    return split_voices(found, part)
+    found = find_voices(folders, layout, [pair.split("=") for pair in same or ()])
+    return found if part is None else split_voices(found, part)

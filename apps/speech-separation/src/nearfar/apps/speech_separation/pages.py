@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.fft
 import soundfile
 from matplotlib.figure import Figure
 
@@ -33,7 +34,7 @@ def spectrograms(parts: dict[str, Path]) -> Figure:
             size = 1 << max(round(0.032 * rate), 2).bit_length()
             samples = np.pad(samples, (0, max(0, size - len(samples))))
             frames = np.lib.stride_tricks.sliding_window_view(samples, size)[:: size // 2]
-            power = np.abs(np.fft.rfft(frames * np.hanning(size))) ** 2
+            power = np.abs(scipy.fft.rfft(frames * np.hanning(size).astype(np.float32))) ** 2
             level = 10 * np.log10(power.T + 1e-10)
             top = level.max() if top is None else top
             extent = (0, len(samples) / rate, 0, rate / 2000)
@@ -62,8 +63,8 @@ def listening_page(parts: dict[str, Path], result: dict[str, Any], folder: Path)
     longer = " Only the first minute is shown and played here." if result["seconds"] > EXCERPT else ""
     page.text(
         f"{result['seconds']:.1f} s, {result['speakers']} voices. The voices sum back to the recording with an error "
-        f"{result['sum_back_db']:.1f} dB below it. Least confidence that a voice stayed on its track: "
-        f"{result['confidence']:.2f} of 1.{longer}"
+        f"{result['sum_back_db']:.1f} dB below it, at the levels that fit best {result['sum_back_fitted_db']:.1f} dB. "
+        f"Least confidence that a voice stayed on its track: {result['confidence']:.2f} of 1.{longer}"
     )
     if result["uncertain"]:
         page.text("Not clear at: " + ", ".join(f"{t:.1f} s" for t in result["uncertain"]))

@@ -1,0 +1,163 @@
+"""What `separate` does to one recording, or to a pipe: voices, report and page in a folder."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from nearfar.apps.speech_separation import pages
+from nearfar.audio.mossformer import MossFormer
+from nearfar.audio.separation import CLIPPED, Meter, Separator, resample, separate_recording
+from nearfar.audio.separation_checks import check_equivalence
+from nearfar.audio.separation_live import LiveSeparator
+from nearfar.audio.sound import Recording, writing
+from nearfar.audio.tracking import Embedder
+from nearfar.core.errors import UserError
+from nearfar.core.files import atomic_path, write_json
+
+CHECKED = 20.0
+"""Seconds of a recording that `--check` takes."""
+
+
+class Sink(Protocol):
+    """Where blocks of voices (K, n) go."""
+
+    def write(self, block: np.ndarray) -> None: ...
+
+
+@dataclass
+class Job:
+    """A model with what the command line said about separating."""
+
+    model: MossFormer
+    separator: Separator
+    device: str
+    window: float
+    hop: float
+    embed: Embedder | None
+    speakers: int | None
+    most: int | None
+    stream: bool
+    consistency: bool
+    level: str
+    ending: str
+
+
+def separate_file(job: Job, path: Path, folder: Path, advance: Callable[[str, float, float], None]) -> dict[str, Any]:
+    """Separate a recording into `folder`, which appears when all of it is done."""
+    started = time.monotonic()
+    with Recording(path) as recording, atomic_path(folder) as place:
+        place.mkdir()
+        seconds = recording.frames / recording.rate
+        tell = lambda done: advance(path.name, done, seconds)  # noqa: E731
+        if job.stream:
+            paths = [place / f"voice{k + 1}.{job.ending}" for k in range(job.model.num_speakers)]
+            with writing(paths, recording.rate) as out:
+                result = stream(job, recording.blocks(0.5), recording.rate, out, tell, str(path))
+        else:
+            result = _whole(job, recording, place, tell)
+        result["real_time_factor"] = round((time.monotonic() - started) / result["seconds"], 3)
+        return _finish(job, place, {path.name: path}, {"file": str(path), **result})
+
+
+def separate_pipe(
+    job: Job, blocks: Iterable[np.ndarray], rate: int, folder: Path, advance: Callable[[str, float, float], None]
+) -> dict[str, Any]:
+    """Separate what a pipe brings into `folder` as it comes; Ctrl-C ends it as the pipe's end does."""
+    with atomic_path(folder) as place:
+        place.mkdir()
+        paths = [place / f"voice{k + 1}.{job.ending}" for k in range(job.model.num_speakers)]
+        mixture = place / f"mixture.{job.ending}"
+        with writing(paths, rate) as out, writing([mixture], rate) as kept:
+
+            def both() -> Iterable[np.ndarray]:
+                try:
+                    for block in blocks:
+                        kept.write(block[None])
+                        yield block
+                except KeyboardInterrupt:
+                    return
+
+            tell = lambda done: advance("standard input", done, 0)  # noqa: E731
+            result = stream(job, both(), rate, out, tell, "standard input")
+        return _finish(job, place, {mixture.name: mixture}, {"file": "standard input", **result})
+
+
+def stream(
+    job: Job, blocks: Iterable[np.ndarray], rate: int, out: Sink, tell: Callable[[float], None], name: str
+) -> dict[str, Any]:
+    """Blocks (n,) of sound through the model and into `out` as the voices are settled; returns what was found."""
+    live = LiveSeparator(job.model, rate, job.window, job.hop, job.embed, job.device, job.separator)
+    meter, held, busy, clipped = Meter(job.model.num_speakers), np.zeros(0, np.float32), 0.0, 0
+
+    def settle(voices: np.ndarray) -> None:
+        nonlocal held
+        if voices.shape[1]:
+            out.write(voices)
+            meter.add(voices, held[: voices.shape[1]])
+            held = held[voices.shape[1] :]
+
+    for block in blocks:
+        started = time.monotonic()
+        clipped += int((np.abs(block) >= CLIPPED).sum())
+        held = np.concatenate([held, block])
+        settle(live.push(block))
+        busy += time.monotonic() - started
+        tell(len(block) / rate)
+    settle(live.finish())
+    if meter.mix == 0:
+        raise UserError(f"{name}: silent from beginning to end")
+    return {
+        "seconds": live.taken / rate,
+        "rate": rate,
+        "speakers": job.model.num_speakers,
+        **meter.as_dict(),
+        "confidence": round(live.confidence, 3),
+        "uncertain": live.uncertain,
+        "clipped": clipped / live.taken,
+        "delay": round(live.delay, 4),
+        "real_time_factor": round(busy * rate / live.taken, 3),
+    }
+
+
+def check_file(job: Job, path: Path) -> list[dict[str, Any]]:
+    """Measure on the beginning of a recording what ought to be equal."""
+    with Recording(path) as recording:
+        samples = recording.read(0, min(recording.frames, round(CHECKED * recording.rate)))
+        at_rate = resample(samples, recording.rate, job.model.sample_rate)
+    if len(at_rate) < job.model.kernel_size:
+        raise UserError(f"{path}: is too short to check anything on it")
+    return check_equivalence(job.model, at_rate, job.window, job.hop, job.embed, job.device)
+
+
+def _whole(job: Job, recording: Recording, place: Path, tell: Callable[[float], None]) -> dict[str, Any]:
+    separation = separate_recording(
+        recording, job.separator, job.model.sample_rate, place, window=job.window, hop=job.hop, speakers=job.speakers,
+        most=job.most, embed=job.embed, consistency=job.consistency, progress=tell,
+    )  # fmt: skip
+    gain = np.ones((separation.count, 1), dtype=np.float32)
+    if job.level != "keep":  # the gain follows from the whole: make the tracks once to measure them
+        for _ in separation.blocks():
+            pass
+        assert separation.report is not None
+        gain[:, 0] = {
+            "mix": np.array(separation.report.fitted_gains),
+            "peak": 0.9 / np.maximum(separation.report.peak, 1e-6),
+            "rms": 10 ** (-np.array(separation.report.levels_db) / 20),
+        }[job.level]
+    paths = [place / f"voice{k + 1}.{job.ending}" for k in range(separation.count)]
+    with writing(paths, recording.rate) as out:
+        for block in separation.blocks():
+            out.write(gain * block)
+    assert separation.report is not None
+    return {**separation.report.as_dict(), "level": job.level, "gain": [round(float(g), 5) for g in gain[:, 0]]}
+
+
+def _finish(job: Job, place: Path, mixture: dict[str, Path], result: dict[str, Any]) -> dict[str, Any]:
+    parts = mixture | {p.stem: p for p in sorted(place.glob(f"voice*.{job.ending}"))}
+    pages.listening_page(parts, result, place)
+    write_json(place / "separation.json", result)
+    return result
