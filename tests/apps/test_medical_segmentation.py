@@ -1,8 +1,10 @@
 """The medical app from data to report on real scans, and every kind of bad input."""
 
 import json
+import shutil
 from pathlib import Path
 
+import monai.bundle
 import nibabel as nib
 import numpy as np
 import pytest
@@ -12,7 +14,10 @@ from PIL import Image
 from nearfar.apps.medical_segmentation import cli
 from nearfar.core.cli import BatchError
 from nearfar.core.errors import UserError
+from nearfar.core.training import data_loader, read_recipe
 from nearfar.medical import samples
+from nearfar.medical.segmenter import Recipe, Segmenter
+from nearfar.medical.training import Patches, _Module
 
 SMALL = ("max_epochs=1", "patches_per_epoch=4", "roi=[16,32,32]", "settings={features: [4, 4, 8, 8, 8, 4]}")
 
@@ -49,7 +54,7 @@ def test_train_writes_model_split_and_scores(model: Path) -> None:
 
 def test_predict_evaluate_and_report(brain: Path, model: Path, tmp_path: Path, capsys) -> None:
     run("predict", brain / "images", "--model", model, "-o", tmp_path / "out", "--memory", "1M", "--check")
-    assert capsys.readouterr().out.count("agree on 100.000000%") == 2
+    assert capsys.readouterr().out.count("unbounded agree on 100.0000%") == 2
     for name in ("left", "right"):
         ours, image = (nib.load(p) for p in (tmp_path / f"out/{name}.nii.gz", brain / f"images/{name}.nii.gz"))
         assert ours.shape == image.shape
@@ -87,20 +92,119 @@ def test_refine(tmp_path: Path, capsys) -> None:
         run("refine", tmp_path / "small.npy", tmp_path / "a.png", "-o", tmp_path / "x.png")
 
 
-@torch.no_grad()
-def test_export_is_a_bundle_that_monai_builds(model: Path, tmp_path: Path) -> None:
-    from monai.bundle import ConfigParser
+def test_refine_within_a_budget(brain: Path, tmp_path: Path) -> None:
+    truth = np.asarray(nib.load(brain / "labels/left.nii.gz").dataobj).astype(int)
+    noisy = np.eye(3)[truth] + np.random.default_rng(0).random((*truth.shape, 3))
+    np.save(tmp_path / "p.npy", np.moveaxis(noisy / noisy.sum(-1, keepdims=True), -1, 0).astype(np.float32))
+    found = []
+    for name, extra in (("whole", ()), ("slabs", ("--memory", "40M"))):
+        run("refine", tmp_path / "p.npy", brain / "images/left.nii.gz", "-o", tmp_path / f"{name}.nii.gz",
+            "--spatial-std", 4, "--bilateral-std", 12, "--color-std", 15, "--bilateral-weight", 1, *extra)  # fmt: skip
+        found.append(np.asarray(nib.load(tmp_path / f"{name}.nii.gz").dataobj))
+    assert 0.99 < (found[0] == found[1]).mean() < 1
+    with pytest.raises(UserError, match="for a single slice"):
+        run("refine", tmp_path / "p.npy", brain / "images/left.nii.gz", "-o", tmp_path / "x.nii.gz", "--memory", "1M")
 
+
+def test_search_sets_the_crf_that_predict_uses(brain: Path, model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    monkeypatch.setattr(
+        cli.itertools, "product", lambda *values: [tuple(v[0] for v in values), tuple(v[1] for v in values)]
+    )
+    run("search", brain, "--model", tmp_path / "model")
+    rows = (tmp_path / "model/crf.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3
+    best = max((line.split(",") for line in rows[1:]), key=lambda cells: float(cells[0]))
+    chosen = cli.Segmenter.load(tmp_path / "model").crf
+    assert (chosen is None) == (best[1] == "no CRF")
+    with pytest.raises(UserError, match="no fold 9"):
+        run("search", brain, "--model", tmp_path / "model", "--fold", 9)
+    run("predict", brain / "images/left.nii.gz", "--model", model, "-o", tmp_path / "out", "--crf")
+    assert "general ones are used" in capsys.readouterr().out
+    assert (tmp_path / "out/left.nii.gz").exists()
+
+
+@torch.no_grad()
+def test_export_is_a_bundle_that_monai_runs(brain: Path, model: Path, tmp_path: Path) -> None:
     run("export", model, "-o", tmp_path / "bundle")
-    parser = ConfigParser()
-    parser.read_config(tmp_path / "bundle/configs/inference.json")
-    parser.read_meta(tmp_path / "bundle/configs/metadata.json")
-    network = parser.get_parsed_content("network_def")
-    network.load_state_dict(torch.load(tmp_path / "bundle/models/model.pt", weights_only=True))
-    ours = cli.Segmenter.load(model).network
-    x = torch.randn(1, 1, 16, 32, 32)
-    torch.testing.assert_close(network.eval()(x), ours(x))
-    assert parser.get_parsed_content("inferer")(x, network).shape == (1, 3, 16, 32, 32)
+    monai.bundle.run(
+        config_file=str(tmp_path / "bundle/configs/inference.json"),
+        meta_file=str(tmp_path / "bundle/configs/metadata.json"),
+        bundle_root=str(tmp_path / "bundle"),
+        dataset_dir=str(brain / "images"),
+        output_dir=str(tmp_path / "theirs"),
+    )
+    run("predict", brain / "images", "--model", model, "-o", tmp_path / "ours")
+    for name in ("left", "right"):
+        ours, theirs = (nib.load(tmp_path / f) for f in (f"ours/{name}.nii.gz", f"theirs/{name}_seg.nii.gz"))
+        np.testing.assert_allclose(ours.affine, theirs.affine)
+        assert (np.asarray(ours.dataobj) == np.asarray(theirs.dataobj)).mean() > 0.9999
+
+
+def test_one_output_pictures_and_a_second_method(tmp_path: Path) -> None:
+    """Binary masks: a network of one output, pictures as they are named, paired comparison of two methods."""
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        truth = np.zeros((48, 64), np.uint8)
+        truth[10:30, 10 + i : 40] = 255
+        for kind, pixels in (
+            ("images", np.stack([truth // 2 + rng.integers(0, 99, truth.shape)] * 3, -1)),
+            ("masks", truth),
+        ):
+            (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / kind / f"a.{i}.png")
+    sets = ("settings={features: [8, 8, 16, 16, 16, 8]}", "roi=[32,32]", "loss=binary", "max_epochs=6", "lr=5e-3")
+    sets += ("patches_per_epoch=32", "batch_size=4")
+    run(
+        "train",
+        tmp_path / "data",
+        "-o",
+        tmp_path / "m",
+        "--folds",
+        2,
+        "--accelerator",
+        "cpu",
+        *(a for s in sets for a in ("--set", s)),
+    )
+    assert cli.Segmenter.load(tmp_path / "m").network.final_conv.out_channels == 1
+    run("predict", tmp_path / "data", "--model", tmp_path / "m", "-o", tmp_path / "one")
+    run("predict", tmp_path / "data", "--model", tmp_path / "m", "-o", tmp_path / "two", "--crf", "--memory", "64M")
+    assert sorted(p.name for p in (tmp_path / "one").glob("*.png"))[:2] == ["a.0.png", "a.0_overlay.png"]
+    run("evaluate", tmp_path / "one", tmp_path / "data", "-o", tmp_path / "s", "--against", tmp_path / "two")
+    summary = json.loads((tmp_path / "s/summary.json").read_text())
+    assert summary["summary"][0]["dice"] > 0.8
+    assert {"difference", "low", "high", "p"} <= set(summary["against"][0])
+    run("predict", tmp_path / "data/images", "--model", tmp_path / "m")  # beside the pictures, which are no input again
+    run("predict", tmp_path / "data/images", "--model", tmp_path / "m")
+    assert len(list((tmp_path / "data/images").glob("*_seg.png"))) == 4
+    with pytest.raises(UserError, match="several scans would be written to"):
+        run(
+            "predict",
+            tmp_path / "data/images/a.0.png",
+            tmp_path / "data/masks/a.0.png",
+            "--model",
+            tmp_path / "m",
+            "-o",
+            tmp_path,
+        )
+
+
+@pytest.mark.parametrize("name", sorted(cli.RECIPES))
+def test_recipes_make_patches_and_schedules(name: str) -> None:
+    recipe = read_recipe(Recipe, cli.RECIPES[name])
+    shape = recipe.roi if recipe.resize is None else recipe.resize
+    channels = 3 if recipe.intensity == "caffe" else 1
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, shape).astype(np.uint8)
+    images, targets = next(
+        iter(data_loader(Patches([(rng.random((channels, *shape), np.float32), labels)], recipe), 2))
+    )
+    assert images.shape[1:] == (channels, *recipe.roi)
+    assert targets.shape[1:] == recipe.roi
+    assert set(targets.unique().tolist()) <= {0, 1}
+    network = torch.nn.Conv2d(1, 2, 1)
+    segmenter = Segmenter(network, {1: "a"}, recipe, 1)
+    assert _Module(segmenter, 100, None).configure_optimizers()
 
 
 def test_a_batch_goes_on_past_bad_scans(brain: Path, model: Path, tmp_path: Path) -> None:

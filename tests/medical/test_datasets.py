@@ -11,6 +11,7 @@ from PIL import Image
 
 from nearfar.core.errors import UserError
 from nearfar.medical.datasets import Case, check_split, find_cases, make_splits
+from nearfar.medical.scans import read_labels, write_labels
 
 
 def volume(path: Path, value: int = 1, size=(4, 5, 6)) -> Path:
@@ -72,9 +73,34 @@ def build(folder: Path, layout: str) -> None:
     elif layout == "ISIC":
         picture(folder / "data/ISIC_0000001.jpg", "RGB")
         picture(folder / "truth/ISIC_0000001_segmentation.png")
-    elif layout == "Kvasir-SEG":
-        picture(folder / "images/a.jpg", "RGB")
-        picture(folder / "masks/a.jpg")
+    elif layout == "images and masks":
+        for images, masks in (("Kvasir/images", "Kvasir/masks"), ("train/image", "train/mask")):
+            picture(folder / images / "a.jpg", "RGB")
+            picture(folder / masks / "a.jpg")
+        picture(folder / "CVC/Original/1.tif", "RGB")
+        picture(folder / "CVC/Ground Truth/1.tif")
+    elif layout == "BUSI":
+        picture(folder / "benign/benign (1).png", "RGB")
+        for ending, box in (("_mask", (2, 2, 5, 4)), ("_mask_1", (6, 4, 8, 6))):
+            mask = Image.new("L", (8, 6))
+            mask.paste(255, box)
+            mask.save(folder / f"benign/benign (1){ending}.png")
+    elif layout == "BTCV":
+        volume(folder / "Abdomen/RawData/Training/img/img0001.nii.gz", 50)
+        volume(folder / "Abdomen/RawData/Training/label/label0001.nii.gz", 13)
+    elif layout == "BraTS":
+        for channel in ("t1n", "t1c", "t2w", "t2f"):
+            volume(folder / f"BraTS-GLI-00000-000/BraTS-GLI-00000-000-{channel}.nii.gz", 50)
+        volume(folder / "BraTS-GLI-00000-000/BraTS-GLI-00000-000-seg.nii.gz", 3)
+    elif layout == "ACDC (slices)":
+        for part, name in (
+            ("train", "case_002_sliceED_0"),
+            ("valid", "case_019_sliceED_0"),
+            ("test", "case_001_sliceED_0"),
+        ):
+            (folder / part).mkdir(parents=True)
+            label = np.eye(6, dtype=np.uint8) * 2
+            np.savez(folder / part / f"{name}.npz", img=np.ones((6, 6), np.float32), label=label)
     elif layout == "images and labels":
         volume(folder / "images/one.nii.gz", 9)
         volume(folder / "labels/one.nii.gz", 4)
@@ -90,7 +116,11 @@ EXPECTED = {
     "CHASE_DB1": (2, 1, 1),
     "DRIVE": (1, 1, 1),
     "ISIC": (1, 1, 1),
-    "Kvasir-SEG": (1, 1, 1),
+    "images and masks": (3, 2, 1),
+    "BUSI": (1, 1, 1),
+    "BTCV": (1, 1, 13),
+    "BraTS": (1, 1, 3),
+    "ACDC (slices)": (3, 3, 2),
     "images and labels": (1, 1, 4),
 }
 
@@ -108,8 +138,96 @@ def test_layouts(tmp_path: Path, layout: str) -> None:
         scan, labels = collection.read(case)
         assert labels.shape == scan.shape
         assert set(np.unique(labels)) == {0, label}
-    if layout == "nnU-Net":
-        assert len(scan.image) == 2
+    channels = {"nnU-Net": 2, "BraTS": 4}
+    if layout in channels:
+        assert len(scan.image) == channels[layout]
+    if layout == "Synapse (TransUNet)":  # a volume's slices come last, where 2-D networks expect them
+        assert scan.shape == (6, 6, 3)
+    if layout == "BUSI":
+        assert labels.sum() == 6 + 4  # both masks
+    if layout == "BraTS":
+        assert collection.regions == {"whole tumour": (1, 2, 3), "tumour core": (1, 3)}
+
+
+def test_volumes_with_a_channel_axis(tmp_path: Path) -> None:
+    (tmp_path / "imagesTr").mkdir()
+    data = np.random.default_rng(0).random((4, 5, 6, 2)).astype(np.float32)
+    nib.save(nib.Nifti1Image(data, np.eye(4)), tmp_path / "imagesTr/x.nii.gz")
+    volume(tmp_path / "labelsTr/x.nii.gz")
+    training = [{"image": "./imagesTr/x.nii.gz", "label": "./labelsTr/x.nii.gz"}]
+    content = {"labels": {"0": "background", "1": "edema"}, "modality": {"0": "T2", "1": "ADC"}, "training": training}
+    nib.save(
+        nib.Nifti1Image(np.asarray(nib.load(tmp_path / "labelsTr/x.nii.gz").dataobj), np.eye(4)),
+        tmp_path / "labelsTr/x.nii.gz",
+    )
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    collection = find_cases(tmp_path)
+    scan, labels = collection.read(collection.cases[0])
+    np.testing.assert_array_equal(scan.image, np.moveaxis(data, -1, 0))
+    assert labels.shape == scan.shape == (4, 5, 6)
+    back = read_labels(write_labels(tmp_path / "seg.nii.gz", labels, scan), scan)
+    np.testing.assert_array_equal(back, labels)
+
+
+def test_nnunet_regions_are_refused_by_name(tmp_path: Path) -> None:
+    build(tmp_path, "nnU-Net")
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    content["labels"] = {"background": 0, "whole": [1, 2], "core": 2}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"dataset\.json: trains on regions \(whole\)"):
+        find_cases(tmp_path)
+
+
+def test_nnunet_ignore_label_is_not_a_class(tmp_path: Path) -> None:
+    build(tmp_path, "nnU-Net")
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    content["labels"] = {"background": 0, "liver": 1, "ignore": 2}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    collection = find_cases(tmp_path)
+    assert (collection.labels, collection.ignore) == ({0: "background", 1: "liver"}, 2)
+
+
+def test_images_of_nnunet_without_labels_keep_their_channels(tmp_path: Path) -> None:
+    for name in ("a_0000", "a_0001", "b_0000", "b_0001"):
+        volume(tmp_path / f"{name}.nii.gz", 7)
+    found = find_cases(tmp_path)
+    assert [(c.name, len(c.images)) for c in found.cases] == [("a", 2), ("b", 2)]
+    assert found.scan(found.cases[0]).image.shape == (2, 4, 5, 6)
+
+
+def test_chaos(tmp_path: Path, dicom_series) -> None:
+    levels = np.array([0, 63, 126, 189, 252], np.uint8)
+    labels = np.random.default_rng(0).integers(0, 5, (6, 5, 4))  # (x, y, z)
+    ground = tmp_path / "Train_Sets/MR/1/T1DUAL/Ground"
+    ground.mkdir(parents=True)
+    series = ground.with_name("DICOM_anon") / "InPhase"
+    series.parent.mkdir()
+    dicom_series(series, labels, np.eye(3), (1.0, 1.0, 3.0), in_order=True)
+    for z in range(4):
+        Image.fromarray(levels[labels[..., z].T]).save(ground / f"IMG-0004-{z:05d}.png")
+    collection = find_cases(tmp_path)
+    assert (collection.layout, [c.group for c in collection.cases]) == ("CHAOS", ["1"])
+    scan, found = collection.read(collection.cases[0])
+    np.testing.assert_array_equal(scan.image[0], labels)
+    np.testing.assert_array_equal(found, labels)
+    (ground / "IMG-0004-00000.png").unlink()
+    with pytest.raises(UserError, match="3 label pictures for 4 slices"):
+        collection.read(collection.cases[0])
+
+
+def test_pascal_voc_with_the_extra_annotations(tmp_path: Path) -> None:
+    build(tmp_path, "Pascal VOC")
+    for name in ("2008_1", "2009_1"):
+        picture(tmp_path / f"JPEGImages/{name}.jpg", "RGB")
+        picture(tmp_path / f"SegmentationClassAug/{name}.png", "P", 3)
+    picture(tmp_path / "SegmentationClass/2009_1.png", "P", 3)
+    (tmp_path / "ImageSets/SegmentationAug").mkdir()
+    pairs = [f"/JPEGImages/{n}.jpg /SegmentationClassAug/{n}.png\n" for n in ("2008_1", "2009_1")]
+    (tmp_path / "ImageSets/SegmentationAug/train_aug.txt").write_text("".join(pairs))
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("2009_1\n")
+    collection = find_cases(tmp_path)
+    assert {c.name: c.part for c in collection.cases} == {"2007_1": "train", "2008_1": "train", "2009_1": "test"}
+    assert set(np.unique(collection.read(collection.cases[1])[1])) == {0, 3}
 
 
 def test_real_retina_pictures(shared_data) -> None:

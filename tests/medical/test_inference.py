@@ -9,7 +9,16 @@ from monai.inferers import sliding_window_inference
 
 from nearfar.core.errors import UserError
 from nearfar.medical import inference
-from nearfar.medical.inference import average_scores, parse_memory, segment, window_scores
+from nearfar.medical.inference import parse_memory, segment, window_scores
+
+
+def average_scores(image: torch.Tensor, *arguments, **settings) -> torch.Tensor:
+    """The whole image's scores, put together from the regions."""
+    regions = list(window_scores(image, *arguments, **settings))
+    whole = torch.full((len(regions[0][1]), *image.shape[1:]), torch.nan)
+    for region, scores in regions:
+        whole[(slice(None), *region)] = scores
+    return whole
 
 
 @pytest.fixture

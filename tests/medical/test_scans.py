@@ -8,11 +8,9 @@ import highdicom
 import nibabel as nib
 import nrrd
 import numpy as np
-import pydicom
 import pytest
 from PIL import Image
-from pydicom.dataset import FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import generate_uid
 
 from nearfar.core.errors import UserError
 from nearfar.medical.scans import read_labels, read_scan, resize_labels, write_dicom_seg, write_labels
@@ -87,36 +85,8 @@ def test_nrrd_keeps_its_header(tmp_path: Path) -> None:
     np.testing.assert_array_equal(written["space origin"], header["space origin"])
 
 
-def dicom_series(folder: Path, volume: np.ndarray, directions: np.ndarray, spacing, skip=(), uid=None) -> None:
-    """`volume` (x, y, z) as CT slices of int16 values with intercept -1024, in shuffled order of files."""
-    folder.mkdir(exist_ok=True)
-    uid, study, frame = uid or generate_uid(), generate_uid(), generate_uid()
-    for z in RNG.permutation(volume.shape[2]):
-        if z in skip:
-            continue
-        item = pydicom.Dataset()
-        item.file_meta = FileMetaDataset()
-        item.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        item.SOPClassUID = item.file_meta.MediaStorageSOPClassUID = CTImageStorage
-        item.SOPInstanceUID = item.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-        item.SeriesInstanceUID, item.StudyInstanceUID, item.FrameOfReferenceUID = uid, study, frame
-        item.PatientID, item.PatientName, item.PatientBirthDate, item.PatientSex = "1", "A", "", ""
-        item.StudyDate = item.StudyTime = item.AccessionNumber = item.StudyID = item.ReferringPhysicianName = ""
-        item.Modality, item.InstanceNumber, item.SeriesNumber = "CT", int(z) + 1, 1
-        item.Rows, item.Columns = volume.shape[1], volume.shape[0]
-        item.PixelSpacing, item.SliceThickness = [spacing[1], spacing[0]], spacing[2]
-        item.ImageOrientationPatient = [*directions[:, 0], *directions[:, 1]]
-        item.ImagePositionPatient = [float(v) for v in directions[:, 2] * spacing[2] * z + [1.0, 2.0, 3.0]]
-        item.SamplesPerPixel, item.PhotometricInterpretation = 1, "MONOCHROME2"
-        item.BitsAllocated = item.BitsStored = 16
-        item.HighBit, item.PixelRepresentation = 15, 0
-        item.RescaleSlope, item.RescaleIntercept = 1, -1024
-        item.PixelData = np.ascontiguousarray((volume[:, :, z].T + 1024).astype(np.uint16)).tobytes()
-        item.save_as(folder / f"{uid[-4:]}-{RNG.integers(10**9)}.dcm", enforce_file_format=True)
-
-
 @pytest.mark.parametrize("turn", [0.0, 15.0])
-def test_a_dicom_series_round_trips(tmp_path: Path, turn: float) -> None:
+def test_a_dicom_series_round_trips(tmp_path: Path, dicom_series, turn: float) -> None:
     volume = RNG.integers(-1000, 1000, (6, 5, 4))
     directions = rotation(turn)
     dicom_series(tmp_path / "ct", volume, directions, (0.7, 0.8, 3.0))
@@ -138,7 +108,7 @@ def test_a_dicom_series_round_trips(tmp_path: Path, turn: float) -> None:
         assert place(ours, scan.affine) == place(theirs, affine)
 
 
-def test_bad_series_are_named(tmp_path: Path) -> None:
+def test_bad_series_are_named(tmp_path: Path, dicom_series) -> None:
     volume = np.zeros((4, 4, 6))
     dicom_series(tmp_path / "gap", volume, np.eye(3), (1, 1, 2.0), skip=(3,))
     with pytest.raises(UserError, match=r"gap: a slice is missing.*4 mm apart"):

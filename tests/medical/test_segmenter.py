@@ -13,17 +13,11 @@ from nearfar.core.errors import UserError
 from nearfar.medical.datasets import find_cases
 from nearfar.medical.losses import SegmentationLoss
 from nearfar.medical.metrics import score_case
+from nearfar.medical.refinement import search_crf
 from nearfar.medical.samples import threshold_baseline, write_brain
 from nearfar.medical.scans import read_scan
-from nearfar.medical.segmenter import (
-    RECIPES,
-    Preparation,
-    Recipe,
-    Segmenter,
-    create_network,
-    search_crf,
-    train_segmenter,
-)
+from nearfar.medical.segmenter import Preparation, Recipe, Segmenter, create_network
+from nearfar.medical.training import train_segmenter
 from nearfar.ops.graph.dense_crf import DenseCRF
 
 
@@ -145,15 +139,13 @@ def test_crf_search_finds_the_better_setting() -> None:
     items = [(torch.stack([1 - p, p]), truth[None] * 100.0, truth)]
     useless = {"iterations": 0}
     good = {"iterations": 5, "spatial_std": 2.0, "bilateral_std": 20.0, "color_std": 10.0}
-    best, rows = search_crf(items, [useless, good], 2)
+    best, rows = search_crf(items, [useless, good])
     assert best == good
     assert rows[0]["dice"] == pytest.approx(rows[1]["dice"])
     assert rows[2]["dice"] > rows[0]["dice"]
 
 
 def test_bad_settings() -> None:
-    for recipe in RECIPES.values():
-        Recipe(**recipe)
     with pytest.raises(ValueError, match="roi"):
         Recipe(roi=(3,))
     with pytest.raises(UserError, match="unknown"):

@@ -2,12 +2,14 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
 import numpy as np
+import pydicom.misc
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_json
@@ -18,7 +20,8 @@ from nearfar.medical.scans import NIFTI, NRRD, PICTURES, Scan, read_labels, read
 class Case:
     """One image with its label map. `group` is the patient: cases of one group never part over a split.
 
-    `images` are the files of the channels (one for most data); `part` is "train", "test" or "".
+    `images` are the files of the channels (one for most data); `part` is "train", "test" or ""; `more_labels` are
+    further masks of the same label.
     """
 
     name: str
@@ -26,41 +29,75 @@ class Case:
     label: Path | None = None
     group: str = ""
     part: str = ""
+    more_labels: tuple[Path, ...] = ()
 
 
 @dataclass
 class Collection:
     """The cases of a folder, what their label values mean, and how the data set stores them.
 
-    `binary`: masks are grey pictures, foreground from 128 on. `ignore`: a label value that does not count.
+    Args:
+        gray: masks are pictures whose grey values (lowest, highest) stand for a label value.
+        ignore: a label value that does not count.
+        regions: names of unions of labels that are scored too.
+        channels: of a file; more than one where volumes have a fourth axis.
     """
 
     layout: str
     cases: list[Case]
     labels: dict[int, str] = field(default_factory=dict)
-    binary: bool = False
+    gray: tuple[tuple[int, int, int], ...] = ()
     ignore: int | None = None
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    channels: int = 1
 
     def read(self, case: Case) -> tuple[Scan, np.ndarray | None]:
         """The scan of a case, channels stacked, and its labels on the same grid (None where it has none)."""
-        if case.images[0].suffix in (".npz", ".h5"):
-            return _read_arrays(case)
-        scan = read_scan(case.images[0])
-        for path in case.images[1:]:
-            other = read_scan(path)
-            if other.shape != scan.shape:
-                raise UserError(f"{path}: shape {other.shape} differs from {case.images[0].name}'s {scan.shape}")
-            scan.image = np.concatenate([scan.image, other.image])
-        labels = None if case.label is None else read_labels(case.label, None if self.binary else scan)
-        if labels is not None and self.binary:
-            if labels.shape != scan.shape:
-                raise UserError(f"{case.label}: shape {labels.shape} differs from its image's {scan.shape}")
-            labels = (labels > (127 if labels.max(initial=0) > 1 else 0)).astype(np.int32)
-        if labels is not None and self.labels:
+        scan = self.scan(case)
+        if case.label is None:
+            return scan, None
+        labels = self.read_label(case.label, scan)
+        for path in case.more_labels:
+            labels = np.maximum(labels, self.read_label(path, scan))
+        if self.labels:
             allowed = {0, *self.labels, *([] if self.ignore is None else [self.ignore])}
             if unknown := sorted(set(np.unique(labels).tolist()) - allowed):
                 raise UserError(f"{case.label}: holds labels {unknown} outside the declared ones {sorted(self.labels)}")
         return scan, labels
+
+    def scan(self, case: Case) -> Scan:
+        """The scan of a case, channels stacked."""
+        if case.images[0].suffix in ARRAYS:
+            image = _array(case.images[0], "image", "img").astype(np.float32)
+            affine = np.eye(4) if image.ndim == 3 else None  # in voxels: these files know no spacing
+            return Scan(case.images[0], image[None], affine, "array")
+        scan = read_scan(case.images[0], self.channels)
+        for path in case.images[1:]:
+            other = read_scan(path)
+            if other.shape != scan.shape or not _same_grid(scan, other):
+                raise UserError(f"{path}: lies on another grid ({other.shape}) than {case.images[0].name} {scan.shape}")
+            scan.image = np.concatenate([scan.image, other.image])
+        return scan
+
+    def read_label(self, path: Path, scan: Scan) -> np.ndarray:
+        """The labels of a case as its data set stores them, as label values on the scan's grid."""
+        if path.suffix in ARRAYS:
+            labels = np.rint(_array(path, "label")).astype(np.int32)
+        elif path.is_dir():
+            labels = _png_slices(path, scan)
+        else:
+            labels = read_labels(path, None if self.gray else scan)
+        if labels.shape != scan.shape:
+            raise UserError(f"{path}: shape {labels.shape} differs from its image's {scan.shape} ({scan.path.name})")
+        if self.gray:
+            mapped = np.full(labels.shape, -1, np.int32)
+            bright = labels if labels.max(initial=0) > 1 else labels * 255
+            for low, high, value in self.gray:
+                mapped[(bright >= low) & (bright <= high)] = value
+            if (mapped < 0).any():
+                raise UserError(f"{path}: holds grey values {sorted(set(bright[mapped < 0].tolist()))[:5]} of no label")
+            labels = mapped
+        return labels
 
 
 def find_cases(folder: str | Path) -> Collection:
@@ -76,7 +113,8 @@ def find_cases(folder: str | Path) -> Collection:
             return found
     raise UserError(
         f"{folder}: no scans found; expected one of the layouts nnU-Net, Medical Segmentation Decathlon, ACDC, "
-        "Synapse, Pascal VOC, CHASE_DB1, DRIVE, ISIC, Kvasir or CVC, folders `images` and `labels`, or scans"
+        "Synapse, BTCV, BraTS, CHAOS, Pascal VOC, CHASE_DB1, DRIVE, ISIC, BUSI, Kvasir or CVC, folders `images` and "
+        "`labels`, or scans"
     )
 
 
@@ -117,10 +155,13 @@ def check_split(cases: Sequence[Case], train: Iterable[str], validation: Iterabl
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+BINARY = ((0, 127, 0), (128, 255, 1))
+"""Grey values of masks with one label."""
+
 READABLE = (*NIFTI, *NRRD, *PICTURES)
 
 
-def _stem(path: Path) -> str:
+def stem(path: Path) -> str:
     name = path.name
     ending = next((e for e in READABLE if name.lower().endswith(e)), path.suffix)
     return name[: len(name) - len(ending)]
@@ -140,20 +181,23 @@ def _dataset_json(folder: Path) -> Collection | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if "channel_names" in content:
             channels, ending = len(content["channel_names"]), content["file_ending"]
-            labels = {int(v): k for k, v in content["labels"].items() if isinstance(v, int)}
+            if regions := [k for k, v in content["labels"].items() if not isinstance(v, int)]:
+                raise UserError(f"{path}: trains on regions ({', '.join(regions)}); only plain labels are taken here")
+            labels = {int(v): k for k, v in content["labels"].items() if k != "ignore"}
         else:
+            channels = len(content.get("modality", {"0": ""}))
             labels = {int(k): v for k, v in content["labels"].items()}
             listed = content["training"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is no dataset.json of nnU-Net or the Decathlon ({error!r})") from error
     if "channel_names" not in content:
         cases = [
-            Case(_stem(Path(p["image"])), (folder / p["image"],), folder / p["label"], _stem(Path(p["image"])), "train")
+            Case(stem(Path(p["image"])), (folder / p["image"],), folder / p["label"], stem(Path(p["image"])), "train")
             for p in listed
         ]
         tests = [p if isinstance(p, str) else p["image"] for p in content.get("test", [])]
-        cases += [Case(_stem(Path(p)), (folder / p,), None, _stem(Path(p)), "test") for p in tests]
-        return Collection("Medical Segmentation Decathlon", cases, labels)
+        cases += [Case(stem(Path(p)), (folder / p,), None, stem(Path(p)), "test") for p in tests]
+        return Collection("Medical Segmentation Decathlon", cases, labels, channels=channels)
     cases = []
     for part, images, targets in (("train", "imagesTr", "labelsTr"), ("test", "imagesTs", "labelsTs")):
         first = sorted((folder / images).glob(f"*_0000{ending}")) if (folder / images).is_dir() else []
@@ -165,6 +209,56 @@ def _dataset_json(folder: Path) -> Collection | None:
     return Collection("nnU-Net", cases, labels, ignore=content["labels"].get("ignore"))
 
 
+def _btcv(folder: Path) -> Collection | None:
+    """Beyond the Cranial Vault as distributed: img/img0001.nii.gz with label/label0001.nii.gz."""
+    root = next((p.parent for p in (folder / "img", *sorted(folder.glob("**/Training/img"))) if p.is_dir()), None)
+    if root is None:
+        return None
+    cases = [
+        Case(p.name[3:7], (p,), root / "label" / f"label{p.name[3:]}", p.name[3:7]) for p in _readable(root / "img")
+    ]
+    return Collection("BTCV", cases, dict(enumerate(BTCV, 1)))
+
+
+BTCV = (
+    *("spleen", "right kidney", "left kidney", "gallbladder", "oesophagus", "liver", "stomach", "aorta"),
+    *("vena cava", "portal and splenic vein", "pancreas", "right adrenal gland", "left adrenal gland"),
+)
+
+
+def _brats(folder: Path) -> Collection | None:
+    """BraTS: one folder for each case, four channels and a segmentation; names of 2023 or of 2018 to 2021."""
+    for channels, sign, enhancing in ((("t1n", "t1c", "t2w", "t2f"), "-", 3), (("t1", "t1ce", "t2", "flair"), "_", 4)):
+        cases = []
+        for first in sorted(folder.rglob(f"*{sign}{channels[0]}.nii.gz")):
+            name = first.name.removesuffix(f"{sign}{channels[0]}.nii.gz")
+            files = tuple(first.with_name(f"{name}{sign}{c}.nii.gz") for c in channels)
+            label = first.with_name(f"{name}{sign}seg.nii.gz")
+            cases.append(Case(name, files, label if label.is_file() else None, re.sub(r"-\d{3}$", "", name)))
+        if cases:
+            labels = {1: "necrotic core", 2: "oedema", enhancing: "enhancing tumour"}
+            regions = {"whole tumour": (1, 2, enhancing), "tumour core": (1, enhancing)}
+            return Collection("BraTS", cases, labels, regions=regions)
+    return None
+
+
+def _chaos(folder: Path) -> Collection | None:
+    """CHAOS: MR (T1 in phase, T2) or CT, DICOM series with the labels as PNG slices."""
+    cases = []
+    for ground in sorted(p for p in folder.rglob("Ground") if p.is_dir()):
+        series = ground.with_name("DICOM_anon")
+        series = series / "InPhase" if (series / "InPhase").is_dir() else series
+        sequence = ground.parent.name if ground.parent.name in ("T1DUAL", "T2SPIR") else ""
+        number = (ground.parents[1] if sequence else ground.parent).name
+        cases.append(Case("-".join(filter(None, (number, sequence))), (series,), ground, number))
+    if not cases:
+        return None
+    if any("T1DUAL" in c.name or "T2SPIR" in c.name for c in cases):
+        gray = ((0, 0, 0), (55, 70, 1), (110, 135, 2), (175, 200, 3), (240, 255, 4))
+        return Collection("CHAOS", cases, dict(enumerate(("liver", "right kidney", "left kidney", "spleen"), 1)), gray)
+    return Collection("CHAOS", cases, {1: "liver"}, BINARY)
+
+
 def _acdc(folder: Path) -> Collection | None:
     cases = []
     for label in sorted(folder.rglob("patient*_frame*_gt.nii.gz")):
@@ -172,7 +266,7 @@ def _acdc(folder: Path) -> Collection | None:
         number = int(re.match(r"patient(\d+)", name)[1])  # type: ignore[index]
         part = "train" if number <= 100 else "test"
         cases.append(Case(name, (label.with_name(f"{name}.nii.gz"),), label, f"patient{number:03d}", part))
-    return Collection("ACDC", cases, {1: "right ventricle", 2: "myocardium", 3: "left ventricle"})
+    return Collection("ACDC", cases, dict(enumerate(HEART, 1)))
 
 
 SYNAPSE = ("aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
@@ -190,6 +284,20 @@ def _synapse(folder: Path) -> Collection | None:
     return Collection("Synapse (TransUNet)", cases, dict(enumerate(SYNAPSE, 1)))
 
 
+def _acdc_slices(folder: Path) -> Collection | None:
+    """ACDC as slices in npz files, in train, valid and test; the number in a name is the patient's."""
+    cases = [
+        Case(p.stem, (p,), p, re.search(r"\d+", p.stem)[0], "test" if part == "test" else "train")  # type: ignore[index]
+        for part in ("train", "valid", "test")
+        for p in sorted((folder / part).glob("*.npz"))
+        if re.search(r"\d+", p.stem)
+    ]
+    return Collection("ACDC (slices)", cases, dict(enumerate(HEART, 1)))
+
+
+HEART = ("right ventricle", "myocardium", "left ventricle")
+
+
 VOC = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog"),
     *("horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"),
@@ -202,12 +310,20 @@ def _voc(folder: Path) -> Collection | None:
     )
     if root is None:
         return None
-    cases = []
-    for part, name in (("train", "train"), ("test", "val")):
-        listed = root / "ImageSets/Segmentation" / f"{name}.txt"
-        for stem in listed.read_text().split() if listed.is_file() else ():
-            label = root / "SegmentationClass" / f"{stem}.png"
-            cases.append(Case(stem, (root / "JPEGImages" / f"{stem}.jpg",), label, stem, part))
+    cases, listed = [], {}
+    for part, list_name in (
+        ("train", "Segmentation/train"),
+        ("train", "SegmentationAug/train_aug"),
+        ("test", "Segmentation/val"),
+    ):
+        lines = root / "ImageSets" / f"{list_name}.txt"
+        for line in lines.read_text().splitlines() if lines.is_file() else ():
+            if words := line.split():  # train_aug.txt has "image label" pairs
+                name = Path(words[0]).stem
+                label = words[1].lstrip("/") if len(words) > 1 else f"SegmentationClass/{name}.png"
+                listed[name] = (label, part)
+    for name, (label, part) in listed.items():
+        cases.append(Case(name, (root / "JPEGImages" / f"{name}.jpg",), root / label, name, part))
     return Collection("Pascal VOC", cases, dict(enumerate(VOC, 1)), ignore=255)
 
 
@@ -218,7 +334,7 @@ def _chasedb1(folder: Path) -> Collection | None:
         for p in sorted(folder.glob("Image_*.jpg"))
         if p.with_name(f"{p.stem}_1stHO.png").is_file()
     ]
-    return Collection("CHASE_DB1", cases, {1: "vessel"}, binary=True)
+    return Collection("CHASE_DB1", cases, {1: "vessel"}, BINARY)
 
 
 def _drive(folder: Path) -> Collection | None:
@@ -228,7 +344,7 @@ def _drive(folder: Path) -> Collection | None:
             number = image.name.split("_")[0]
             label = next(iter(sorted((folder / name / "1st_manual").glob(f"{number}_manual1.*"))), None)
             cases.append(Case(image.stem, (image,), label, number, part))
-    return Collection("DRIVE", cases, {1: "vessel"}, binary=True)
+    return Collection("DRIVE", cases, {1: "vessel"}, BINARY)
 
 
 def _isic(folder: Path) -> Collection | None:
@@ -238,27 +354,43 @@ def _isic(folder: Path) -> Collection | None:
         for label in sorted(folder.rglob("ISIC_*_segmentation.png"))
         if (name := label.stem.removesuffix("_segmentation")) in images
     ]
-    return Collection("ISIC", cases, {1: "lesion"}, binary=True)
+    return Collection("ISIC", cases, {1: "lesion"}, BINARY)
 
 
-def _polyps(folder: Path) -> Collection | None:
-    for images, masks, layout in (("images", "masks", "Kvasir-SEG"), ("Original", "Ground Truth", "CVC-ClinicDB")):
-        if (folder / images).is_dir() and (folder / masks).is_dir():
-            targets = {_stem(p): p for p in _readable(folder / masks)}
-            cases = [
-                Case(_stem(p), (p,), targets[_stem(p)], _stem(p))
-                for p in _readable(folder / images)
-                if _stem(p) in targets
-            ]
-            return Collection(layout, cases, {1: "polyp"}, binary=True)
-    return None
+def _masks(folder: Path) -> Collection | None:
+    """Pictures beside folders of masks with the same names: Kvasir-SEG, CVC-ClinicDB, PraNet's split, ISIC as PNG."""
+    names = (("images", "masks"), ("image", "mask"), ("Original", "Ground Truth"))
+    cases = []
+    for images, masks in names:
+        for root in sorted({p.parent for p in folder.glob(f"**/{images}") if (p.parent / masks).is_dir()}):
+            relative = root.relative_to(folder).as_posix().strip(".")
+            part = next((p for p in ("train", "test", "val") if p in relative.lower()), "").replace("val", "test")
+            targets = {stem(p): p for p in _readable(root / masks)}
+            for path in _readable(root / images):
+                name, label = stem(path), targets.get(stem(path)) or targets.get(f"{stem(path)}_segmentation")
+                if label is not None:
+                    cases.append(Case("/".join(filter(None, (relative, name))), (path,), label, name, part))
+    return Collection("images and masks", cases, {1: "foreground"}, BINARY)
+
+
+def _busi(folder: Path) -> Collection | None:
+    """Breast ultrasound: benign, malignant and normal pictures, some with several masks."""
+    cases = []
+    for label in sorted(folder.rglob("*_mask.png")):
+        image = label.with_name(label.name.replace("_mask.png", ".png"))
+        if image.is_file() and label.parent.name in ("benign", "malignant", "normal"):
+            more = tuple(
+                p for i in range(1, 9) if (p := label.with_name(label.name.replace(".png", f"_{i}.png"))).is_file()
+            )
+            cases.append(Case(f"{label.parent.name}/{image.stem}", (image,), label, image.stem, "", more))
+    return Collection("BUSI", cases, {1: "tumour"}, BINARY)
 
 
 def _pairs(folder: Path) -> Collection | None:
     if not (folder / "images").is_dir() or not (folder / "labels").is_dir():
         return None
-    targets = {_stem(p): p for p in _readable(folder / "labels")}
-    cases = [Case(_stem(p), (p,), targets.get(_stem(p)), _stem(p)) for p in _readable(folder / "images")]
+    targets = {stem(p): p for p in _readable(folder / "labels")}
+    cases = [Case(stem(p), (p,), targets.get(stem(p)), stem(p)) for p in _readable(folder / "images")]
     declared: dict[int, str] = {}
     if (names := folder / "labels.json").is_file():
         declared = {int(k): str(v) for k, v in json.loads(names.read_text(encoding="utf-8")).items()}
@@ -266,46 +398,83 @@ def _pairs(folder: Path) -> Collection | None:
 
 
 def _loose(folder: Path) -> Collection | None:
-    cases = [Case(_name(p, folder), (p,), None, _name(p, folder)) for p in _readable(folder, recursive=True)]
-    series = sorted({p.parent for p in folder.rglob("*.dcm")} | {p.parent for p in folder.rglob("IM*") if not p.suffix})
-    cases += [Case(_name(p, folder), (p,), None, _name(p, folder)) for p in series if p.is_dir()]
+    files = _readable(folder, recursive=True)
+    first = {p: re.sub(r"_0000$", "", stem(p)) for p in files if stem(p).endswith("_0000")}
+    channels = {
+        p: [p.with_name(p.name.replace(f"{n}_0000", f"{n}_{i:04d}")) for i in range(99)] for p, n in first.items()
+    }
+    groups = {p: tuple(c for c in found if c.is_file()) for p, found in channels.items()}  # nnU-Net's imagesTs
+    inside = {c for found in groups.values() for c in found[1:]}
+    cases = [
+        Case(_name(p, folder).removesuffix("_0000" if p in groups else ""), groups.get(p, (p,)), None)
+        for p in files
+        if p not in inside
+    ]
+    series = [p for p in sorted({p.parent for p in folder.rglob("*") if p.is_file()}) if is_series(p)]
+    cases += [Case(_name(p, folder), (p,), None) for p in series]
     return Collection("scans without labels", cases)
+
+
+def is_series(folder: Path) -> bool:
+    """Whether a folder holds DICOM files: by their ending, or by their content where the first has none."""
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    if any(p.suffix.lower() in (".dcm", ".ima") for p in files):
+        return True
+    bare = next((p for p in files if not p.suffix or p.suffix[1:].isdigit()), None)
+    return bare is not None and bare.name != "DICOMDIR" and pydicom.misc.is_dicom(bare)
 
 
 def _name(path: Path, folder: Path) -> str:
     relative = path.relative_to(folder)
-    stem = _stem(path) if path.is_file() else path.name
-    return "/".join((*relative.parts[:-1], stem)) if relative.parts else path.resolve().name
+    name = stem(path) if path.is_file() else path.name
+    return "/".join((*relative.parts[:-1], name)) if relative.parts else path.resolve().name
 
 
 LAYOUTS: tuple[Callable[[Path], Collection | None], ...] = (
     _dataset_json,
     _acdc,
     _synapse,
+    _acdc_slices,
+    _btcv,
+    _brats,
+    _chaos,
     _voc,
     _chasedb1,
     _drive,
     _isic,
-    _polyps,
+    _busi,
+    _masks,
     _pairs,
     _loose,
 )
 """Recognisers, tried in this order."""
 
 
-def _read_arrays(case: Case) -> tuple[Scan, np.ndarray]:
-    path = case.images[0]
+ARRAYS = (".npz", ".h5")
+
+
+def _array(path: Path, *names: str) -> np.ndarray:
+    """The first of the arrays `names` in an .npz or .h5 file; slices come last, (S, H, W) to (H, W, S)."""
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
-                content: Mapping[str, np.ndarray] = {k: arrays[k] for k in arrays.files}
+                array = arrays[next(n for n in names if n in arrays.files)]
         else:
             with h5py.File(path) as file:
-                content = {k: np.asarray(file[k]) for k in ("image", "label")}
-        image = content["image"] if "image" in content else content["img"]
-        labels = np.rint(content["label"]).astype(np.int32)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged, or without image and label ({error})") from error
-    if labels.shape != image.shape:
-        raise UserError(f"{path}: label {labels.shape} and image {image.shape} differ in shape")
-    return Scan(path, image.astype(np.float32)[None], None, "array"), labels
+                array = np.asarray(file[next(n for n in names if n in file)])
+    except (OSError, ValueError, KeyError, StopIteration, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged, or without {' or '.join(names)} ({error})") from error
+    return np.moveaxis(array, 0, -1) if array.ndim == 3 else array
+
+
+def _png_slices(folder: Path, scan: Scan) -> np.ndarray:
+    """Label pictures of a DICOM series, one for each slice, paired with its files in the order of their names."""
+    pictures = [p for p in sorted(folder.iterdir()) if p.suffix.lower() == ".png"]
+    order = np.argsort(np.argsort([str(s.filename) for s in scan.source]))
+    if len(pictures) != len(order):
+        raise UserError(f"{folder}: {len(pictures)} label pictures for {len(order)} slices of {scan.path.name}")
+    return np.stack([read_labels(pictures[i]).T for i in order], -1)
+
+
+def _same_grid(first: Scan, second: Scan) -> bool:
+    return first.affine is None or second.affine is None or np.allclose(first.affine, second.affine, atol=1e-3)

@@ -17,6 +17,8 @@ from nearfar.core.errors import UserError
 Predictor = Callable[[Tensor], Any]
 Region = tuple[slice, ...]
 
+WINDOW_MEMORY = 2**27
+
 
 def segment(
     image: Tensor,
@@ -43,17 +45,6 @@ def segment(
     return labels
 
 
-def average_scores(image: Tensor, predictor: Predictor, roi_size: Sequence[int], **settings: Any) -> Tensor:
-    """The averaged scores (K, *S) of the whole image, for what needs them all at once, such as the CRF."""
-    whole: Tensor | None = None
-    for region, scores in window_scores(image, predictor, roi_size, **settings):
-        if whole is None:
-            whole = torch.empty(len(scores), *image.shape[1:], dtype=scores.dtype)
-        whole[(slice(None), *region)] = scores.cpu()
-    assert whole is not None
-    return whole
-
-
 @torch.no_grad()
 def window_scores(
     image: Tensor,
@@ -65,7 +56,7 @@ def window_scores(
     sigma_scale: float = 0.125,
     batch_size: int = 1,
     flips: Sequence[int] = (),
-    memory: int | None = None,
+    memory: int | None = WINDOW_MEMORY,
     device: str | torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[Region, Tensor]]:
@@ -85,7 +76,7 @@ def window_scores(
         overlap: share of a window that the next one covers again, 0 <= overlap < 1.
         mode: "gaussian" or "constant" weights within a window; `sigma_scale` of the former.
         flips: axes to mirror for test-time augmentation; scores are averaged over all 2^len(flips) combinations.
-        memory: bytes for kept cells; None for no bound.
+        memory: bytes for kept cells, 128 MB by default; None for no bound.
         progress: called with (windows done, windows in all).
 
     Raises:
@@ -154,6 +145,15 @@ def window_scores(
             del scores, batch, own
             if progress is not None:
                 progress(numbers[-1] + 1, len(windows))
+
+
+@torch.no_grad()
+def segment_item(
+    item: dict[str, Any], network: torch.nn.Module, inferer: Any, postprocessing: Callable[[Any], Any], device: Any
+) -> Any:
+    """One item of a MONAI data set through a bundle's inferer and postprocessing; what `run` of our bundles calls."""
+    scores = inferer(item["image"][None].to(device), network.eval())[0].cpu()
+    return postprocessing({**item, "pred": scores})
 
 
 def parse_memory(text: str) -> int:

@@ -102,11 +102,12 @@ def score_case(
     *,
     convention: str = "nearfar",
     tolerance: float | Mapping[int, float] | None = None,
+    regions: Mapping[str, Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
     """One row per label: `label`, `dice`, `iou`, `hd95`, with `tolerance` (mm) `nsd` too; see the table above.
 
-    Label 0 is background and has no row. Raises ValueError for shapes that differ, labels outside `labels` or an
-    unknown convention.
+    Label 0 is background and has no row; each of `regions`, a union of labels, has one too. Raises ValueError for
+    shapes that differ, labels outside `labels` or an unknown convention.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
@@ -117,11 +118,10 @@ def score_case(
             raise ValueError(f"the {name} holds labels {unknown} that are not declared ({sorted(labels)})")
     unit = {"synapse_legacy": None, "brats": None}.get(convention, spacing)
     diagonal = float(np.linalg.norm(np.array(truth.shape) * np.array(spacing or [1.0] * truth.ndim)))
+    parts = [(name, (value,)) for value, name in labels.items() if value]
     rows = []
-    for value, name in labels.items():
-        if value == 0:
-            continue
-        p, g = prediction == value, truth == value
+    for name, values in [*parts, *(regions or {}).items()]:
+        p, g = np.isin(prediction, values), np.isin(truth, values)
         found, there = bool(p.any()), bool(g.any())
         row: dict[str, Any] = {"label": name, "dice": dice(p, g), "iou": iou(p, g)}
         row["hd95"] = hausdorff(p, g, unit, convention="monai" if convention == "monai" else "medpy")
@@ -134,7 +134,7 @@ def score_case(
         elif convention == "monai" and not there:
             row |= {"dice": float("nan"), "iou": float("nan")}
         if tolerance is not None:
-            limit = tolerance if isinstance(tolerance, int | float) else tolerance[value]
+            limit = tolerance if isinstance(tolerance, int | float) else tolerance[values[0]]
             row["nsd"] = surface_dice(p, g, limit, spacing)
         rows.append(row)
     return rows
@@ -189,6 +189,19 @@ def bootstrap_interval(
     means = rng.choice(values, (resamples, len(values))).mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def compare(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], score: str = "dice"
+) -> list[dict[str, Any]]:
+    """Rows of `paired_test` for each label, of two methods' rows (see `summarise`) on the same cases."""
+    result = []
+    for label in dict.fromkeys(row["label"] for row in first):
+        mine, other = ({r["case"]: r[score] for r in rows if r["label"] == label} for rows in (first, second))
+        both = [c for c in mine if c in other and not np.isnan(mine[c]) and not np.isnan(other[c])]
+        if len(both) > 1:
+            result.append({"label": label, **paired_test([mine[c] for c in both], [other[c] for c in both])})
+    return result
 
 
 def paired_test(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> dict[str, float]:

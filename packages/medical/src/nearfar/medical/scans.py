@@ -5,6 +5,7 @@ Label maps are written on exactly that grid.
 """
 
 import gzip
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -89,8 +90,8 @@ class Scan:
         return apply_orientation(labels, back)
 
 
-def read_scan(path: str | Path) -> Scan:
-    """Read a volume or picture by its name; a folder is a DICOM series.
+def read_scan(path: str | Path, channels: int = 1) -> Scan:
+    """Read a volume or picture by its name; a folder is a DICOM series. NIfTI volumes may have `channels` as 4th axis.
 
     Raises UserError that names the file for anything unreadable: truncated data, 4-D where 3-D is expected, NaN
     voxels, mixed series, missing slices ...
@@ -101,7 +102,7 @@ def read_scan(path: str | Path) -> Scan:
     elif not path.is_file():
         raise UserError(f"{path}: no such file or folder")
     elif path.name.lower().endswith(NIFTI):
-        scan = _read_nifti(path)
+        scan = _read_nifti(path, channels)
     elif path.suffix.lower() in NRRD:
         scan = _read_nrrd(path)
     elif path.suffix.lower() in PICTURES:
@@ -223,7 +224,7 @@ def write_dicom_seg(path: str | Path, labels: np.ndarray, like: Scan, names: dic
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _read_nifti(path: Path) -> Scan:
+def _read_nifti(path: Path, channels: int) -> Scan:
     try:
         file = nib.load(path)
         data = np.asarray(file.dataobj, dtype=np.float32)
@@ -231,11 +232,13 @@ def _read_nifti(path: Path) -> Scan:
         raise UserError(f"{path}: damaged or no NIfTI file ({_first_line(error)})") from error
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
-    if data.ndim != 3:
-        raise UserError(f"{path}: has {data.ndim} axes {data.shape}; a volume of three is expected, split it first")
+    data = np.moveaxis(data, -1, 0) if data.ndim == 4 and data.shape[-1] == channels else data[None]
+    if data.ndim != 4:
+        shape = data.shape[1:]
+        raise UserError(f"{path}: has {len(shape)} axes {shape}; a volume of three is expected, split it first")
     if abs(np.linalg.det(file.affine[:3, :3])) < 1e-12:
         raise UserError(f"{path}: its affine is singular, so its voxels have no size")
-    return Scan(path, data[None], np.array(file.affine, float), "nifti", file)
+    return Scan(path, data, np.array(file.affine, float), "nifti", file)
 
 
 def _nifti(values: np.ndarray, like: Scan) -> Any:
@@ -246,7 +249,8 @@ def _nifti(values: np.ndarray, like: Scan) -> Any:
         image.set_qform(like.affine, 1)
         return image
     original = like.source.header
-    values = values.reshape(values.shape + (1,) * (len(like.source.shape) - 3))
+    if math.prod(like.source.shape[3:]) == 1:
+        values = values.reshape(like.source.shape)
     image = type(like.source)(values, None, original) if hasattr(original, "get_qform") else None
     if image is None:
         return nib.Nifti1Image(values, like.affine)

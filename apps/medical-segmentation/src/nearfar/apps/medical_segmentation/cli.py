@@ -1,6 +1,9 @@
 """`nearfar medical-segmentation`: inspect data, train, predict, evaluate, refine with the CRF, export."""
 
+import itertools
 import json
+from collections import Counter
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,23 +13,34 @@ import torch
 import typer
 
 from nearfar.apps.medical_segmentation import pages
-from nearfar.core.cli import console, raise_failures, run_batch, table
+from nearfar.apps.medical_segmentation.bundle import write_bundle
+from nearfar.core.cli import console, raise_failures, run_batch, table, track
 from nearfar.core.errors import UserError
-from nearfar.core.files import atomic_path, write_csv, write_json
+from nearfar.core.files import write_csv, write_json
 from nearfar.core.training import read_recipe
 from nearfar.medical import metrics
-from nearfar.medical.datasets import Case, Collection, check_split, find_cases, make_splits
+from nearfar.medical.datasets import Case, Collection, check_split, find_cases, is_series, make_splits, stem
 from nearfar.medical.inference import parse_memory
+from nearfar.medical.refinement import refine as refine_probabilities
+from nearfar.medical.refinement import search_crf, to_bytes
 from nearfar.medical.scans import read_labels, read_scan, write_dicom_seg, write_labels
-from nearfar.medical.segmenter import RECIPES, Recipe, Segmenter, train_segmenter
-from nearfar.ops.graph.dense_crf import DenseCRF, unary_from_softmax
+from nearfar.medical.segmenter import Recipe, Segmenter
+from nearfar.medical.training import train_segmenter
+from nearfar.ops.graph.dense_crf import DenseCRF
+
+RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
 app = typer.Typer(
     help="Segment medical scans and pictures. Start with `inspect FOLDER`; make a model with `train`, use it with "
     "`predict`, score it with `evaluate`.\n\nReads NIfTI, DICOM series (folders), NRRD, PNG, JPEG, TIFF; knows the "
-    "layouts of nnU-Net, the Decathlon, ACDC, Synapse, VOC, CHASE_DB1, DRIVE, ISIC, Kvasir and CVC.",
+    "layouts of nnU-Net, the Decathlon, ACDC, Synapse, BTCV, BraTS, CHAOS, VOC, CHASE_DB1, DRIVE, ISIC, BUSI, Kvasir "
+    "and CVC.",
     no_args_is_help=True,
 )
+
+
+ENDINGS = (".nii.gz", ".nii", ".nrrd", ".png")
+"""Of label maps."""
 
 
 class Convention(StrEnum):
@@ -39,7 +53,16 @@ class Convention(StrEnum):
 Data = Annotated[Path, typer.Argument(help="Folder of a data set.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
-Memory = Annotated[str | None, typer.Option(help="Bound on the scores held in memory, such as 2G.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Bound on what grows with classes and volume, such as 2G. (default: 128M, for the CRF none)"),
+]
+CRF: Mapping[str, Any] = {
+    "iterations": 5, "spatial_weight": 1.0, "spatial_std": 2.0,
+    "bilateral_weight": 1.0, "bilateral_std": 10.0, "color_std": 20.0,
+}  # fmt: skip
+"""Settings for a model whose CRF was not searched."""
+
 SpatialWeight = Annotated[float, typer.Option(help="Weight of the CRF's spatial kernel.")]
 SpatialStd = Annotated[float, typer.Option(help="Its deviation, in mm (pixels for pictures).")]
 BilateralWeight = Annotated[float, typer.Option(help="Weight of the kernel over position and intensity.")]
@@ -99,11 +122,7 @@ def train(
     """
     collection = find_cases(data)
     labelled = [case for case in collection.cases if case.label is not None and case.part != "test"]
-    if recipe in RECIPES:
-        overrides = [f"{k}={json.dumps(v)}" for k, v in RECIPES[recipe].items()]
-        chosen = read_recipe(Recipe, None, [*overrides, *(setting or [])])
-    else:
-        chosen = read_recipe(Recipe, recipe, setting or [])
+    chosen = read_recipe(Recipe, RECIPES.get(recipe, Path(recipe)), setting or [])
     if not labelled:
         raise UserError(f"{data}: no labelled cases to train on")
     folds = min(folds, len({case.group for case in labelled}))
@@ -126,13 +145,58 @@ def train(
 
 
 @app.command()
+def search(
+    data: Data,
+    model: Annotated[Path, typer.Option(help="Folder that `train` wrote; the settings found go into it.")],
+    fold: Annotated[int, typer.Option(help="The fold of its splits.json that was held out.")] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Search the CRF's settings on the held-out fold of a model; `predict --crf` then uses them.
+
+    Goes over 48 settings and keeps the best mean Dice, which is that of no CRF where none helps. Scores of the same
+    cases are optimistic afterwards: report those of others.
+    """
+    segmenter, collection = Segmenter.load(model), find_cases(data)
+    try:
+        held_out = json.loads((model / "splits.json").read_text(encoding="utf-8"))[fold]["validation"]
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"{model}: has no fold {fold} in its splits.json ({error})") from error
+    items, spacings = [], []
+    for case in track([case for case in collection.cases if case.name in held_out], "segmenting"):
+        scan, labels = collection.read(case)
+        if labels is not None:
+            image = segmenter.prepare(scan)
+            with segmenter.probabilities(image, device=device) as scores:
+                prepared = segmenter.preparation.labels(labels, scan)
+                index = sum(k * (prepared == value) for k, value in enumerate(segmenter.values))
+                items.append((torch.from_numpy(scores), to_bytes(image), torch.from_numpy(index)))
+            spacings.append(segmenter.preparation.grid_spacing(scan))
+    if not items:
+        raise UserError(f"{data}: holds none of the cases of fold {fold} of {model}/splits.json")
+    names = ("spatial_weight", "spatial_std", "bilateral_weight", "bilateral_std", "color_std")
+    unit = min(min(s) for s in spacings)
+    values = ((0.5, 2.0), (unit, 3 * unit), (0.5, 2.0), (3 * unit, 15 * unit), (5.0, 15.0, 40.0))
+    grid = [{"iterations": 5, **dict(zip(names, v))} for v in itertools.product(*values)]
+    segmenter.crf, rows = search_crf(items, track(grid, "searching", len(grid)), spacings)
+    segmenter.save(model)
+    rows = [{"Dice": r["dice"], **(r["settings"] or {"iterations": "no CRF"})} for r in rows]
+    write_csv(model / "crf.csv", rows)
+    best = sorted(rows[1:], key=lambda row: -row["Dice"])[:5]
+    console.print(table([{**dict.fromkeys(best[0], "-"), **row} for row in (rows[0], *best)], f"{len(items)} cases"))
+    console.print(f"best: {segmenter.crf or 'no CRF'}", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def predict(
     inputs: Annotated[list[Path], typer.Argument(help="Scans, DICOM folders, or trees of them.")],
     model: Annotated[Path, typer.Option(help="Folder that `train` wrote.")],
-    output: Output,
-    crf: Annotated[bool, typer.Option("--crf", help="Refine with the CRF (holds all classes in memory).")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the results. (default: beside each scan, _seg)")
+    ] = None,
+    crf: Annotated[bool, typer.Option("--crf", help="Refine with the CRF, as `search` set it.")] = False,
     mirror: Annotated[bool, typer.Option("--mirror", help="Average over the mirror images along all axes.")] = False,
     overlap: Annotated[float, typer.Option(help="Share of a window that the next covers again.")] = 0.5,
+    part: Annotated[str | None, typer.Option(help="Of a data set, only the cases of `train` or `test`.")] = None,
     memory: Memory = None,
     device: Device = "cpu",
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Also write DICOM-SEG for DICOM input.")] = False,
@@ -141,36 +205,60 @@ def predict(
     """Segment scans: label maps on the input's exact grid, and overlay pictures. What is there is not done again."""
     segmenter = Segmenter.load(model)
     budget = None if memory is None else parse_memory(memory)
-    refine_with = DenseCRF(5, 1.0, 2.0, 1.0, 10.0, 20.0) if crf else None
-    cases: list[tuple[str, Path]] = []
-    for path in inputs:
-        if path.is_dir() and not any(p.suffix == ".dcm" for p in path.iterdir()):
-            cases += [(case.name, case.images[0]) for case in find_cases(path).cases]
-        else:
-            cases.append((path.name.split(".")[0], path))
+    if crf and segmenter.crf is None:
+        console.print("no CRF settings in the model (run `search`): general ones are used", highlight=False)
+    options = {"overlap": overlap, "mirror": mirror, "device": device}
+    options["crf"] = DenseCRF(**(segmenter.crf or CRF)) if crf else None
+    jobs = _jobs(inputs, output, part)
 
-    def one(case: tuple[str, Path]) -> dict[str, Any]:
-        name, path = case
-        scan = read_scan(path)
-        target = output / (f"{name}.nii.gz" if scan.affine is not None else f"{name}.png")
+    def one(job: tuple[Collection, Case, Path]) -> dict[str, Any]:
+        collection, case, base = job
+        scan = collection.scan(case)
+        target = base.with_name(f"{base.name}.nii.gz" if scan.affine is not None else f"{base.name}.png")
         if target.exists():
-            return {"case": name, "labels": "done before", "file": str(target)}
-        options = {"overlap": overlap, "mirror": mirror, "device": device, "crf": refine_with}
+            return {"case": case.name, "labels": "done before", "file": str(target)}
         labels = segmenter(scan, memory=budget, **options)
         if check:
-            same = float((segmenter(scan, memory=1, **options) == segmenter(scan, **options)).mean())
-            console.print(f"{name}: bounded and unbounded agree on {same:.6%} of the voxels", highlight=False)
-        pages.write_overlay(output / f"{name}_overlay.png", scan, labels)
+            small, large = budget or 2**20, 2**40
+            same = float((segmenter(scan, memory=small, **options) == segmenter(scan, memory=large, **options)).mean())
+            message = f"{case.name}: within {small / 2**20:.0f} MB and unbounded agree on {same:.4%} of the voxels"
+            console.print(message, highlight=False, soft_wrap=True)
+        pages.write_overlay(base.with_name(f"{base.name}_overlay.png"), scan, labels)
         if dicom_seg:
-            write_dicom_seg(output / f"{name}.dcm", labels, scan, segmenter.labels)
+            write_dicom_seg(base.with_name(f"{base.name}.dcm"), labels, scan, segmenter.labels)
         write_labels(target, labels, scan)
-        volume = float(np.prod(scan.spacing))
-        sizes = {v: f"{(labels == k).sum() * volume / 1000:.1f} ml" for k, v in segmenter.labels.items() if k}
-        return {"case": name, "labels": ", ".join(f"{k} {v}" for k, v in sizes.items()), "file": str(target)}
+        voxels = {v: int((labels == k).sum()) for k, v in segmenter.labels.items() if k}
+        if scan.kind in ("picture", "array"):
+            sizes = [f"{name} {count / labels.size:.2%}" for name, count in voxels.items()]
+        else:
+            volume = float(np.prod(scan.spacing))
+            sizes = [f"{name} {count * volume / 1000:.1f} ml" for name, count in voxels.items()]
+        return {"case": case.name, "labels": ", ".join(sizes), "file": str(target)}
 
-    rows, failures = run_batch(cases, one, "segmenting", lambda case: str(case[1]))
+    rows, failures = run_batch(jobs, one, "segmenting", lambda job: str(job[1].images[0]))
     console.print(table(rows))
-    raise_failures(failures, len(cases))
+    raise_failures(failures, len(jobs))
+
+
+def _jobs(inputs: list[Path], output: Path | None, part: str | None) -> list[tuple[Collection, Case, Path]]:
+    """(collection, case, where its results go but for the ending) of every scan in `inputs`."""
+    jobs = []
+    for path in inputs:
+        if path.is_dir() and not is_series(path):
+            collection = find_cases(path)
+            cases = [c for c in collection.cases if not stem(c.images[0]).endswith(("_seg", "_overlay"))]
+        else:
+            collection = Collection("scan", [])
+            cases = [Case(stem(path) if path.is_file() else path.name, (path,))]
+        for case in cases:
+            if part in (None, case.part):
+                beside = case.images[0].with_name(f"{case.name.split('/')[-1]}_seg")
+                jobs.append((collection, case, beside if output is None else output / case.name))
+    if twice := [str(base) for base, count in Counter(base for _, _, base in jobs).items() if count > 1]:
+        raise UserError(
+            f"several scans would be written to {', '.join(twice[:3])}; give each input an output of its own"
+        )
+    return jobs
 
 
 @app.command()
@@ -181,6 +269,7 @@ def evaluate(
     convention: Annotated[Convention, typer.Option(help="How empty structures count, and units.")] = Convention.nearfar,
     tolerance: Annotated[float | None, typer.Option(help="Also the normalised surface Dice at this many mm.")] = None,
     worst: Annotated[int, typer.Option(help="Worst cases to show on the page.")] = 3,
+    against: Annotated[Path | None, typer.Option(help="Label maps of another method: paired tests.")] = None,
 ) -> None:
     """Score label maps: cases.csv, summary.json with bootstrap intervals, and index.html with the worst cases.
 
@@ -189,17 +278,33 @@ def evaluate(
     """
     collection = find_cases(data)
     labelled = [case for case in collection.cases if case.label is not None]
-    files = {p.name.split(".")[0]: p for p in sorted(predictions.rglob("*")) if not p.stem.endswith("_overlay")}
     labelled = [c for c in labelled if c.part != "train"] if any(c.part == "test" for c in labelled) else labelled
 
-    def one(case: Case) -> list[dict[str, Any]]:
-        if case.name.split("/")[-1] not in files:
-            raise UserError(f"{case.name}: has no prediction in {predictions}")
+    def load(case: Case, folder: Path) -> tuple[Any, np.ndarray, np.ndarray]:
         scan, truth = collection.read(case)
-        found = read_labels(files[case.name.split("/")[-1]], scan)
+        assert truth is not None
+        files = [
+            p for n in (case.name, case.name.split("/")[-1]) for e in ENDINGS if (p := folder / f"{n}{e}").is_file()
+        ]
+        if not files:
+            raise UserError(f"{case.name}: has no prediction in {folder}")
+        found = read_labels(files[0], scan)
+        if collection.ignore is not None:
+            found, truth = (np.where(truth == collection.ignore, 0, m) for m in (found, truth))
+        return scan, found, truth
+
+    def one(case: Case, folder: Path = predictions) -> list[dict[str, Any]]:
+        scan, found, truth = load(case, folder)
+        names = _declared(collection, truth)
         try:
             scores = metrics.score_case(
-                found, truth, _declared(collection, truth), scan.spacing, convention=convention, tolerance=tolerance
+                found,
+                truth,
+                names,
+                scan.spacing,
+                convention=convention,
+                tolerance=tolerance,
+                regions=collection.regions,
             )
         except ValueError as error:
             raise UserError(f"{case.name}: {error}") from error
@@ -209,15 +314,20 @@ def evaluate(
     rows = [row for result in results for row in result]
     if rows:
         summary = metrics.summarise(rows)
+        content = {"convention": str(convention), "summary": summary, "failures": failures}
+        if against is not None:
+            scored = {row["case"] for row in rows}
+            others = [row for c in labelled if c.name in scored for row in one(c, against)]
+            content["against"] = paired = metrics.compare(rows, others)
+            console.print(table(paired, f"difference to {against}, paired"))
         write_csv(output / "cases.csv", rows)
-        write_json(output / "summary.json", {"convention": str(convention), "summary": summary, "failures": failures})
+        write_json(output / "summary.json", content)
         by_case = {r[0]["case"]: float(np.nanmean([row["dice"] for row in r] or [1.0])) for r in results if r}
         chosen = sorted(by_case, key=by_case.__getitem__)[:worst]
         shown = []
         for case in labelled:
             if case.name in chosen:
-                scan, truth = collection.read(case)
-                shown.append((case.name, scan, read_labels(files[case.name.split("/")[-1]], scan), truth))
+                shown.append((case.name, *load(case, predictions)))
         page = pages.evaluation_page(output / "index.html", _short(summary), rows, shown, str(convention))
         console.print(table(_short(summary), f"convention {convention}"))
         console.print(f"page: {page}", soft_wrap=True, highlight=False)
@@ -236,6 +346,7 @@ def refine(
     bilateral_std: BilateralStd = 67.0,
     color_std: ColorStd = 3.0,
     exact: Annotated[bool, typer.Option("--exact", help="Exact sums instead of the lattice; small grids.")] = False,
+    memory: Memory = None,
     device: Device = "cpu",
 ) -> None:
     """Run the fully connected CRF on anybody's probabilities and write the label map on the image's grid.
@@ -244,27 +355,32 @@ def refine(
     """
     scan = read_scan(image)
     try:
-        p = torch.from_numpy(np.load(probabilities, allow_pickle=False)).float()
+        p = np.load(probabilities, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{probabilities}: cannot be read as an array of numbers ({error})") from error
-    if p.ndim != len(scan.shape) + 1 or tuple(p.shape[1:]) != scan.shape:
-        raise UserError(f"{probabilities}: shape {tuple(p.shape)} is not (classes, {', '.join(map(str, scan.shape))})")
-    if not torch.isfinite(p).all() or float(p.min()) < 0 or float((p.sum(0) - 1).abs().max()) > 1e-2:
-        raise UserError(f"{probabilities}: holds no probabilities (they must be positive and sum to 1 at each voxel)")
+    if p.ndim != len(scan.shape) + 1 or p.shape[1:] != scan.shape:
+        raise UserError(f"{probabilities}: shape {p.shape} is not (classes, {', '.join(map(str, scan.shape))})")
+    before = np.zeros(scan.shape, np.int32)
+    for i in range(scan.shape[0]):  # plane by plane: the file may be larger than the memory
+        plane = np.asarray(p[:, i], np.float32)
+        if not np.isfinite(plane).all() or plane.min() < 0 or np.abs(plane.sum(0) - 1).max() > 1e-2:
+            raise UserError(
+                f"{probabilities}: holds no probabilities (they must be positive and sum to 1 at each voxel)"
+            )
+        before[i] = plane.argmax(0)
     pixels = torch.from_numpy(np.ascontiguousarray(scan.image))
-    if scan.affine is not None:
-        pixels = 255 * (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-6)
+    pixels = pixels if scan.affine is None else to_bytes(pixels)
     try:
         crf = DenseCRF(
             iterations, spatial_weight, spatial_std, bilateral_weight, bilateral_std, color_std,
             mode="exact" if exact else "lattice",
-        ).to(device)  # fmt: skip
-        q = crf(unary_from_softmax(p[None]).to(device), pixels[None].to(device), scan.spacing)[0].cpu()
+        )  # fmt: skip
+        budget = None if memory is None else parse_memory(memory)
+        labels = refine_probabilities(p, pixels, crf, scan.spacing, memory=budget, device=device)
     except ValueError as error:
         raise UserError(f"refine: {error}") from error
-    labels = q.argmax(0).numpy()
     write_labels(output, labels, scan)
-    changed = float((labels != p.argmax(0).numpy()).mean())
+    changed = float((labels != before).mean())
     console.print(f"{output}: {changed:.2%} of the voxels changed their label", soft_wrap=True, highlight=False)
 
 
@@ -273,43 +389,12 @@ def export(
     model: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
     output: Output,
 ) -> None:
-    """Write the model as a MONAI bundle: configs/metadata.json, configs/inference.json, models/model.pt."""
-    segmenter = Segmenter.load(model)
-    recipe, dims = segmenter.recipe, len(segmenter.recipe.roi)
-    classes = len(segmenter.values)
-    network = {
-        "_target_": "nearfar.medical.segmenter.create_network",
-        "name": recipe.network,
-        "num_classes": classes,
-        "in_channels": segmenter.in_channels,
-        "dims": dims,
-        "settings": recipe.settings,
-    }
-    inferer = {"_target_": "SlidingWindowInferer", "roi_size": list(recipe.roi), "overlap": 0.5, "mode": "gaussian"}
-    inference = {"imports": ["$import nearfar.medical.segmenter"], "network_def": network, "inferer": inferer}
-    shape = {"num_channels": segmenter.in_channels, "spatial_shape": list(recipe.roi), "dtype": "float32"}
-    names = {str(i): segmenter.labels.get(v, "background") for i, v in enumerate(segmenter.values)}
-    metadata = {
-        "version": "0.1.0",
-        "task": "segmentation",
-        "network_data_format": {
-            "inputs": {"image": {"type": "image", "format": "magnitude", **shape}},
-            "outputs": {
-                "pred": {
-                    "type": "image",
-                    "format": "segmentation",
-                    "num_channels": classes,
-                    "spatial_shape": list(recipe.roi),
-                    "dtype": "float32",
-                    "channel_def": names,
-                }
-            },
-        },
-    }
-    write_json(output / "configs" / "metadata.json", metadata)
-    write_json(output / "configs" / "inference.json", inference)
-    with atomic_path(output / "models" / "model.pt") as temporary:
-        torch.save(segmenter.network.state_dict(), temporary)
+    """Write the model as a MONAI bundle: configs/metadata.json, configs/inference.json, models/model.pt.
+
+    It runs with `python -m monai.bundle run --config_file OUTPUT/configs/inference.json --bundle_root OUTPUT
+    --dataset_dir SCANS --output_dir RESULTS` where nearfar-medical is installed.
+    """
+    write_bundle(Segmenter.load(model), output)
     console.print(f"MONAI bundle: {output}", soft_wrap=True, highlight=False)
 
 

@@ -1,0 +1,232 @@
+"""Training of segmentation networks: patches, augmentation, schedules, and the scores of the cases held out."""
+
+import dataclasses
+import inspect
+import random
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import monai.transforms
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nearfar.core.errors import UserError
+from nearfar.core.files import write_json
+from nearfar.core.training import data_loader, train, warmup_cosine
+from nearfar.medical.datasets import Case, Collection, check_split
+from nearfar.medical.losses import SegmentationLoss
+from nearfar.medical.metrics import score_case, summarise
+from nearfar.medical.segmenter import Preparation, Recipe, Segmenter
+
+MAX_PLACES = 20_000
+
+
+def augmentation(entries: Sequence[Mapping[str, Any]] | None, dims: int) -> monai.transforms.Compose:
+    """MONAI's dictionary transforms for items of `image` (C, *S) and `label` (1, *S), from `Recipe.augment`.
+
+    `OneOf` and `Compose` take `transforms`, a list like `entries` itself. Raises UserError for unknown names or
+    settings.
+    """
+    if entries is None:
+        entries = [{"RandFlipd": {"prob": 0.5, "spatial_axis": axis}} for axis in range(dims)]
+
+    def build(entry: Mapping[str, Any]) -> Any:
+        try:
+            ((name, settings),) = entry.items()
+            kind, settings = getattr(monai.transforms, name), dict(settings or {})
+            if "transforms" in settings:
+                return kind(transforms=[build(e) for e in settings.pop("transforms")], **settings)
+            both = not kind.__module__.startswith("monai.transforms.intensity")
+            settings.setdefault("keys", ["image", "label"] if both else ["image"])
+            if both and "mode" in inspect.signature(kind).parameters:
+                settings.setdefault("mode", ("bilinear", "nearest"))
+            return kind(**settings)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"augment {entry}: {error}") from error
+
+    return monai.transforms.Compose([build(entry) for entry in entries])
+
+
+class Patches(Dataset):
+    """Random patches of prepared cases (image (C, *S), labels (*S)); deterministic where the generators are seeded.
+
+    Outside an image the patch is zero and its label `outside`.
+    """
+
+    def __init__(self, items: Sequence[tuple[np.ndarray, np.ndarray]], recipe: Recipe, outside: int = 0) -> None:
+        self.items, self.recipe, self.outside = list(items), recipe, outside
+        self.augment = augmentation(recipe.augment, len(recipe.roi))
+        draw = np.random.default_rng(recipe.seed)
+        self.places = []
+        for _, labels in self.items:
+            found = np.flatnonzero((labels > 0) & (labels != (outside or -1)))
+            found = draw.choice(found, MAX_PLACES) if len(found) > MAX_PLACES else found
+            self.places.append(np.stack(np.unravel_index(found, labels.shape), 1))
+        if not any(len(places) for places in self.places):
+            raise UserError("the training cases hold no labelled voxel: there is nothing to learn")
+
+    def __len__(self) -> int:
+        return self.recipe.patches_per_epoch
+
+    def __getitem__(self, _: int) -> tuple[Tensor, Tensor]:
+        number = random.randrange(len(self.items))
+        (whole, all_labels), places, recipe = self.items[number], self.places[number], self.recipe
+        scale = random.choice(recipe.scales) if recipe.scales else 1.0
+        window = [*(round(r / scale) for r in recipe.roi), *[1] * (all_labels.ndim - len(recipe.roi))]
+        pads = [max(0, w - n) for w, n in zip(window, all_labels.shape)]
+        centred = len(places) and random.random() < recipe.foreground
+        centre = places[random.randrange(len(places))] if centred else None
+        where = []
+        for axis, (w, n) in enumerate(zip(window, all_labels.shape)):
+            room = max(0, n - w)
+            start = random.randint(0, room) if centre is None else int(centre[axis]) - w // 2
+            where.append(slice(min(max(start, 0), room), min(max(start, 0), room) + min(w, n)))
+        image = torch.from_numpy(np.array(whole[(slice(None), *where)]))
+        labels = torch.from_numpy(np.array(all_labels[tuple(where)]))[None].float()
+        if any(pads):
+            both = [v for p in reversed(pads) for v in (p // 2, p - p // 2)]
+            image, labels = F.pad(image, both), F.pad(labels, both, value=self.outside)
+        if all_labels.ndim > len(recipe.roi):
+            image, labels = image[..., 0], labels[..., 0]
+        if tuple(labels.shape[1:]) != recipe.roi:
+            linear = {2: "bilinear", 3: "trilinear"}[len(recipe.roi)]
+            image = F.interpolate(image[None], recipe.roi, mode=linear, align_corners=False)[0]
+            labels = F.interpolate(labels[None], recipe.roi, mode="nearest-exact")[0]
+        self.augment.set_random_state(random.getrandbits(31))
+        item = self.augment({"image": image, "label": labels})
+        image, labels = (monai.utils.convert_to_tensor(item[key], track_meta=False) for key in ("image", "label"))
+        return image.contiguous(), labels[0].round().long()
+
+
+class _Module(pl.LightningModule):
+    def __init__(self, segmenter: Segmenter, steps: int, ignore: int | None) -> None:
+        super().__init__()
+        self.network, self.recipe, self.steps = segmenter.network, segmenter.recipe, steps
+        self.loss = SegmentationLoss(segmenter.recipe.loss, squash=segmenter.recipe.squash, ignore=ignore)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        images, labels = batch
+        outputs = self.network(images)
+        if isinstance(outputs, Tensor) and outputs.ndim == labels.ndim + 2:  # MONAI's deep supervision stacks heads
+            outputs = list(outputs.unbind(1))
+        loss = self.loss(outputs, labels)
+        self.log("loss", loss, on_epoch=True, on_step=False, batch_size=len(images))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        recipe = self.recipe
+        groups: Any = self.network.parameters()
+        if hasattr(self.network, "parameter_groups"):
+            groups = list(self.network.parameter_groups(recipe.lr, recipe.weight_decay))
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[recipe.optimizer]
+        schedulers = torch.optim.lr_scheduler
+        try:
+            optimizer = kind(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, **recipe.optimizer_settings)
+            if isinstance(recipe.schedule, Mapping):
+                ((name, settings),) = recipe.schedule.items()
+                return {"optimizer": optimizer, "lr_scheduler": getattr(schedulers, name)(optimizer, **settings)}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"optimizer or schedule of the recipe: {error}") from error
+        if recipe.schedule == "constant":
+            return optimizer
+        if recipe.schedule == "poly":
+            schedule: Any = schedulers.PolynomialLR(optimizer, self.steps, 0.9)
+        else:
+            schedule = warmup_cosine(optimizer, min(10, self.steps // 10 + 1), self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def train_segmenter(
+    collection: Collection,
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    train_cases: Sequence[Case],
+    validation_cases: Sequence[Case] = (),
+    show_progress: bool = False,
+    **trainer_options: Any,
+) -> tuple[Segmenter, list[dict[str, Any]]]:
+    """Train on `train_cases`; returns the segmenter and the summary of scores on `validation_cases`.
+
+    The folder gets the run's record (see `nearfar.core.training.train`; an interrupted run goes on), the model and
+    `validation.json`. Prepared cases lie in a temporary folder in it, so memory does not grow with their number. A
+    patient on both sides is refused.
+    """
+    folder = Path(folder)
+    check_split(collection.cases, [c.name for c in train_cases], [c.name for c in validation_cases])
+    if not collection.labels:
+        raise UserError("the data do not say what their label values mean; declare them")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".prepared-", dir=folder) as cache:
+        items, channels = _prepare(collection, train_cases, recipe, Path(cache))
+        pl.seed_everything(recipe.seed, verbose=False)
+        segmenter = Segmenter.create(recipe, collection.labels, channels)
+        patches = Patches(items, recipe, collection.ignore or 0)
+        loader = data_loader(patches, recipe.batch_size, shuffle=True, seed=recipe.seed)
+        steps = recipe.max_epochs * -(-len(loader) // recipe.accumulate)
+        train(
+            _Module(segmenter, steps, collection.ignore),
+            loader,
+            max_epochs=recipe.max_epochs,
+            seed=recipe.seed,
+            folder=folder / "run",
+            settings={**dataclasses.asdict(recipe), "cases": [c.name for c in train_cases]},
+            show_progress=show_progress,
+            accumulate_grad_batches=recipe.accumulate,
+            **trainer_options,
+        )
+    segmenter.network.cpu().eval()
+    segmenter.save(folder)
+    summary = score_cases(segmenter, collection, validation_cases)
+    write_json(folder / "validation.json", summary)
+    return segmenter, summary
+
+
+def score_cases(
+    segment: Callable[[Any], np.ndarray], collection: Collection, cases: Sequence[Case]
+) -> list[dict[str, Any]]:
+    """The summary (see `metrics.summarise`) of the labelled ones among `cases`, under the convention `nearfar`."""
+    rows = []
+    for case in cases:
+        scan, labels = collection.read(case)
+        if labels is not None:
+            found = segment(scan)
+            if collection.ignore is not None:
+                found, labels = (np.where(labels == collection.ignore, 0, m) for m in (found, labels))
+            rows += [{"case": case.name, **r} for r in score_case(found, labels, collection.labels, scan.spacing)]
+    return summarise(rows) if rows else []
+
+
+def _prepare(
+    collection: Collection, cases: Sequence[Case], recipe: Recipe, cache: Path
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+    """(image, class index) of each case, mapped from files in `cache`, and the number of channels."""
+    values = np.array([0, *(v for v in collection.labels if v)])
+    preparation = Preparation(recipe.spacing, recipe.window, recipe.intensity, recipe.resize)
+    items, channels = [], set()
+    for number, case in enumerate(cases):
+        scan, labels = collection.read(case)
+        if labels is None:
+            raise UserError(f"{case.name}: has no labels to train on")
+        prepared = preparation.labels(labels, scan)
+        order = np.argsort(values)
+        index = order[np.searchsorted(values[order], prepared).clip(max=len(values) - 1)]
+        if collection.ignore is not None:
+            index[prepared == collection.ignore] = collection.ignore
+        pair = (
+            preparation.image(scan).numpy().astype(np.float32),
+            index.astype(np.uint8 if index.max() < 256 else np.int16),
+        )
+        for kind, array in zip(("image", "label"), pair):
+            np.save(cache / f"{number}-{kind}.npy", array)
+        items.append(tuple(np.load(cache / f"{number}-{kind}.npy", mmap_mode="r") for kind in ("image", "label")))
+        channels.add(len(scan.image))
+    if len(channels) != 1:
+        raise UserError(f"the training cases differ in their number of channels: {sorted(channels)}")
+    return items, channels.pop()
