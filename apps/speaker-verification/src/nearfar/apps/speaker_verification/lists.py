@@ -36,7 +36,9 @@ SpeakerPattern = Annotated[
 def score(
     trials: Annotated[Path, typer.Argument(help="Trial list: VoxCeleb, Kaldi, CSV or pairs.")],
     root: Annotated[Path, typer.Option(help="Folder of the recordings, or a Kaldi folder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Score file: enrol test score [label].")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Score file: enrol, test, score and, if known, label.")
+    ],
     model: Model,
     enrollments: Annotated[
         Path | None, typer.Option(help="Map of models to their recordings; the list's first names are then models.")
@@ -45,9 +47,9 @@ def score(
         str, typer.Option(help="For models of several recordings, average their embeddings or their scores.")
     ] = "embeddings",
     form: Annotated[str, typer.Option("--format", help="auto, voxceleb, kaldi, csv or pairs.")] = "auto",
-    backend: Annotated[str | None, typer.Option(help="cosine or plda.  [default: the model's]")] = None,
-    norm: Annotated[str | None, typer.Option(help="none or as (AS-norm).  [default: the model's]")] = None,
-    top_n: Annotated[int | None, typer.Option(help="Cohort rows for AS-norm.  [default: the model's]")] = None,
+    backend: Annotated[str | None, typer.Option(help="cosine or plda; by default the model's.")] = None,
+    norm: Annotated[str | None, typer.Option(help="none or as (AS-norm); by default the model's.")] = None,
+    top_n: Annotated[int | None, typer.Option(help="Cohort rows for AS-norm; by default the model's.")] = None,
     keep_speakers: Annotated[
         bool, typer.Option("--keep-cohort-speakers", help="Leave speakers of the trials in the cohort.")
     ] = False,
