@@ -205,11 +205,19 @@ def test_the_audit_clears_a_sound_model():
     assert {row["verdict"] for row in audit(theirs, sequences(60))} == {"ok"}
 
 
-def test_training_beats_a_unigram_resumes_and_repeats(tmp_path):
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_training_beats_a_unigram_resumes_and_repeats(tmp_path, optimizer):
     text = ("the quick brown fox jumps over the lazy dog. " * 200).encode()
     tokens = torch.from_numpy(texts.encode(text, BYTES))
     recipe = Recipe(
-        mixers=["base-conv", "attention"], hidden_size=32, num_hidden_layers=2, context=64, epochs=3, batch_size=4
+        mixers=["base-conv", "attention"],
+        hidden_size=32,
+        num_hidden_layers=2,
+        context=64,
+        epochs=3,
+        batch_size=4,
+        optimizer=optimizer,
+        learning_rate={"muon": 2e-2, "adamw": 4e-3}[optimizer],
     )
     trained, history = train_language_model(recipe, tokens, BYTES, tmp_path / "a", accelerator="cpu")
     unigram = ngram_bits(tokens.numpy(), tokens.numpy(), 259, 1) * math.log(2)
