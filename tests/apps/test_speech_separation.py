@@ -1,9 +1,15 @@
 """The speech-separation app on recordings that the tests make: every command, and every kind of bad input."""
 
 import csv
+import io
 import json
+import resource
+import signal
+import subprocess
+import sys
 from importlib.metadata import entry_points
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -122,6 +128,103 @@ def test_stream_writes_as_many_samples(recording, model, tmp_path):
     assert json.loads((tmp_path / "o/talk/separation.json").read_text())["speakers"] == 2
 
 
+def test_m4a_is_read_alone_and_in_a_folder(model, tmp_path):
+    mix, folder = sound(110, 3, 0, 44100) + sound(190, 3, 1, 44100), tmp_path / "in"
+    folder.mkdir()
+    with av.open(str(folder / "phone.m4a"), "w") as container:
+        coder = container.add_stream("aac", rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(mix[None], format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        container.mux([*coder.encode(frame), *coder.encode(None)])
+    for source in (folder, folder / "phone.m4a"):
+        assert run("separate", source, "-o", tmp_path / source.name, "--model", model, "--speakers", 2) == 0
+        info = soundfile.info(tmp_path / source.name / "phone/voice2.wav")
+        assert info.samplerate == 44100
+        assert abs(info.frames - 3 * 44100) < 4096  # AAC pads to its frames
+
+
+def test_a_budget_and_checks(recording, model, tmp_path, capsys):
+    done = run("separate", recording, "-o", tmp_path / "o", "--model", model, "--memory", "2G", "--check", "--json")
+    assert done == 0
+    checks = json.loads(capsys.readouterr().out)[0]["check"]
+    assert {row["ought"] for row in checks} == {"equal", "close"}
+    assert all(row["relative_error"] < 1e-4 for row in checks if row["ought"] == "equal")
+    assert run("separate", recording, "-o", tmp_path / "o", "--model", model, "--check") == 0  # kept with the result
+    assert "padded" in capsys.readouterr().out
+    assert run("separate", recording, "-o", tmp_path / "p", "--model", model, "--memory", "10M") == 2
+    assert "10M are too few" in error(capsys)
+    assert not (tmp_path / "p").exists()
+
+
+def test_levels_that_sum_back_best(recording, model, tmp_path, capsys):
+    call = ["separate", recording, "-o", tmp_path / "o", "--model", model, "--speakers", 2, "--level", "mix", "--json"]
+    assert run(*call) == 0
+    found = json.loads(capsys.readouterr().out)[0]
+    assert found["sum_back_fitted_db"] >= max(found["sum_back_db"], 0)
+    mix, voices = soundfile.read(recording)[0], [soundfile.read(tmp_path / f"o/talk/voice{k}.wav")[0] for k in (1, 2)]
+    error_db = 10 * np.log10(np.sum(mix**2) / np.sum((mix - sum(voices)) ** 2))
+    assert error_db == pytest.approx(found["sum_back_fitted_db"], abs=0.02)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_pipe_in_and_a_pipe_out(recording, tmp_path, monkeypatch, capsysbinary, causal):
+    torch.manual_seed(0)
+    net = MossFormer(num_filters=16, dim=12, depth=1, group_size=32, query_key_dim=8, causal=causal)
+    net.save_pretrained(tmp_path / "net")
+
+    def call(output):
+        with recording.open("rb") as file:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+            return run("separate", "-", "--stream", "--model", tmp_path / "net", "--window", 2, "-o", output)
+
+    assert call("-") == 0
+    voices, rate = soundfile.read(io.BytesIO(capsysbinary.readouterr().out))
+    assert (voices.shape, rate) == ((6 * RATE, 2), RATE)
+    assert call(tmp_path / "o") == 0
+    again = [soundfile.read(tmp_path / f"o/live/voice{k}.wav")[0] for k in (1, 2)]
+    np.testing.assert_allclose(np.stack(again, axis=1), voices, atol=1e-6)
+    np.testing.assert_array_equal(soundfile.read(tmp_path / "o/live/mixture.wav")[0], soundfile.read(recording)[0])
+    assert call(tmp_path / "o") == 2  # never over another recording
+    if causal:
+        with torch.no_grad():
+            whole = net.eval()(torch.from_numpy(soundfile.read(recording, dtype="float32")[0])[None])[0].T
+        np.testing.assert_allclose(voices, whole, atol=1e-5)
+
+
+def test_voices_leave_the_pipe_while_sound_still_comes(tmp_path):
+    net = MossFormer(num_filters=16, dim=12, depth=1, group_size=32, query_key_dim=8, causal=True)
+    net.save_pretrained(tmp_path / "net")
+    options = ["--stream", "--raw", "s16le:8000", "--model", str(tmp_path / "net"), "-o", "-"]
+    start = [sys.executable, "-c", "from nearfar.core.cli import main; main()"]
+    with subprocess.Popen(
+        [*start, "speech-separation", "separate", "-", *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        process.stdin.write((8000 * sound(110, 1)).astype("<i2").tobytes())
+        process.stdin.flush()
+        assert len(process.stdout.read(8 * 4000)) == 8 * 4000  # half a second of it, before the input ends
+        process.stdin.close()
+        process.stdout.read()
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "options"), [(100_000, []), (100_000, ["--stream"]), (250_000, [])], ids=["scratch", "voices", "page"]
+)
+def test_a_full_disk_leaves_nothing_behind(recording, model, tmp_path, capsys, limit, options):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        assert run("separate", recording, "-o", tmp_path / "o", "--model", model, *options) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)
+    text = error(capsys)
+    assert "cannot be" in text
+    assert "/.talk" not in text  # no temporary names
+    assert not list((tmp_path / "o").iterdir())
+
+
 def voices(root):
     for s, pitch in enumerate((90, 150, 230)):
         for u in range(15):
@@ -158,6 +261,12 @@ def test_bad_calls_end_in_one_line(recording, model, tmp_path, capsys):
         (["separate", recording, "-o", tmp_path, "--model", model, "--speakers", 0], "--speakers 0"),
         (["separate", recording, "-o", tmp_path, "--model", model, "--hop", 0.9], "hop 0.9"),
         (["separate", recording, "-o", tmp_path, "--model", model, "--stream", "--speakers", 2], "--stream"),
+        (["separate", recording, "-o", tmp_path, "--model", model, "--speakers", "some"], "--speakers some"),
+        (["separate", recording, "-o", tmp_path, "--model", model, "--speakers", 2, "--most", 3], "--most 3"),
+        (["separate", recording, "-o", tmp_path, "--model", model, "--memory", "much"], "--memory much"),
+        (["separate", "-", "-o", tmp_path, "--model", model], "needs --stream"),
+        (["separate", recording, "-o", tmp_path, "--model", model, "--raw", "s16le:8000"], "--raw"),
+        (["separate", recording, "-o", tmp_path, "--model", model, "--speaker-model", tmp_path], str(tmp_path)),
         (["mix", tmp_path, "-o", tmp_path / "m"], "no speaker"),
         (["evaluate", tmp_path, "--model", model], "no mixtures found"),
         (["evaluate", tmp_path, "--model", model, "--metrics", "wer"], "unknown wer"),

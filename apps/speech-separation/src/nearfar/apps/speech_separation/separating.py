@@ -1,7 +1,8 @@
 """What `separate` does to one recording, or to a pipe: voices, report and page in a folder."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,8 +50,7 @@ class Job:
 def separate_file(job: Job, path: Path, folder: Path, advance: Callable[[str, float, float], None]) -> dict[str, Any]:
     """Separate a recording into `folder`, which appears when all of it is done."""
     started = time.monotonic()
-    with Recording(path) as recording, atomic_path(folder) as place:
-        place.mkdir()
+    with Recording(path) as recording, _appearing(folder) as place:
         seconds = recording.frames / recording.rate
         tell = lambda done: advance(path.name, done, seconds)  # noqa: E731
         if job.stream:
@@ -67,8 +67,7 @@ def separate_pipe(
     job: Job, blocks: Iterable[np.ndarray], rate: int, folder: Path, advance: Callable[[str, float, float], None]
 ) -> dict[str, Any]:
     """Separate what a pipe brings into `folder` as it comes; Ctrl-C ends it as the pipe's end does."""
-    with atomic_path(folder) as place:
-        place.mkdir()
+    with _appearing(folder) as place:
         paths = [place / f"voice{k + 1}.{job.ending}" for k in range(job.model.num_speakers)]
         mixture = place / f"mixture.{job.ending}"
         with writing(paths, rate) as out, writing([mixture], rate) as kept:
@@ -131,6 +130,22 @@ def check_file(job: Job, path: Path) -> list[dict[str, Any]]:
     if len(at_rate) < job.model.kernel_size:
         raise UserError(f"{path}: is too short to check anything on it")
     return check_equivalence(job.model, at_rate, job.window, job.hop, job.embed, job.device)
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A new folder that is there when the block ends well; what cannot be written is said in its name."""
+    place = folder
+    try:
+        with atomic_path(folder) as place:
+            place.mkdir()
+            yield place
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); nothing was kept, is the disk full?"
+        ) from error
+    except UserError as error:
+        raise UserError(str(error).replace(str(place), str(folder))) from error
 
 
 def _whole(job: Job, recording: Recording, place: Path, tell: Callable[[float], None]) -> dict[str, Any]:
