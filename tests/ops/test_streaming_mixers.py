@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nearfar.ops.attention.causal import CausalAttention
 from nearfar.ops.convolution.base_conv import BaseConv
@@ -38,6 +40,10 @@ MIXERS = {
     "selective-lookup": lambda: SelectiveLookup(DIM, num_heads=2, threshold=0.5),
 }
 CONSTANT_STATE = {"window", "short-conv", "base-conv", "based", "retention", "rwkv4-time-mix", "h3", "mamba"}
+
+CONSTANT_COST = set(MIXERS) - {
+    "attention", "implicit-long-conv", "explicit-long-conv", "base-conv-long", "hyena", "selective-lookup"
+}  # fmt: skip
 
 
 @pytest.fixture(params=MIXERS, name="name")
@@ -119,6 +125,27 @@ def test_the_state_is_batch_first_and_constant_where_promised(mixer, name):
         assert mixer.state_size(20) == mixer.state_size(80)
     else:
         assert sizes[0] <= sizes[1] <= sizes[2]
+
+
+class Written(TorchDispatchMode):
+    """Counts the numbers that all operations write."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        self.count += sum(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        return out
+
+
+@torch.no_grad()
+def test_a_step_costs_the_same_at_every_position_where_the_state_is_constant(mixer, name):
+    x, costs = text(), []
+    for position in (20, 40, 80):
+        _, state = mixer.extend(x[:, :position])
+        with Written() as written:
+            written.count = 0
+            mixer.extend(x[:, position : position + 1], state)
+        costs.append(written.count)
+    assert (costs[0] == costs[1] == costs[2]) == (name in CONSTANT_COST), costs
 
 
 def test_reordering_the_state_reorders_the_continuation(mixer):
