@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
+from skimage.filters import frangi
 
 from nearfar.core.errors import UserError
 from nearfar.medical.datasets import find_cases
 from nearfar.medical.losses import SegmentationLoss
 from nearfar.medical.metrics import score_case
-from nearfar.medical.refinement import search_crf
+from nearfar.medical.refinement import crf_bytes, refine, search_crf
 from nearfar.medical.samples import threshold_baseline, write_brain
-from nearfar.medical.scans import read_scan
+from nearfar.medical.scans import Scan, read_scan
 from nearfar.medical.segmenter import Preparation, Recipe, Segmenter, create_network
-from nearfar.medical.training import train_segmenter
+from nearfar.medical.training import Patches, augmentation, train_segmenter
 from nearfar.ops.graph.dense_crf import DenseCRF
 
 
@@ -108,11 +110,13 @@ def test_learns_brain_tissue(brain: Path, tmp_path: Path) -> None:
     collection = find_cases(brain)
     left, right = collection.cases
     recipe = Recipe(
-        settings={"features": [8, 8, 16, 16, 32, 8], "norm": "batch"},
-        roi=(16, 32, 32),
-        max_epochs=6,
-        patches_per_epoch=24,
+        settings={"features": [16, 16, 32, 32, 64, 16], "norm": ["group", {"num_groups": 4}]},
+        roi=(32, 64),
+        max_epochs=8,
+        batch_size=8,
+        patches_per_epoch=160,
         lr=5e-3,
+        foreground=0.3,
     )
     segmenter, summary = train_segmenter(
         collection, recipe, tmp_path, train_cases=[right], validation_cases=[left], accelerator="cpu"
@@ -121,13 +125,84 @@ def test_learns_brain_tissue(brain: Path, tmp_path: Path) -> None:
     chance = (scan.image[0] > 0) * np.random.default_rng(0).integers(1, 3, truth.shape)  # tissue drawn at random
     intensity = threshold_baseline(scan.image[0], other.image[0], other_truth)
     dice = lambda labels: np.mean([r["dice"] for r in score_case(labels, truth, collection.labels)])  # noqa: E731
-    assert dice(segmenter(scan)) > dice(chance) + 0.15
+    assert dice(segmenter(scan)) > max(dice(chance) + 0.15, 0.87)
     assert dice(intensity) > 0.8  # the template's tissue maps follow its intensity closely: a strong baseline
     assert summary[-1]["dice"] == pytest.approx(dice(segmenter(scan)))
     refined = segmenter(scan, crf=DenseCRF(2, 1.0, 4.0, 1.0, 12.0, 20.0))
     assert dice(refined) > 0.8 * dice(segmenter(scan))
     with pytest.raises(UserError, match="both sides"):
         train_segmenter(collection, recipe, tmp_path / "x", train_cases=[left], validation_cases=[left])
+
+
+def test_learns_retinal_vessels(shared_data, tmp_path: Path) -> None:
+    """Better on another child's eyes than a Frangi filter whose threshold is fitted on the training pictures."""
+    collection = find_cases(shared_data("chasedb1"))
+    train, test = collection.cases[2:8], collection.cases[:1]
+    recipe = Recipe(
+        settings={"features": [8, 8, 16, 16, 32, 8], "norm": ["group", {"num_groups": 4}]},
+        roi=(64, 64), resize=(240, 250), batch_size=8, patches_per_epoch=96, max_epochs=6, lr=1e-2,
+    )  # fmt: skip
+    segmenter, _ = train_segmenter(collection, recipe, tmp_path, train_cases=train, accelerator="cpu")
+    maps = [(frangi(s.image[1], sigmas=(2, 3, 4, 5)), t) for s, t in map(collection.read, (*train[:2], *test))]
+    dice = lambda found, truth: 2 * (found & truth).sum() / (found.sum() + truth.sum())  # noqa: E731
+    fitted = lambda q: sum(dice(m > np.quantile(m, q), t > 0) for m, t in maps[:-1])  # noqa: E731
+    quantile = max(np.linspace(0.85, 0.96, 12), key=fitted)
+    scan, truth = collection.read(test[0])
+    baseline = dice(maps[-1][0] > np.quantile(maps[-1][0], quantile), truth > 0)
+    assert 0.3 < baseline < dice(segmenter(scan) > 0, truth > 0) - 0.03
+
+
+@pytest.mark.parametrize("settings", [{"network": "macmd"}, {"network": "monai.BasicUNet", "intensity": "caffe"}])
+def test_slices_are_resized_and_restored(tmp_path: Path, settings: dict) -> None:
+    recipe = Recipe(roi=(32, 32), resize=(32, 32), **settings)
+    channels = 3 if recipe.intensity == "caffe" else 1
+    scan = Scan(tmp_path / "a", np.random.default_rng(0).random((channels, 40, 50), np.float32) * 255)
+    prepared = Preparation(None, None, recipe.intensity, recipe.resize).image(scan)
+    expected = [ndimage.zoom(c, (32 / 40, 32 / 50), order=3) for c in scan.image]
+    if recipe.intensity == "caffe":
+        expected = [expected[2] - 104.008, expected[1] - 116.669, expected[0] - 122.675]
+        np.testing.assert_allclose(prepared.numpy(), expected, rtol=1e-5, atol=1e-4)
+    assert Segmenter.create(recipe, {1: "x"}, channels)(scan).shape == (40, 50)
+
+
+def test_patches_are_scaled_and_padded_with_the_label_to_ignore() -> None:
+    image, labels = np.ones((1, 20, 20), np.float32), np.ones((20, 20), np.uint8)
+    recipe = Recipe(roi=(32, 32), scales=(0.5, 1.0, 2.0), patches_per_epoch=30, augment=[], foreground=0.0)
+    shares = {
+        float((t == 255).float().mean()) for _, t in map(Patches([(image, labels)], recipe, 255).__getitem__, range(30))
+    }
+    # windows of 64, 32 and 16 voxels hold 20, 20 and 16 of the image
+    assert sorted(shares) == pytest.approx([0, 1 - (20 / 32) ** 2, 1 - (10 / 32) ** 2])
+
+
+def test_augmentation_keeps_labels_whole() -> None:
+    entries = [{"RandRotated": {"prob": 1.0, "range_x": 0.5}}, {"RandGaussianNoised": {"prob": 1.0, "std": 1.0}}]
+    labels = torch.zeros(1, 24, 24)
+    labels[:, 4:18, 6:20] = 3
+    moved = augmentation(entries, 2).set_random_state(0)({"image": labels.clone(), "label": labels})
+    assert set(moved["label"].unique().tolist()) == {0.0, 3.0}
+    assert (moved["label"] != labels).any()
+    assert len(moved["image"].unique()) > 100
+    for entry in ({"NoSuch": {}}, {"RandFlipd": {"wrong": 1}}):
+        with pytest.raises(UserError, match="augment"):
+            augmentation([entry], 2)
+
+
+def test_the_crf_by_slabs_is_near_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 64, 20, 20, generator=generator) * 20
+    image[:, 10:50, 5:15, 5:15] += 100
+    p = torch.softmax(
+        torch.stack([-image[0], image[0] - 120]) / 40 + torch.randn(2, 64, 20, 20, generator=generator), 0
+    )
+    crf = DenseCRF(3, 1.0, 2.0, 1.0, 4.0, 20.0)
+    whole = refine(p, image, crf)
+    budget = crf_bytes(24 * 20 * 20, 2, 1, 3)
+    slabs = refine(p.numpy(), image, crf, memory=budget)
+    assert (slabs == whole).mean() > 0.995
+    assert (whole != p.argmax(0).numpy()).mean() > 0.01
+    with pytest.raises(UserError, match="--memory"):
+        refine(p, image, crf, memory=1000)
 
 
 def test_crf_search_finds_the_better_setting() -> None:
