@@ -2,17 +2,23 @@
 
     uv run --group bench python benchmarks/separation.py [--threads 1] [--only operators,models,swaps,memory]
 
-Peers take part where they are installed: speechbrain (SepFormer), asteroid (DPRNN, ConvTasNet, LambdaOverlapAdd);
-asteroid may need an environment of its own. Ratios to our figure are what to read: absolute times are the machine's.
+Peers: speechbrain's SepFormer, torchaudio's ConvTasNet, and asteroid's DPRNN and LambdaOverlapAdd. asteroid needs an
+older torch, hence an environment of its own, whose interpreter `--asteroid` names:
+
+    uv venv asteroid --python 3.11
+    uv pip install --python asteroid/bin/python asteroid==0.7.0 torch==2.5.1 torchaudio==2.5.1 "setuptools<70" requests
+    uv run --group bench python benchmarks/separation.py --asteroid asteroid/bin/python
+
+Ratios to our figure are what to read: absolute times are the machine's.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RATE = 8000
+
+
+def resident(peak: bool = False) -> float:
+    """MB that this process holds, or has held at most (Linux; `getrusage` would begin with the parent's peak)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM" if peak else "VmRSS")) / 1024
 
 
 def milliseconds(run: Callable[[], Any], repeats: int = 5) -> float:
@@ -99,28 +111,33 @@ def build(name: str) -> Callable[[Tensor], Any]:
             return [decoder(frames * mask) for mask in masks]
 
         return forward
-    from asteroid.models import ConvTasNet, DPRNNTasNet
+    if name == "convtasnet":
+        from torchaudio.models import ConvTasNet
 
-    return (DPRNNTasNet(n_src=2) if name == "dprnn" else ConvTasNet(n_src=2)).eval()
+        net = ConvTasNet(num_sources=2).eval()
+        return lambda mix: net(mix.unsqueeze(1))
+    from asteroid.models import DPRNNTasNet
+
+    return DPRNNTasNet(n_src=2).eval()
 
 
 def model_once(name: str, threads: int) -> None:
-    """In a process of its own: time on 4 s of 8 kHz, real-time factor, peak memory."""
+    """In a process of its own: time on 4 s of 8 kHz, and the peak memory above that with the weights loaded."""
     torch.set_num_threads(threads)
     mix = torch.randn(1, 4 * RATE)
     model = build(name)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident()
     with torch.no_grad():
         took = milliseconds(lambda: model(mix), 3)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{took} {peak}")
+    print(f"{took} {resident(peak=True) - before}")
 
 
-def models(threads: int) -> None:
-    print(f"\nforward on 4 s of 8 kHz, {threads} threads")
+def models(threads: int, asteroid: str | None) -> None:
+    print(f"\nforward on 4 s of 8 kHz, {threads} threads, median of 3")
     found: dict[str, tuple[float, float]] = {}
-    for name in ("mossformer-s", "mossformer2", "sepformer", "dprnn", "convtasnet"):
-        command = [sys.executable, __file__, "--one", name, "--threads", str(threads)]
+    for name in ("mossformer-s", "mossformer2", "sepformer", "convtasnet", "dprnn"):
+        python = asteroid or sys.executable if name == "dprnn" else sys.executable
+        command = [python, __file__, "--one", name, "--threads", str(threads)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"  {name}: not run ({(done.stderr.strip().splitlines() or ['failed'])[-1][:100]})")
@@ -190,18 +207,23 @@ def count_swaps(tracks: np.ndarray, sources: np.ndarray) -> int:
     return sum(a != b for homes in where.values() for a, b in pairwise(homes))
 
 
-def swaps() -> None:
+def swaps(asteroid: str | None) -> None:
     from nearfar.audio.separation import separate_samples
 
     sources = conversation()
     print("\nspeaker swaps over 10 minutes with 20 s alone, separator that orders its outputs at random")
     tracks, _ = separate_samples(sources.sum(0), RATE, RandomOrder(sources), RATE)
     print(f"  nearfar: {count_swaps(tracks, sources)}")
-    try:
-        from asteroid.dsp.overlap_add import LambdaOverlapAdd
-    except ImportError as error:
-        print(f"  asteroid LambdaOverlapAdd: not run ({error})")
-        return
+    command = [asteroid or sys.executable, __file__, "--one", "overlap-add"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    answer = (done.stderr.strip().splitlines() or ["failed"])[-1][:100] if done.returncode else done.stdout.strip()
+    print(f"  asteroid LambdaOverlapAdd, 10 s windows, half overlapped, reordered: {answer}")
+
+
+def swaps_of_asteroid() -> None:
+    from asteroid.dsp.overlap_add import LambdaOverlapAdd
+
+    sources = conversation()
     oracle = RandomOrder(sources)
 
     def network(x: Tensor) -> Tensor:
@@ -210,7 +232,7 @@ def swaps() -> None:
     size = 10 * RATE
     added = LambdaOverlapAdd(network, 2, size, size // 2, window="boxcar", reorder_chunks=True, enable_grad=False)
     out = added(torch.from_numpy(sources.sum(0))[None, None])[0].numpy()
-    print(f"  asteroid LambdaOverlapAdd: {count_swaps(out, sources)}")
+    print(count_swaps(out, sources))
 
 
 def memory_once(minutes: float) -> None:
@@ -233,7 +255,7 @@ def memory_once(minutes: float) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for _ in separate_recording(Noise(), separate, RATE, scratch).blocks():
             pass
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(resident(peak=True))
 
 
 def memory() -> None:
@@ -249,15 +271,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="operators,models,swaps,memory")
+    parser.add_argument("--asteroid", help="Python interpreter of an environment with asteroid.")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--minutes", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.one == "overlap-add":
+        return swaps_of_asteroid()
     if options.one:
         return model_once(options.one, options.threads)
     if options.minutes:
         return memory_once(options.minutes)
     torch.set_num_threads(options.threads)
-    parts = {"operators": operators, "models": lambda: models(options.threads), "swaps": swaps, "memory": memory}
+    parts = {
+        "operators": operators,
+        "models": lambda: models(options.threads, options.asteroid),
+        "swaps": lambda: swaps(options.asteroid),
+        "memory": memory,
+    }
     for name in options.only.split(","):
         parts[name]()
     return None

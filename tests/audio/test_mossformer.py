@@ -1,6 +1,7 @@
 """MossFormer and MossFormer2: published numbers, layouts and sizes; unequal lengths, streams, memory."""
 
 import copy
+import re
 from pathlib import Path
 
 import jaxtyping
@@ -16,7 +17,7 @@ from nearfar.audio.mossformer import (
     detect,
     published_state,
 )
-from nearfar.core.checkpoints import save_state_dict
+from nearfar.core.checkpoints import load_state_dict, save_state_dict
 from nearfar.core.contracts import Contract, relative_errors
 from nearfar.core.errors import CheckpointError, UserError
 
@@ -167,6 +168,53 @@ def test_every_layout_loads_whole(cls, layout):
     assert type(back) is cls
     assert back.sample_rate == 16000
     torch.testing.assert_close(back(mix), model(mix), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "hub-v1-files"])
+@pytest.mark.parametrize(
+    ("cls", "settings", "said", "shape"),
+    [
+        (MossFormer, {"num_filters": 20, "dim": 24, "group_size": 16}, {}, (1, 700, 2)),
+        (MossFormer, {"num_speakers": 3, "query_key_dim": 40, "expansion_factor": 2.0}, {"masking": True}, (2, 3, 333)),
+        (MossFormer, {"causal": "attention", "group_size": 24}, {"causal": True}, (1, 500, 2)),
+        (MossFormer2, {"num_speakers": 3, "depth": 1, "masking": False}, {"masking": False}, None),
+        (MossFormer2, {"masking": False, "inner": 8, "fsmn_depth": 3}, {"output": "mapping"}, None),
+        (MossFormer2, {"kernel_size": 8, "dim": 10}, {"skip_mask": False}, None),
+    ],
+)
+def test_contracts_of_any_size_and_layout_build_their_model(layout, cls, settings, said, shape):
+    extra = {"num_speakers": 2, "masking": True} | settings
+    model = small(cls, **extra)
+    if layout == "hub-v1-files":
+        state = hub_v1(clearervoice(model))
+        state = {re.sub("^(encoder|decoder|mask_net)[.]", "", name): value for name, value in state.items()}
+    else:
+        state = LAYOUTS[layout](clearervoice(model))
+    tables = ("freqs", "inv_freq")
+    content = {
+        "system": "mossformer",
+        "variant": "probe",
+        "settings": {"group_size": extra.get("group_size", 32), "mask_activation": "ReLU", **said},
+        "state": [
+            {"name": name, "shape": list(value.shape), "kind": "constant" if name.endswith(tables) else "parameter"}
+            for name, value in state.items()
+        ],
+        "inputs": [],
+        "outputs": [{"name": f"out.{k}"} for k in range(3)]
+        if shape is None
+        else [{"name": "out", "shape": list(shape)}],
+    }
+    contract = Contract(Path("probe.json"), content)
+    load_state_dict(model, published_state(contract.state()))
+    batch, samples = (1, 400) if shape is None else (shape[0], max(shape))
+    mix = torch.randn(batch, samples)
+    with torch.no_grad():
+        found, expected = build_contract(contract)(mix), model(mix)
+    if shape is None:
+        found = torch.stack(found, dim=1)
+    elif shape[1] == samples:
+        found = found.mT
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -339,8 +339,8 @@ RENAMES = [
     (re.compile(pattern), new)
     for pattern, new in [
         (r"^model\.", ""),
-        (r"^enc(oder)?\.conv1d\.", "encoder."),
-        (r"^dec(oder)?\.", "decoder."),
+        (r"^(enc(oder)?\.)?conv1d\.", "encoder."),  # without a module's name in the files of the hub's first model
+        (r"^(dec(oder)?\.)?weight$", "decoder.weight"),
         (r"^mask_?net\.", ""),
         (r"^(dual_mdl\.0|mdl)\.(intra|att)_norm\.", "outer_norm."),
         (r"^(dual_mdl\.0|mdl)\.(intra|att)_mdl\.(mdl\.)?norm\.(norm\.)?", "block_norm."),
@@ -530,9 +530,15 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
 
 
 def _maps(contract: Contract) -> bool:
-    settings = contract.settings
-    said = settings.get("masking") is False or settings.get("mapping") or settings.get("skip_mask_multiplication")
-    return bool(said) or any(word in contract.variant for word in ("mapping", "whamr"))
+    """Whether the net's output is decoded itself: as a setting says in one word or another, else as the name does."""
+    for name, value in contract.settings.items():
+        if isinstance(value, bool) and ("mapping" in name or re.search("(skip|no|without)_mask", name)):
+            return value
+        if isinstance(value, bool) and "mask" in name:
+            return not value
+        if value in ("mapping", "masking"):
+            return value == "mapping"
+    return any(word in contract.variant for word in ("mapping", "whamr"))
 
 
 class _TwoStreams(nn.Module):
@@ -566,7 +572,7 @@ class _AsReleased(nn.Module):
         self.model, self.outputs = model, outputs
 
     def forward(self, mix: Tensor) -> Any:
-        voices = self.model(mix.flatten(0, -2))
+        voices = self.model(mix.reshape(-1, mix.shape[-1]))
         if len(self.outputs) > 1 or self.outputs[0]["name"] != "out":
             return list(voices.unbind(1))
         return voices if self.outputs[0]["shape"] == list(voices.shape) else voices.mT
