@@ -3,6 +3,7 @@
     python benchmarks/mixers.py mixers       # our mixers, L = 256 ... 16384
     python benchmarks/mixers.py references   # plain forms, fla's naive forms, torch and transformers, L = 256 ... 2048
     python benchmarks/mixers.py models       # Mamba with a head: hidden 256, 4 layers, state 16
+    python benchmarks/mixers.py streaming    # one token after a state that has read L tokens
 
 One sequence of width `--dim` at a time; the shortest of several runs counts. "forward" is without gradients, "both" a
 forward and a backward pass. Memory is the peak on CUDA, on a CPU what the forward pass keeps for the backward one.
@@ -193,7 +194,7 @@ def best_ms(run: Callable[[], object], device: str, seconds: float = 0.4) -> flo
     run()
     sync()
     times, end = [], time.perf_counter() + seconds
-    while not times or (time.perf_counter() < end and len(times) < 20):
+    while len(times) < 2 or (time.perf_counter() < end and len(times) < 100):
         start = time.perf_counter()
         run()
         sync()
@@ -327,9 +328,26 @@ def run_models(options: argparse.Namespace) -> list[dict[str, object]]:
     return rows
 
 
+def run_streaming(options: argparse.Namespace) -> list[dict[str, object]]:
+    lengths, rows = options.lengths or [256, 1024, 4096, 16384], []
+    for name, make in our_mixers(options.dim, max(lengths) + 1).items():
+        if options.only not in name:
+            continue
+        mixer, times = make().to(options.device).eval(), []
+        for n in lengths:
+            with torch.no_grad():
+                _, state = mixer.extend(torch.randn(1, n, options.dim, device=options.device))
+                token = torch.randn(1, 1, options.dim, device=options.device)
+                times.append(best_ms(lambda m=mixer, t=token, s=state: m.extend(t, s), options.device))  # type: ignore[misc]
+            rows.append({"mixer": name, "length": n, "step_ms": times[-1]})
+        shown = "  ".join(f"{n}: {t:7.3f} ms" for n, t in zip(lengths, times))
+        print(f"{name:22s} {shown}  last/first {times[-1] / times[0]:.1f}", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"mixers": run_mixers, "references": run_references, "models": run_models}
+    parts = {"mixers": run_mixers, "references": run_references, "models": run_models, "streaming": run_streaming}
     parser.add_argument("part", choices=list(parts))
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], help="such as 256,512")

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from nearfar.apps.language_model import cli
 from nearfar.core.errors import UserError
+from nearfar.core.report import Report
 
 
 def run(*arguments, status=0):
@@ -88,3 +89,13 @@ def test_mistakes_end_in_one_line(trained, arguments, message, monkeypatch):
     with pytest.raises(UserError, match=message) as error:
         run(*arguments)
     assert "\n" not in str(error.value)
+
+
+def test_the_chapter_of_the_tour(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "topics", {"a": "she sells sea shells by the sea shore. " * 300})
+    report = Report("tour")
+    cli.tour(report, tmp_path)
+    page = report.write(tmp_path / "page.html").read_text()
+    assert "byte 5-gram (Kneser-Ney)" in page
+    assert "right-padded prefill, then steps" in page
+    assert "FAIL" not in page
