@@ -23,22 +23,25 @@ def excerpt(path: Path) -> tuple[np.ndarray, int]:
         return recording.read(0, min(recording.frames, round(EXCERPT * recording.rate))), recording.rate
 
 
-def spectrograms(parts: dict[str, Path]) -> Figure:
-    """One spectrogram per part, on one scale of 70 dB."""
+def level(path: Path) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """Power in dB, (frequencies, frames), and the picture's extent in s and kHz."""
+    samples, rate = excerpt(path)
+    size = 1 << max(round(0.032 * rate), 2).bit_length()
+    padded = np.pad(samples, (0, max(0, size - len(samples))))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[:: size // 2]
+    power = np.abs(scipy.fft.rfft(frames * np.hanning(size).astype(np.float32))) ** 2
+    return 10 * np.log10(power.T + 1e-10), (0, len(padded) / rate, 0, rate / 2000)
+
+
+def spectrograms(parts: dict[str, Path], top: float | None = None) -> Figure:
+    """One spectrogram per part, on one scale of 70 dB below `top` (default: the first part's highest)."""
     with style():
         figure = new_figure(9, 1.7 * len(parts) + 0.4)
         axes = np.atleast_1d(figure.subplots(len(parts), 1, sharex=True))
-        top = None
         for axis, (name, path) in zip(axes, parts.items()):
-            samples, rate = excerpt(path)
-            size = 1 << max(round(0.032 * rate), 2).bit_length()
-            samples = np.pad(samples, (0, max(0, size - len(samples))))
-            frames = np.lib.stride_tricks.sliding_window_view(samples, size)[:: size // 2]
-            power = np.abs(scipy.fft.rfft(frames * np.hanning(size).astype(np.float32))) ** 2
-            level = 10 * np.log10(power.T + 1e-10)
-            top = level.max() if top is None else top
-            extent = (0, len(samples) / rate, 0, rate / 2000)
-            axis.imshow(level, origin="lower", aspect="auto", extent=extent, vmin=top - 70, vmax=top, cmap="magma")
+            shown, extent = level(path)
+            top = float(shown.max()) if top is None else top
+            axis.imshow(shown, origin="lower", aspect="auto", extent=extent, vmin=top - 70, vmax=top, cmap="magma")
             axis.set(ylabel="kHz", title=name)
             axis.grid(False)
         axes[-1].set_xlabel("seconds")
@@ -68,7 +71,9 @@ def listening_page(parts: dict[str, Path], result: dict[str, Any], folder: Path)
     )
     if result["uncertain"]:
         page.text("Not clear at: " + ", ".join(f"{t:.1f} s" for t in result["uncertain"]))
+    top = float(level(next(iter(parts.values())))[0].max())
     for name, path in parts.items():
-        page.audio(player(path), name)
-    page.figure(buffer.getvalue(), "Spectrograms of " + ", ".join(parts))
+        page.section(name)
+        page.audio(player(path))
+        page.figure(spectrograms({name: path}, top))
     return page.write(folder / "index.html")
