@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nearfar.core.contracts import Contract, verify
 from nearfar.core.errors import CheckpointError
 from nearfar.medical.deeplab import ResNet
-from nearfar.medical.guided_attention import GuidedAttention, build_contract, guided_loss
+from nearfar.medical.guided_attention import GuidedAttention, build_contract, guided_loss, published_state
 
 CONTRACTS = sorted((Path(__file__).parents[1] / "contracts").glob("multi-scale-guided-attention--*.json"))
 
@@ -52,6 +52,18 @@ def test_result_is_the_mean_of_the_second_stack(small: GuidedAttention) -> None:
     small.eval()
     torch.testing.assert_close(small(x), torch.stack(small.every(x).logits[1]).mean(0))
     assert small(x).shape == (1, 3, 32, 48)
+
+
+@torch.no_grad()
+def test_another_published_state_round_trips() -> None:
+    """ResNeXt-50, two channels, four classes, 32 wide, under the published names."""
+    path = next(p for p in CONTRACTS if p.stem.endswith("chaos5"))
+    names = {next(iter(published_state({k: v})), None): k for k, v in Contract.load(path).state().items()}
+    model = GuidedAttention(4, 2, "resnext50_32x4d", dim=32).eval()
+    state = {names[k]: v for k, v in model.state_dict().items() if not k.endswith("tracked")}
+    found = GuidedAttention.from_published({f"module.{k}": v for k, v in state.items()})
+    x = torch.randn(1, 2, 32, 64)
+    torch.testing.assert_close(found(x), model(x), rtol=0, atol=0)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 
 from nearfar.core.contracts import Contract, verify
 from nearfar.core.errors import CheckpointError
-from nearfar.medical.macmd import MACMD, build_contract
+from nearfar.medical.macmd import MACMD, build_contract, published_state
 
 CONTRACTS = sorted((Path(__file__).parents[1] / "contracts").glob("macmd--*.json"))
 WHOLE = next(path for path in CONTRACTS if "pvtv2b2" in path.stem)
@@ -48,6 +48,31 @@ def test_encoders_and_sizes(encoder: str) -> None:
     assert model(torch.randn(2, 2, 64, 96)).shape == (2, 3, 64, 96)
     with pytest.raises(ValueError, match="multiples of 32"):
         model(torch.randn(1, 2, 48, 64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("encoder", "classes", "channels", "settings"),
+    [
+        ("pvt_v2_b0", 4, 1, {"hidden_rate": 3}),
+        ("pvt_v2_b1", 1, 3, {"kernel_size": 5}),
+        ("pvt_v2_b2", 2, 3, {"out_channels": 16}),
+    ],
+)
+def test_other_published_states_round_trip(encoder: str, classes: int, channels: int, settings: dict) -> None:
+    """Names of the given contract, tensors of another variant: it is recognised and computes the same."""
+    names = {next(iter(published_state({k: v})), None): k for k, v in Contract.load(WHOLE).state().items()}
+    model = MACMD(classes, channels, encoder, **settings).eval()
+    state = {
+        names[k]: v.reshape(1, 1, -1) if "spatial_mix" in names[k] else v
+        for k, v in model.state_dict().items()
+        if not k.endswith("tracked")
+    }
+    x = torch.randn(1, channels, 64, 64)
+    torch.testing.assert_close(MACMD.from_published(state)(x), model(x), rtol=0, atol=0)
+    state["decoder.extra.weight"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match="extra"):
+        MACMD.from_published(state)
 
 
 def test_training_reaches_every_parameter() -> None:
