@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -137,8 +138,11 @@ def separate(
 
         def advance(name: str, done: float, total: float) -> None:
             if name not in tasks:
-                tasks[name] = bar.add_task(name, total=round(total, 1) or None)
+                tasks[name] = bar.add_task(name, total=total or None, begun=time.monotonic())
             bar.advance(tasks[name], done)
+            task = bar.tasks[tasks[name]]
+            factor = (time.monotonic() - task.fields["begun"]) / max(task.completed, 0.1)
+            bar.update(task.id, description=f"{name}, {factor:.2f} of real time")
 
         if to_pipe:
             source, found_rate = _source(found[0], raw)
