@@ -254,6 +254,22 @@ def test_mix_train_evaluate_separate(tmp_path, capsys):
     assert run("separate", tmp_path / "mixtures/mix/00000.wav", "-o", tmp_path / "o", "--model", model) == 0
 
 
+def test_training_on_mixtures_on_disk(tmp_path, capsys):
+    root = voices(tmp_path / "voices")
+    for part, name in (("train", "tr"), ("valid", "cv")):
+        made = ["--count", 4, "--seconds", 0.5, "--part", part, "--noise", root / "speaker2"]
+        assert run("mix", root, "-o", tmp_path / "set" / name, *made) == 0
+    small = "model={num_filters: 16, dim: 12, depth: 1, group_size: 32, query_key_dim: 8}"
+    call = ["train", tmp_path / "set", "-o", tmp_path / "run", "--split", "tr", "--validation", "cv", "--set", small]
+    call += ["--set", "max_epochs=1", "--set", "batch_size=4", "--accelerator", "cpu"]
+    assert run(*call) == 0
+    assert "dB over the mixture" in capsys.readouterr().out
+    assert run(*call, "--set", "num_speakers=3") == 2
+    assert "say --set num_speakers=2" in error(capsys)
+    assert run(*call, "--targets", "speaker{}") == 2
+    assert "no speaker1" in error(capsys)
+
+
 def test_bad_calls_end_in_one_line(recording, model, tmp_path, capsys):
     cases = [
         (["separate", recording, "-o", tmp_path, "--model", tmp_path / "none"], "no such model"),

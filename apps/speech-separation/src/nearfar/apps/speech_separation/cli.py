@@ -55,6 +55,8 @@ Rate = Annotated[
 Mapping = Annotated[bool, typer.Option("--mapping", help="The weights do not mask (the released WHAMR! ones).")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+MixFolder = Annotated[str | None, typer.Option("--mix", help="Folder of the mixtures, e.g. mix_both.")]
+Targets = Annotated[str | None, typer.Option(help="Folders of the sources, e.g. s{}_reverb.")]
 Layout = Annotated[str, typer.Option(help="How paths tell the speaker: auto, folder, ... or a regular expression.")]
 Same = Annotated[list[str] | None, typer.Option(help="Folders of one person: --same en-f=es-f. Repeatable.")]
 
@@ -270,16 +272,19 @@ def train(
     ] = "small",
     settings: Annotated[list[str] | None, typer.Option("--set", help="A setting: max_epochs=10, lr=0.001 ...")] = None,
     validation: Annotated[
-        Path | None, typer.Option(help="Mixtures to validate on (with mixtures as SOURCE; or its split).")
+        str | None, typer.Option(help="Mixtures to validate on: a split of SOURCE, or their own folder or list.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of SOURCE to train on, e.g. tr or train-100.")] = None,
+    mix_folder: MixFolder = None,
+    targets: Targets = None,
+    noise: Annotated[Path | None, typer.Option(help="Folder of noises to add to drawn mixtures, -6 to 3 dB.")] = None,
     start: Annotated[Path | None, typer.Option(help="Fine-tune this model.")] = None,
     layout: Layout = "auto",
     same: Same = None,
     accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Train a model. From single speakers, mixtures are drawn anew all the time; every speaker's utterances are split
-    into training, validation and test by their names."""
+    into training, validation and test by their names. With --validation SOURCE holds mixtures."""
     from nearfar.audio.mixtures import DrawnMixtures, RecordedMixtures, find_mixtures, refuse_shared_sources
     from nearfar.audio.separation_training import Recipe, train_separation
     from nearfar.core.training import read_recipe
@@ -289,8 +294,14 @@ def train(
     if validation is not None:
         if len(source) > 1:
             raise UserError("--validation: goes with one set of mixtures; of several folders only speakers are taken")
-        training = find_mixtures(source[0], split)
-        held_out = find_mixtures(validation)
+        training = find_mixtures(source[0], split, mix_folder, targets)
+        own = Path(validation).exists()
+        held_out = find_mixtures(validation if own else source[0], None if own else validation, mix_folder, targets)
+        if len(training[0].sources) != plan.num_speakers:
+            raise UserError(
+                f"{source[0]}: has {len(training[0].sources)} sources per mixture, the recipe {plan.num_speakers}; "
+                f"say --set num_speakers={len(training[0].sources)}"
+            )
         refuse_shared_sources(training, held_out)
         train_set: Any = RecordedMixtures(training, plan.rate, plan.seconds, plan.speeds)
         valid_set: Any = RecordedMixtures(held_out, plan.rate, None)
@@ -298,7 +309,13 @@ def train(
         shares = [_voices(source, layout, same, part) for part in ("train", "valid")]
         options = {"num_speakers": plan.num_speakers, "fill": plan.fill}
         train_set = DrawnMixtures(
-            shares[0], plan.mixtures_per_epoch, plan.rate, seconds=plan.seconds, speeds=plan.speeds, **options
+            shares[0],
+            plan.mixtures_per_epoch,
+            plan.rate,
+            seconds=plan.seconds,
+            speeds=plan.speeds,
+            noise=_recordings([noise]) if noise is not None else (),
+            **options,
         )
         valid_set = DrawnMixtures(
             shares[1],
@@ -327,8 +344,8 @@ def evaluate(
     model: ModelPath,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV for the scores of every file.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of the corpus, e.g. tt or test.")] = None,
-    mix_folder: Annotated[str | None, typer.Option("--mix", help="Folder of the mixtures, e.g. mix_both.")] = None,
-    targets: Annotated[str | None, typer.Option(help="Folders of the sources, e.g. s{}_reverb.")] = None,
+    mix_folder: MixFolder = None,
+    targets: Targets = None,
     metrics: Annotated[str, typer.Option(help="Comma-separated: si_sdri,sdri,pesq,stoi.")] = "si_sdri,sdri,pesq,stoi",
     rate: Rate = None,
     mapping: Mapping = False,
