@@ -45,12 +45,16 @@ def official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("source", ["atto", "hnf", "torchvision", "transformers", "transformers-backbone"])
+@pytest.mark.parametrize(
+    "source", ["atto", "atto_ols", "nano_ols", "hnf", "torchvision", "transformers", "transformers-backbone"]
+)
 def test_layouts_of_other_libraries(source: str) -> None:
     config = transformers.ConvNextConfig(depths=[1, 1, 2, 1], hidden_sizes=[8, 16, 24, 32], num_labels=5)
     small = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
     theirs = {
         "atto": lambda: timm.create_model("convnext_atto", **small),  # MLP as 1 x 1 convolutions
+        "atto_ols": lambda: timm.create_model("convnext_atto_ols", **small),  # overlapping stem
+        "nano_ols": lambda: timm.create_model("convnext_nano_ols", **small),
         "hnf": lambda: timm.create_model("convnext_tiny_hnf", **small),  # norm before pooling
         "torchvision": torchvision.models.convnext_tiny,
         "transformers": lambda: transformers.ConvNextForImageClassification(config),

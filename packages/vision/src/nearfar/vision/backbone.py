@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -28,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import CheckpointError
-from nearfar.ops.convolution.layers import DepthwiseConv, batch_norm_affine, fold_batch_norm
+from nearfar.ops.convolution.layers import DepthwiseConv, FusedConv2d, FusedLinear, batch_norm_affine, fold_batch_norm
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 """One renaming: a regular expression for the start of a tensor's name, and what takes the place of the match."""
@@ -320,6 +319,12 @@ class Backbone(nn.Module):
                 module.fuse()
             elif isinstance(module, nn.Sequential):
                 fuse_sequence(module)
+        for module in self.modules():
+            for name, child in module.named_children():
+                if type(child) in (nn.Conv2d, nn.Linear):
+                    setattr(module, name, (FusedConv2d if isinstance(child, nn.Conv2d) else FusedLinear)(child))
+                elif isinstance(fused := getattr(child, "fused", None), FusedConv2d):
+                    setattr(module, name, fused)
         return self
 
     # checkpoints
@@ -404,13 +409,26 @@ class Backbone(nn.Module):
         return None
 
 
+ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "swish"}
+
+
 @torch.no_grad()
 def fuse_sequence(sequence: nn.Sequential) -> None:
-    """Fold every batch norm that follows a convolution into it, for inference; the outputs stay the same."""
-    for i, (conv, norm) in enumerate(pairwise(list(sequence))):
-        if isinstance(conv, nn.Conv2d | DepthwiseConv) and isinstance(norm, nn.BatchNorm2d):
-            fold_batch_norm(conv, norm)
-            sequence[i + 1] = nn.Identity()
+    """Fold batch norms and activations into the convolutions before them, for inference; the outputs stay the same."""
+    for i, conv in enumerate(sequence):
+        if not isinstance(conv, nn.Conv2d | DepthwiseConv):
+            continue
+        if callable(getattr(conv, "fuse", None)):
+            conv.fuse()
+        after = i + 1
+        if after < len(sequence) and isinstance(sequence[after], nn.BatchNorm2d):
+            fold_batch_norm(conv, sequence[after])
+            sequence[after] = nn.Identity()
+            after += 1
+        activation = ACTIVATIONS.get(type(sequence[after])) if after < len(sequence) else None
+        sequence[i] = FusedConv2d(conv, activation or "none")
+        if activation:
+            sequence[after] = nn.Identity()
 
 
 def twelve_layers(block: Callable[[int], int]) -> Callable[[str], tuple[int, ...]]:

@@ -5,6 +5,7 @@ torchvision, whose numbers are the same under other names; `fuse` gives a faster
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,6 +41,8 @@ class ConvNeXt(Backbone):
         num_classes: classes; 0 for pooled features.
         in_chans: input channels.
         patch_size: size and stride of the stem convolution.
+        stem_dim: channels between the two strided 3x3 convolutions that take the place of the stem's patches in timm's
+            `_ols` variants; None for patches.
         kernel_size, mlp_ratio, layer_scale: see `ConvNeXtBlock`.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0.
         drop_rate: dropout before the classifier.
@@ -99,6 +102,7 @@ class ConvNeXt(Backbone):
         in_chans: int = 3,
         *,
         patch_size: int = 4,
+        stem_dim: int | None = None,
         kernel_size: int = 7,
         mlp_ratio: float = 4.0,
         layer_scale: float | None = 1e-6,
@@ -113,9 +117,13 @@ class ConvNeXt(Backbone):
         super().__init__()
         if len(depths) != len(dims):
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} differ in length")
-        patch = nn.Conv2d(in_chans, dims[0], patch_size, stride=patch_size)
+        if stem_dim:
+            widths = (in_chans, stem_dim, dims[0])
+            patches = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths)]
+        else:
+            patches = [nn.Conv2d(in_chans, dims[0], patch_size, stride=patch_size)]
         # the isotropic form has no norm after its stem
-        self.stem = nn.Sequential(patch, ChannelNorm(dims[0])) if len(dims) > 1 else nn.Sequential(patch)
+        self.stem = nn.Sequential(*patches, *([ChannelNorm(dims[0])] if len(dims) > 1 else ()))
         self.stages = nn.ModuleList()
         rates = drop_path_rates(drop_path_rate, depths)
         for i, (dim, stage_rates) in enumerate(zip(dims, rates, strict=True)):
@@ -162,7 +170,8 @@ class ConvNeXt(Backbone):
             "dims": [len(state[f"stages.{i}.blocks.0.norm.weight"]) for i in range(stages)],
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": state["stem.0.weight"].shape[1],
-            "patch_size": state["stem.0.weight"].shape[-1],
+            "patch_size": 4 if "stem.2.weight" in state else state["stem.0.weight"].shape[-1],
+            "stem_dim": len(state["stem.0.weight"]) if "stem.2.weight" in state else None,
             "kernel_size": state[f"{first}.dwconv.weight"].shape[-1],
             "mlp_ratio": len(state[f"{first}.pwconv1.bias"]) / len(state[f"{first}.norm.weight"]),
             "layer_scale": 1e-6 if f"{first}.gamma" in state else None,
@@ -189,7 +198,7 @@ def _official(name: str, *published: tuple[str, float | None, str, int]) -> tupl
 def _size(
     name: str, depths: Sequence[int], width: int, params: float, gmacs: float, *published: tuple[str, Any, str, int]
 ) -> Variant:
-    settings = {"depths": depths, "dims": tuple(width * 2**i for i in range(4))}
+    settings = {"depths": depths, "dims": tuple(width * 2**i for i in range(4)), "stem_dim": None}
     return Variant(settings, params, gmacs, _official(name, *published))
 
 
@@ -198,8 +207,9 @@ def _isotropic(depth: int, dim: int, params: float, gmacs: float, top1: float) -
     return Variant(settings, params, gmacs, (Weights("fb_in1k", top1),))
 
 
-def _timm(depths: Sequence[int], width: int, params: float, gmacs: float) -> Variant:
-    return Variant({"depths": depths, "dims": tuple(width * 2**i for i in range(4))}, params, gmacs)
+def _timm(depths: Sequence[int], width: int, params: float, gmacs: float, stem_dim: int | None = None) -> Variant:
+    settings = {"depths": depths, "dims": tuple(width * 2**i for i in range(4)), "stem_dim": stem_dim}
+    return Variant(settings, params, gmacs)
 
 
 # timm has models of the plain names, with the same weights
@@ -245,6 +255,10 @@ CONVNEXTS = {
     "nearfar_convnext_femto": _timm((2, 2, 6, 2), 48, 5.22, 0.79),
     "nearfar_convnext_pico": _timm((2, 2, 6, 2), 64, 9.05, 1.37),
     "nearfar_convnext_nano": _timm((2, 2, 8, 2), 80, 15.59, 2.46),
+    "nearfar_convnext_atto_ols": _timm((2, 2, 6, 2), 40, 3.7, 0.58, 24),
+    "nearfar_convnext_femto_ols": _timm((2, 2, 6, 2), 48, 5.23, 0.82, 24),
+    "nearfar_convnext_pico_ols": _timm((2, 2, 6, 2), 64, 9.06, 1.43, 32),
+    "nearfar_convnext_nano_ols": _timm((2, 2, 8, 2), 80, 15.65, 2.65, 80),
 }  # fmt: skip
 
 register(ConvNeXt, CONVNEXTS)

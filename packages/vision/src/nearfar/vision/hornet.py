@@ -10,13 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.core.contracts import Contract
 from nearfar.ops.convolution.convnext import fold_norm, scale_output
 from nearfar.ops.convolution.gnconv import GnConv
-from nearfar.ops.convolution.layers import ChannelNorm, DropPath
+from nearfar.ops.convolution.layers import ChannelNorm, DropPath, FusedLinear
 from nearfar.ops.spectral.global_filter import GlobalLocalFilter
 from nearfar.vision.backbone import (
     Backbone,
@@ -53,6 +52,7 @@ class HorBlock(nn.Module):
         self.gnconv = GnConv(dim, order, scale=scale, filter=filter)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, int(mlp_ratio * dim))
+        self.act = nn.GELU()
         self.pwconv2 = nn.Linear(int(mlp_ratio * dim), dim)
         gamma = partial(torch.full, (dim,), layer_scale)
         self.gamma1 = nn.Parameter(gamma()) if layer_scale else None
@@ -64,14 +64,14 @@ class HorBlock(nn.Module):
         if self.gamma1 is not None:
             y = y * self.gamma1[:, None, None]
         x = x + self.drop_path(y)
-        y = self.pwconv2(F.gelu(self.pwconv1(self.norm2(x.movedim(1, -1)))))
+        y = self.pwconv2(self.act(self.pwconv1(self.norm2(x.movedim(1, -1)))))
         if self.gamma2 is not None:
             y = y * self.gamma2
         return x + self.drop_path(y.movedim(-1, 1))
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Fold gammas into the projections before them and the second norm's affine part into W1."""
+        """Fold gammas into the projections before them, the second norm's affine part and the GELU into W1."""
         if self.gamma1 is not None:
             scale_output(self.gnconv.proj_out, self.gamma1)
             scale_output(self.pwconv2, self.gamma2)
@@ -79,6 +79,7 @@ class HorBlock(nn.Module):
         if self.norm2.elementwise_affine:
             fold_norm(self.norm2, self.pwconv1)
             self.norm2 = nn.LayerNorm(self.norm2.normalized_shape, self.norm2.eps, elementwise_affine=False)
+            self.pwconv1, self.act = FusedLinear(self.pwconv1, "gelu"), nn.Identity()
 
 
 class HorNet(Backbone):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nearfar.core.contracts import Contract
 from nearfar.ops.attention.offset_bias import OffsetBiasAttention
 from nearfar.ops.convolution.dynamic import position_depthwise
+from nearfar.ops.convolution.layers import FusedConv2d
 from nearfar.ops.convolution.lsconv import ConvNorm, LargeKernelPerception, LSConv, RepVGGDepthwise
 from nearfar.vision.backbone import (
     Backbone,
@@ -31,21 +32,22 @@ from nearfar.vision.backbone import (
 
 
 class FeedForward(nn.Module):
-    """BN W2 ReLU(BN W1 x), W1: C -> r C and W2: r C -> C 1x1 convolutions; the second norm's weight starts at 0."""
+    """x + BN W2 ReLU(BN W1 x), W1: C -> r C and W2: r C -> C 1x1 convolutions; the second norm's weight starts at 0."""
 
     def __init__(self, dim: int, ratio: float = 2.0) -> None:
         super().__init__()
-        self.pw1 = ConvNorm(dim, int(dim * ratio))
+        self.pw1 = ConvNorm(dim, int(dim * ratio), relu=True)
         self.pw2 = ConvNorm(int(dim * ratio), dim, norm_weight=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pw2(self.pw1(x).relu())
+        y = self.pw1(x)
+        return self.pw2(y, add=x) if isinstance(self.pw2, FusedConv2d) else x + self.pw2(y)
 
 
 class LSBlock(nn.Module):
     """Block `index` of a stage: even, SE(RepVGGDepthwise(x)); odd, LSConv(x), or x + attention(x) in the last stage.
 
-    Then x + FeedForward(x).
+    Then FeedForward(x).
     """
 
     def __init__(self, dim: int, index: int, attention: OffsetBiasAttention | None = None, **kernels: int) -> None:
@@ -57,8 +59,7 @@ class LSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.se(self.mixer(x))
-        x = x + y if self.residual else y
-        return x + self.ffn(x)
+        return self.ffn(x + y if self.residual else y)
 
 
 class LSNet(Backbone):

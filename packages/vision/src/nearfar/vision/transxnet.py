@@ -60,10 +60,14 @@ class TransXBlock(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Put the first shortcut into the kernel it goes round."""
+        """Put the first shortcut into the kernel it goes round, and the last scale into the norm before it."""
         if self.residual:
             self.pos_embed.weight[:, 0, 3, 3] += 1
             self.residual = False
+            norm, scale = self.mlp.fc2[1], self.layer_scale_2
+            norm.weight *= scale.weight.flatten()
+            norm.bias.mul_(scale.weight.flatten()).add_(scale.bias)
+            self.layer_scale_2 = nn.Identity()
 
 
 class TransXStage(Stage):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.ops.convolution.layers import Derived, join_heads, split_heads
 from nearfar.ops.convolution.lsconv import ConvNorm
 
 
@@ -39,12 +40,16 @@ class OffsetBiasAttention(nn.Module):
         keys = num_heads * key_dim
         self.splits = (keys, keys, dim)
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, resolution**2))
+        self.spread = Derived()
         self.qkv = ConvNorm(dim, dim + 2 * keys)
         self.dw = ConvNorm(keys, keys, 3, depthwise=True)
         self.proj = nn.Sequential(nn.ReLU(), ConvNorm(dim, dim, norm_weight=0.0))
 
     def bias(self, height: int, width: int) -> Float[Tensor, "h n n"]:
         """B for a grid of height x width."""
+        return self.spread.get(self.attention_biases, (height, width), lambda: self.spread_table(height, width))
+
+    def spread_table(self, height: int, width: int) -> Float[Tensor, "h n n"]:
         side = math.isqrt(self.attention_biases.shape[1])
         table = self.attention_biases.reshape(self.num_heads, side, side)
         if (height, width) != (side, side):
@@ -57,19 +62,18 @@ class OffsetBiasAttention(nn.Module):
     def heads(self, x: Float[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
         """Queries, keys and values, (B, heads, N, d)."""
         query, key, value = self.qkv(x).split(self.splits, dim=1)
-        parts = (self.dw(query), key, value)
-        split = (part.flatten(2).unflatten(1, (self.num_heads, -1)).mT for part in parts)
-        # CUDA's attention kernels refuse odd strides, which `contiguous` leaves where an axis has length one
-        return tuple(part.clone(memory_format=torch.contiguous_format) for part in split)
+        return tuple(split_heads(part, self.num_heads) for part in (self.dw(query), key, value))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         query, key, value = self.heads(x)
-        bias = self.bias(*x.shape[-2:]).to(query.dtype)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.proj(out.transpose(-2, -1).reshape(x.shape))
+        # values are wider than keys, which the CPU's fused kernel does not take
+        return self.proj(join_heads(self.weigh(query, key, *x.shape[-2:]) @ value, *x.shape[-2:]))
+
+    def weigh(self, query: Tensor, key: Tensor, height: int, width: int) -> Float[Tensor, "b heads n n"]:
+        bias = self.bias(height, width).to(query.dtype)
+        return (query * self.key_dim**-0.5 @ key.mT + bias).softmax(-1)
 
     def attention_map(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads n n"]:
         """The attention weights, rows summing to one: for every query position its weight on every position."""
         query, key, _ = self.heads(x)
-        logits = query @ key.transpose(-2, -1) / math.sqrt(self.key_dim) + self.bias(*x.shape[-2:])
-        return logits.softmax(-1)
+        return self.weigh(query, key, *x.shape[-2:])

@@ -1,11 +1,10 @@
 """The ConvNeXt block: a large depthwise convolution and an inverted bottleneck."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import DepthwiseConv, DropPath
+from nearfar.ops.convolution.layers import DepthwiseConv, DropPath, FusedLinear
 
 
 class ConvNeXtBlock(nn.Module):
@@ -47,26 +46,29 @@ class ConvNeXtBlock(nn.Module):
         self.dwconv = DepthwiseConv(dim, kernel_size, dims=dims, causal=causal)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
         self.pwconv2 = nn.Linear(hidden, dim)
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         y = self.norm(self.dwconv(x).movedim(1, -1))
-        y = self.pwconv2(F.gelu(self.pwconv1(y)))
+        y = self.pwconv2(self.act(self.pwconv1(y)))
         if self.gamma is not None:
             y = y * self.gamma
         return x + self.drop_path(y.movedim(-1, 1))
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Fold the norm's affine part into W1 and gamma into W2, for inference; the outputs stay the same."""
+        """Fold the norm's affine part and the GELU into W1, gamma into W2, for inference; the outputs stay the same."""
         if self.norm.elementwise_affine:
             fold_norm(self.norm, self.pwconv1)
             self.norm = nn.LayerNorm(self.norm.normalized_shape, self.norm.eps, elementwise_affine=False)
         if self.gamma is not None:
             scale_output(self.pwconv2, self.gamma)
             self.gamma = None
+        if isinstance(self.pwconv1, nn.Linear):
+            self.pwconv1, self.act = FusedLinear(self.pwconv1, "gelu"), nn.Identity()
 
 
 def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> None:

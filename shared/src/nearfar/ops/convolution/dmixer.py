@@ -13,10 +13,16 @@ from nearfar.ops.convolution.layers import (
     BATCH_NORMS,
     CONVOLUTIONS,
     DepthwiseConv,
+    FusedConv2d,
+    LayerScale,
+    batch_norm_affine,
+    cached_table,
     check_dims,
     check_odd,
     fold_batch_norm,
     fold_into_next,
+    join_heads,
+    split_heads,
 )
 
 
@@ -42,17 +48,37 @@ class ConvBN(nn.Module):
             self.conv = CONVOLUTIONS[dims](in_dim, dim, kernel_size, stride, padding, groups=groups, bias=False)
         self.bn: nn.Module = BATCH_NORMS[dims](dim)
         self.act = nn.GELU() if act else nn.Identity()
+        self.dims = dims
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b d *t"]:
         return self.act(self.bn(self.conv(x)))
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Fold the norm into the convolution, for inference; the outputs stay the same."""
+        """Fold norm and GELU into the convolution, for inference; the outputs stay the same."""
         if isinstance(self.bn, nn.Identity):
             return
         fold_batch_norm(self.conv, self.bn)
         self.bn = nn.Identity()
+        if self.dims == 2:
+            self.conv = FusedConv2d(self.conv, "gelu" if isinstance(self.act, nn.GELU) else "none")
+            self.act = nn.Identity()
+
+    @property
+    def fused(self) -> nn.Module | None:
+        """The one layer that does it all after `fuse`."""
+        return self.conv if isinstance(self.conv, FusedConv2d) else None
+
+
+@cached_table
+def grid_pooling_matrix(
+    size: tuple[int, ...], bins: tuple[int, ...], like: tuple[torch.device, torch.dtype]
+) -> Float[Tensor, "bins n"]:
+    """Row i averages the positions of cell i of a grid of `bins`, as adaptive pooling does."""
+    matrix = torch.ones(1, 1, device=like[0], dtype=like[1])
+    for length, number in zip(size, bins, strict=True):
+        matrix = torch.kron(matrix, pooling_matrix(length, number, like))
+    return matrix
 
 
 class IDConv(nn.Module):
@@ -93,10 +119,9 @@ class IDConv(nn.Module):
         self.proj = nn.Sequential(ConvBN(dim, hidden, 1, dims=dims), CONVOLUTIONS[dims](hidden, dim * groups, 1))
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
-        pooled = x
-        for axis, bins in enumerate(self.weight.shape[2:]):
-            matrix = pooling_matrix(x.shape[2 + axis], bins, (x.device, x.dtype))
-            pooled = (pooled.movedim(2 + axis, -1) @ matrix.T).movedim(-1, 2 + axis)
+        window = tuple(self.weight.shape[2:])
+        grid = grid_pooling_matrix(tuple(x.shape[2:]), window, (x.device, x.dtype))
+        pooled = (x.flatten(2) @ grid.T).unflatten(2, window)
         share = self.proj(pooled).unflatten(1, (self.groups, -1)).softmax(1)
         kernel = (share * self.weight).sum(1)
         bias = None
@@ -153,11 +178,7 @@ class OverlappingReductionAttention(nn.Module):
         reduced = self.sr(x)
         reduced = reduced + self.local_conv(reduced)
         key, value = self.kv(reduced).chunk(2, dim=1)
-        query, key, value = (
-            # CUDA's attention kernels refuse odd strides, which `contiguous` leaves where an axis has length one
-            part.flatten(2).unflatten(1, (self.num_heads, -1)).mT.clone(memory_format=torch.contiguous_format)
-            for part in (self.q(x), key, value)
-        )
+        query, key, value = (split_heads(part, self.num_heads) for part in (self.q(x), key, value))
         return query, key, value, tuple(reduced.shape[-2:])
 
     def forward(
@@ -166,8 +187,10 @@ class OverlappingReductionAttention(nn.Module):
         query, key, value, reduced = self.heads(x)
         if position is not None:
             position = resize_table(position, tuple(x.shape[-2:]), reduced, self.table).to(query.dtype)
+            if not torch.is_grad_enabled():  # the fast kernels take no mask that asks for a gradient
+                position = position.detach()
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=position)
-        return out.transpose(-2, -1).reshape(x.shape)
+        return join_heads(out, *x.shape[-2:])
 
     def attention_map(
         self, x: Float[Tensor, "b c h w"], position: Float[Tensor, "1 heads n m"] | None = None
@@ -284,12 +307,32 @@ class MultiScaleFFN(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         u = self.fc1(x)
-        parts = u.split(self.widths, dim=1)
-        scales = torch.cat([conv(part) for conv, part in zip(self.dwconv.proj, parts, strict=True)], dim=1)
-        return self.drop(self.fc2(self.drop(self.norm(F.gelu(u + scales)))))
+        if isinstance(self.dwconv, FusedConv2d):
+            y = self.dwconv(u)
+        else:
+            parts = u.split(self.widths, dim=1)
+            y = F.gelu(u + torch.cat([conv(part) for conv, part in zip(self.dwconv.proj, parts, strict=True)], dim=1))
+        return self.drop(self.fc2(self.drop(self.norm(y))))
 
+    @torch.no_grad()
     def fuse(self) -> None:
-        """Fold the norm before W2 into it, for inference."""
-        if not isinstance(self.norm, nn.Identity):
-            fold_into_next(self.norm, self.fc2[0])
-            self.norm = nn.Identity()
+        """Fold the norm before W2 into it, and make one depthwise convolution of the shortcut and all kernels."""
+        if isinstance(self.norm, nn.Identity):
+            return
+        fold_into_next(self.norm, self.fc2[0])
+        self.norm = nn.Identity()
+        scale, shift = batch_norm_affine(self.fc1[2])
+        self.fc1[2] = LayerScale(len(scale), dims=self.fc1[0].weight.ndim - 2).to(scale)
+        self.fc1[2].weight.copy_(scale.reshape(self.fc1[2].weight.shape))
+        self.fc1[2].bias.copy_(shift)
+        kernels = list(self.dwconv.proj)
+        if kernels[0].weight.ndim != 4:
+            return
+        wide = DepthwiseConv(sum(self.widths), max(conv.weight.shape[-1] for conv in kernels)).to(kernels[0].weight)
+        size = wide.weight.shape[-1]
+        wide.weight.copy_(
+            torch.cat([F.pad(conv.weight, [(size - conv.weight.shape[-1]) // 2] * 4) for conv in kernels])
+        )
+        wide.weight[:, 0, size // 2, size // 2] += 1
+        wide.bias.copy_(torch.cat([conv.bias for conv in kernels]))
+        self.dwconv = FusedConv2d(wide, "gelu")

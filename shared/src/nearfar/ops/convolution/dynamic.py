@@ -35,9 +35,12 @@ def sample_depthwise(
         taps = padded.reshape(batch, channels, math.prod(size), math.prod(window))
         out = (taps @ kernel.reshape(batch, channels, -1, 1)).reshape(x.shape)
         return out if bias is None else out + bias.reshape(batch, channels, *[1] * len(size))
+    grouped = x.reshape(1, batch * channels, *size)
+    if len(size) == 2 and x.device.type == "cpu" and not torch.is_grad_enabled():  # faster forward, slower backward
+        grouped = grouped.contiguous(memory_format=torch.channels_last)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
     out = convolve(
-        x.reshape(1, batch * channels, *size),
+        grouped,
         kernel.reshape(batch * channels, 1, *window),
         None if bias is None else bias.reshape(-1),
         padding=tuple(length // 2 for length in window),
@@ -59,7 +62,7 @@ def position_depthwise(
         ValueError: taps that are no odd length to the power of the axes, channels that n does not divide, causal
             with more than one axis.
     """
-    batch, channels, *size = x.shape
+    channels, *size = x.shape[1:]
     kernels, taps = kernel.shape[1:3]
     dims = len(size)
     length = round(taps ** (1 / dims))
@@ -70,14 +73,13 @@ def position_depthwise(
     if causal and dims != 1:
         raise ValueError(f"causal=True needs one axis, the map has {dims}")
     before, after = (length - 1, 0) if causal else (length // 2, length // 2)
-    padded = F.pad(x, [before, after] * dims).reshape(
-        batch, channels // kernels, kernels, *[n + length - 1 for n in size]
-    )
-    kernel = kernel[:, None]
+    windows = F.pad(x, [before, after] * dims).unflatten(1, (channels // kernels, kernels))
+    for axis in range(dims):
+        windows = windows.unfold(3 + axis, length, 1)
+    views = [windows]  # one per tap, row-major: (b, c / n, n, *s)
+    for _ in size:
+        views = [view for each in views for view in each.unbind(3 + dims)]
     out = torch.zeros((), dtype=x.dtype, device=x.device)
-    for tap in range(taps):
-        window = padded
-        for axis, n in enumerate(size):
-            window = window.narrow(3 + axis, tap // length ** (dims - 1 - axis) % length, n)
-        out = torch.addcmul(out, window, kernel[:, :, :, tap])
+    for view, weight in zip(views, kernel[:, None].unbind(3), strict=True):
+        out = torch.addcmul(out, view, weight)
     return out.reshape(x.shape)

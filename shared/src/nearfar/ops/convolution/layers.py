@@ -139,6 +139,20 @@ def full_precision(x: Tensor) -> AbstractContextManager:
     return nullcontext()
 
 
+def split_heads(x: Float[Tensor, "b c h w"], num_heads: int) -> Float[Tensor, "b heads n d"]:
+    """The channels of a map as heads and its positions as tokens, laid out as attention kernels take it."""
+    parts = x.flatten(2).mT.unflatten(2, (num_heads, -1)).transpose(1, 2)
+    if parts.device.type == "cpu" and parts.stride(-1) == 1:
+        return parts
+    # CUDA's kernels refuse odd strides, which `contiguous` leaves where an axis has length one
+    return parts.clone(memory_format=torch.contiguous_format)
+
+
+def join_heads(x: Float[Tensor, "b heads n d"], height: int, width: int) -> Float[Tensor, "b c h w"]:
+    """Heads and tokens as a map again, channels-last."""
+    return x.transpose(1, 2).flatten(2).mT.unflatten(2, (height, width))
+
+
 @torch.no_grad()
 def fold_batch_norm(conv: nn.Module, norm: nn.modules.batchnorm._BatchNorm) -> None:
     """Move a batch norm in eval mode into the convolution before it."""
@@ -171,3 +185,80 @@ class Derived:
         if self.kept is None or self.kept[0] != key:
             self.kept = key, compute()
         return self.kept[1]
+
+    def __reduce__(self) -> tuple[type["Derived"], tuple]:
+        """A copy starts empty."""
+        return Derived, ()
+
+
+FUSED_ACTIVATIONS = {"none": nn.Identity(), "gelu": nn.GELU(), "relu": nn.ReLU(), "swish": nn.SiLU()}
+"""Activations that can run inside a convolution, by oneDNN's names."""
+
+
+def runs_onednn(x: Tensor) -> bool:
+    """Whether a fused layer may call oneDNN itself: inference in float32 on a CPU, outside tracing and autocast."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+class FusedConv2d(nn.Module):
+    """activation(convolution(x)) + add of (B, C, H, W), for inference, with the weights of `conv`; `add` is optional.
+
+    On a CPU in float32 the activation runs inside oneDNN's kernel and the weights are kept a second time in the layout
+    that the kernel wants; maps are channels-last. Everywhere else it is the convolution, then the activation.
+    """
+
+    def __init__(self, conv: nn.Module, activation: str = "none") -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        size = self.weight.shape[2:]
+        self.stride = list(getattr(conv, "stride", (1, 1)))
+        self.padding = [size[0] // 2, size[1] // 2] if isinstance(conv, DepthwiseConv) else list(conv.padding)
+        self.dilation = list(getattr(conv, "dilation", (1, 1)))
+        self.groups = len(self.weight) if isinstance(conv, DepthwiseConv) else conv.groups
+        self.activation = activation
+        self.order = (self.padding, self.stride, self.dilation, self.groups)
+        self.packed = Derived()
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], add: Float[Tensor, "b d p q"] | None = None
+    ) -> Float[Tensor, "b d p q"]:
+        if not runs_onednn(x) or x.shape[2:] == (1, 1):  # one position is no work, and plain code starts faster
+            y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+            y = FUSED_ACTIVATIONS[self.activation](y)
+            return y if add is None else y + add
+        weight = self.packed.get(self.weight, tuple(x.shape), lambda: self.pack(x))
+        x = x.contiguous(memory_format=torch.channels_last)
+        run = torch.ops.mkldnn._convolution_pointwise
+        if add is None or self.activation != "none":
+            y = run.default(x, weight, self.bias, *self.order, self.activation, [], "none")
+            return y if add is None else y + add
+        add = add.contiguous(memory_format=torch.channels_last)
+        return run.binary(x, add, weight, self.bias, *self.order, "add", None, None, [], None)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The weights in the layout that is best for maps of x's size."""
+        return torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *self.order, list(x.shape))
+
+
+class FusedLinear(nn.Module):
+    """activation(W x + b) over the last axis, for inference, with the weights of `linear`; see `FusedConv2d`."""
+
+    def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.activation = activation
+        self.packed = Derived()
+
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b d"]:
+        if not runs_onednn(x):
+            return FUSED_ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
+        weight = self.packed.get(self.weight, (), lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight.detach()))
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, self.bias, self.activation, [], "none")

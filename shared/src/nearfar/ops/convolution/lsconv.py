@@ -9,6 +9,7 @@ from nearfar.ops.convolution.layers import (
     BATCH_NORMS,
     CONVOLUTIONS,
     DepthwiseConv,
+    FusedConv2d,
     check_dims,
     check_odd,
     fold_batch_norm,
@@ -16,7 +17,7 @@ from nearfar.ops.convolution.layers import (
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, then batch norm (eps 1e-5). `fuse` folds the norm into the convolution."""
+    """Convolution without bias, batch norm (eps 1e-5), ReLU where `relu` is set; `fuse` makes one layer of them."""
 
     def __init__(
         self,
@@ -26,12 +27,14 @@ class ConvNorm(nn.Module):
         *,
         stride: int = 1,
         depthwise: bool = False,
+        relu: bool = False,
         norm_weight: float = 1.0,
         dims: int = 2,
         causal: bool = False,
     ) -> None:
         super().__init__()
         check_dims(dims, causal)
+        self.dims, self.relu = dims, relu
         if depthwise and stride == 1:
             self.c: nn.Module = DepthwiseConv(dim, kernel_size, dims=dims, causal=causal, bias=False)
         else:
@@ -41,15 +44,24 @@ class ConvNorm(nn.Module):
         nn.init.constant_(self.bn.weight, norm_weight)
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b d *t"]:
-        return self.bn(self.c(x))
+        y = self.bn(self.c(x))
+        return y.relu() if self.relu else y
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Fold the norm into the convolution, for inference; the outputs stay the same."""
+        """Fold norm and ReLU into the convolution, for inference; the outputs stay the same."""
         if isinstance(self.bn, nn.Identity):
             return
         fold_batch_norm(self.c, self.bn)
         self.bn = nn.Identity()
+        if self.dims == 2:
+            self.c = FusedConv2d(self.c, "relu" if self.relu else "none")
+            self.relu = False
+
+    @property
+    def fused(self) -> nn.Module | None:
+        """The one layer that does it all after `fuse`."""
+        return self.c if isinstance(self.c, FusedConv2d) else None
 
 
 class RepVGGDepthwise(nn.Module):
@@ -80,7 +92,7 @@ class RepVGGDepthwise(nn.Module):
         self.conv.fuse()
         self.conv1.fuse()
         kernel = self.conv.c.weight
-        here = (-1 if self.conv.c.left else 1,) * (kernel.ndim - 2)
+        here = (-1 if getattr(self.conv.c, "left", 0) else 1,) * (kernel.ndim - 2)
         kernel[(slice(None), 0, *here)] += self.conv1.c.weight.flatten() + 1
         self.conv.c.bias += self.conv1.c.bias
         self.conv1 = None
@@ -115,15 +127,14 @@ class LargeKernelPerception(nn.Module):
             raise ValueError(f"dim is {dim}; it must be even and a multiple of share={share}")
         self.taps = small_kernel**dims
         kernels = dim // share
-        self.cv1 = ConvNorm(dim, dim // 2, dims=dims)
+        self.cv1 = ConvNorm(dim, dim // 2, relu=True, dims=dims)
         self.cv2 = ConvNorm(dim // 2, dim // 2, large_kernel, depthwise=True, dims=dims, causal=causal)
-        self.cv3 = ConvNorm(dim // 2, dim // 2, dims=dims)
+        self.cv3 = ConvNorm(dim // 2, dim // 2, relu=True, dims=dims)
         self.cv4 = CONVOLUTIONS[dims](dim // 2, kernels * self.taps, 1)
         self.norm = nn.Identity() if causal else nn.GroupNorm(kernels, kernels * self.taps)
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b n t *s"]:
-        y = self.cv3(self.cv2(self.cv1(x).relu())).relu()
-        return self.norm(self.cv4(y)).unflatten(1, (-1, self.taps))
+        return self.norm(self.cv4(self.cv3(self.cv2(self.cv1(x))))).unflatten(1, (-1, self.taps))
 
 
 class LSConv(nn.Module):
