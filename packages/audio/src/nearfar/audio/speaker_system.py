@@ -99,17 +99,23 @@ class SpeakerSystem:
             scores = adaptive_s_norm(scores, enroll, test, left, right, self.cohort, self.mean, self.top_n)
         return scores
 
-    def choose(self, backend: str | None = None, norm: str | None = None, top_n: int | None = None) -> None:
-        """Score in another way than the model folder says; None leaves a setting. Raises UserError."""
+    def choose(
+        self, backend: str | None = None, norm: str | None = None, top_n: int | None = None, no_mean: bool = False
+    ) -> None:
+        """Score in another way than the model folder says; None leaves a setting, `no_mean` drops the mean.
+
+        Raises UserError for what is not there or does not go together.
+        """
         for name, value, allowed in (("backend", backend, ("cosine", "plda")), ("norm", norm, ("none", "as"))):
             if value not in (None, *allowed):
                 raise UserError(f"--{name} {value}: must be {' or '.join(allowed)}")
         self.backend, self.norm, self.top_n = backend or self.backend, norm or self.norm, top_n or self.top_n  # type: ignore[assignment]
+        self.mean = None if no_mean else self.mean
         if self.backend == "plda":
             if self.plda is None:
                 raise UserError("--backend plda: this model has none, its training recordings were too few")
-            if norm == "as" or top_n:
-                raise UserError("--norm and --top-n are for cosines, not for PLDA")
+            if norm == "as" or top_n or no_mean:
+                raise UserError("--norm, --top-n and --no-mean are for cosines, not for PLDA")
         elif self.norm == "as" and (self.cohort is None or not 2 <= self.top_n <= len(self.cohort)):
             rows = 0 if self.cohort is None else len(self.cohort)
             raise UserError(f"AS-norm with the top {self.top_n}: the model's cohort has {rows} rows")

@@ -50,6 +50,7 @@ def score(
     backend: Annotated[str | None, typer.Option(help="cosine or plda; by default the model's.")] = None,
     norm: Annotated[str | None, typer.Option(help="none or as (AS-norm); by default the model's.")] = None,
     top_n: Annotated[int | None, typer.Option(help="Cohort rows for AS-norm; by default the model's.")] = None,
+    no_mean: Annotated[bool, typer.Option("--no-mean", help="Do not subtract the mean of the training.")] = False,
     keep_speakers: Annotated[
         bool, typer.Option("--keep-cohort-speakers", help="Leave speakers of the trials in the cohort.")
     ] = False,
@@ -71,14 +72,14 @@ def score(
     system = SpeakerSystem.load(model, choose_device(accelerator))
     if average not in ("embeddings", "scores"):
         raise UserError(f"--average {average}: must be embeddings or scores")
-    if llr and (backend or norm or top_n or quality):
-        raise UserError("--llr: the calibration says how to score; leave out --backend, --norm, --top-n and --quality")
+    if llr and (backend or norm or top_n or quality or no_mean):
+        raise UserError("--llr: the calibration says how to score; leave out --backend, --norm and the like")
     if llr and system.calibration is None:
         raise UserError(f"{model}: is not calibrated, --llr needs `calibrate` first")
     quality = system.quality if llr else quality
     if quality and average == "scores" and enrollments:
         raise UserError("--average scores: quality measures are of averaged embeddings")
-    system.choose(backend, norm, top_n)
+    system.choose(backend, norm, top_n, no_mean)
     listed = scoring.read_trials(trials, form)  # type: ignore[arg-type]
     members = scoring.read_enrollments(enrollments) if enrollments else None
     if members is not None and (lost := [name for name in _once(listed.enroll) if name not in members]):
@@ -143,6 +144,7 @@ def score(
         "backend": system.backend,
         "norm": system.norm if system.backend == "cosine" else None,
         "top_n": system.top_n if system.backend == "cosine" else None,
+        "no_mean": system.mean is None,
         "average": average if members is not None else None,
         "quality": quality,
         "llr": llr,
@@ -229,9 +231,9 @@ def calibrate(
             raise UserError(
                 f"{scores}: holds log-likelihood ratios; `calibrate` takes what `score` writes without --llr"
             )
-        if about["model"] != model_digest(system.model):
+        if about["model"] != model_digest(system.model) or (system.mean is None and not about["no_mean"]):
             raise UserError(f"{scores}: was scored with another model than {model}")
-        system.choose(about["backend"], about["norm"], about["top_n"])
+        system.choose(about["backend"], about["norm"], about["top_n"], about["no_mean"])
         if about["quality"]:
             with np.load(_beside(scores, "quality.npz"), allow_pickle=False) as arrays:
                 inputs = arrays["inputs"]
