@@ -4,8 +4,11 @@ RandomResizedCrop, flip, RandAugment, colour jitter and random erasing; Mixup an
 layer decay, warm-up and cosine; stochastic depth; an exponential moving average of the weights.
 """
 
+import inspect
 import json
 import logging
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +21,14 @@ import torch
 from timm.data import Mixup, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.loss import SoftTargetCrossEntropy
+from timm.models import model_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
+from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import UserError
@@ -30,23 +37,71 @@ from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.vision.backbone import MODELS, VARIANTS, Backbone
 from nearfar.vision.pictures import Pictures
 
+RECIPES = Path(__file__).parent / "recipes"
+"""YAML files that state the published recipes."""
+
+LINEAR = "linear"
+"""Name of `PixelLinear`, which comparisons take as their floor."""
+
+SMALL: dict[str, dict[str, Any]] = {
+    "small-nearfar_convnext_atto": {"depths": (1, 1, 2, 1), "dims": (32, 48, 96, 128)},
+    "small-hornet_tiny_7x7": {"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 128)},
+    "small-attnet_xxs": {"depths": (1, 1, 2, 1), "dims": (24, 32, 64, 96), "expansions": (4, 4, 4, 4)},
+    "small-overlock_xt": {
+        "depths": (1, 1, 1, 1),
+        "dims": (16, 32, 64, 96),
+        "focus_depths": (1, 1),
+        "focus_heads": (2, 2),
+        "kernel_sizes": (7, 7, 5, 5),
+        "head_dim": 256,
+    },
+    "small-transxnet_t": {
+        "depths": (1, 1, 2, 1),
+        "dims": (16, 32, 64, 96),
+        "num_heads": (1, 2, 4, 4),
+        "table_size": 64,
+    },
+    "small-lsnet_t": {"depths": (1, 1, 2, 2), "dims": (32, 64, 96, 128), "resolution": 1},
+}
+"""Reduced variants of the six systems, for pictures of 64 pixels and minutes on a CPU: timm name and settings."""
+
+
+def find_recipe(name: str | Path | None) -> Path | None:
+    """A recipe's file: `name` itself, or the published recipe of that name."""
+    if name is None or Path(name).is_file():
+        return None if name is None else Path(name)
+    if not (path := RECIPES / f"{name}.yaml").is_file():
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise UserError(f"{name}: no such recipe file, nor a published recipe; those are {known}")
+    return path
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. The defaults suit fine-tuning or short runs on small data; recipes/ has the published ones."""
+    """How to train. The defaults suit fine-tuning or short runs on small data; `RECIPES` has the published ones."""
 
     size: int = 224
     """Side of the training crop, and of the picture in evaluation."""
     epochs: int = 30
     batch_size: int = 64
+    accumulate: int = 1
+    """Batches per step of the optimiser."""
     lr: float = 1e-3
-    """Peak learning rate at this batch size."""
+    """Peak learning rate."""
+    lr_batch: int = 0
+    """Pictures per step that `lr` is meant for; with another number it is scaled in proportion. 0: never scaled."""
+    min_lr: float = 1e-6
+    """Learning rate at the end."""
     weight_decay: float = 0.05
     warmup_epochs: float = 3
+    cooldown_epochs: int = 0
+    """Epochs at `min_lr` after `epochs`."""
     layer_decay: float | None = None
     drop_path: float | None = None
     layer_scale: float | None = 1.0
     """Initial scale of the residual branches: the published 1e-6 needs hundreds of epochs. None leaves the model's."""
+    head_scale: float = 1.0
+    """Factor on a fresh classifier's weights."""
     smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -61,17 +116,29 @@ class Recipe:
     ema: float = 0.0
     """Decay of the averaged weights, which are then the ones that are kept; 0 for none."""
     clip: float | None = None
-    """Largest gradient norm."""
+    """Largest gradient norm, or factor of the adaptive clipping."""
+    clip_mode: str = "norm"
+    """norm, or agc: adaptive clipping of every unit's gradient by the norm of its weights, the classifier left out."""
+    auxiliary: float = 0.4
+    """Weight of the second head's loss, in models that have one in training."""
+    interpolation: str = "bicubic"
+    """Of training crops; random draws bilinear or bicubic."""
     crop_pct: float = 1.0
-    """Share of the shorter side that the evaluation crop covers; 0.875 for published weights."""
+    """Share of the shorter side that the evaluation crop covers; 0.875 for most published weights."""
+    crop_mode: str = "center"
+    """center, or squash: the whole picture is warped to the square."""
     validation: float = 0.1
     """Share of the training pictures that chooses the epoch, where the data have no split of their own for it."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("size", "epochs", "batch_size"):
+        for name in ("size", "epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.clip_mode not in ("norm", "agc"):
+            raise ValueError(f"clip_mode is {self.clip_mode!r}; allowed are norm and agc")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
@@ -88,7 +155,7 @@ def training_transform(recipe: Recipe) -> Callable:
         color_jitter=recipe.color_jitter or None,
         re_prob=recipe.erasing,
         re_mode="pixel",
-        interpolation="bicubic",
+        interpolation=recipe.interpolation,
     )
 
 
@@ -97,28 +164,53 @@ def evaluation_transform(size: int, crop_pct: float = 0.875, crop_mode: str = "c
     return create_transform(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="bicubic")
 
 
+class PixelLinear(nn.Module):
+    """Multinomial logistic regression on the pixels, averaged over a grid of 16 x 16: what a network has to beat."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten(), nn.Linear(3 * 16**2, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
 def create_model(name: str, num_classes: int, recipe: Recipe, **settings: Any) -> nn.Module:
-    """A model of timm's registry, ours or any other, for a recipe. Raises UserError for an unknown name."""
-    if not timm.is_model(name):
+    """A model for a recipe: of timm's registry (ours or any other), of `SMALL`, or "linear", the pixels' floor.
+
+    Raises UserError for an unknown name.
+    """
+    if name == LINEAR:
+        return PixelLinear(num_classes)
+    settings = {**SMALL.get(name, {}), **settings}
+    timm_name = name.removeprefix("small-") if name in SMALL else name
+    if not timm.is_model(timm_name):
         raise UserError(f"{name}: no such model; `nearfar image-classification models` lists ours, timm's serve too")
     wanted = {"drop_path_rate": recipe.drop_path, **settings}
-    if name in VARIANTS and recipe.layer_scale is not None:
-        wanted |= {
-            key: recipe.layer_scale
-            for key in ("layer_scale",)
-            if name.startswith(("nearfar_convnext", "hornet", "attnet", "transxnet")) and "isotropic" not in name
-        }
-    return timm.create_model(
-        name, num_classes=num_classes, **{key: value for key, value in wanted.items() if value is not None}
-    )
+    if timm_name in VARIANTS:
+        takes = inspect.signature(MODELS[timm_name]).parameters
+        has_scale = name in SMALL or VARIANTS[timm_name].settings.get("layer_scale", 1) is not None
+        if "layer_scale" in takes and has_scale:
+            wanted["layer_scale"] = recipe.layer_scale
+        if "aux_head" in takes and recipe.auxiliary:
+            wanted["aux_head"] = True
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    return timm.create_model(timm_name, num_classes=num_classes, **wanted)
 
 
 class ClassifierModule(pl.LightningModule):
-    """Lightning's view of a classifier in training: loss, optimiser, averaged weights, validation accuracy."""
+    """Lightning's view of a classifier in training: loss, optimiser, averaged weights, validation accuracy.
 
-    def __init__(self, model: nn.Module, recipe: Recipe, num_classes: int, steps_per_epoch: int) -> None:
+    `validation_pictures`: their number; what a distributed sampler repeats beyond it does not count.
+    """
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, num_classes: int, batches_per_epoch: int, validation_pictures: int
+    ) -> None:
         super().__init__()
-        self.model, self.recipe, self.num_classes, self.steps = model, recipe, num_classes, steps_per_epoch
+        self.model, self.recipe, self.num_classes = model, recipe, num_classes
+        self.steps = math.ceil(batches_per_epoch / recipe.accumulate)
+        self.validation_pictures = validation_pictures
         self.average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
         mixing = recipe.mixup or recipe.cutmix
         self.mix = (
@@ -127,7 +219,7 @@ class ClassifierModule(pl.LightningModule):
             else None
         )
         self.soft_loss = SoftTargetCrossEntropy()
-        self.hits: list[Tensor] = []
+        self.counts: list[Tensor] = []
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         if target.ndim == 2:
@@ -141,15 +233,15 @@ class ClassifierModule(pl.LightningModule):
         out = self.model(x)
         # (logits, a second head's logits): LSNet's distillation head and OverLoCK's overview
         loss = (
-            self.loss(out[0], target) + 0.4 * self.loss(out[1], target)
+            self.loss(out[0], target) + self.recipe.auxiliary * self.loss(out[1], target)
             if isinstance(out, tuple)
             else self.loss(out, target)
         )
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
         return loss
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self.average is not None:
+    def on_train_batch_end(self, _out: Any, _batch: Any, index: int) -> None:
+        if self.average is not None and (index + 1) % self.recipe.accumulate == 0:
             self.average.update(self.model, step=self.global_step)
 
     @property
@@ -157,20 +249,38 @@ class ClassifierModule(pl.LightningModule):
         """The weights that count: the averaged ones where there are any."""
         return self.model if self.average is None else self.average.module
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], _index: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         x, target = batch
-        accuracy = (self.kept(x).argmax(1) == target).float().mean()
-        self.log("accuracy", accuracy, on_epoch=True, batch_size=len(x))
+        first = index * self.trainer.val_dataloaders.batch_size
+        place = (first + torch.arange(len(x), device=x.device)) * self.trainer.world_size + self.global_rank
+        real = place < self.validation_pictures  # later places repeat pictures so that every process has as many
+        right = (self.kept(x).argmax(1) == target) & real
+        self.counts.append(torch.stack((right.sum(), real.sum())))
+
+    def on_validation_epoch_end(self) -> None:
+        right, number = self.trainer.strategy.reduce(torch.stack(self.counts).sum(0), reduce_op="sum").tolist()
+        self.counts.clear()
+        self.log("accuracy", right / number)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if self.recipe.clip and self.recipe.clip_mode == "agc":
+            adaptive_clip_grad(model_parameters(self.model, exclude_head=True), clip_factor=self.recipe.clip)
+        elif self.recipe.clip:
+            self.clip_gradients(optimizer, self.recipe.clip, "norm")
 
     def configure_optimizers(self) -> dict[str, Any]:
-        settings: dict[str, Any] = {"layer_decay": self.recipe.layer_decay} if self.recipe.layer_decay else {}
-        optimizer = create_optimizer_v2(
-            self.model, opt="adamw", lr=self.recipe.lr, weight_decay=self.recipe.weight_decay, **settings
-        )
+        recipe = self.recipe
+        settings: dict[str, Any] = {"layer_decay": recipe.layer_decay} if recipe.layer_decay else {}
+        lr = recipe.lr
+        if recipe.lr_batch:
+            lr *= recipe.batch_size * recipe.accumulate * self.trainer.world_size / recipe.lr_batch
+        optimizer = create_optimizer_v2(self.model, opt="adamw", lr=lr, weight_decay=recipe.weight_decay, **settings)
         for group in optimizer.param_groups:  # the schedule scales the group's own rate
             group["lr"] *= group.get("lr_scale", 1.0)
-        warmup, total = (round(epochs * self.steps) for epochs in (self.recipe.warmup_epochs, self.recipe.epochs))
-        schedule = warmup_cosine(optimizer, warmup, total, floor=1e-3)
+        warmup, total = (round(epochs * self.steps) for epochs in (recipe.warmup_epochs, recipe.epochs))
+        schedule = warmup_cosine(optimizer, warmup, total, floor=min(1.0, recipe.min_lr / lr))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -209,10 +319,10 @@ class Classifier:
             raise UserError(
                 f"{folder}: holds no trained classifier ({error}); name a folder that train wrote"
             ) from error
-        weights = Path(folder) / "model.safetensors"
-        if record["name"] in MODELS:  # names and shapes tell the variant, reduced ones too
-            return cls(MODELS[record["name"]].from_published(weights), **record)
-        model = timm.create_model(record["name"], num_classes=len(record["classes"]))
+        weights, name = Path(folder) / "model.safetensors", record["name"].removeprefix("small-")
+        if name in MODELS:  # names and shapes tell the variant, reduced ones too
+            return cls(MODELS[name].from_published(weights), **record)
+        model = create_model(name, len(record["classes"]), Recipe())
         load_state_dict(model, read_state_dict(weights))
         return cls(model.eval(), **record)
 
@@ -242,35 +352,56 @@ def train_classifier(
     classes = len(pictures.classes)
     torch.manual_seed(recipe.seed)
     model = model or create_model(name, classes, recipe)
+    if recipe.head_scale != 1:
+        for parameter in model.get_classifier().parameters():
+            parameter.data.mul_(recipe.head_scale)
     if weights is not None:
         start_from(model, weights)
-    data = pictures.subset(range(len(pictures)), training_transform(recipe))
-    batch = min(recipe.batch_size, len(data))
-    options: dict[str, Any] = {"drop_last": len(data) > batch}
-    if recipe.repeats:
-        sampler = RepeatAugSampler(data, 1, 0, num_repeats=recipe.repeats, selected_round=0)
-        loader = DataLoader(data, batch, sampler=sampler, num_workers=num_workers, **options)
-    else:
-        loader = data_loader(data, batch, shuffle=True, seed=recipe.seed, num_workers=num_workers, **options)
-    held = validation.subset(range(len(validation)), evaluation_transform(recipe.size, recipe.crop_pct))
-    module = ClassifierModule(model, recipe, classes, len(loader))
+    loader, held = loaders(pictures, validation, recipe, num_workers)
+    module = ClassifierModule(model, recipe, classes, len(loader), len(validation))
+    if processes := int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        trainer_options = {"strategy": "ddp", "devices": local, "num_nodes": (processes + 1) // local} | trainer_options
     history = train(
         module,
         loader,
-        data_loader(held, batch, num_workers=num_workers),
-        max_epochs=recipe.epochs,
+        held,
+        max_epochs=recipe.epochs + recipe.cooldown_epochs,
         monitor="accuracy",
         seed=recipe.seed,
         folder=folder,
         settings={"model": name, "classes": pictures.classes, **asdict(recipe)},
         show_progress=show_progress,
-        gradient_clip_val=recipe.clip,
+        accumulate_grad_batches=recipe.accumulate,
+        use_distributed_sampler=False,
         **trainer_options,
     )
-    classifier = Classifier(module.kept.eval().cpu(), name, pictures.classes, recipe.size, recipe.crop_pct)
+    classifier = Classifier(
+        module.kept.eval().cpu(), name, pictures.classes, recipe.size, recipe.crop_pct, recipe.crop_mode
+    )
     if folder is not None:
         classifier.save(folder)
     return classifier, history
+
+
+def loaders(
+    pictures: Pictures, validation: Pictures, recipe: Recipe, num_workers: int = 0
+) -> tuple[DataLoader, DataLoader]:
+    """This process's share of the training pictures, augmented, and of the validation pictures."""
+    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    data = pictures.subset(range(len(pictures)), training_transform(recipe))
+    held = validation.subset(
+        range(len(validation)), evaluation_transform(recipe.size, recipe.crop_pct, recipe.crop_mode)
+    )
+    batch = min(recipe.batch_size, len(data))
+    options: dict[str, Any] = {"drop_last": len(data) > batch * world, "num_workers": num_workers}
+    if recipe.repeats:
+        sampler = RepeatAugSampler(data, world, rank, num_repeats=recipe.repeats, selected_round=0)
+        loader = DataLoader(data, batch, sampler=sampler, **options)
+    else:
+        loader = data_loader(data, batch, shuffle=True, seed=recipe.seed, **options)
+    shares = DistributedSampler(held, world, rank, shuffle=False)
+    return loader, DataLoader(held, batch, sampler=shares, num_workers=num_workers)
 
 
 def start_from(model: nn.Module, weights: str | Path) -> None:

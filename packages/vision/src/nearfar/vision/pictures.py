@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -171,15 +173,19 @@ def _from_zip(path: Path, split: str | None) -> Pictures:
     skip = next((i for i in range(8) if len({p[i] if len(p) > i + 1 else "" for p in parts}) > 1), 0)
 
     def read(index: int) -> Image.Image:
-        # opened anew, so that worker processes do not share a file position
-        with zipfile.ZipFile(path) as archive:
-            try:
-                content = archive.read(members[index])
-            except (zipfile.BadZipFile, OSError) as error:
-                raise UserError(f"{path}/{members[index]}: damaged in the archive ({error})") from error
+        try:
+            content = _archive(path, os.getpid()).read(members[index])
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"{path}/{members[index]}: damaged in the archive ({error})") from error
         return read_picture(content, f"{path}/{members[index]}")
 
     return _labelled(path, [f"{path}/{m}" for m in members], [p[skip:] for p in parts], read)
+
+
+@lru_cache(maxsize=8)
+def _archive(path: Path, _process: int) -> zipfile.ZipFile:
+    """An open zip file, one per process, as processes must not share a file position."""
+    return zipfile.ZipFile(path)
 
 
 def _from_tars(paths: Sequence[Path]) -> Pictures:

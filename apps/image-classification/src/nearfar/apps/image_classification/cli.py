@@ -1,8 +1,8 @@
 """`nearfar image-classification`: train, evaluate, use and compare picture classifiers."""
 
 import json
-import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +10,6 @@ import matplotlib.pyplot as plt
 import torch
 import typer
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from nearfar.core.cli import console, messages, raise_failures, table, track
 from nearfar.core.errors import UserError
@@ -19,11 +18,17 @@ from nearfar.core.report import Report
 from nearfar.core.training import read_recipe
 from nearfar.vision.backbone import MODELS, VARIANTS
 from nearfar.vision.classification import (
+    LINEAR,
+    SMALL,
     Classifier,
     Recipe,
+    create_model,
     evaluate_scores,
+    find_recipe,
+    loaders,
     train_classifier,
 )
+from nearfar.vision.cost import cost
 from nearfar.vision.pictures import SUFFIXES, Pictures, open_pictures, read_picture, split_pictures
 
 app = typer.Typer(
@@ -41,7 +46,9 @@ Machine = Annotated[bool, typer.Option("--json", help="Print JSON instead of a t
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="A setting of the recipe, NAME=VALUE, for example epochs=50. Repeat.")
 ]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings of the recipe.")]
+RecipeFile = Annotated[
+    str | None, typer.Option("--recipe", help="YAML file with settings, or a published recipe, for example hornet_1k.")
+]
 
 
 @app.command()
@@ -83,7 +90,7 @@ def train_command(
     as_json: Machine = False,
 ) -> None:
     """Train a classifier and write it, its metrics and its settings to a folder."""
-    resolved = read_recipe(Recipe, recipe, settings or ())
+    resolved = read_recipe(Recipe, find_recipe(recipe), settings or ())
     learn, hold, failures = training_data(data, resolved)
     classifier, history = train_classifier(
         model, learn, hold, resolved, output, weights=weights, num_workers=workers, accelerator=device,
@@ -171,17 +178,24 @@ def predict(
 def compare(
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table, the plot and the page.")],
-    model: Annotated[list[str] | None, typer.Option(help="Model to compare. Repeat.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Model to compare. Repeat. Default: small forms of all systems, a small CNN of timm, a linear model."
+        ),
+    ] = None,
     recipe: RecipeFile = None,
     settings: Settings = None,
-    seconds: Annotated[float | None, typer.Option(help="Training time of each model; epochs are then a limit.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Training time of each model: as many epochs as fit, at most the recipe's.")
+    ] = None,
     device: Device = "cpu",
     workers: Workers = 0,
     as_json: Machine = False,
 ) -> None:
     """Train several models on your pictures under one budget: accuracy, throughput, memory, a plot."""
-    resolved = read_recipe(Recipe, recipe, settings or ())
-    names = model or ["nearfar_convnext_atto", "lsnet_t", "attnet_xxs", "resnet18"]
+    resolved = read_recipe(Recipe, find_recipe(recipe), settings or ())
+    names = model or [LINEAR, "test_resnet", *SMALL]
     learn, hold, failures = training_data(data, resolved)
     rows = run_comparison(names, learn, hold, resolved, output, device=device, workers=workers, seconds=seconds)
     show(rows, as_json)
@@ -206,13 +220,11 @@ def run_comparison(
     chooser, scorer = hold.subset(choose), hold.subset(score)
     rows = []
     for name in track(names, "training"):
-        start = time.monotonic()
-        options = {"max_time": {"seconds": seconds}} if seconds else {}
+        budget = within(seconds, name, learn, recipe, output / name, device, workers) if seconds else recipe
         classifier, history = train_classifier(
-            name, learn, chooser, recipe, output / name, num_workers=workers, accelerator=device,
-            model=(models or {}).get(name), **options,
+            name, learn, chooser, budget, output / name, num_workers=workers, accelerator=device,
+            model=(models or {}).get(name),
         )  # fmt: skip
-        spent = time.monotonic() - start
         scores = classifier.scores(scorer, device=device)
         result = evaluate_scores(scores, scorer.labels)
         rows.append(
@@ -224,7 +236,7 @@ def run_comparison(
                 "params (M)": sum(p.numel() for p in classifier.model.parameters()) / 1e6,
                 **cost(classifier.model, recipe.size, device),
                 "epochs": len(history),
-                "training (s)": round(spent, 1),
+                "training (s)": round(sum(row["seconds"] for row in history), 1),
             }
         )
     write_csv(output / "table.csv", rows)
@@ -243,31 +255,27 @@ def run_comparison(
     return rows
 
 
-@torch.inference_mode()
-def cost(model: nn.Module, size: int, device: str) -> dict[str, float]:
-    """Multiply-accumulates, throughput at batch 16, peak memory."""
-    x = torch.randn(16, 3, size, size, device=device)
-    model = model.to(device).eval()
-    with FlopCounterMode(display=False) as counter:
-        model(x[:1])
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    model(x)
+def within(
+    seconds: float, name: str, learn: Pictures, recipe: Recipe, folder: Path, device: str, workers: int
+) -> Recipe:
+    """`recipe` with as many epochs as fit into `seconds`, by the time of a few steps; those of a run already begun."""
+    if (folder / "run.json").is_file():
+        begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+        return replace(recipe, epochs=begun["epochs"], warmup_epochs=begun["warmup_epochs"])
+    model = create_model(name, len(learn.classes), recipe).to(device)
+    loader, _ = loaders(learn, learn, recipe, workers)
     times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        model(x)
-        wait()
-        times.append(time.perf_counter() - start)
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    return {
-        "GMACs": counter.get_total_flops() / 2e9,
-        "pictures/s": 16 / sorted(times)[2],
-        "peak memory (MiB)": peak / 2**20,
-    }
+    for _, (x, labels) in zip(range(6), loader, strict=False):
+        start = time.perf_counter() if not times else before
+        out = model(x.to(device))
+        nn.functional.cross_entropy(out[0] if isinstance(out, tuple) else out, labels.to(device)).backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        before = time.perf_counter()
+        times.append(before - start)
+    epochs = int(seconds / (sorted(times)[len(times) // 2] * len(loader)))
+    epochs = max(1, min(epochs, recipe.epochs))
+    return replace(recipe, epochs=epochs, warmup_epochs=min(recipe.warmup_epochs, epochs / 5))
 
 
 def training_data(data: Path, recipe: Recipe) -> tuple[Pictures, Pictures, list[str]]:

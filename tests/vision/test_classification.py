@@ -1,0 +1,132 @@
+"""Training classifiers: published recipes, shares of several processes, small models, the linear floor."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from nearfar.core.errors import UserError
+from nearfar.core.training import read_recipe
+from nearfar.vision.classification import (
+    LINEAR,
+    RECIPES,
+    SMALL,
+    Classifier,
+    ClassifierModule,
+    Recipe,
+    create_model,
+    find_recipe,
+    loaders,
+    train_classifier,
+)
+from nearfar.vision.pictures import Pictures
+
+PUBLISHED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def shades(number: int, first: int = 0) -> Pictures:
+    """Dark (class 0) and light (class 1) pictures."""
+    pictures = [Image.new("RGB", (32, 32), (200 * (i % 2) + i,) * 3) for i in range(number)]
+    names = [f"picture {first + i}" for i in range(number)]
+    return Pictures(names, [i % 2 for i in range(number)], ["dark", "light"], lambda i: pictures[i])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_train(name: str) -> None:
+    published = read_recipe(Recipe, find_recipe(name))
+    assert published.lr <= 4e-3
+    small = ["size=32", "epochs=1", "cooldown_epochs=0", "batch_size=4", "lr_batch=4", "warmup_epochs=0"]
+    recipe = read_recipe(Recipe, find_recipe(name), small)
+    model = "small-nearfar_convnext_atto" if recipe.layer_decay else "test_resnet"
+    classifier, history = train_classifier(model, shades(12), shades(3, 100), recipe)
+    assert len(history) == 1
+    assert classifier.crop_pct == published.crop_pct
+
+
+def test_published_recipes_say_what_the_papers_say() -> None:
+    recipes = {name: read_recipe(Recipe, find_recipe(name)) for name in PUBLISHED}
+    assert recipes["convnext_1k"].mixup == 0.8
+    assert recipes["convnext_1k"].ema == 0.9999
+    assert (recipes["convnext_22k_to_1k"].layer_decay, recipes["convnext_22k_to_1k"].lr) == (0.8, 5e-5)
+    assert recipes["hornet_1k"].clip == 100
+    assert recipes["attnet_t1"].repeats == 3
+    assert (recipes["lsnet_1k"].clip_mode, recipes["lsnet_1k"].clip) == ("agc", 0.02)
+    assert recipes["transxnet_1k"].interpolation == "random"
+    assert recipes["overlock_1k"].auxiliary == 0.4
+    with pytest.raises(UserError, match=r"nor a published recipe; those are .*convnext_1k"):
+        find_recipe("resnet_1k")
+
+
+def test_learning_rate_follows_the_number_of_pictures_a_step() -> None:
+    recipe = Recipe(size=32, batch_size=4, accumulate=2, lr=0.8, lr_batch=64, epochs=2, warmup_epochs=0)
+    module = ClassifierModule(create_model("test_resnet", 2, recipe), recipe, 2, 3, 4)
+    module._trainer = type("Trainer", (), {"world_size": 2})()
+    found = module.configure_optimizers()
+    assert found["optimizer"].param_groups[0]["initial_lr"] == pytest.approx(0.2)
+    assert module.steps == 2
+
+
+def test_every_small_model_learns_a_step_and_comes_back(tmp_path: Path) -> None:
+    recipe = Recipe(size=64, epochs=1, batch_size=4, warmup_epochs=0)
+    held = shades(4, 100)
+    for name in [LINEAR, *SMALL]:
+        classifier, _ = train_classifier(name, shades(8), held, recipe, tmp_path / name)
+        loaded = Classifier.load(tmp_path / name)
+        torch.testing.assert_close(loaded.scores(held), classifier.scores(held))
+        assert sum(p.numel() for p in loaded.model.parameters()) < 6e5
+
+
+def test_repeated_augmentation_shows_every_view_of_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for rank in range(3):
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        monkeypatch.setenv("RANK", str(rank))
+        loader, _ = loaders(shades(12), shades(4, 100), Recipe(size=32, batch_size=2, repeats=3))
+        seen.append(list(loader.sampler))
+    assert [len(share) for share in seen] == [4, 4, 4]
+    counts = torch.bincount(torch.tensor([i for share in seen for i in share]), minlength=12)
+    assert sorted(counts.tolist()) == [0] * 8 + [3] * 4
+
+
+SCRIPT = """
+import sys, torch
+from nearfar.vision.classification import Recipe, train_classifier
+from tests.vision.test_classification import shades
+torch.set_num_threads(1)
+learn, held = shades(16), shades(5, 100)
+held.labels = [0, 0, 0, 0, 1]
+torch.manual_seed(0)
+recipe = Recipe(size=32, epochs=1, batch_size=2, lr=1e-9, min_lr=1e-9, warmup_epochs=0)
+model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+torch.nn.init.zeros_(model[2].weight)
+model[2].bias.data = torch.tensor([1.0, 0.0])
+_, history = train_classifier("test_resnet", learn, held, recipe, sys.argv[1], model=model, accelerator="cpu")
+print("accuracy", history[0]["accuracy"])
+"""
+
+
+def test_two_processes_count_every_picture_once(tmp_path: Path) -> None:
+    """All five validation pictures are called dark, four are: 4/5, and not 5/6 with the repeated first one."""
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path / "run"]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("accuracy")]
+    assert [float(value) for value in found] == [pytest.approx(0.8)] * 2
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(ValueError, match="clip_mode is 'value'"):
+        Recipe(clip_mode="value")
+    with pytest.raises(ValueError, match="accumulate must be at least 1"):
+        Recipe(accumulate=0)
+    with pytest.raises(ValueError, match="batch_size must be even"):
+        Recipe(batch_size=3, mixup=0.2)
