@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from nearfar.apps.language_model import cli
 from nearfar.core.errors import UserError
 from nearfar.core.report import Report
+from nearfar.language.evaluation import ngram_bits
 
 
 def run(*arguments, status=0):
@@ -50,6 +52,10 @@ def test_evaluate_with_a_5_gram(trained):
     )
     assert result["bytes"] == 39 * 120 - 1
     assert 0 < result["5-gram_bits_per_byte"] < result["bits_per_byte"] < 4
+    part = ("evaluate", folder / "model", folder / "book.txt", "--ngram", folder / "book.txt", "--max-tokens", 50)
+    ends = json.loads(run(*part, "--json"))  # the n-gram is scored on the same bytes
+    first = np.frombuffer((folder / "book.txt").read_bytes(), np.uint8).astype(np.int64)
+    assert ends["5-gram_bits_per_byte"] == pytest.approx(ngram_bits(first, first[:50], 256))
     alone = json.loads(run("evaluate", folder / "model", folder / "book.txt", "--no-carry", "--piece", 20, "--json"))
     assert alone["bits_per_byte"] > result["bits_per_byte"]
 
@@ -62,6 +68,24 @@ def test_a_text_read_once_is_asked_many_times(trained):
     once = run(*ask, "--read", book)
     assert once.startswith("she ")
     assert run(*ask, "--load-state", state) == run(*ask, "--load-state", state) == once
+
+
+def test_the_state_of_another_model_is_refused(trained, tmp_path):
+    folder, arguments, _ = trained
+    run(
+        "generate",
+        folder / "model",
+        "--read",
+        folder / "book.txt",
+        "--save-state",
+        tmp_path / "s",
+        "--max-new-tokens",
+        0,
+    )
+    other = [str(a).replace(str(folder / "model"), str(tmp_path / "other")) for a in arguments]
+    run(*other, "--set", "seed=1", "--set", "epochs=1")
+    with pytest.raises(UserError, match="state of another model"):
+        run("generate", tmp_path / "other", "she ", "--load-state", tmp_path / "s")
 
 
 def test_audit_of_ours_passes(trained):

@@ -4,7 +4,9 @@ Import this module once and `AutoModelForCausalLM.from_pretrained(folder)` works
 `generate` (greedy, beams, sampling), `Trainer`, gradient checkpointing and lm-eval.
 """
 
+import hashlib
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
@@ -227,8 +229,8 @@ class MixerCache(Cache):
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[MixerLayerCache() for _ in range(num_layers)])
 
-    def save(self, path: str | Path) -> Path:
-        """Write all states to `path`, atomically."""
+    def save(self, path: str | Path, model: "MixerForCausalLM | None" = None) -> Path:
+        """Write all states to `path`, atomically; with `model`, also whose they are."""
         tensors = {
             f"{i}.{name}.{j}": t.detach().cpu().contiguous().clone()
             for i, layer in enumerate(self.layers)
@@ -237,12 +239,16 @@ class MixerCache(Cache):
         }
         with atomic_path(path) as temporary:
             about = {"tokens": str(self.get_seq_length()), "layers": str(len(self.layers))}
+            if model is not None:
+                about["model"] = model.fingerprint()
             safetensors.torch.save_file(tensors, temporary, metadata=about)
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "MixerCache":
-        """Read what `save` wrote."""
+    def load(
+        cls, path: str | Path, device: str | torch.device = "cpu", model: "MixerForCausalLM | None" = None
+    ) -> "MixerCache":
+        """Read what `save` wrote. With `model`, a state that another model left is a UserError."""
         try:
             with safetensors.safe_open(str(path), "pt", device=str(device)) as file:
                 about = file.metadata() or {}
@@ -251,6 +257,8 @@ class MixerCache(Cache):
             tokens = int(about["tokens"])
         except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
             raise UserError(f"{path}: is no saved state of a nearfar language model ({error})") from error
+        if model is not None and about.get("model") != model.fingerprint():
+            raise UserError(f"{path}: is the state of another model; read the text again with this one")
         for name in sorted(tensors, key=lambda n: int(n.rsplit(".", 1)[1])):
             i, part, _ = name.split(".")
             layer = cache.layers[int(i)]
@@ -494,6 +502,12 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
     def state_size(self, length: int) -> int:
         """Numbers that a text of `length` tokens leaves in the mixers, as the literature counts them."""
         return sum(block.state_size(length) for block in self.model.layers)
+
+    def fingerprint(self) -> str:
+        """Tells models apart: their parameters' names and shapes and some of their weights."""
+        shapes = json.dumps([(name, tuple(p.shape)) for name, p in self.named_parameters()])
+        rows = self.get_input_embeddings().weight[:8].detach().float().cpu().numpy().tobytes()
+        return hashlib.sha256(shapes.encode() + rows).hexdigest()[:16]
 
     @classmethod
     def from_published(cls, checkpoint: str | Path | dict[str, Tensor], **settings: Any) -> "MixerForCausalLM":

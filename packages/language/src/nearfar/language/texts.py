@@ -85,6 +85,12 @@ def read_tokens(
         return torch.from_numpy(np.memmap(file, np.int32, "r+", shape=(count,)))
 
 
+def read_bytes(sources: str | Path | Sequence[str | Path], max_bytes: int | None = None) -> np.ndarray:
+    """The bytes of texts as int64 0 .. 255, without what ends documents; for n-grams."""
+    tokens = read_tokens(sources, byte_tokenizer(), max_bytes).numpy().astype(np.int64) - BYTE_OFFSET
+    return tokens[tokens >= 0]
+
+
 def token_parts(sources: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for source in sources:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import torch
 import typer
+from transformers.utils.logging import disable_progress_bar
 
 from nearfar.core.cli import console, messages, table
 from nearfar.core.errors import UserError
@@ -16,8 +17,10 @@ from nearfar.core.report import Report
 from nearfar.core.training import read_recipe
 from nearfar.language import evaluation, texts
 from nearfar.language.audit import audit as audit_model
-from nearfar.language.modeling import MixerCache
+from nearfar.language.modeling import MixerCache, MixerForCausalLM
 from nearfar.language.training import Recipe, train_language_model
+
+disable_progress_bar()  # of transformers, which draws one for each file it reads
 
 app = typer.Typer(
     help="Causal language models with exchangeable mixers. `train TEXT --out FOLDER` makes one, `evaluate` gives bits "
@@ -98,8 +101,8 @@ def evaluate(
         tokens = texts.read_tokens(sources, tokenizer, max_tokens)
         result |= evaluation.score(lm, tokens, tokenizer, piece, carry)
         if ngram:
-            byte_tokens = texts.byte_tokenizer()
-            counted, scored = (texts.read_tokens(s, byte_tokens).numpy() - texts.BYTE_OFFSET for s in (ngram, sources))
+            counted = texts.read_bytes(ngram)
+            scored = texts.read_bytes(sources, texts.token_bytes(tokens, tokenizer))
             result["5-gram_bits_per_byte"] = evaluation.ngram_bits(counted, scored, 256)
     if task:
         for name, scores in evaluation.run_tasks(lm, tokenizer, task, limit, max_length=piece).items():
@@ -132,17 +135,17 @@ def generate(
     lm, tokenizer = texts.load_causal_lm(model, device)
     state = None
     if load_state is not None:
-        state = MixerCache.load(load_state, device)
-        if len(state.layers) != getattr(lm.config, "num_hidden_layers", None):
-            raise UserError(f"{load_state}: is the state of a model with {len(state.layers)} layers, not of {model}")
+        if not isinstance(lm, MixerForCausalLM):
+            raise UserError(f"--load-state: {model} is no model of nearfar")
+        state = MixerCache.load(load_state, device, lm)
     if read:
         with torch.inference_mode():
             for part in texts.read_tokens(read, tokenizer).split(piece):
                 _, state = evaluation.read_on(lm, part[None].long().to(lm.device), state)
     if save_state is not None:
-        if not isinstance(state, MixerCache):
+        if not (isinstance(lm, MixerForCausalLM) and isinstance(state, MixerCache)):
             raise UserError("--save-state: needs a text to --read and a model of nearfar")
-        state.save(save_state)
+        state.save(save_state, lm)
     if max_new_tokens == 0:
         return
     ids = torch.from_numpy(texts.encode(prompt, tokenizer))[None].to(lm.device)
@@ -207,15 +210,16 @@ def tour(report: Report, folder: Path) -> None:
     """The chapter of `nearfar tour`: a small model of Python's own help pages, its score, a sample and its audit."""
     pages = "\n".join(topics.values()).encode()
     cut = len(pages) * 9 // 10
-    (folder / "train.txt").write_bytes(pages[:cut])
-    (folder / "test.txt").write_bytes(pages[cut:])
+    train_text, test_text = folder / "train.txt", folder / "test.txt"
+    train_text.write_bytes(pages[:cut])
+    test_text.write_bytes(pages[cut:])
     small = Recipe(hidden_size=64, num_hidden_layers=2, context=128, epochs=1)
     tokenizer = texts.load_tokenizer("bytes")
-    fit, test = (texts.read_tokens(folder / name, tokenizer) for name in ("train.txt", "test.txt"))
+    fit, test = (texts.read_tokens(path, tokenizer) for path in (train_text, test_text))
     model, _ = train_language_model(small, fit, tokenizer, folder / "model", accelerator="cpu")
     model.eval()
     scores = evaluation.score(model, test, tokenizer)
-    counted, scored = (t.numpy() - texts.BYTE_OFFSET for t in (fit, test))
+    counted, scored = (texts.read_bytes(path) for path in (train_text, test_text))
     rows = [
         {"predictor": "this model, state carried over", "bits per byte": scores["bits_per_byte"]},
         {"predictor": "byte 5-gram (Kneser-Ney)", "bits per byte": evaluation.ngram_bits(counted, scored, 256)},

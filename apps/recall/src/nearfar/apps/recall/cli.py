@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from transformers.utils.logging import disable_progress_bar
 
 from nearfar.core.cli import console, messages, progress, table
 from nearfar.core.errors import UserError
@@ -14,6 +15,8 @@ from nearfar.core.training import read_recipe
 from nearfar.language import recall
 from nearfar.language.ar_slices import BigramCounts, gap_explained, slice_scores
 from nearfar.language.texts import load_causal_lm, read_tokens
+
+disable_progress_bar()  # of transformers, which draws one for each file it reads
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
