@@ -53,7 +53,7 @@ class Recipe:
     tokenizer: str = "bytes"
     context: int = 256
     batch_size: int = 8
-    epochs: int = 5
+    epochs: int = 3
     optimizer: str = "muon"
     learning_rate: float = 2e-2
     warmup: int = 50
