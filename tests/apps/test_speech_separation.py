@@ -191,7 +191,7 @@ def test_a_pipe_in_and_a_pipe_out(recording, tmp_path, monkeypatch, capsysbinary
         np.testing.assert_allclose(voices, whole, atol=1e-5)
 
 
-def test_voices_leave_the_pipe_while_sound_still_comes(tmp_path):
+def test_voices_leave_the_pipe_while_sound_still_comes_and_ctrl_c_keeps_them(tmp_path):
     net = MossFormer(num_filters=16, dim=12, depth=1, group_size=32, query_key_dim=8, causal=True)
     net.save_pretrained(tmp_path / "net")
     options = ["--stream", "--raw", "s16le:8000", "--model", str(tmp_path / "net"), "-o", "-"]
@@ -201,10 +201,13 @@ def test_voices_leave_the_pipe_while_sound_still_comes(tmp_path):
     ) as process:
         process.stdin.write((8000 * sound(110, 1)).astype("<i2").tobytes())
         process.stdin.flush()
-        assert len(process.stdout.read(8 * 4000)) == 8 * 4000  # half a second of it, before the input ends
-        process.stdin.close()
-        process.stdout.read()
+        first = process.stdout.read(8 * 4000)
+        assert len(first) == 8 * 4000  # half a second of it, before the input ends
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
     assert process.returncode == 0
+    voices, _ = soundfile.read(io.BytesIO(first + rest))
+    assert len(voices) > 7000
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ Any other works on windows and answers one window late. `LiveSeparator` chooses 
 import struct
 from collections.abc import Iterator
 from math import ceil, gcd
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import av
 import numpy as np
@@ -229,7 +229,13 @@ class OnlineSeparator:
 # ---------------------------------------------------------------------------------------------------------------- pipes
 
 
-def read_pipe(file: BinaryIO, raw: str | None = None) -> tuple[int, Iterator[Samples]]:
+class Readable(Protocol):
+    """A file or pipe, of which only `read` is called."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+def read_pipe(file: Readable, raw: str | None = None) -> tuple[int, Iterator[Samples]]:
     """Sound from a pipe as it comes: its rate in Hz, and an iterator over blocks (n,), the channels averaged.
 
     file: anything that ffmpeg's libraries can decode without going back: wav (of unknown length, too), flac, ogg, mp3.

@@ -15,7 +15,7 @@ import numpy as np
 import typer
 
 from nearfar.apps.speech_separation import separating
-from nearfar.apps.speech_separation.separating import Job
+from nearfar.apps.speech_separation.separating import Job, Pipe
 from nearfar.audio.mossformer import load_model
 from nearfar.audio.separation import model_separator
 from nearfar.audio.separation_live import WavPipe, read_pipe
@@ -192,7 +192,7 @@ def separate(
 def _source(path: Path, raw: str | None) -> tuple[Iterator[np.ndarray], int]:
     """Blocks of a pipe or a recording, and their rate."""
     if path == Path("-"):
-        rate, blocks = read_pipe(sys.stdin.buffer.raw, raw)  # type: ignore[attr-defined] - unbuffered
+        rate, blocks = read_pipe(Pipe(sys.stdin.buffer.raw), raw)  # type: ignore[attr-defined] - unbuffered
         return blocks, rate
     recording = Recording(path)
     return recording.blocks(0.5), recording.rate
@@ -200,10 +200,10 @@ def _source(path: Path, raw: str | None) -> tuple[Iterator[np.ndarray], int]:
 
 @contextmanager
 def broken_pipe() -> Iterator[None]:
-    """The reader of our output, or Ctrl-C, may end a stream at any time."""
+    """The reader of our output may end a stream at any time."""
     try:
         yield
-    except (BrokenPipeError, KeyboardInterrupt):
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush into
 
 

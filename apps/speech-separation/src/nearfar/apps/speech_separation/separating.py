@@ -1,9 +1,12 @@
 """What `separate` does to one recording, or to a pipe: voices, report and page in a folder."""
 
+import select
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +30,32 @@ class Sink(Protocol):
     """Where blocks of voices (K, n) go."""
 
     def write(self, block: np.ndarray) -> None: ...
+
+
+class Pipe:
+    """A pipe that ends where it ends, or at Ctrl-C once it is empty, so that what came until then is kept.
+
+    A second Ctrl-C interrupts as usual.
+    """
+
+    def __init__(self, file: RawIOBase):
+        self.file, self.ended = file, False
+        self.before = signal.signal(signal.SIGINT, self._end)
+
+    def _end(self, *_: Any) -> None:
+        self.ended = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def read(self, size: int) -> bytes:
+        found = b""
+        while not found and not self.ended:
+            if select.select([self.file], [], [], 0.2)[0]:
+                found = self.file.read(size) or b""
+                if not found:
+                    self._end()
+        if not found and select.select([self.file], [], [], 0)[0]:
+            found = self.file.read(size) or b""
+        return found
 
 
 @dataclass
@@ -66,19 +95,16 @@ def separate_file(job: Job, path: Path, folder: Path, advance: Callable[[str, fl
 def separate_pipe(
     job: Job, blocks: Iterable[np.ndarray], rate: int, folder: Path, advance: Callable[[str, float, float], None]
 ) -> dict[str, Any]:
-    """Separate what a pipe brings into `folder` as it comes; Ctrl-C ends it as the pipe's end does."""
+    """Separate what a pipe brings into `folder` as it comes."""
     with _appearing(folder) as place:
         paths = [place / f"voice{k + 1}.{job.ending}" for k in range(job.model.num_speakers)]
         mixture = place / f"mixture.{job.ending}"
         with writing(paths, rate) as out, writing([mixture], rate) as kept:
 
             def both() -> Iterable[np.ndarray]:
-                try:
-                    for block in blocks:
-                        kept.write(block[None])
-                        yield block
-                except KeyboardInterrupt:
-                    return
+                for block in blocks:
+                    kept.write(block[None])
+                    yield block
 
             tell = lambda done: advance("standard input", done, 0)  # noqa: E731
             result = stream(job, both(), rate, out, tell, "standard input")
