@@ -5,9 +5,10 @@
     python benchmarks/mixers.py models       # Mamba with a head: hidden 256, 4 layers, state 16
     python benchmarks/mixers.py streaming    # one token after a state that has read L tokens
 
-One sequence of width `--dim` at a time; the shortest of several runs counts. "forward" is without gradients, "both" a
-forward and a backward pass. Memory is the peak on CUDA, on a CPU what the forward pass keeps for the backward one.
-The exponent e of time ~ length^e is fitted over the upper half of the lengths.
+One sequence of width `--dim` at a time; the shortest of several runs counts; on a CPU one thread's processor time, so
+that other work on the machine disturbs little. "forward" is without gradients, "both" a forward and a backward pass.
+Memory is the peak on CUDA, on a CPU what the forward pass keeps for the backward one. The exponent e of
+time ~ length^e is fitted over the upper half of the lengths.
 """
 
 import argparse
@@ -191,14 +192,15 @@ def kept_bytes(module: nn.Module, x: Tensor) -> int:
 def best_ms(run: Callable[[], object], device: str, seconds: float = 0.4, least: int = 2) -> float:
     """The shortest of several runs in milliseconds, after one to warm up."""
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    clock = time.perf_counter if device == "cuda" else time.process_time
     run()
     sync()
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < least or (time.perf_counter() < end and len(times) < 100):
-        start = time.perf_counter()
+    times, end = [], clock() + seconds
+    while len(times) < least or (clock() < end and len(times) < 100):
+        start = clock()
         run()
         sync()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return min(times) * 1e3
 
 
@@ -356,6 +358,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     rows = parts[options.part](options)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2))
