@@ -176,7 +176,7 @@ def separate(
         print(json.dumps(results, indent=2))
     elif results:
         columns = ("file", "seconds", "speakers", "sum_back_db", "sum_back_fitted_db", "confidence", "real_time_factor")
-        console.print(table([{name: row[name] for name in columns} for row in results]))
+        console.print(table([{name: row.get(name, "") for name in columns} for row in results]))
         for row in results:
             if check:
                 lines = [{**line, "si_sdr": line.get("si_sdr", "")} for line in row["check"]]
@@ -190,9 +190,9 @@ def separate(
 
 
 def _source(path: Path, raw: str | None) -> tuple[Iterator[np.ndarray], int]:
-    """Blocks of a pipe or a recording, and their rate."""
+    """Blocks of a pipe, unbuffered, or of a recording, and their rate."""
     if path == Path("-"):
-        rate, blocks = read_pipe(Pipe(sys.stdin.buffer.raw), raw)  # type: ignore[attr-defined] - unbuffered
+        rate, blocks = read_pipe(Pipe(sys.stdin.buffer.raw), raw)  # type: ignore[attr-defined]
         return blocks, rate
     recording = Recording(path)
     return recording.blocks(0.5), recording.rate

@@ -194,7 +194,8 @@ def _whole(job: Job, recording: Recording, place: Path, tell: Callable[[float], 
         for block in separation.blocks():
             out.write(gain * block)
     assert separation.report is not None
-    return {**separation.report.as_dict(), "level": job.level, "gain": [round(float(g), 5) for g in gain[:, 0]]}
+    settings = {"window": round(job.window, 3), "level": job.level, "gain": [round(float(g), 5) for g in gain[:, 0]]}
+    return {**separation.report.as_dict(), **settings}
 
 
 def _finish(job: Job, place: Path, mixture: dict[str, Path], result: dict[str, Any]) -> dict[str, Any]:
