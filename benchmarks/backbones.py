@@ -4,12 +4,14 @@
 
 Forward passes of 1 and 8 pictures at 224 in inference mode, and one training step of 8 pictures at 64 (64 for all,
 so that convolutional and attention networks share a size). Models take turns within every repeat, so that a slow
-moment of the machine falls on all; the median counts. MACs are counted by torch's FlopCounterMode, halved.
+moment of the machine falls on all; the median counts. MACs are counted by torch's FlopCounterMode, halved, and those of
+a fused form are the plain form's. "MAC ratio" is the time per MAC in units of timm's ConvNeXt-T. Memory is what a call
+adds to the weights; of the fused layers only their results show there.
 """
 
 import argparse
+import copy
 import csv
-import resource
 import statistics
 import sys
 import time
@@ -20,10 +22,9 @@ import timm
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-import nearfar.vision  # noqa: F401 - registers the models
 from nearfar.vision.convnext import ConvNeXt
+from nearfar.vision.cost import macs, peak_memory
 
 OURS = ("nearfar_convnext_tiny", "hornet_tiny_7x7", "hornet_tiny_gf", "lsnet_t", "attnet_xxs", "attnet_t1",
         "transxnet_t", "overlock_xt")  # fmt: skip
@@ -42,7 +43,7 @@ class Logits(nn.Module):
 
 
 def models() -> dict[str, nn.Module]:
-    """All models; the three ConvNeXt-T and our fused one hold the same weights."""
+    """All models; our ConvNeXt-T, plain and fused, holds the weights of timm's."""
     torch.manual_seed(0)
     convnext = timm.create_model("convnext_tiny", ls_init_value=1.0)
     found: dict[str, nn.Module] = {"timm convnext_tiny": convnext}
@@ -55,18 +56,8 @@ def models() -> dict[str, nn.Module]:
             found[name] = ConvNeXt.from_published(convnext.state_dict())
         else:
             found[name] = timm.create_model(name)
-    found["nearfar_convnext_tiny fused"] = ConvNeXt.from_published(convnext.state_dict()).fuse()
-    found["lsnet_t fused"] = timm.create_model("lsnet_t").fuse()
-    found["transxnet_t fused"] = timm.create_model("transxnet_t").fuse()
-    found["overlock_xt fused"] = timm.create_model("overlock_xt").fuse()
+    found |= {f"{name} fused": copy.deepcopy(found[name]).fuse() for name in OURS}
     return found
-
-
-def macs(model: nn.Module, size: int) -> float:
-    """Multiply-accumulates of one picture."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
-    return counter.get_total_flops() / 2
 
 
 def timed(action: Callable[[], object], device: str) -> float:
@@ -76,18 +67,6 @@ def timed(action: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start)
-
-
-def peak_memory(action: Callable[[], object], device: str) -> float:
-    """MiB that a call adds at most (CUDA), or the process's peak so far (CPU)."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        action()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    action()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -115,13 +94,16 @@ def main() -> None:
     torch.manual_seed(0)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     entries = {name: model.to(device, memory_format=layout).eval() for name, model in models().items()}
-    rows = {name: {"model": name, "params_M": sum(p.numel() for p in m.parameters()) / 1e6, "gmacs": macs(m, 224) / 1e9}
-            for name, m in entries.items()}  # fmt: skip
+    rows: dict[str, dict] = {}
+    for name, model in entries.items():
+        plain = name.removesuffix(" fused")
+        gmacs = rows[plain]["gmacs"] if plain in rows else macs(model, 224) / 1e9
+        rows[name] = {"model": name, "params_M": sum(p.numel() for p in model.parameters()) / 1e6, "gmacs": gmacs}
 
     def measure(label: str, actions: dict[str, Callable[[], object]]) -> None:
         times: dict[str, list[float]] = {name: [] for name in actions}
         for name, action in actions.items():
-            rows[name][f"{label} MiB"] = peak_memory(action, device)
+            rows[name][f"{label} MiB"] = peak_memory(action, device) / 2**20
         for _ in range(options.repeats):
             for name, action in actions.items():
                 times[name].append(timed(action, device))
@@ -136,6 +118,8 @@ def main() -> None:
             measure(f"forward {batch}x224", {name: partial(model, x) for name, model in entries.items()})
             for row in rows.values():
                 row[f"forward {batch}x224 GMAC/s"] = batch * row["gmacs"] / row[f"forward {batch}x224 ms"] * 1e3
+                base = rows["timm convnext_tiny"][f"forward {batch}x224 GMAC/s"]
+                row[f"forward {batch}x224 MAC ratio"] = base / row[f"forward {batch}x224 GMAC/s"]
     x = torch.randn(8, 3, 64, 64, device=device).to(memory_format=layout)
     steps = {}
     for name, model in entries.items():

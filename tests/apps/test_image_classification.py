@@ -1,19 +1,20 @@
 """The image-classification app from its command line, on handwritten digits."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from nearfar.apps.image_classification.cli import app
+from nearfar.apps.image_classification.cli import app, run_comparison
 from nearfar.apps.image_classification.tour import SMALL, chapter, digits
 from nearfar.core.cli import BatchError
 from nearfar.core.errors import UserError
 from nearfar.core.report import Report
 from nearfar.vision.classification import Classifier, Recipe, evaluate_scores, train_classifier
-from nearfar.vision.pictures import split_pictures
+from nearfar.vision.pictures import open_pictures, split_pictures
 
 
 def call(*words: object) -> str:
@@ -117,3 +118,50 @@ def test_bad_input(data: Path, tmp_path: Path) -> None:
     every = digits()
     with pytest.raises(UserError, match="training and in the validation"):
         train_classifier("resnet10t", every, every, Recipe(size=32))
+
+
+def test_compare_under_a_time_budget(data: Path, tmp_path: Path) -> None:
+    settings = ("size=32", "batch_size=16", "epochs=4", "smoothing=0", "lr=3e-3", "warmup_epochs=0.5")
+    shared = ["--json", *(word for setting in settings for word in ("--set", setting))]
+    models = ["--model", "linear", "--model", "small-attnet_xxs"]
+    rows = json.loads(call("compare", data, "-o", tmp_path, "--seconds", 60, *models, *shared))
+    assert [row["model"] for row in rows] == ["linear", "small-attnet_xxs"]
+    for row in rows:
+        assert row["accuracy"] > 0.8  # half would be chance
+        assert row["epochs"] == 4
+        assert row["memory (MiB)"] * 2**20 > 4e6 * row["params (M)"]
+    assert {"table.csv", "plot.png", "page.html"} <= {p.name for p in tmp_path.iterdir()}
+    # called again it finds what is done, whatever the budget would now allow
+    again = json.loads(call("compare", data, "-o", tmp_path, "--seconds", 0.01, *models[:2], *shared))
+    assert again[0]["accuracy"] == rows[0]["accuracy"]
+    assert again[0]["epochs"] == rows[0]["epochs"]
+
+
+def test_recipes_by_name_and_corrupt_training_pictures(data: Path, tmp_path: Path) -> None:
+    spoilt = data / "train/digit0/broken.jpg"
+    spoilt.write_bytes(b"\xff\xd8 no more")
+    try:
+        with pytest.raises(BatchError, match=r"broken\.jpg"):
+            call("train", data, "-o", tmp_path, "--model", "test_resnet", "--recipe", "convnext_1k", "--set", "size=32",
+                 "--set", "epochs=1", "--set", "batch_size=16", "--set", "warmup_epochs=0")  # fmt: skip
+    finally:
+        spoilt.unlink()
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["finished"]
+    assert record["settings"]["cutmix"] == 1.0
+    with pytest.raises(UserError, match=r"nor a published recipe; those are .*hornet_1k"):
+        call("train", data, "-o", tmp_path, "--recipe", "hornet_2k")
+
+
+def test_small_network_beats_the_pixels_on_photographs(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
+    source = shared_data("cifar10/cifar10-12k-imagefolder.zip")
+    recipe = Recipe(size=32, epochs=5, batch_size=32, lr=3e-3, warmup_epochs=0.5, crop_scale=0.7)
+    every, held = (open_pictures(source, split) for split in ("train", "test"))
+    two = [name in ("airplane", "frog") for name in every.classes]
+    learn, hold = (
+        pictures.subset([i for i, label in enumerate(pictures.labels) if two[label]][::step])
+        for pictures, step in ((every, 4), (held, 2))
+    )
+    rows = run_comparison(["linear", "small-attnet_xxs"], learn, hold, recipe, tmp_path)
+    assert rows[1]["accuracy"] > 0.75  # half would be chance
+    assert rows[1]["accuracy"] >= rows[0]["accuracy"]

@@ -22,6 +22,7 @@ from nearfar.vision.classification import (
     find_recipe,
     loaders,
     train_classifier,
+    training_transform,
 )
 from nearfar.vision.pictures import Pictures
 
@@ -59,6 +60,12 @@ def test_published_recipes_say_what_the_papers_say() -> None:
     assert recipes["overlock_1k"].auxiliary == 0.4
     with pytest.raises(UserError, match=r"nor a published recipe; those are .*convnext_1k"):
         find_recipe("resnet_1k")
+
+
+def test_random_augmentation_takes_every_operation() -> None:
+    transform = training_transform(Recipe(size=32, randaugment="rand-m9-mstd3-inc1"))
+    for _ in range(300):
+        assert transform(Image.new("RGB", (32, 32), (90, 120, 200))).shape == (3, 32, 32)
 
 
 def test_learning_rate_follows_the_number_of_pictures_a_step() -> None:

@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import numpy as np
 import timm
 import torch
+from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.loss import SoftTargetCrossEntropy
@@ -147,7 +148,7 @@ class Recipe:
 
 def training_transform(recipe: Recipe) -> Callable:
     """Random crop, flip, RandAugment or colour jitter, tensor, normalisation, random erasing."""
-    return create_transform(
+    transform = create_transform(
         recipe.size,
         is_training=True,
         scale=(recipe.crop_scale, 1.0),
@@ -157,6 +158,16 @@ def training_transform(recipe: Recipe) -> Callable:
         re_mode="pixel",
         interpolation=recipe.interpolation,
     )
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", ()):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """RandAugment asks for 0 bits at times, which new versions of Pillow refuse: black, as before."""
+    return ImageOps.posterize(picture, bits) if bits else Image.new(picture.mode, picture.size)
 
 
 def evaluation_transform(size: int, crop_pct: float = 0.875, crop_mode: str = "center") -> Callable:
