@@ -179,7 +179,7 @@ def enroll(
     if seen:
         found.add(name, matrix(seen), replace)
         found.save(gallery)
-        console.print(f"{name} enrolled with {len(seen)} recordings; {len(found.names)} speakers in {gallery}")
+        console.print(f"{name} enrolled with {len(seen)} recordings; speakers in {gallery}: {len(found.names)}")
     raise_failures(failures, len(recordings))
 
 
