@@ -224,6 +224,15 @@ def test_a_batch_goes_on_past_bad_scans(brain: Path, model: Path, tmp_path: Path
         run("predict", folder, "--model", tmp_path, "-o", tmp_path / "out")
 
 
+def test_voxels_unlike_those_of_the_training_are_refused(model: Path, tmp_path: Path) -> None:
+    data = np.random.default_rng(0).random((16, 32, 32)).astype(np.float32)
+    nib.save(nib.Nifti1Image(data, np.diag([1.0, 1, 1, 1])), tmp_path / "fine.nii.gz")
+    with pytest.raises(UserError, match=r"voxels of 1 x 1 x 1 mm, the model was trained on 4 to 4 mm"):
+        run("predict", tmp_path / "fine.nii.gz", "--model", model, "-o", tmp_path / "out")
+    with pytest.raises(UserError, match="is the scan itself"):
+        run("predict", tmp_path / "fine.nii.gz", "--model", model, "-o", tmp_path)
+
+
 def test_problems_in_a_data_folder_are_listed(tmp_path: Path) -> None:
     for kind, data in (("images", np.random.default_rng(0).random((6, 6, 6))), ("labels", np.zeros((6, 6, 6)))):
         (tmp_path / kind).mkdir()

@@ -238,6 +238,7 @@ class Segmenter:
     ) -> None:
         self.network, self.recipe, self.in_channels = network.eval(), recipe, in_channels
         self.crf: dict[str, Any] | None = None  # settings that `search_crf` chose
+        self.spacing_seen: list[float] | None = None  # smallest and largest voxel side of the training scans, mm
         self.labels = dict(labels)
         self.values = list(values) if values is not None else [0, *(v for v in self.labels if v)]
         self.preparation = Preparation(recipe.spacing, recipe.window, recipe.intensity, recipe.resize)
@@ -289,6 +290,14 @@ class Segmenter:
         axes, dims = len(scan.shape), len(self.recipe.roi)
         if axes not in (dims, 3):
             raise UserError(f"{scan.path}: has {axes} axes, the model takes {dims}")
+        if self.spacing_seen is not None and self.recipe.spacing is None and self.recipe.resize is None:
+            low, high = self.spacing_seen
+            if scan.affine is not None and not low / 2 <= min(scan.spacing) <= max(scan.spacing) <= 2 * high:
+                sides = " x ".join(f"{s:.3g}" for s in scan.spacing)
+                raise UserError(
+                    f"{scan.path}: has voxels of {sides} mm, the model was trained on {low:.3g} to {high:.3g} mm; "
+                    "resample the scan, or train with `spacing`"
+                )
         return self.preparation.image(scan)
 
     @contextmanager
@@ -326,6 +335,7 @@ class Segmenter:
             "labels": {str(k): v for k, v in self.labels.items()},
             "in_channels": self.in_channels,
             "crf": self.crf,
+            "spacing_seen": self.spacing_seen,
         }
         return write_json(folder / "model.json", content)
 
@@ -338,7 +348,7 @@ class Segmenter:
             recipe = Recipe(**content["recipe"])
             labels = {int(k): v for k, v in content["labels"].items()}
             segmenter = cls.create(recipe, labels, content["in_channels"])
-            segmenter.crf = content.get("crf")
+            segmenter.crf, segmenter.spacing_seen = content.get("crf"), content.get("spacing_seen")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: holds no trained model ({error})") from error
         load_state_dict(segmenter.network, read_state_dict(folder / "model.safetensors"))

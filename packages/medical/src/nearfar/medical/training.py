@@ -164,9 +164,10 @@ def train_segmenter(
         raise UserError("the data do not say what their label values mean; declare them")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".prepared-", dir=folder) as cache:
-        items, channels = _prepare(collection, train_cases, recipe, Path(cache))
+        items, channels, spacing = _prepare(collection, train_cases, recipe, Path(cache))
         pl.seed_everything(recipe.seed, verbose=False)
         segmenter = Segmenter.create(recipe, collection.labels, channels)
+        segmenter.spacing_seen = spacing
         patches = Patches(items, recipe, collection.ignore or 0)
         loader = data_loader(patches, recipe.batch_size, shuffle=True, seed=recipe.seed)
         steps = recipe.max_epochs * -(-len(loader) // recipe.accumulate)
@@ -205,11 +206,11 @@ def score_cases(
 
 def _prepare(
     collection: Collection, cases: Sequence[Case], recipe: Recipe, cache: Path
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
-    """(image, class index) of each case, mapped from files in `cache`, and the number of channels."""
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], int, list[float] | None]:
+    """(image, class index) of each case, mapped from files in `cache`; channels; smallest and largest voxel side."""
     values = np.array([0, *(v for v in collection.labels if v)])
     preparation = Preparation(recipe.spacing, recipe.window, recipe.intensity, recipe.resize)
-    items, channels = [], set()
+    items, channels, sides = [], set(), []
     for number, case in enumerate(cases):
         scan, labels = collection.read(case)
         if labels is None:
@@ -227,6 +228,7 @@ def _prepare(
             np.save(cache / f"{number}-{kind}.npy", array)
         items.append(tuple(np.load(cache / f"{number}-{kind}.npy", mmap_mode="r") for kind in ("image", "label")))
         channels.add(len(scan.image))
+        sides += scan.spacing if scan.kind not in ("picture", "array") else ()
     if len(channels) != 1:
         raise UserError(f"the training cases differ in their number of channels: {sorted(channels)}")
-    return items, channels.pop()
+    return items, channels.pop(), [min(sides), max(sides)] if sides else None

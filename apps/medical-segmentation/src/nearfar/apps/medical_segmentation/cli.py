@@ -215,6 +215,8 @@ def predict(
         collection, case, base = job
         scan = collection.scan(case)
         target = base.with_name(f"{base.name}.nii.gz" if scan.affine is not None else f"{base.name}.png")
+        if target.resolve() == case.images[0].resolve():
+            raise UserError(f"{target}: is the scan itself; give another output folder")
         if target.exists():
             return {"case": case.name, "labels": "done before", "file": str(target)}
         labels = segmenter(scan, memory=budget, **options)
@@ -410,6 +412,7 @@ def _short(summary: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for name in ("dice", "iou", "hd95", "nsd"):
             if name in row:
                 short[name] = row[name]
-                short[f"{name} 95 %"] = f"{row[f'{name}_low']:.3g} to {row[f'{name}_high']:.3g}"
+                low, high = row[f"{name}_low"], row[f"{name}_high"]
+                short[f"{name} 95 %"] = "-" if np.isnan(low) else f"{low:.3g} to {high:.3g}"  # of a single case, none
         rows.append(short)
     return rows
