@@ -139,7 +139,7 @@ class LanguageModule(pl.LightningModule):
         matrices = [p for n, p in rest if p.dim() > 1 and not n.endswith("A_log")]
         vectors = [p for n, p in rest if p.dim() < 2 or n.endswith("A_log")]
         options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         optimizers: list[Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.95), **options)]
         if muon:
             optimizers.append(torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **options))
