@@ -17,7 +17,7 @@ from nearfar.language import texts
 from nearfar.language.audit import CHECKS, audit
 from nearfar.language.evaluation import ngram_bits, run_tasks, score, write_on
 from nearfar.language.modeling import MixerConfig, MixerForCausalLM
-from nearfar.language.training import Recipe, train_language_model
+from nearfar.language.training import LanguageModule, Recipe, train_language_model
 
 BYTES = texts.byte_tokenizer()
 
@@ -256,3 +256,24 @@ def test_lm_eval_scores_a_byte_model(tmp_path, monkeypatch):
         total += torch.nn.functional.cross_entropy(lm(ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
         size += len(text)
     assert scores["own_text"]["bits_per_byte,none"] == pytest.approx(total / size / math.log(2), rel=1e-4)
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    tokens = torch.from_numpy(texts.encode("a text of some words, again and again. " * 60, BYTES))
+    recipe = Recipe(mixers=["base-conv"], hidden_size=16, num_hidden_layers=1, context=32, epochs=3, warmup=5)
+    whole, history = train_language_model(recipe, tokens, BYTES, tmp_path / "a", accelerator="cpu")
+    step = LanguageModule.training_step
+
+    def interrupted(module, batch):
+        if module.current_epoch == 2:
+            raise KeyboardInterrupt
+        step(module, batch)
+
+    monkeypatch.setattr(LanguageModule, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_language_model(recipe, tokens, BYTES, tmp_path / "b", accelerator="cpu")
+    monkeypatch.undo()
+    resumed, again = train_language_model(recipe, tokens, BYTES, tmp_path / "b", accelerator="cpu")
+    assert [row["train_loss"] for row in again] == [row["train_loss"] for row in history]
+    for a, b in zip(whole.parameters(), resumed.parameters()):
+        assert torch.equal(a, b)
