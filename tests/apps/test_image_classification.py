@@ -115,6 +115,19 @@ def test_bad_input(data: Path, tmp_path: Path) -> None:
         call("train", data, "-o", tmp_path / "run", "--set", "speed=9")
     with pytest.raises(UserError, match="holds no trained classifier"):
         call("predict", tmp_path, data)
+    # an empty class folder is no reason to take the splits for classes
+    (data / "train/digit7").mkdir()
+    try:
+        with pytest.raises(UserError, match="no pictures in the class folder digit7"):
+            call("train", data, "-o", tmp_path / "run", "--set", "size=32")
+    finally:
+        (data / "train/digit7").rmdir()
+    with pytest.raises(UserError, match=r"lsnet_t: takes pictures of at least 64 pixels, .* size is 32"):
+        call("train", data, "-o", tmp_path / "run", "--model", "lsnet_t", "--set", "size=32")
+    with pytest.raises(BatchError, match="small-lsnet_t: takes pictures of at least 64"):  # the linear model is done
+        call("compare", data, "-o", tmp_path / "both", "--model", "small-lsnet_t", "--model", "linear",
+             "--set", "size=32", "--set", "epochs=1")  # fmt: skip
+    assert (tmp_path / "both/table.csv").read_text().count("linear") == 1
     every = digits()
     with pytest.raises(UserError, match="training and in the validation"):
         train_classifier("resnet10t", every, every, Recipe(size=32))

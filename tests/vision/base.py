@@ -68,6 +68,8 @@ class BackboneTester:
     """A registered variant."""
     tiny: ClassVar[dict[str, Any]]
     """Settings that make it small; every kind of block is still there."""
+    least: ClassVar[dict[str, Any]]
+    """Settings of the fewest layers that have every kind of block, for what is slow: tracing and export."""
     sizes: ClassVar[tuple[tuple[int, int], ...]] = ((32, 32), (45, 33), (64, 96))
     size = 64
     macs_tolerance = 0.02
@@ -189,13 +191,13 @@ class BackboneTester:
     @torch.no_grad()
     def test_compile_without_graph_breaks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         without_shape_checks(monkeypatch)
-        model, x = self.create(), self.input(1)
+        model, x = self.create(**self.least), self.input(1)
         torch._dynamo.reset()
         close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
 
     @torch.no_grad()
     def test_export(self) -> None:
-        model, x = self.create(), self.input(2)
+        model, x = self.create(**self.least), self.input(2)
         program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
         three = self.input(3)
         close(program.module()(three), model(three))

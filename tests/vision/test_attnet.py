@@ -15,6 +15,7 @@ class TestAttNet(BackboneTester):
     model = AttNet
     name = "attnet_t1"
     tiny: ClassVar = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+    least: ClassVar = {"depths": (1, 1), "dims": (8, 16), "expansions": (4, 4), "kernel_sizes": (3, 3)}
 
     def saved_macs(self, model: Backbone, size: int) -> float:
         """The kernel's projection of all positions, where ours projects the nine pooled ones."""

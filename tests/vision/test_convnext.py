@@ -18,6 +18,7 @@ class TestConvNeXt(BackboneTester):
     model = ConvNeXt
     name = "nearfar_convnext_tiny"
     tiny: ClassVar = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+    least: ClassVar = {"depths": (1, 1), "dims": (8, 16)}
 
 
 @pytest.mark.parametrize("path", contracts("convnext"))

@@ -15,6 +15,7 @@ class TestHorNet(BackboneTester):
     model = HorNet
     name = "hornet_tiny_7x7"
     tiny: ClassVar = {"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64)}
+    least: ClassVar = {"depths": (1, 1), "dims": (8, 16), "orders": (2, 3), "filters": (None, None)}
     # the published 209, 211 and 216 M do not go with the 21841 classes of the pre-training (nor with 1000)
     other_count: ClassVar = {
         "hornet_large_7x7": 226575121,
@@ -25,6 +26,7 @@ class TestHorNet(BackboneTester):
 
 class TestHorNetGF(TestHorNet):
     name = "hornet_tiny_gf"
+    least: ClassVar = {**TestHorNet.least, "filters": (None, (4, 3))}
 
     def test_published_variants(self) -> None:
         pytest.skip("one list holds the variants of both forms")

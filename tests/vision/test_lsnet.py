@@ -16,6 +16,7 @@ class TestLSNet(BackboneTester):
     name = "lsnet_t"
     tiny: ClassVar = {"depths": (0, 1, 2, 2), "dims": (16, 32, 48, 64)}
     sizes = ((64, 64), (70, 97), (128, 96))
+    least: ClassVar = {"depths": (2, 2), "dims": (16, 32)}
 
 
 def test_distilled_form(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class TestOverLoCK(BackboneTester):
         "head_dim": 24,
     }
     counted: ClassVar = {"merged": True}
+    least: ClassVar = {"focus_depths": (1, 1), "kernel_sizes": (5, 5, 5, 5)}
 
 
 @pytest.mark.parametrize("path", contracts("overlock"))

@@ -52,6 +52,8 @@ def test_every_source_gives_the_same_pictures(tmp_path: Path) -> None:
             (shards / "classes.txt").write_text("cat\ndog\n")
         assert content(open_pictures(shards)) == want
         assert content(open_pictures(shards / "0000.tar")) == want
+        with pytest.raises(UserError, match="without splits"):
+            open_pictures(shards / "0000.tar", "test")
 
 
 def test_hugging_face_data(tmp_path: Path) -> None:

@@ -22,6 +22,14 @@ class TestTransXNet(BackboneTester):
         "num_heads": (1, 2, 2, 4),
         "mlp_ratios": (2,) * 4,
     }
+    least: ClassVar = {
+        "depths": (1, 1),
+        "dims": (8, 16),
+        "groups": (2, 2),
+        "sr_ratios": (2, 1),
+        "num_heads": (1, 2),
+        "mlp_ratios": (2, 2),
+    }
     # the published count is of the form for 224 pixels; the tables are larger here
     other_count: ClassVar = {"transxnet_b_384": 52409402}
 

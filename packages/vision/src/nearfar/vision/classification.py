@@ -205,6 +205,11 @@ def create_model(name: str, num_classes: int, recipe: Recipe, **settings: Any) -
             wanted["layer_scale"] = recipe.layer_scale
         if "aux_head" in takes and recipe.auxiliary:
             wanted["aux_head"] = True
+        if recipe.size < MODELS[timm_name].min_size:
+            least = MODELS[timm_name].min_size
+            raise UserError(
+                f"{name}: takes pictures of at least {least} pixels, its largest stride; size is {recipe.size}"
+            )
     wanted = {key: value for key, value in wanted.items() if value is not None}
     return timm.create_model(timm_name, num_classes=num_classes, **wanted)
 

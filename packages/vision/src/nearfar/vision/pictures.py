@@ -18,6 +18,11 @@ from torch.utils.data import Dataset
 
 from nearfar.core.errors import UserError
 
+
+class MissingSplit(UserError):
+    """The source has no part of the name that was asked for."""
+
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
 
@@ -118,14 +123,18 @@ def open_pictures(source: str | Path, split: str | None = None) -> Pictures:
     if path.is_file() and zipfile.is_zipfile(path):
         return _from_zip(path, split)
     if path.suffix == ".tar" or (path.is_dir() and any((path / (split or ".")).glob("*.tar"))):
-        folder = path / split if split and path.is_dir() else path
+        if split and path.is_file():
+            raise MissingSplit(f"{path}: is one file of samples without splits, so none called {split}")
+        folder = path / split if split else path
         return _from_tars([path] if path.is_file() else sorted(folder.glob("*.tar")))
     if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         return _from_hugging_face(path, split)
     if not path.is_dir():
         raise UserError(f"{path}: is neither a folder nor a zip or tar file of pictures")
     if split and not (path / split).is_dir():
-        raise UserError(f"{path}: has no folder {split}; it has {_some(p.name for p in path.iterdir() if p.is_dir())}")
+        raise MissingSplit(
+            f"{path}: has no folder {split}; it has {_some(p.name for p in path.iterdir() if p.is_dir())}"
+        )
     root = path / split if split else path
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     empty = [
@@ -133,14 +142,6 @@ def open_pictures(source: str | Path, split: str | None = None) -> Pictures:
     ]
     inside = [file.relative_to(root).parts for file in files]
     return _labelled(root, [str(f) for f in files], inside, lambda i: read_picture(files[i]), empty)
-
-
-def has_split(source: str | Path, split: str) -> bool:
-    """Whether the source holds the split of that name."""
-    try:
-        return len(open_pictures(source, split)) > 0
-    except UserError:
-        return False
 
 
 def _labelled(
@@ -165,7 +166,7 @@ def _from_zip(path: Path, split: str | None) -> Pictures:
     if split:
         inside = [m for m in members if split in PurePosixPath(m).parts[:-2]]
         if not inside:
-            raise UserError(
+            raise MissingSplit(
                 f"{path}: has no folder {split}; it has {_some({PurePosixPath(m).parts[0] for m in members})}"
             )
         members = inside
@@ -243,8 +244,10 @@ def _from_hugging_face(path: Path, split: str | None) -> Pictures:
     data = datasets.load_from_disk(str(path))
     if isinstance(data, datasets.DatasetDict):
         if split is None or split not in data:
-            raise UserError(f"{path}: has no split {split}; it has {_some(data)}")
+            raise MissingSplit(f"{path}: has no split {split}; it has {_some(data)}")
         data = data[split]
+    elif split:
+        raise MissingSplit(f"{path}: has no splits, so none called {split}")
     if missing := {"image", "label"} - set(data.column_names):
         raise UserError(f"{path}: has no column {', '.join(sorted(missing))}; it has {_some(data.column_names)}")
     feature = data.features["label"]

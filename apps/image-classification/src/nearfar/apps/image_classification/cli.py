@@ -29,7 +29,7 @@ from nearfar.vision.classification import (
     train_classifier,
 )
 from nearfar.vision.cost import cost
-from nearfar.vision.pictures import SUFFIXES, Pictures, open_pictures, read_picture, split_pictures
+from nearfar.vision.pictures import SUFFIXES, MissingSplit, Pictures, open_pictures, read_picture, split_pictures
 
 app = typer.Typer(
     help="Learn to tell pictures apart: `models` lists what there is, `compare` tries several on your own pictures "
@@ -197,10 +197,13 @@ def compare(
     resolved = read_recipe(Recipe, find_recipe(recipe), settings or ())
     names = model or [LINEAR, "test_resnet", *SMALL]
     learn, hold, failures = training_data(data, resolved)
-    rows = run_comparison(names, learn, hold, resolved, output, device=device, workers=workers, seconds=seconds)
+    refused: list[str] = []
+    rows = run_comparison(
+        names, learn, hold, resolved, output, device=device, workers=workers, seconds=seconds, refused=refused
+    )
     show(rows, as_json)
     console.print(f"Page: {output / 'page.html'}", soft_wrap=True) if not as_json else None
-    raise_failures(failures, len(learn) + len(hold) + len(failures))
+    raise_failures([*failures, *refused], len(learn) + len(hold) + len(failures) + len(refused))
 
 
 def run_comparison(
@@ -214,17 +217,27 @@ def run_comparison(
     workers: int = 0,
     seconds: float | None = None,
     models: dict[str, nn.Module] | None = None,
+    refused: list[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per model; table.csv, plot.png and page.html in `output`. Half of `hold` chooses epochs, half scores."""
+    """One row per model; table.csv, plot.png and page.html in `output`. Half of `hold` chooses epochs, half scores.
+
+    A model that the pictures do not suit is named in `refused`, where that is given, and the others go on.
+    """
     choose, score = split_pictures(hold, 0.5, recipe.seed)
     chooser, scorer = hold.subset(choose), hold.subset(score)
     rows = []
     for name in track(names, "training"):
-        budget = within(seconds, name, learn, recipe, output / name, device, workers) if seconds else recipe
-        classifier, history = train_classifier(
-            name, learn, chooser, budget, output / name, num_workers=workers, accelerator=device,
-            model=(models or {}).get(name),
-        )  # fmt: skip
+        try:
+            budget = within(seconds, name, learn, recipe, output / name, device, workers) if seconds else recipe
+            classifier, history = train_classifier(
+                name, learn, chooser, budget, output / name, num_workers=workers, accelerator=device,
+                model=(models or {}).get(name),
+            )  # fmt: skip
+        except UserError as error:
+            if refused is None:
+                raise
+            refused.append(str(error))
+            continue
         scores = classifier.scores(scorer, device=device)
         result = evaluate_scores(scores, scorer.labels)
         rows.append(
@@ -239,6 +252,8 @@ def run_comparison(
                 "training (s)": round(sum(row["seconds"] for row in history), 1),
             }
         )
+    if not rows:
+        raise UserError("; ".join(refused or ()))
     write_csv(output / "table.csv", rows)
     figure, axes = plt.subplots(figsize=(6, 4))
     for row in rows:
@@ -280,21 +295,21 @@ def within(
 
 def training_data(data: Path, recipe: Recipe) -> tuple[Pictures, Pictures, list[str]]:
     """Pictures to learn from, pictures to choose the epoch by, and a line for each that cannot be read."""
-    for name in ("val", "validation", "valid", "test"):
+    try:
+        learn = open_pictures(data, "train")
+        whole = False
+    except MissingSplit:
+        learn, whole = open_pictures(data), True
+    hold = None
+    for name in () if whole else ("val", "validation", "valid", "test"):
         try:
             hold = open_pictures(data, name)
-            learn = open_pictures(data, "train")
             break
-        except UserError as error:
-            if "no such file" in str(error):
-                raise
-    else:
-        try:
-            everything = open_pictures(data, "train")
-        except UserError:
-            everything = open_pictures(data)
-        first, second = split_pictures(everything, recipe.validation, recipe.seed)
-        learn, hold = everything.subset(first), everything.subset(second)
+        except MissingSplit:
+            continue
+    if hold is None:
+        first, second = split_pictures(learn, recipe.validation, recipe.seed)
+        learn, hold = learn.subset(first), learn.subset(second)
     learn, bad = learn.readable(lambda r: track(r, "checking"))
     hold, also = hold.readable(lambda r: track(r, "checking"))
     if not len(learn) or not len(hold):
