@@ -4,7 +4,7 @@
 
 A volume of (1, 1, 192, 192, 160), windows of 64^3 with overlap 0.5 and Gaussian weights, a light network of 14 and 104
 classes. Each measurement runs in a process of its own; the peak is that process's largest resident memory less what
-it held before (network, volume, libraries). Ours runs with its default budget for partial sums (128 MB) and with none.
+it held before (network, volume, libraries). Ours runs with its default budget for partial sums (384 MB) and with none.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from nearfar.core.errors import UserError
 Predictor = Callable[[Tensor], Any]
 Region = tuple[slice, ...]
 
-WINDOW_MEMORY = 2**27
+WINDOW_MEMORY = 384 * 2**20
 
 
 def segment(
@@ -76,7 +76,7 @@ def window_scores(
         overlap: share of a window that the next one covers again, 0 <= overlap < 1.
         mode: "gaussian" or "constant" weights within a window; `sigma_scale` of the former.
         flips: axes to mirror for test-time augmentation; scores are averaged over all 2^len(flips) combinations.
-        memory: bytes for kept cells, 128 MB by default; None for no bound.
+        memory: bytes for kept cells, 384 MB by default; None for no bound.
         progress: called with (windows done, windows in all).
 
     Raises:

@@ -267,7 +267,7 @@ class Segmenter:
         """The label map of a scan on its own grid.
 
         `mirror` averages over the flips of all axes. Classes are decided window by window within `memory` bytes (None:
-        128 MB). With `crf` the averaged probabilities are refined by the image within `memory` bytes (None: no bound):
+        384 MB). With `crf` the averaged probabilities are refined by the image within `memory` bytes (None: no bound):
         by slabs from a temporary file where the whole does not fit, see `refinement.refine`.
         """
         image = self.prepare(scan)

@@ -55,7 +55,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the res
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
 Memory = Annotated[
     str | None,
-    typer.Option(help="Bound on what grows with classes and volume, such as 2G. (default: 128M, for the CRF none)"),
+    typer.Option(help="Bound on what grows with classes and volume, such as 2G. (default: 384M, for the CRF none)"),
 ]
 CRF: Mapping[str, Any] = {
     "iterations": 5, "spatial_weight": 1.0, "spatial_std": 2.0,
