@@ -242,18 +242,24 @@ def run_point(point: Point, folder: Path, accelerator: str = "auto") -> dict[str
     module = RecallModule(model, point.learning_rate, recipe.weight_decay, recipe.epochs, names)
     stop = EarlyStopping("accuracy", mode="max", patience=recipe.epochs, stopping_threshold=recipe.stop_above)
     started = time.monotonic()
-    history = train(
-        module,
-        train_data,
-        test_data,
-        max_epochs=recipe.epochs,
-        seed=point.seed,
-        folder=folder,
-        settings=point.settings,
-        callbacks=[stop],
-        accelerator=accelerator,
-        devices=1,
-    )
+    threads = torch.get_num_threads()
+    if point.dim <= 64:
+        torch.set_num_threads(1)  # on so small a model several would mostly wait for each other
+    try:
+        history = train(
+            module,
+            train_data,
+            test_data,
+            max_epochs=recipe.epochs,
+            seed=point.seed,
+            folder=folder,
+            settings=point.settings,
+            callbacks=[stop],
+            accelerator=accelerator,
+            devices=1,
+        )
+    finally:
+        torch.set_num_threads(threads)
     length = max(s.get("input_seq_len", 64) for s in recipe.data[point.data]["test"])
     last = history[-1]
     row = {name: getattr(point, name) for name in ROW} | {
