@@ -31,11 +31,11 @@ RECIPE = Recipe(
     crop_seconds=1.0,
     crops_per_utterance=4,
     batch_size=32,
-    epochs=30,
+    epochs=16,
     lr=5e-3,
     scale=20.0,
     margin=0.1,
-    margin_epochs=15,
+    margin_epochs=8,
     speeds=(1.0, 0.9, 1.1),
 )
 
