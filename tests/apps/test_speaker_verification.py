@@ -300,7 +300,12 @@ def test_a_bad_recording_among_many_loses_only_its_trials(model, test_folder, tm
     assert len(scores.read_text().splitlines()) == 276 - 23
     assert len((tmp_path / "s.txt.failed").read_text().splitlines()) == 23
     run("evaluate", scores, "--trials", test_folder / "trials.txt", "-o", tmp_path / "e", "--draws", "0")
-    assert json.loads((tmp_path / "e/evaluation.json").read_text())["missing"] == 23
+    counted = json.loads((tmp_path / "e/evaluation.json").read_text())
+    assert counted["missing"] == 23
+    run("evaluate", scores, "-o", tmp_path / "e", "--draws", "0")
+    alone = json.loads((tmp_path / "e/evaluation.json").read_text())
+    assert alone["missing"] == 0
+    assert counted["eer_nist"] > alone["eer_nist"]  # a trial without a score is an error
 
 
 def test_bad_lists_are_refused(model, test_folder, tmp_path):

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from monai.inferers import sliding_window_inference
 
-from nearfar.core.errors import UserError
 from nearfar.medical import inference
-from nearfar.medical.inference import parse_memory, segment, window_scores
+from nearfar.medical.inference import segment, window_scores
 
 
 def average_scores(image: torch.Tensor, *arguments, **settings) -> torch.Tensor:
@@ -113,15 +112,6 @@ def test_multi_output_networks_and_progress() -> None:
     for pack in (lambda s: [s, None], lambda s: {"out": s}):
         segment(image, lambda x, p=pack: p(x.repeat(1, 3, 1, 1)), (8, 8), progress=lambda a, b: seen.append((a, b)))
     assert seen[-1][0] == seen[-1][1] == 16
-
-
-def test_sizes_of_memory() -> None:
-    assert parse_memory("2G") == 2 * 2**30
-    assert parse_memory("1.5 MiB".replace(" ", "")) == 3 * 2**19
-    assert parse_memory("4096") == 4096
-    for bad in ("", "-1G", "lots"):
-        with pytest.raises(UserError, match="--memory"):
-            parse_memory(bad)
 
 
 def test_bad_arguments() -> None:

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from monai.data.utils import compute_importance_map
 from torch import Tensor
 
-from nearfar.core.errors import UserError
-
 Predictor = Callable[[Tensor], Any]
 Region = tuple[slice, ...]
 
@@ -154,20 +152,6 @@ def segment_item(
     """One item of a MONAI data set through a bundle's inferer and postprocessing; what `run` of our bundles calls."""
     scores = inferer(item["image"][None].to(device), network.eval())[0].cpu()
     return postprocessing({**item, "pred": scores})
-
-
-def parse_memory(text: str) -> int:
-    """Bytes from "2G", "512M", "800k" or a plain number (powers of 1024)."""
-    units = {"k": 10, "m": 20, "g": 30, "t": 40}
-    stripped = text.strip().lower().removesuffix("b").removesuffix("i")
-    try:
-        shift = units.get(stripped[-1:], 0)
-        value = int(float(stripped[:-1] if shift else stripped) * 2**shift)
-    except ValueError:
-        value = 0
-    if value <= 0:
-        raise UserError(f"--memory {text}: must be a positive size such as 800M or 2G")
-    return value
 
 
 def _starts(size: int, roi: int, overlap: float) -> list[int]:

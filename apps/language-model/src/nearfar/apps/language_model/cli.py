@@ -168,7 +168,7 @@ def generate(
 @app.command()
 def audit(
     model: Model,
-    text: Annotated[Path | None, typer.Option(help="A text to take the sequences from.  [default: random]")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text to take the sequences from; else they are random.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of the longest of three sequences.")] = 48,
     device: Device = "cpu",
     as_json: JsonOutput = False,

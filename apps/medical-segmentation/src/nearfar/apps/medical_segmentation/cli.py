@@ -17,10 +17,10 @@ from nearfar.apps.medical_segmentation.bundle import write_bundle
 from nearfar.core.cli import console, raise_failures, run_batch, table, track
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
+from nearfar.core.memory import parse_memory
 from nearfar.core.training import read_recipe
 from nearfar.medical import metrics
 from nearfar.medical.datasets import Case, Collection, check_split, find_cases, is_series, make_splits, stem
-from nearfar.medical.inference import parse_memory
 from nearfar.medical.refinement import refine as refine_probabilities
 from nearfar.medical.refinement import search_crf, to_bytes
 from nearfar.medical.scans import read_labels, read_scan, write_dicom_seg, write_labels

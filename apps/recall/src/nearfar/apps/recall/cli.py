@@ -95,7 +95,7 @@ def show(folder: Folder, as_json: JsonOutput = False) -> None:
 def plot(
     folder: Folder,
     against: Annotated[str, typer.Option(help="dim or state_size.")] = "dim",
-    out: Annotated[Path | None, typer.Option(help=".png, .svg, .pdf or .html.  [default: FOLDER/AGAINST.html]")] = None,
+    out: Annotated[Path | None, typer.Option(help=".png, .svg, .pdf or .html; else FOLDER/AGAINST.html.")] = None,
 ) -> None:
     """Plot accuracy against the width or the state size, as a picture or as a page with the table."""
     rows = recall.read_results(folder)

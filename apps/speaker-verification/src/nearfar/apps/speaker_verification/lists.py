@@ -178,8 +178,10 @@ def evaluate(
     listed, values, reference = _labelled(scores, trials)
     about = _record(scores)
     calibrated = calibrated or about.get("llr", False)
+    unscored = np.zeros(len(listed), bool)
+    if reference is not None and len(reference) > len(listed):
+        listed, values, unscored = _count_unscored(listed, values, reference, scores)
     speakers = pages.speakers_of(listed, speaker_pattern)
-    missing = 0 if reference is None else len(reference) - len(listed)
     rates, other = far or [0.01, 0.001], None
     if against is not None:
         theirs, their_values = scoring.read_scores(against)
@@ -196,7 +198,7 @@ def evaluate(
             draws,
             rates,
             root,
-            missing,
+            unscored,
             about.get("convention", ""),
             other,
         )
@@ -208,8 +210,8 @@ def evaluate(
     else:
         console.print(table(pages.figure_rows(json.loads(text))))
         console.print(f"page: {output / 'report.html'}", soft_wrap=True)
-    if missing:
-        messages.print(f"{missing} trials of {trials} have no score: they are not in these figures, but counted there")
+    if unscored.any():
+        messages.print(f"{unscored.sum()} trials of {trials} have no score and count as errors", highlight=False)
 
 
 def calibrate(
@@ -287,6 +289,17 @@ def _record(scores: Path) -> dict[str, Any]:
     """What `score` wrote about a score file; empty where the scores come from elsewhere."""
     path = _beside(scores, "json")
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _count_unscored(
+    listed: scoring.Trials, values: np.ndarray, reference: scoring.Trials, path: Path
+) -> tuple[scoring.Trials, np.ndarray, np.ndarray]:
+    """The reference's trials, their scores and which had none: a target then gets the lowest, others the highest."""
+    filled = np.where(np.asarray(reference.labels) == 1, values.min(), values.max())
+    unscored = np.ones(len(reference), bool)
+    rows = _rows(listed, reference, path)
+    filled[rows], unscored[rows] = values, False
+    return reference, filled, unscored
 
 
 def _rows(listed: scoring.Trials, reference: scoring.Trials, path: Path) -> np.ndarray:

@@ -116,13 +116,14 @@ def write_evaluation(
     draws: int,
     rates: Sequence[float],
     root: Path | None,
-    missing: int,
+    unscored: np.ndarray,
     convention: str = "",
     against: tuple[str, np.ndarray] | None = None,
 ) -> Report:
     """Write figures (JSON, CSV), pictures and the page of scored trials, `against` other scores of them if given.
 
-    convention: how the scores were made, for the record. Raises ValueError for bad scores.
+    unscored: which trials have no score of their own and count as errors. convention: how the scores were made, for
+    the record. Raises ValueError for bad scores.
     """
     labels = np.asarray(trials.labels)
     figures = scoring.evaluate(scores, labels, calibrated)
@@ -140,7 +141,7 @@ def write_evaluation(
                 figures["minus"] = {"scores": against[0], "figures": differences}
     except ValueError as error:  # the figures stand, their intervals do not
         unsure = f"No intervals: {error}."
-    figures |= {"no_intervals": unsure, "missing": missing, "llr": calibrated, "trials_from": trials.source}
+    figures |= {"no_intervals": unsure, "missing": int(unscored.sum()), "llr": calibrated, "trials_from": trials.source}
     figures |= {"scored_by": convention}
     thresholds = []
     for far in rates:
@@ -160,13 +161,16 @@ def write_evaluation(
     histogram = scoring.plot_scores(scores, labels, threshold, "log-likelihood ratio" if calibrated else "score")
     det.savefig(folder / "det.png", dpi=120)
     histogram.savefig(folder / "scores.png", dpi=120)
-    worst = worst_errors(trials, scores)
+    worst = worst_errors(trials.select(~unscored), scores[~unscored])
     write_csv(folder / "errors.csv", worst)
 
     scored = f" Scored by {convention}." if convention else ""
     report = Report("Speaker verification", f"{len(trials)} trials of {trials.source}.{scored}")
-    if missing:
-        report.text(f"{missing} trials of the list have no score and are not in these figures.")
+    if unscored.any():
+        report.text(
+            f"{unscored.sum()} trials of the list have no score and count as errors: the targets among them with the "
+            "lowest score, the others with the highest."
+        )
     report.table(figure_rows(figures))
     if unsure:
         report.text(unsure)

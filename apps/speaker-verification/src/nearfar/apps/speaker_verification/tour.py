@@ -88,7 +88,8 @@ def chapter(report: Report, folder: Path) -> None:
         f"banks from nothing for {RECIPE.epochs} epochs, {len(strangers)} others make {len(labels)} trials. Ten voices "
         "teach little and synthetic ones nothing about people: this shows how the tools work, not how well."
     )
-    pages.write_evaluation(folder, trials, after, False, sides, 200, [0.05], folder / "voices", 0)
+    unscored = np.zeros(len(trials), bool)
+    pages.write_evaluation(folder, trials, after, False, sides, 200, [0.05], folder / "voices", unscored)
     rows = []
     for title, values in (("untrained", before), ("trained", after)):
         found = scoring.evaluate(values, labels, False, *sides, draws=200)

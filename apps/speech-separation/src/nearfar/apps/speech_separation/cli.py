@@ -69,14 +69,12 @@ def separate(
     ],
     model: ModelPath,
     speakers: Annotated[str, typer.Option(help="Number of voices, or auto: estimated.")] = "auto",
-    most: Annotated[
-        int | None, typer.Option(help="Most voices that auto may find.  [default: what the model gives]")
-    ] = None,
+    most: Annotated[int | None, typer.Option(help="Most voices that auto may find; else what the model gives.")] = None,
     speaker_model: Annotated[
         Path | None, typer.Option(help="Folder that speaker-verification train wrote: tells voices apart.")
     ] = None,
     window: Annotated[
-        float | None, typer.Option(help="Seconds separated at once.  [default: 10; with --stream 4, the delay]")
+        float | None, typer.Option(help="Seconds separated at once: 10, with --stream 4 (the delay).")
     ] = None,
     hop: Annotated[float, typer.Option(help="Where the next window begins, 0.5 to 0.75 of a window.")] = 0.6,
     stream: Annotated[bool, typer.Option("--stream", help="Block by block, as it comes; nothing is revised.")] = False,
