@@ -105,6 +105,7 @@ def test_batch_goes_on_and_lists_failures():
 
 def test_tour_runs_chapters_and_writes_one_page(install, tmp_path, capsys):
     def chapter(report: Report, folder):
+        (folder / "a.txt").write_text("a")
         report.section("A chapter").text("a < b")
 
     install({"nearfar.tour": {"one": chapter, "two": chapter}})

@@ -276,6 +276,7 @@ def tour(
     def run_chapter(name: str) -> None:
         console.rule(name)
         started = time.monotonic()
+        (output / name).mkdir(parents=True, exist_ok=True)
         try:
             load_entry_point(points[name])(report, output / name)
         except Exception as error:
