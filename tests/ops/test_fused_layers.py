@@ -59,3 +59,15 @@ def test_changed_weights_and_copies_count() -> None:
     torch.testing.assert_close(twin(x), before)
     fused.load_state_dict(twin.state_dict())
     torch.testing.assert_close(fused(x), before)
+
+
+def test_weights_made_in_inference_mode_are_not_packed_at_every_call() -> None:
+    with torch.inference_mode():
+        conv, linear = nn.Conv2d(6, 8, 1), nn.Linear(6, 8)
+        for plain, fused in ((conv, FusedConv2d(conv)), (linear, FusedLinear(linear))):
+            x = torch.randn(2, 6, 4, 6)
+            torch.testing.assert_close(fused(x), plain(x))
+            assert fused.packed.kept is None
+            with torch.profiler.profile() as profile:
+                fused(x)
+            assert not [event.key for event in profile.key_averages() if "reorder" in event.key]

@@ -195,10 +195,14 @@ FUSED_ACTIVATIONS = {"none": nn.Identity(), "gelu": nn.GELU(), "relu": nn.ReLU()
 """Activations that can run inside a convolution, by oneDNN's names."""
 
 
-def runs_onednn(x: Tensor) -> bool:
-    """Whether a fused layer may call oneDNN itself: inference in float32 on a CPU, outside tracing and autocast."""
+def runs_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether a fused layer may call oneDNN itself: inference in float32 on a CPU, outside tracing and autocast.
+
+    Weights made in inference mode do not tell when they change, so what is packed of them could not be kept.
+    """
     return (
         x.device.type == "cpu"
+        and not weight.is_inference()
         and x.dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -229,7 +233,10 @@ class FusedConv2d(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c h w"], add: Float[Tensor, "b d p q"] | None = None
     ) -> Float[Tensor, "b d p q"]:
-        if not runs_onednn(x) or x.shape[2:] == (1, 1):  # one position is no work, and plain code starts faster
+        if not runs_onednn(x, self.weight) or x.shape[2:] == (
+            1,
+            1,
+        ):  # one position is no work, and plain code starts faster
             y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
             y = FUSED_ACTIVATIONS[self.activation](y)
             return y if add is None else y + add
@@ -258,7 +265,7 @@ class FusedLinear(nn.Module):
         self.packed = Derived()
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b d"]:
-        if not runs_onednn(x):
+        if not runs_onednn(x, self.weight):
             return FUSED_ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
         weight = self.packed.get(self.weight, (), lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight.detach()))
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, self.bias, self.activation, [], "none")
