@@ -23,11 +23,11 @@ from skimage.filters import frangi
 from nearfar.apps.medical_segmentation.cli import RECIPES
 from nearfar.core.training import read_recipe
 from nearfar.medical.datasets import Case, Collection, find_cases, make_splits
-from nearfar.medical.refinement import search_crf, to_bytes
+from nearfar.medical.refinement import search_crf
 from nearfar.medical.samples import threshold_baseline, write_brain
 from nearfar.medical.scans import Scan
 from nearfar.medical.segmenter import Recipe, Segmenter
-from nearfar.medical.training import score_cases, train_segmenter
+from nearfar.medical.training import crf_items, score_cases, train_segmenter
 from nearfar.ops.graph.dense_crf import DenseCRF
 
 SIGMAS = ((2, 3, 4, 5), (3, 4, 5, 6), (4, 6), (5,))
@@ -59,14 +59,7 @@ def frangi_baseline(collection: Collection, cases: Sequence[Case]) -> Callable[[
 
 
 def tuned_crf(segmenter: Segmenter, collection: Collection, cases: Sequence[Case]) -> dict | None:
-    items, spacings = [], []
-    for case in cases:
-        scan, labels = collection.read(case)
-        image = segmenter.prepare(scan)
-        with segmenter.probabilities(image) as scores:
-            prepared = torch.from_numpy(np.ascontiguousarray(segmenter.preparation.labels(labels, scan)))
-            items.append((torch.from_numpy(scores), to_bytes(image), prepared))
-        spacings.append(segmenter.preparation.grid_spacing(scan))
+    items, spacings = crf_items(segmenter, collection, cases)
     names = ("spatial_weight", "spatial_std", "bilateral_weight", "bilateral_std", "color_std")
     unit = min(spacings[0])
     values = ((0.3, 1.0), (unit,), (0.3, 1.0), (5 * unit,), (5.0, 15.0))

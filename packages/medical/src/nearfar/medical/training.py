@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.medical.datasets import Case, Collection, check_split
 from nearfar.medical.losses import SegmentationLoss
 from nearfar.medical.metrics import score_case, summarise
+from nearfar.medical.refinement import to_bytes
 from nearfar.medical.segmenter import Preparation, Recipe, Segmenter
 
 MAX_PLACES = 20_000
@@ -202,6 +203,24 @@ def score_cases(
                 found, labels = (np.where(labels == collection.ignore, 0, m) for m in (found, labels))
             rows += [{"case": case.name, **r} for r in score_case(found, labels, collection.labels, scan.spacing)]
     return summarise(rows) if rows else []
+
+
+def crf_items(
+    segmenter: Segmenter, collection: Collection, cases: Iterable[Case], device: str = "cpu"
+) -> tuple[list[tuple[Tensor, Tensor, Tensor]], list[tuple[float, ...]]]:
+    """What `refinement.search_crf` takes of the labelled ones among `cases`: items, and the spacing of each."""
+    items, spacings = [], []
+    for case in cases:
+        scan, labels = collection.read(case)
+        if labels is None:
+            continue
+        image = segmenter.prepare(scan)
+        prepared = segmenter.preparation.labels(labels, scan)
+        index = sum(k * (prepared == value) for k, value in enumerate(segmenter.values))
+        with segmenter.probabilities(image, device=device) as scores:
+            items.append((torch.from_numpy(scores), to_bytes(image), torch.from_numpy(index)))
+        spacings.append(segmenter.preparation.grid_spacing(scan))
+    return items, spacings
 
 
 def _prepare(

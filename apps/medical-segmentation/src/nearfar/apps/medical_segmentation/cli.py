@@ -25,7 +25,7 @@ from nearfar.medical.refinement import refine as refine_probabilities
 from nearfar.medical.refinement import search_crf, to_bytes
 from nearfar.medical.scans import read_labels, read_scan, write_dicom_seg, write_labels
 from nearfar.medical.segmenter import Recipe, Segmenter
-from nearfar.medical.training import train_segmenter
+from nearfar.medical.training import crf_items, train_segmenter
 from nearfar.ops.graph.dense_crf import DenseCRF
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
@@ -161,16 +161,8 @@ def search(
         held_out = json.loads((model / "splits.json").read_text(encoding="utf-8"))[fold]["validation"]
     except (OSError, ValueError, LookupError) as error:
         raise UserError(f"{model}: has no fold {fold} in its splits.json ({error})") from error
-    items, spacings = [], []
-    for case in track([case for case in collection.cases if case.name in held_out], "segmenting"):
-        scan, labels = collection.read(case)
-        if labels is not None:
-            image = segmenter.prepare(scan)
-            with segmenter.probabilities(image, device=device) as scores:
-                prepared = segmenter.preparation.labels(labels, scan)
-                index = sum(k * (prepared == value) for k, value in enumerate(segmenter.values))
-                items.append((torch.from_numpy(scores), to_bytes(image), torch.from_numpy(index)))
-            spacings.append(segmenter.preparation.grid_spacing(scan))
+    cases = track([case for case in collection.cases if case.name in held_out], "segmenting")
+    items, spacings = crf_items(segmenter, collection, cases, device)
     if not items:
         raise UserError(f"{data}: holds none of the cases of fold {fold} of {model}/splits.json")
     names = ("spatial_weight", "spatial_std", "bilateral_weight", "bilateral_std", "color_std")
