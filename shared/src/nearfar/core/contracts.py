@@ -175,14 +175,17 @@ def verify(
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
 ) -> dict[str, float]:
-    """Build the contract's model, run it on the contract's inputs and return the relative error per output."""
+    """Build the contract's model, run it on the contract's inputs and return the relative error per output.
+
+    float32 means float32: on CUDA, TF32, torch's default for convolutions, is off meanwhile.
+    """
     model = build(contract)
     inputs = [t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in contract.input_tensors()]
     if isinstance(model, nn.Module):
         model = model.to(device, dtype).eval()
     if compiled:
         model = torch.compile(model)
-    with torch.no_grad():
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return relative_errors(contract, model(*inputs))
 
 

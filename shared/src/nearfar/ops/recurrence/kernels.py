@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 enabled = True
 """Set to False to run the plain forms everywhere."""
@@ -30,7 +31,14 @@ def kernel(x: Tensor, module: str, name: str, tensor_cores: bool = False) -> Cal
 
 
 @functools.cache
-def installed(module: str, name: str) -> Callable[..., Any] | None:
+def loses_gradients(device: torch.device) -> bool:
+    """Whether the backward pass of fla's chunked kernels is wrong: Triton 3.4 to 3.7.0 on Hopper (fla issue 640)."""
+    triton = TorchVersion(installed("triton", "__version__") or "0")
+    return torch.cuda.get_device_capability(device)[0] == 9 and (3, 4) <= triton < (3, 7, 1)
+
+
+@functools.cache
+def installed(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name, None)
     except ImportError:
