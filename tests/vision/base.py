@@ -4,6 +4,7 @@ import inspect
 import io
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +35,33 @@ def check_contract(path: Path, build: Any) -> None:
     contract = Contract.load(path)
     for output, error in verify(contract, build).items():
         assert error < (contract.tolerance or 1e-4), (output, error)
+
+
+def described(
+    shapes: dict[str, tuple[int, ...]],
+    settings: dict[str, Any] | None = None,
+    inputs: Sequence[tuple[int, ...]] = ((1, 3, 64, 64),),
+    outputs: int = 0,
+) -> Contract:
+    """A contract that no file holds: a published state, settings, and one output or a list of `outputs`."""
+    kinds = {"num_batches_tracked": "constant", "attention_bias_idxs": "constant"}
+    content = {
+        "system": "test",
+        "variant": "test",
+        "settings": settings or {},
+        "inputs": [{"name": f"x{i}", "shape": list(shape), "dist": "normal"} for i, shape in enumerate(inputs)],
+        "outputs": [{"name": f"out.{i}"} for i in range(outputs)] or [{"name": "out"}],
+        "state": [
+            {"name": name, "shape": list(shape), "kind": kinds.get(name.split(".")[-1], "parameter")}
+            for name, shape in shapes.items()
+        ],
+    }
+    return Contract(Path("test.json"), content)
+
+
+def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a module's state, as a contract lists them."""
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
 @torch.no_grad()

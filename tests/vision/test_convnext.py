@@ -1,17 +1,22 @@
 """ConvNeXt: contracts, the four checkpoint layouts, the isotropic and the dense form."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import timm
 import torch
 import torchvision
 import transformers
+from timm.layers import LayerNorm2d
+from timm.models.convnext import ConvNeXtBlock as TimmBlock
 from timm.optim import param_groups_layer_decay
+from torchvision.models.convnext import CNBlock as TorchvisionBlock
+from transformers.models.convnext.modeling_convnext import ConvNextLayer as TransformersBlock
 
+from nearfar.core.errors import UserError
 from nearfar.vision.convnext import ConvNeXt, build_contract
-from tests.vision.base import BackboneTester, check_contract, close, contracts, randomise
+from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
 
 
 class TestConvNeXt(BackboneTester):
@@ -74,6 +79,65 @@ def test_layouts_of_other_libraries(source: str) -> None:
             close(a, b, 1e-5)
     else:
         close(got, getattr(want, "logits", want), 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("source", "settings", "outputs"),
+    [
+        ("features", {}, 4),
+        ("features", {"out_indices": [1, 3]}, 2),
+        ("plain", {"norm_eps": 1e-3}, 0),
+        ("plain", {"kernel_sizes": (3, 5, 7, 9)}, 0),
+        ("conv_mlp", {"ls_init_value": None}, 0),
+        ("transformers", {"final_norm_eps": 1e-3}, 0),
+        ("transformers-backbone", {}, 2),
+    ],
+    ids=str,
+)
+def test_contracts_of_other_options(source: str, settings: dict[str, Any], outputs: int) -> None:
+    small = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+    sizes = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 24, 32]}
+    theirs = {
+        "features": lambda: timm.create_model("convnext_tiny", features_only=True, **small, **settings),
+        "plain": lambda: timm.create_model("convnext_tiny", **small, **settings),
+        "conv_mlp": lambda: timm.create_model("convnext_tiny", conv_mlp=True, **small, **settings),
+        "transformers": lambda: transformers.ConvNextForImageClassification(
+            transformers.ConvNextConfig(layer_norm_eps=1e-3, **sizes)
+        ),
+        "transformers-backbone": lambda: transformers.ConvNextBackbone(
+            transformers.ConvNextConfig(out_features=["stage2", "stage4"], **sizes)
+        ),
+    }[source]()
+    randomise(theirs)
+    x = torch.randn(1, 3, 64, 64)
+    want = theirs(x)
+    want = getattr(want, "logits", getattr(want, "feature_maps", want))
+    got = build_contract(described(shapes_of(theirs), settings, outputs=outputs))(x)
+    for a, b in zip(got, want, strict=True) if outputs else [(got, want)]:
+        close(a, b, 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["timm", "timm conv_mlp", "transformers", "torchvision", "norm", "norm of maps"])
+def test_contracts_of_blocks(source: str) -> None:
+    theirs = {
+        "timm": lambda: TimmBlock(8, kernel_size=5, ls_init_value=None),
+        "timm conv_mlp": lambda: TimmBlock(8, conv_mlp=True, ls_init_value=1e-6, mlp_ratio=15 / 8),
+        "transformers": lambda: TransformersBlock(transformers.ConvNextConfig(), 8),
+        "torchvision": lambda: TorchvisionBlock(8, 1e-6, 0.0),
+        "norm": lambda: torch.nn.LayerNorm(8, eps=1e-6),
+        "norm of maps": lambda: LayerNorm2d(8),
+    }[source]()
+    x = torch.randn(2, 9, 5, 8) if source == "norm" else torch.randn(2, 8, 9, 5)
+    contract = described(shapes_of(randomise(theirs)), inputs=[tuple(x.shape)])
+    close(build_contract(contract)(x), theirs(x), 1e-5)
+
+
+def test_a_setting_that_cannot_be_honoured_is_refused() -> None:
+    model = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    with pytest.raises(UserError, match="output_stride is 16"):
+        build_contract(described(shapes_of(model), {"output_stride": 16}))
 
 
 @torch.no_grad()

@@ -8,9 +8,10 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from nearfar.core.errors import UserError
 from nearfar.vision.inspect import attention_maps
 from nearfar.vision.overlock import OverLoCK, build_contract
-from tests.vision.base import BackboneTester, check_contract, close, contracts, randomise
+from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
 
 
 class TestOverLoCK(BackboneTester):
@@ -89,3 +90,32 @@ def test_kernels_are_the_attention_maps() -> None:
     assert [tuple(m.shape) for m in maps.values()] == [(1, 2, 70, 49), (1, 4, 35, 25), (1, 4, 35, 25)]
     for weights in maps.values():
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+@torch.no_grad()
+def test_contracts_of_parts() -> None:
+    x = torch.randn(1, 32, 6, 5)
+
+    def built(**shapes: tuple[int, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        contract = described({name.replace("_", "."): shape for name, shape in shapes.items()}, inputs=[tuple(x.shape)])
+        return build_contract(contract)(x), contract.state()
+
+    got, state = built(proj_1_weight=(16, 32, 1, 1), proj_1_bias=(16,), proj_3_weight=(32, 16, 1, 1), proj_3_bias=(32,))
+    hidden = F.gelu(F.conv2d(x.mean((2, 3), keepdim=True), state["proj.1.weight"], state["proj.1.bias"]))
+    close(got, x * torch.sigmoid(F.conv2d(hidden, state["proj.3.weight"], state["proj.3.bias"])), 1e-6)
+    got, state = built(gamma=(1, 32, 1, 1), beta=(1, 32, 1, 1))
+    energy = x.square().sum((2, 3), keepdim=True).sqrt()
+    close(got, (state["gamma"] * energy / (energy.mean(1, keepdim=True) + 1e-6) + 1) * x + state["beta"], 1e-6)
+    got, state = built(weight=(32, 1, 5, 5), bias=(32,))
+    close(got, x + F.conv2d(x, state["weight"], state["bias"], padding=2, groups=32), 1e-6)
+    got, state = built(weight=(32, 1, 1, 1), bias=(32,))
+    close(got, x * state["weight"].reshape(32, 1, 1) + state["bias"].reshape(32, 1, 1), 1e-6)
+
+
+@torch.no_grad()
+def test_contract_of_the_dense_form() -> None:
+    model = OverLoCK(**{**TestOverLoCK.tiny, "mlp_ratios": (15 / 8, 4, 4, 4)}, num_classes=0, feature_norms=True)
+    contract = described(shapes_of(model), {"key_pool": 7}, outputs=4)
+    assert len(build_contract(contract)(torch.randn(1, 3, 64, 64))) == 4
+    with pytest.raises(UserError, match="key_pool is 5"):
+        build_contract(described(shapes_of(model), {"key_pool": 5}, outputs=4))

@@ -8,9 +8,10 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from nearfar.ops.convolution.dmixer import DMixer
 from nearfar.vision.inspect import attention_maps
-from nearfar.vision.transxnet import TransXNet, build_contract
-from tests.vision.base import BackboneTester, check_contract, close, contracts, randomise
+from nearfar.vision.transxnet import TransXBlock, TransXNet, build_contract
+from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
 
 
 class TestTransXNet(BackboneTester):
@@ -89,3 +90,20 @@ def test_attention_maps_of_every_block() -> None:
     for weights in maps.values():
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
     assert model.training
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("sr_ratio", "heads"), [(1, 2), (2, 4)])
+def test_contract_of_a_block(sr_ratio: int, heads: int) -> None:
+    block = TransXBlock(16, DMixer(16, 5, 3, heads, sr_ratio), 31 / 16, 1e-5, 0.0, 0.0)
+    x, table = torch.randn(1, 16, 8, 6), torch.randn(1, heads, 48, 48 // sr_ratio**2)
+    contract = described(shapes_of(randomise(block)), inputs=[tuple(x.shape), tuple(table.shape)])
+    close(build_contract(contract)(x, table), block(x, table), 1e-6)
+
+
+@torch.no_grad()
+def test_contract_of_the_feature_pyramid() -> None:
+    model = TransXNet(**TestTransXNet.tiny, num_classes=0, feature_norms=True, table_size=96)
+    contract = described(shapes_of(model), {"fork_feat": True}, outputs=4)
+    got = build_contract(contract)(torch.randn(1, 3, 64, 96))
+    assert [tuple(level.shape[1:]) for level in got] == [(8, 16, 24), (16, 8, 12), (32, 4, 6), (32, 2, 3)]

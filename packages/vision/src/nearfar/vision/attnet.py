@@ -4,6 +4,7 @@ Yu et al., "Attentive Convolution: Unifying the Expressivity of Self-Attention w
 The diffusion transformer that takes the same operator is in `nearfar.vision.sit`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,9 @@ from nearfar.vision.backbone import (
     init_weights,
     load_operator,
     register,
+    require,
 )
-from nearfar.vision.sit import SiT
+from nearfar.vision.sit import SiT, position_table
 
 
 class AttBlock(nn.Module):
@@ -38,6 +40,7 @@ class AttBlock(nn.Module):
         hidden: int,
         kernel_size: int = 3,
         *,
+        mlp_depthwise: bool = True,
         mlp_norm: bool = False,
         norm_variance: bool = False,
         layer_scale: float | None = None,
@@ -47,7 +50,7 @@ class AttBlock(nn.Module):
         self.norm_1 = ChannelNorm(dim)
         self.token_mixer = ATConv(dim, kernel_size)
         self.norm_2 = ChannelNorm(dim)
-        self.channel_mixer = GatedConvMLP(dim, hidden, norm=mlp_norm, norm_variance=norm_variance)
+        self.channel_mixer = GatedConvMLP(dim, hidden, mlp_depthwise, mlp_norm, norm_variance)
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
         self.drop_path = DropPath(drop_path)
@@ -77,7 +80,7 @@ class AttNet(Backbone):
         depths, dims, kernel_sizes: blocks, channels and attentive kernel of each stage.
         expansions: e of each stage; the gated MLP has floor(2/3 floor(e C)) hidden channels.
         num_classes: classes; 0 for pooled features.
-        mlp_norm: RMS norm in the gated MLP. norm_variance: see `ChannelRMSNorm`.
+        mlp_depthwise, mlp_norm: the convolution and the RMS norm of the gated MLP. norm_variance: see `ChannelRMSNorm`.
         layer_scale: initial gammas; None for none.
         Others as in `ConvNeXt`.
     """
@@ -101,6 +104,7 @@ class AttNet(Backbone):
         *,
         expansions: Sequence[float] = (8, 8, 4, 4),
         kernel_sizes: Sequence[int] = (3, 3, 3, 3),
+        mlp_depthwise: bool = True,
         mlp_norm: bool = False,
         norm_variance: bool = False,
         layer_scale: float | None = None,
@@ -119,6 +123,7 @@ class AttNet(Backbone):
                     dims[i],
                     2 * int(dims[i] * expansions[i]) // 3,
                     kernel_sizes[i],
+                    mlp_depthwise=mlp_depthwise,
                     mlp_norm=mlp_norm,
                     norm_variance=norm_variance,
                     layer_scale=layer_scale,
@@ -146,6 +151,7 @@ class AttNet(Backbone):
             "in_chans": state["stem.0.0.weight"].shape[1],
             "expansions": [_expansion(dim, width) for dim, width in zip(dims, hidden, strict=True)],
             "kernel_sizes": [round(n**0.5) for n in taps],
+            "mlp_depthwise": f"stages.0.{first}.channel_mixer.dwconv.weight" in state,
             "mlp_norm": f"stages.0.{first}.channel_mixer.norm_layer.weight" in state,
             "layer_scale": 1e-6 if f"stages.0.{first}.gamma_1" in state else None,
         }
@@ -188,25 +194,79 @@ register(AttNet, ATTNETS)
 
 
 def build_contract(contract: Contract) -> Callable[..., Any]:
-    """The classifier, the diffusion transformer, or one operator, that a contract describes."""
+    """The classifier, the diffusion transformer, one block or one operator, that a contract describes."""
     state, settings = contract.state(), contract.settings
+    require(contract, block_norm_eps=1e-6, rms_norm_eps=1e-6, rms_eps=1e-6, final_norm_eps=1e-5)
+    wanted = str(settings.get("activation", "")).lower()
+    activation = "silu" if "silu" in wanted else "gelu_tanh" if "tanh" in wanted else "gelu"
+    variance = settings.get("norm_variance", False)
     if "difference_control" in state:
         tokens = len(contract.inputs[0]["shape"]) == 3
-        wanted = str(settings.get("activation", "exact GELU")).lower()
-        activation = "silu" if "silu" in wanted else "gelu_tanh" if "tanh" in wanted else "gelu"
         kernel_size = round(len(state["kernel_gen.weight"]) ** 0.5)
-        operator = (TokenATConv if tokens else ATConv)(
-            len(state["difference_control"]), kernel_size, activation, "proj.bias" in state
-        )
+        operator = (TokenATConv if tokens else ATConv)(len(state["difference_control"]), kernel_size, activation)
+        for name in ("kernel_proj", "kernel_gen", "x_proj", "proj"):
+            if f"{name}.bias" not in state:
+                getattr(operator, name).bias = None
         return load_operator(operator, state)
     if "fc1.weight" in state:
         dim, hidden = state["fc2.weight"].shape[:2]
-        mlp = GatedConvMLP(dim, hidden, "dwconv.weight" in state, "norm_layer.weight" in state)
+        mlp = GatedConvMLP(dim, hidden, "dwconv.weight" in state, "norm_layer.weight" in state, variance)
         return load_operator(mlp, state)
+    if "norm_1.weight" in state:
+        place = "stages.0.blocks.0."
+        block = AttNet.published_state({place + name: value for name, value in state.items()})
+        block = {name.removeprefix(place): value for name, value in block.items()}
+        dim, hidden = state["channel_mixer.fc2.weight"].shape[:2]
+        operator = AttBlock(
+            dim,
+            hidden,
+            round(len(state["token_mixer.kernel_gen.weight"]) ** 0.5),
+            mlp_depthwise="channel_mixer.dwconv.weight" in state,
+            mlp_norm="channel_mixer.norm_layer.weight" in state,
+            norm_variance=variance,
+            layer_scale=1e-6 if "gamma_1" in block else None,
+        )
+        return load_operator(operator, block)
     if any(name.startswith("x_embedder.") for name in state):
-        model = SiT.from_published(state, num_heads=settings.get("heads"))
-        if not settings.get("guidance"):
-            return model
+        return sit_contract(contract, activation if wanted else None)
+    return AttNet.from_published(state, norm_variance=variance)
+
+
+def sit_contract(contract: Contract, activation: str | None) -> Callable[..., Any]:
+    """The diffusion transformer that a contract describes: its velocity, guided where the settings say so."""
+    state, settings = contract.state(), contract.settings
+    if "pos_embed" in contract.shapes and "pos_embed" not in state:
+        _, tokens, dim = contract.shapes["pos_embed"]
+        state["pos_embed"] = position_table(dim, math.isqrt(tokens))[None]
+    given = {"num_heads": settings.get("heads"), "activation": activation}
+    if classes := settings.get("num_classes"):
+        dropped = len(state["y_embedder.embedding_table.weight"]) > classes
+        given |= {"num_classes": classes, "label_dropout": 0.1 if dropped else 0.0}
+    model = SiT.from_published(state, **given)
+    if settings.get("guidance"):
         guided = {"guidance": settings["guidance"], "guided_channels": settings.get("guided_channels", 3)}
         return lambda x, t, y: model.guided(x, t, y, **guided)
-    return AttNet.from_published(state)
+    if len(contract.outputs) > 1:
+        return Aligned(model, state, settings.get("encoder_depth", 8)).eval()
+    return model
+
+
+class Aligned(nn.Module):
+    """A SiT with what the REPA code aligns: the tokens after block `depth`, each through the projectors in `state`."""
+
+    def __init__(self, model: SiT, state: Mapping[str, Tensor], depth: int) -> None:
+        super().__init__()
+        self.model, self.depth, self.projectors = model, depth, nn.ModuleList()
+        for i in range(count(state, r"projectors\.(\d+)\.")):
+            weights = [state[f"projectors.{i}.{j}.weight"] for j in (0, 2, 4)]
+            maps = [nn.Linear(*weight.T.shape) for weight in weights]
+            self.projectors.append(nn.Sequential(maps[0], nn.SiLU(), maps[1], nn.SiLU(), maps[2]))
+        projectors = {name: value for name, value in state.items() if name.startswith("projectors.")}
+        load_operator(self.projectors, {name.removeprefix("projectors."): v for name, v in projectors.items()})
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+        kept: list[Tensor] = []
+        hook = self.model.blocks[self.depth - 1].register_forward_hook(lambda _block, _x, tokens: kept.append(tokens))
+        velocity = self.model(x, t, y)
+        hook.remove()
+        return velocity, [projector(kept[0]) for projector in self.projectors]

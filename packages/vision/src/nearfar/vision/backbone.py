@@ -4,6 +4,7 @@ A model file holds a subclass of `Backbone`, a table of its published variants a
 checkpoints, and ends with `register(Model, VARIANTS)`; that is all a new model costs.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
-from nearfar.core.errors import CheckpointError
+from nearfar.core.contracts import Contract
+from nearfar.core.errors import CheckpointError, UserError
 from nearfar.ops.convolution.layers import DepthwiseConv, FusedConv2d, FusedLinear, batch_norm_affine, fold_batch_norm
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
@@ -379,9 +381,18 @@ class Backbone(nn.Module):
                 fitted = {name: value for name, value in fitted.items() if name not in names or name in own}
         return fitted
 
-    def contract_form(self) -> nn.Module:
-        """The model as a contract calls it: logits, or the pyramid where every level has its own norm."""
-        return Pyramid(self) if len(self.feature_norms) else self
+    def contract_form(self, contract: Contract | None = None, levels: Sequence[int] = ()) -> nn.Module:
+        """The model as a contract calls it: logits, or the pyramid where every level has its own norm.
+
+        Also where the contract lists several outputs: those of the stages `out_indices` in its settings, else of
+        `levels` if they are as many, else of the last stages.
+        """
+        if contract is None or contract.outputs[0]["name"] == "out":
+            return Pyramid(self) if len(self.feature_norms) else self
+        outputs = len(contract.outputs)
+        indices = contract.settings.get("out_indices", levels if len(levels) == outputs else range(-outputs, 0))
+        stages = range(len(self.feature_info))[-len(self.stages) :]
+        return Pyramid(self, [stages[i] for i in indices])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights (safetensors) and, for a registered variant, timm's configuration to `folder`.
@@ -451,14 +462,23 @@ def twelve_layers(block: Callable[[int], int]) -> Callable[[str], tuple[int, ...
 
 
 class Pyramid(nn.Module):
-    """A backbone called for all its feature maps."""
+    """A backbone called for its feature maps, all or those of the levels `indices`."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, indices: list[int] | None = None) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.indices = backbone, indices
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return self.backbone.forward_intermediates(x, intermediates_only=True)
+        return self.backbone.forward_intermediates(x, self.indices, intermediates_only=True)
+
+
+def require(contract: Contract, **built: Any) -> None:
+    """Raise UserError where a setting of the contract is not what its model is built with and shapes do not tell."""
+    for name, value in built.items():
+        if contract.settings.get(name, value) != value:
+            raise UserError(
+                f"{contract.path}: {name} is {contract.settings[name]!r}; {contract.system} is built with {value!r}"
+            )
 
 
 def load_operator(operator: nn.Module, state: Mapping[str, Tensor], ignore: Iterable[str] = ()) -> nn.Module:
@@ -495,6 +515,12 @@ def rename(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tens
             name = re.sub(rf"^{pattern}", replacement, name)
         renamed[name] = value
     return renamed
+
+
+def ratio(hidden: int, dim: int) -> float:
+    """The expansion r with int(r dim) = hidden."""
+    found = hidden / dim
+    return found if int(found * dim) == hidden else math.nextafter(found, math.inf)
 
 
 def plain(value: Any) -> Any:

@@ -4,11 +4,13 @@ Liu et al., "A ConvNet for the 2020s" (CVPR 2022). Loads the checkpoints of the 
 torchvision, whose numbers are the same under other names; `fuse` gives a faster form of all of them.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from nearfar.core.contracts import Contract
@@ -24,8 +26,10 @@ from nearfar.vision.backbone import (
     drop_path_rates,
     init_weights,
     load_operator,
+    ratio,
     read,
     register,
+    require,
     twelve_layers,
 )
 
@@ -43,7 +47,7 @@ class ConvNeXt(Backbone):
         patch_size: size and stride of the stem convolution.
         stem_dim: channels between the two strided 3x3 convolutions that take the place of the stem's patches in timm's
             `_ols` variants; None for patches.
-        kernel_size, mlp_ratio, layer_scale: see `ConvNeXtBlock`.
+        kernel_size, mlp_ratio, layer_scale: see `ConvNeXtBlock`; the kernel may be one for each stage.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0.
         drop_rate: dropout before the classifier.
         global_pool: timm's pooling name; "" for none.
@@ -55,6 +59,8 @@ class ConvNeXt(Backbone):
     """
 
     RULES = (
+        # timm, as a feature extractor
+        (r"(stem|stages)_(\d+)\.", r"\1.\2."),
         # official, classification and dense prediction
         (r"downsample_layers\.0\.", "stem."),
         (r"downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
@@ -103,7 +109,7 @@ class ConvNeXt(Backbone):
         *,
         patch_size: int = 4,
         stem_dim: int | None = None,
-        kernel_size: int = 7,
+        kernel_size: int | Sequence[int] = 7,
         mlp_ratio: float = 4.0,
         layer_scale: float | None = 1e-6,
         drop_path_rate: float = 0.0,
@@ -117,6 +123,8 @@ class ConvNeXt(Backbone):
         super().__init__()
         if len(depths) != len(dims):
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} differ in length")
+        if not isinstance(kernel_size, int) and len(kernel_size) != len(dims):
+            raise ValueError(f"kernel_size {tuple(kernel_size)} and dims {tuple(dims)} differ in length")
         if stem_dim:
             widths = (in_chans, stem_dim, dims[0])
             patches = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths)]
@@ -126,9 +134,10 @@ class ConvNeXt(Backbone):
         self.stem = nn.Sequential(*patches, *([ChannelNorm(dims[0])] if len(dims) > 1 else ()))
         self.stages = nn.ModuleList()
         rates = drop_path_rates(drop_path_rate, depths)
+        kernels = [kernel_size] * len(dims) if isinstance(kernel_size, int) else kernel_size
         for i, (dim, stage_rates) in enumerate(zip(dims, rates, strict=True)):
             down = nn.Sequential(ChannelNorm(dims[i - 1]), nn.Conv2d(dims[i - 1], dim, 2, stride=2)) if i else None
-            blocks = [ConvNeXtBlock(dim, kernel_size, mlp_ratio, layer_scale, rate) for rate in stage_rates]
+            blocks = [ConvNeXtBlock(dim, kernels[i], mlp_ratio, layer_scale, rate) for rate in stage_rates]
             self.stages.append(Stage(down or nn.Identity(), blocks))
         self.head = Head(
             dims[-1],
@@ -156,7 +165,7 @@ class ConvNeXt(Backbone):
         state = read(source)
         if "norm_pre.weight" in state:  # timm, norm before pooling
             settings = {"head_norm_first": True, **settings}
-        if "convnext.layernorm.weight" in state:  # transformers
+        if {"convnext.layernorm.weight", "layernorm.weight"} & state.keys():  # transformers
             settings = {"head_norm_eps": 1e-12, **settings}
         return super().from_published(state, **settings)
 
@@ -165,6 +174,7 @@ class ConvNeXt(Backbone):
         stages = count(state, r"stages\.(\d+)\.")
         depths = [count(state, rf"stages\.{i}\.blocks\.(\d+)\.") for i in range(stages)]
         first = "stages.0.blocks.0"
+        kernels = [state[f"stages.{i}.blocks.0.dwconv.weight"].shape[-1] for i in range(stages)]
         return {
             "depths": depths,
             "dims": [len(state[f"stages.{i}.blocks.0.norm.weight"]) for i in range(stages)],
@@ -172,10 +182,10 @@ class ConvNeXt(Backbone):
             "in_chans": state["stem.0.weight"].shape[1],
             "patch_size": 4 if "stem.2.weight" in state else state["stem.0.weight"].shape[-1],
             "stem_dim": len(state["stem.0.weight"]) if "stem.2.weight" in state else None,
-            "kernel_size": state[f"{first}.dwconv.weight"].shape[-1],
-            "mlp_ratio": len(state[f"{first}.pwconv1.bias"]) / len(state[f"{first}.norm.weight"]),
+            "kernel_size": kernels if len(set(kernels)) > 1 else kernels[0],
+            "mlp_ratio": ratio(len(state[f"{first}.pwconv1.bias"]), len(state[f"{first}.norm.weight"])),
             "layer_scale": 1e-6 if f"{first}.gamma" in state else None,
-            "feature_norms": "feature_norms.0.weight" in state,
+            "feature_norms": any(name.startswith("feature_norms.") for name in state),
         }
 
 
@@ -265,11 +275,37 @@ register(ConvNeXt, CONVNEXTS)
 
 
 def build_contract(contract: Contract) -> Callable[..., Any]:
-    """The network, its feature pyramid, or one block, that a contract describes."""
-    state = contract.state()
-    if "dwconv.weight" in state:
-        dim, _, *kernel = state["dwconv.weight"].shape
-        scale = 1e-6 if "gamma" in state else None
-        block = ConvNeXtBlock(dim, kernel[0], len(state["pwconv1.bias"]) / dim, scale, dims=len(kernel))
-        return load_operator(block, state)
-    return ConvNeXt.from_published(state).contract_form()
+    """The network, its feature pyramid, one block or one norm, that a contract describes."""
+    state, settings = contract.state(), contract.settings
+    require(contract, output_stride=32)
+    if state.keys() == {"weight", "bias"}:
+        dim = len(state["weight"])
+        norm = ChannelNorm(dim) if contract.inputs[0]["shape"][1] == dim else nn.LayerNorm(dim, eps=1e-6)
+        return load_operator(with_eps(norm, settings), state)
+    place = "stages.0.blocks.0."
+    block = ConvNeXt.published_state({place + name: value for name, value in state.items()})
+    block = {name.removeprefix(place): value for name, value in block.items()}
+    if "dwconv.weight" in block:
+        dim, _, *kernel = block["dwconv.weight"].shape
+        scale = 1e-6 if "gamma" in block else None
+        operator = ConvNeXtBlock(dim, kernel[0], ratio(len(block["pwconv1.bias"]), dim), scale, dims=len(kernel))
+        return load_operator(with_eps(operator, settings), block)
+    # feature extractors have no head, and transformers' a norm for each level that they give
+    renamed = ConvNeXt.published_state(state)
+    normed = [int(name.split(".")[1]) for name in renamed if re.match(r"feature_norms\.\d+\.weight", name)]
+    dims = ConvNeXt.published_settings(renamed)["dims"]
+    norms = {f"feature_norms.{i}": dim for i, dim in enumerate(dims)} if normed else {"head.norm": dims[-1]}
+    for name, dim in norms.items():
+        if f"{name}.weight" not in renamed:
+            state |= {f"{name}.weight": torch.ones(dim), f"{name}.bias": torch.zeros(dim)}
+    return with_eps(ConvNeXt.from_published(state), settings).contract_form(contract, normed)
+
+
+def with_eps(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
+    """`model` with the eps that a contract's settings give its norms."""
+    for norm in model.modules():
+        if isinstance(norm, nn.LayerNorm) and norm.eps == 1e-6:
+            norm.eps = settings.get("norm_eps", norm.eps)
+    if isinstance(model, ConvNeXt) and "final_norm_eps" in settings:
+        model.head.norm.eps = settings["final_norm_eps"]
+    return model

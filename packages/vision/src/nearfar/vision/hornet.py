@@ -27,7 +27,9 @@ from nearfar.vision.backbone import (
     drop_path_rates,
     init_weights,
     load_operator,
+    ratio,
     register,
+    require,
     twelve_layers,
 )
 
@@ -168,7 +170,9 @@ class HorNet(Backbone):
             "filters": [None if weight is None else tuple(weight.shape[1:3]) for weight in filters],
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": state["stem.0.weight"].shape[1],
-            "mlp_ratio": len(state["stages.0.blocks.0.pwconv1.bias"]) / len(state["stages.0.blocks.0.norm2.weight"]),
+            "mlp_ratio": ratio(
+                len(state["stages.0.blocks.0.pwconv1.bias"]), len(state["stages.0.blocks.0.norm2.weight"])
+            ),
             "layer_scale": 1e-6 if "stages.0.blocks.0.gamma1" in state else None,
             "feature_norms": "feature_norms.0.weight" in state,
         }
@@ -230,9 +234,10 @@ register(HorNet, HORNETS)
 
 
 def build_contract(contract: Contract) -> Callable[..., Any]:
-    """The network, its feature pyramid, one gnConv or one filter, that a contract describes."""
+    """The network, its feature pyramid, one block, gnConv or filter, that a contract describes."""
     state = contract.state()
-    scale = float(Fraction(contract.settings.get("scale", "1/3")))
+    require(contract, norm_eps=1e-6)
+    scale = float(Fraction(contract.settings.get("scale", "1" if "proj_in.weight" in state else "1/3")))
     if "complex_weight" in state:
         half, height, width, _ = state["complex_weight"].shape
         return load_operator(GlobalLocalFilter(2 * half, height, width), state)
@@ -249,4 +254,15 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
             out_dim=len(state["proj_out.bias"]) if "proj_out.bias" in state else 0,
         )
         return load_operator(operator, state)
-    return HorNet.from_published(state, scale=scale).contract_form()
+    if "gnconv.proj_in.weight" in state:
+        dim, filter = len(state["norm1.weight"]), state.get("gnconv.dwconv.complex_weight")
+        block = HorBlock(
+            dim,
+            count(state, r"gnconv\.pws\.(\d+)\.") + 1,
+            None if filter is None else tuple(filter.shape[1:3]),
+            scale=scale,
+            mlp_ratio=ratio(len(state["pwconv1.bias"]), dim),
+            layer_scale=1e-6 if "gamma1" in state else None,
+        )
+        return load_operator(block, state)
+    return HorNet.from_published(state, scale=scale).contract_form(contract)

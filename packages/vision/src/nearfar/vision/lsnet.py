@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from timm.layers import SqueezeExcite
+import torch
+import torch.nn.functional as F
+from timm.layers import SEModule
 from torch import Tensor, nn
 
 from nearfar.core.contracts import Contract
@@ -29,6 +31,15 @@ from nearfar.vision.backbone import (
     load_operator,
     register,
 )
+
+
+class SqueezeExcite(SEModule):
+    """x * sigmoid(W2 ReLU(W1 mean(x))), as matrix products: convolutions of a single position start slowly on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x.mean((2, 3)), self.fc1.weight.flatten(1), self.fc1.bias).relu()
+        y = F.linear(y, self.fc2.weight.flatten(1), self.fc2.bias).sigmoid()
+        return x * y[:, :, None, None]
 
 
 class FeedForward(nn.Module):
@@ -114,8 +125,8 @@ class LSNet(Backbone):
         if len(depths) != len(dims):
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} differ in length")
         widths = (in_chans, dims[0] // 4, dims[0] // 2, dims[0])
-        convs = [ConvNorm(a, b, 3, stride=2) for a, b in pairwise(widths)]
-        self.stem = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
+        convs = [ConvNorm(a, b, 3, stride=2, relu=b < dims[0]) for a, b in pairwise(widths)]
+        self.stem = nn.Sequential(convs[0], nn.Identity(), convs[1], nn.Identity(), convs[2])
         self.stages = nn.ModuleList()
         kernels = {"large_kernel": large_kernel, "small_kernel": small_kernel, "share": share}
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
@@ -175,6 +186,11 @@ class LSNet(Backbone):
         return {name for name, _ in self.named_parameters() if name.endswith("attention_biases")}
 
     @classmethod
+    def published_state(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        renamed = super().published_state(state)
+        return unfused(renamed) if "stem.0.weight" in renamed else renamed
+
+    @classmethod
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         stages = range(count(state, r"stages\.(\d+)\."))
         dims = [len(state["stem.4.c.weight"])]
@@ -197,6 +213,41 @@ class LSNet(Backbone):
                 kernel = _kernel_shape(state, re.sub(r"cv2\.c\.weight$", "", name), dim)
                 settings |= {"large_kernel": value.shape[-1], **kernel}
         return settings
+
+
+def unfused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state (under our names) whose norms were folded for inference, in the form with norms, which do nothing."""
+    layer = (
+        r"(stem\.\d|.*\.downsample\.\d|.*\.cv[123]|.*\.pw[12]|.*\.(qkv|dw|proj\.1|mixer)|head|head_dist)\.(weight|bias)"
+    )
+    split: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if not re.fullmatch(layer, name):
+            split[name] = value
+            continue
+        place, kind = name.rsplit(".", 1)
+        if place.startswith("head"):
+            split[f"{place}.fc.{kind}"] = value
+            if kind == "weight":
+                split |= _neutral_norm(f"{place}.norm", torch.zeros(value.shape[1]))
+        elif kind == "bias":
+            place += ".conv" * place.endswith("mixer")
+            split |= _neutral_norm(f"{place}.bn", value)
+        elif place.endswith("mixer"):  # three branches in one, of which the shortcut is no weight
+            kernel = value.clone()
+            kernel[:, 0, 1, 1] -= 1
+            split |= {f"{place}.conv.c.weight": kernel, f"{place}.conv1.c.weight": torch.zeros(len(value), 1, 1, 1)}
+            split |= _neutral_norm(f"{place}.conv1.bn", torch.zeros(len(value)))
+        else:
+            split[f"{place}.c.weight"] = value
+    return split
+
+
+def _neutral_norm(name: str, bias: Tensor) -> dict[str, Tensor]:
+    """A batch norm (eps 1e-5) that adds `bias`."""
+    ones = torch.ones(len(bias))
+    values = {"weight": ones, "bias": bias, "running_mean": 0 * ones, "running_var": ones - 1e-5}
+    return {f"{name}.{kind}": value for kind, value in values.items()}
 
 
 def _kernel_shape(state: Mapping[str, Tensor], prefix: str, dim: int) -> dict[str, int]:
@@ -240,8 +291,10 @@ class SmallKernelAggregation(nn.Module):
 
 
 def build_contract(contract: Contract) -> Callable[..., Any]:
-    """The network, or one of its operators, that a contract describes."""
-    state = contract.state()
+    """The network, its feature pyramid, one block or one operator, that a contract describes."""
+    state, settings = contract.state(), contract.settings
+    named = {"small_kernel": "small_kernel", "share": "share", "channels_per_kernel_share": "share"}
+    given = {ours: settings[name] for name, ours in named.items() if name in settings}
     if not state:
         return SmallKernelAggregation()
     if "attention_biases" in state:
@@ -255,7 +308,25 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     for prefix, operator_class in (("lkp.", LSConv), ("", LargeKernelPerception)):
         if f"{prefix}cv1.c.weight" in state:
             dim = state[f"{prefix}cv1.c.weight"].shape[1]
-            kernels = _kernel_shape(state, prefix, dim)
+            kernels = _kernel_shape(state, prefix, dim) | given
             large = state[f"{prefix}cv2.c.weight"].shape[-1]
             return load_operator(operator_class(dim, large, kernels["small_kernel"], kernels["share"]), state)
-    return LSNet.from_published(state)
+    if "ffn.m.pw1.c.weight" in state:
+        return block_contract(state, given)
+    return LSNet.from_published(state, **given).contract_form(contract)
+
+
+def block_contract(state: Mapping[str, Tensor], given: Mapping[str, int]) -> nn.Module:
+    """One block with its published state."""
+    place = "stages.0.blocks.0."
+    renamed = LSNet.published_state({place + name: value for name, value in state.items()})
+    block = {name.removeprefix(place): value for name, value in renamed.items()}
+    dim, attention, kernels = block["ffn.pw1.c.weight"].shape[1], None, {}
+    if "mixer.attention_biases" in block:
+        heads, offsets = block["mixer.attention_biases"].shape
+        key_dim = (len(block["mixer.qkv.c.weight"]) - dim) // (2 * heads)
+        attention = OffsetBiasAttention(dim, heads, key_dim, math.isqrt(offsets))
+    elif "mixer.lkp.cv2.c.weight" in block:
+        kernels = {"large_kernel": block["mixer.lkp.cv2.c.weight"].shape[-1], **_kernel_shape(block, "mixer.lkp.", dim)}
+    operator = LSBlock(dim, int("se.fc1.weight" not in block), attention, **kernels | given)
+    return load_operator(operator, block, LSNet.IGNORE)

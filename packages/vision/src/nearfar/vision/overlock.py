@@ -38,7 +38,9 @@ from nearfar.vision.backbone import (
     init_weights,
     linear,
     load_operator,
+    ratio,
     register,
+    require,
 )
 
 
@@ -369,10 +371,10 @@ class OverLoCK(Backbone):
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": state["stem.0.weight"].shape[1],
             "kernel_sizes": [state[f"stages.{i}.blocks.0.proj.1.lk_origin.weight"].shape[-1] for i in range(4)],
-            "mlp_ratios": [width / dim for width, dim in zip(hidden, dims, strict=True)],
+            "mlp_ratios": [ratio(width, dim) for width, dim in zip(hidden, dims, strict=True)],
             "focus_heads": [len(state[f"{name}.rpb1"]) // 2 for name in focus],
             "focus_mlp_ratios": [
-                len(state[f"{name}.mlp.2.weight"]) / dim for name, dim in zip(focus, dims[2:], strict=True)
+                ratio(len(state[f"{name}.mlp.2.weight"]), dim) for name, dim in zip(focus, dims[2:], strict=True)
             ],
             "small_kernel": (state["focus.0.0.rpb1"].shape[-1] + 1) // 2,
             "layer_scales": [1.0 if f"stages.{i}.blocks.0.ls.weight" in state else None for i in range(4)],
@@ -407,8 +409,9 @@ register(OverLoCK, OVERLOCKS)
 
 
 def build_contract(contract: Contract) -> Callable[..., Any]:
-    """The network, its feature pyramid, or one block, that a contract describes."""
+    """The network, its feature pyramid, one block or one part of it, that a contract describes."""
     state, settings = contract.state(), contract.settings
+    require(contract, norm_eps=1e-6, bn_eps=1e-5, key_pool=7)
     res_scale = settings.get("res_scale", True)
     if "lk_origin.weight" in state:
         dim, _, kernel = state["lk_origin.weight"].shape[:3]
@@ -419,9 +422,9 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         both, dim = len(state["norm1.weight"]), state["weight_query.0.weight"].shape[1]
         scale = 1.0 if "ls1.weight" in state else None
         merged = "lepe.0.origin_bn.weight" not in state
-        ratio = len(state["mlp.2.weight"]) / dim
-        shape = {"kernel_size": (table + 1) // 2, "small_kernel": small, "num_heads": heads, "mlp_ratio": ratio}
-        shape |= {"layer_scale": scale, "res_scale": res_scale, "merged": merged}
+        shape = {"kernel_size": (table + 1) // 2, "small_kernel": small, "num_heads": heads}
+        shape |= {"mlp_ratio": ratio(len(state["mlp.2.weight"]), dim), "layer_scale": scale}
+        shape |= {"res_scale": res_scale, "merged": merged}
         if "weight_value.0.weight" in state:
             return load_operator(ContMixBlock(dim, **shape), state)
         last = len(contract.outputs) == 1
@@ -431,6 +434,13 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         dim, _, kernel = state["proj.1.lk_origin.weight"].shape[:3]
         scale = 1.0 if "ls.weight" in state else None
         merged = "proj.1.origin_bn.weight" not in state
-        ratio = len(state["proj.6.weight"]) / dim
-        return load_operator(RepConvBlock(dim, kernel, ratio, scale, 0.0, res_scale, merged), state)
-    return OverLoCK.from_published(state, res_scale=res_scale).contract_form()
+        expansion = ratio(len(state["proj.6.weight"]), dim)
+        return load_operator(RepConvBlock(dim, kernel, expansion, scale, 0.0, res_scale, merged), state)
+    if "proj.3.weight" in state:
+        return load_operator(ChannelGate(len(state["proj.3.weight"])), state)
+    if "gamma" in state:
+        return load_operator(GlobalResponseNorm(state["gamma"].numel()), state)
+    if "weight" in state:
+        dim, *_, kernel = state["weight"].shape
+        return load_operator(LayerScale(dim) if kernel == 1 else ResidualDepthwise(dim, kernel), state)
+    return OverLoCK.from_published(state, res_scale=res_scale).contract_form(contract)

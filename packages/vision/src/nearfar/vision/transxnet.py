@@ -32,6 +32,7 @@ from nearfar.vision.backbone import (
     drop_path_rates,
     init_weights,
     load_operator,
+    ratio,
     register,
 )
 
@@ -209,7 +210,9 @@ class TransXNet(Backbone):
             "groups": [len(bank) for bank in banks],
             "sr_ratios": [1 if weight is None else weight.shape[-1] - 3 for weight in reducers],
             "num_heads": [state[f"position_tables.{i}"].shape[1] for i in stages],
-            "mlp_ratios": [len(state[f"{name}.mlp.norm.weight"]) / dim for name, dim in zip(first, dims, strict=True)],
+            "mlp_ratios": [
+                ratio(len(state[f"{name}.mlp.norm.weight"]), dim) for name, dim in zip(first, dims, strict=True)
+            ],
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": state["stem.0.conv.weight"].shape[1],
             "kernel_size": banks[0].shape[-1],
@@ -249,22 +252,30 @@ register(TransXNet, TRANSXNETS)
 
 
 def build_contract(contract: Contract) -> Callable[..., Any]:
-    """The network, its feature pyramid, or one operator, that a contract describes."""
+    """The network, its feature pyramid, one block or one operator, that a contract describes."""
     state, settings = contract.state(), contract.settings
-    heads, ratio = settings.get("heads", 1), settings.get("sr_ratio", 1)
+    tables = [spec["shape"] for spec in contract.inputs[1:]]
+    heads = settings.get("heads", tables[0][1] if tables else 1)
+    reducer = next((value for name, value in state.items() if name.endswith("sr.0.conv.weight")), None)
+    reduction = 1 if reducer is None else reducer.shape[-1] - 3
     if "weight" in state:
         groups, dim, kernel_size = state["weight"].shape[:3]
-        reduction = dim // len(state["proj.0.conv.weight"])
-        return load_operator(IDConv(dim, kernel_size, groups, reduction, "bias" in state), state)
+        squeeze = dim // len(state["proj.0.conv.weight"])
+        return load_operator(IDConv(dim, kernel_size, groups, squeeze, "bias" in state), state)
     if "kv.weight" in state:
         dim = len(state["q.weight"])
-        return load_operator(OverlappingReductionAttention(dim, heads, ratio), state)
-    if "local_unit.weight" in state:
-        groups, half, kernel_size = state["local_unit.weight"].shape[:3]
-        mixer = DMixer(2 * half, kernel_size, groups, heads, ratio, settings.get("reduction", 8))
-        return load_operator(mixer, state)
+        return load_operator(OverlappingReductionAttention(dim, heads, reduction), state)
+    for place in ("", "token_mixer."):
+        if f"{place}local_unit.weight" not in state:
+            continue
+        groups, half, kernel_size = state[f"{place}local_unit.weight"].shape[:3]
+        mixer = DMixer(2 * half, kernel_size, groups, heads, reduction, settings.get("reduction", 8))
+        if not place:
+            return load_operator(mixer, state)
+        expansion = ratio(len(state["mlp.norm.weight"]), 2 * half)
+        return load_operator(TransXBlock(2 * half, mixer, expansion, 1e-5, 0.0, 0.0), state)
     if "fc1.0.weight" in state:
         hidden, dim = state["fc1.0.weight"].shape[:2]
         sizes = tuple(v.shape[-1] for name, v in state.items() if name.startswith("dwconv.") and v.ndim == 4)
         return load_operator(MultiScaleFFN(dim, hidden, sizes), state)
-    return TransXNet.from_published(state).contract_form()
+    return TransXNet.from_published(state).contract_form(contract)
