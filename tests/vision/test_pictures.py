@@ -56,16 +56,35 @@ def test_every_source_gives_the_same_pictures(tmp_path: Path) -> None:
             open_pictures(shards / "0000.tar", "test")
 
 
-def test_hugging_face_data(tmp_path: Path) -> None:
+def test_hugging_face_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     root = folder(tmp_path / "pictures")
     files = sorted(root.rglob("*.png"))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     data = {"image": [str(f) for f in files], "label": [int(f.parent.name == "dog") for f in files]}
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict(data, features=features)}).save_to_disk(tmp_path / "hf")
-    assert content(open_pictures(tmp_path / "hf", "train")) == content(open_pictures(root))
-    with pytest.raises(UserError, match="has no split test; it has train"):
-        open_pictures(tmp_path / "hf", "test")
+    both = datasets.DatasetDict(dict.fromkeys(("train", "val"), datasets.Dataset.from_dict(data, features=features)))
+    both.save_to_disk(tmp_path / "hf")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "hub/data").mkdir(parents=True)
+    for name, part in both.items():  # as on the hub, under other names
+        renamed = part.rename_columns({"image": "img", "label": "fine_label"})
+        renamed.to_parquet(tmp_path / f"hub/data/{name}-00000-of-00001.parquet")
+    want = content(open_pictures(root))
+    for source in (tmp_path / "hf", tmp_path / "hub"):
+        learn, hold = (open_pictures(source, split) for split in ("train", "val"))
+        assert content(learn) == content(hold) == want
+        assert not {*learn.names} & {*hold.names}
+        with pytest.raises(UserError, match="has no split test; it has train, val"):
+            open_pictures(source, "test")
+        with pytest.raises(UserError, match="has splits; name one of train, val"):
+            open_pictures(source)
+    assert content(open_pictures(tmp_path / "hub/data/train-00000-of-00001.parquet")) == want
+    both["train"].rename_columns({"label": "a"}).cast_column("a", datasets.Value("int64")).save_to_disk(tmp_path / "no")
+    with pytest.raises(UserError, match="has no column label; it has a, image"):
+        open_pictures(tmp_path / "no")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(UserError, match=r"broken\.parquet: cannot be read as a Hugging Face data set"):
+        open_pictures(tmp_path / "broken.parquet")
 
 
 def test_modes_become_rgb(tmp_path: Path) -> None:
@@ -90,6 +109,30 @@ def test_modes_become_rgb(tmp_path: Path) -> None:
     assert read_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_pictures_of_telephones_are_upright(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (32, 16), "white")
+    picture.paste("black", (0, 0, 8, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    upright = read_picture(tmp_path / "turned.jpg")
+    assert upright.size == (16, 32)
+    assert [upright.getpixel(place)[0] > 128 for place in ((8, 2), (8, 30))] == [False, True]
+
+
+def test_what_systems_hide_is_no_picture(tmp_path: Path) -> None:
+    root = folder(tmp_path / "pictures")
+    want = content(open_pictures(root))
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        for file in sorted(root.rglob("*.png")):
+            archive.write(file, Path("photos") / file.relative_to(root))
+        archive.writestr("__MACOSX/photos/cat/._0.png", b"resource fork")
+    assert content(open_pictures(tmp_path / "mac.zip")) == want
+    (root / "cat/._0.png").write_bytes(b"resource fork")
+    (root / ".cache").mkdir()
+    assert content(open_pictures(root)) == want
+
+
 def test_damaged_pictures_are_listed_and_the_rest_stays(tmp_path: Path) -> None:
     root = folder(tmp_path)
     whole = (root / "cat/1.png").read_bytes()
@@ -100,7 +143,7 @@ def test_damaged_pictures_are_listed_and_the_rest_stays(tmp_path: Path) -> None:
     assert [Path(name).name for name in good.names] == ["0.png", "2.png", "1.png", "2.png"]
     assert len(failures) == 2
     assert "cat/1.png" in failures[0]
-    assert "cannot be read as a picture" in failures[1]
+    assert failures[1].endswith("dog/0.png: cannot be read as a picture (damaged from its start, or another format)")
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
@@ -116,6 +159,10 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(root / "loose.png")
     with pytest.raises(UserError, match="lie in no class folder"):
         open_pictures(root)
+    folder(tmp_path / "split/train")
+    folder(tmp_path / "split/test")
+    with pytest.raises(UserError, match="holds the splits test, train; name one"):
+        open_pictures(tmp_path / "split")
     with pytest.raises(UserError, match="one class folder only"):
         open_pictures(folder(tmp_path / "b", ("cat",)))
     (tmp_path / "c").mkdir()

@@ -8,11 +8,11 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -24,6 +24,9 @@ class MissingSplit(UserError):
 
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+
+SPLITS = {"train", "val", "valid", "validation", "test"}
+"""Folder names that are parts of a data set and no classes."""
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -43,18 +46,26 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def read_picture(source: str | Path | bytes, name: str = "") -> Image.Image:
-    """The RGB picture of a file, or of the bytes of one called `name`.
+    """The RGB picture of a file, or of the bytes of one called `name`, turned upright as its EXIF data say.
 
     Raises UserError where it is missing, damaged or no picture.
     """
     name = name or str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-            return to_rgb(picture)
+            return to_rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError as error:
         raise UserError(f"{name}: no such file") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name}: cannot be read as a picture (damaged from its start, or another format)") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: cannot be read as a picture ({str(error).splitlines()[0]})") from error
+
+
+def is_picture(path: PurePath) -> bool:
+    """Whether a path inside a data set is a picture's, by its suffix; what systems hide beside pictures is none."""
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not hidden
 
 
 class Pictures(Dataset):
@@ -112,7 +123,9 @@ def open_pictures(source: str | Path, split: str | None = None) -> Pictures:
     - a zip file of the same layout;
     - a tar file (or a folder of them) of WebDataset samples: `KEY.jpg` beside `KEY.cls` with the class's index or
       name, or `KEY.json` with `label`; class names may stand in `classes.txt`, one a line;
-    - a Hugging Face image data set that `save_to_disk` wrote, with columns `image` and `label`.
+    - a Hugging Face image data set: a folder that `save_to_disk` wrote, or Parquet files as a data set's repository
+      holds them (which the package datasets then unpacks into its own cache). The picture and the class are the
+      columns of type Image and ClassLabel, or called `image` and `label`.
 
     `split`: folder inside the source, for example "train"; it may be left out where there is none. Classes are
     numbered in the order of their sorted names. Raises UserError that says what is missing.
@@ -127,7 +140,8 @@ def open_pictures(source: str | Path, split: str | None = None) -> Pictures:
             raise MissingSplit(f"{path}: is one file of samples without splits, so none called {split}")
         folder = path / split if split else path
         return _from_tars([path] if path.is_file() else sorted(folder.glob("*.tar")))
-    if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+    saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    if saved or path.suffix == ".parquet" or _parquet(path):
         return _from_hugging_face(path, split)
     if not path.is_dir():
         raise UserError(f"{path}: is neither a folder nor a zip or tar file of pictures")
@@ -136,10 +150,9 @@ def open_pictures(source: str | Path, split: str | None = None) -> Pictures:
             f"{path}: has no folder {split}; it has {_some(p.name for p in path.iterdir() if p.is_dir())}"
         )
     root = path / split if split else path
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    empty = [
-        d.name for d in sorted(root.iterdir()) if d.is_dir() and not any(root / d.name in f.parents for f in files)
-    ]
+    files = sorted(p for p in root.rglob("*") if p.is_file() and is_picture(p.relative_to(root)))
+    filled = {file.relative_to(root).parts[0] for file in files}
+    empty = sorted(d.name for d in root.iterdir() if d.is_dir() and d.name not in filled and d.name[0] != ".")
     inside = [file.relative_to(root).parts for file in files]
     return _labelled(root, [str(f) for f in files], inside, lambda i: read_picture(files[i]), empty)
 
@@ -154,6 +167,8 @@ def _labelled(
     if empty:
         raise UserError(f"{root}: no pictures in the class folder {', '.join(empty)}; remove it or fill it")
     classes = sorted({inside[0] for inside in parts})
+    if SPLITS.issuperset(classes):
+        raise MissingSplit(f"{root}: holds the splits {', '.join(classes)}; name one of them")
     if len(classes) < 2:
         raise UserError(f"{root}: holds one class folder only, {classes[0]}; to learn there must be two or more")
     index = {name: i for i, name in enumerate(classes)}
@@ -162,7 +177,7 @@ def _labelled(
 
 def _from_zip(path: Path, split: str | None) -> Pictures:
     with zipfile.ZipFile(path) as archive:
-        members = sorted(n for n in archive.namelist() if PurePosixPath(n).suffix.lower() in SUFFIXES)
+        members = sorted(n for n in archive.namelist() if is_picture(PurePosixPath(n)))
     if split:
         inside = [m for m in members if split in PurePosixPath(m).parts[:-2]]
         if not inside:
@@ -197,7 +212,7 @@ def _from_tars(paths: Sequence[Path]) -> Pictures:
         try:
             with tarfile.open(path) as archive:
                 for member in archive:
-                    if member.isfile():
+                    if member.isfile() and not PurePosixPath(member.name).name.startswith("."):
                         key, _, suffix = PurePosixPath(member.name).name.partition(".")
                         samples.setdefault(str(PurePosixPath(member.name).parent / key), {})[suffix.lower()] = member
                 for key, parts in samples.items():
@@ -236,30 +251,50 @@ def _from_tars(paths: Sequence[Path]) -> Pictures:
     return Pictures(names, [classes.index(str(label)) for label in labels], classes, read)
 
 
+def _parquet(path: Path) -> bool:
+    return any(path.glob("*.parquet")) or any(path.glob("data/*.parquet"))
+
+
 def _from_hugging_face(path: Path, split: str | None) -> Pictures:
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"{path}: is a Hugging Face data set; install the package datasets to read it") from error
-    data = datasets.load_from_disk(str(path))
+    datasets.disable_progress_bars()
+    try:
+        if path.is_file():
+            data: Any = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        elif _parquet(path):
+            data = datasets.load_dataset(str(path))
+        else:
+            data = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{path}: cannot be read as a Hugging Face data set ({str(error).splitlines()[0]})") from error
+    name = str(path)
     if isinstance(data, datasets.DatasetDict):
-        if split is None or split not in data:
-            raise MissingSplit(f"{path}: has no split {split}; it has {_some(data)}")
-        data = data[split]
+        if split not in data:
+            what = f"has no split {split}; it has" if split else "has splits; name one of"
+            raise MissingSplit(f"{path}: {what} {_some(data)}")
+        data, name = data[split], f"{path}/{split}"
     elif split:
         raise MissingSplit(f"{path}: has no splits, so none called {split}")
-    if missing := {"image", "label"} - set(data.column_names):
-        raise UserError(f"{path}: has no column {', '.join(sorted(missing))}; it has {_some(data.column_names)}")
-    feature = data.features["label"]
-    labels = data["label"]
-    classes = list(getattr(feature, "names", None) or map(str, range(max(labels) + 1)))
-    raw = data.cast_column("image", datasets.Image(decode=False))
+
+    def column(wanted: str, kind: type) -> str:
+        typed = [key for key, feature in data.features.items() if isinstance(feature, kind)]
+        if wanted not in data.features and len(typed) != 1:
+            raise UserError(f"{path}: has no column {wanted}; it has {_some(data.column_names)}")
+        return wanted if wanted in data.features else typed[0]
+
+    image, label = column("image", datasets.Image), column("label", datasets.ClassLabel)
+    labels = data[label]
+    classes = list(getattr(data.features[label], "names", None) or map(str, range(max(labels) + 1)))
+    raw = data.cast_column(image, datasets.Image(decode=False))
 
     def read(index: int) -> Image.Image:
-        entry = raw[index]["image"]
-        return read_picture(entry["bytes"] or entry["path"], f"{path}[{index}]")
+        entry = raw[index][image]
+        return read_picture(entry["bytes"] or entry["path"], f"{name}[{index}]")
 
-    return Pictures([f"{path}[{i}]" for i in range(len(data))], list(labels), classes, read)
+    return Pictures([f"{name}[{i}]" for i in range(len(data))], list(labels), classes, read)
 
 
 def split_pictures(pictures: Pictures, share: float, seed: int) -> tuple[list[int], list[int]]:
