@@ -70,6 +70,13 @@ def test_agreement_and_each_kind_of_disagreement(tmp_path):
     assert "table" not in contract.state()
 
 
+def test_a_setting_that_is_not_built_is_refused(tmp_path):
+    contract = Contract.load(write(tmp_path, settings={"norm_eps": 1e-5}))
+    contract.require(norm_eps=1e-5, bn_eps=1e-3)
+    with pytest.raises(UserError, match=r"agtcnet--v\.json: norm_eps is 1e-05; agtcnet is built with 1e-06"):
+        contract.require(norm_eps=1e-6)
+
+
 def run_verify(monkeypatch, capsys, paths, builders, *options):
     points = {name: type("Point", (), {"name": name, "load": lambda self, b=b: b})() for name, b in builders.items()}
     original = entry_points

@@ -110,6 +110,14 @@ class Contract:
         """Name -> shape of every tensor of the published state dict, in its order, computed tables included."""
         return {tensor["name"]: tuple(tensor["shape"]) for tensor in self.content["state"]}
 
+    def require(self, **built: Any) -> None:
+        """Raise UserError where a setting has another value than the model is `built` with and shapes do not tell."""
+        for name, value in built.items():
+            if self.settings.get(name, value) != value:
+                raise UserError(
+                    f"{self.path}: {name} is {self.settings[name]!r}; {self.system} is built with {value!r}"
+                )
+
     def state(self) -> dict[str, Tensor]:
         """The published state dict; tables that the published code computes (kind `constant`) are left out."""
         return {
