@@ -26,7 +26,6 @@ from nearfar.vision.backbone import (
     init_weights,
     load_operator,
     register,
-    require,
 )
 from nearfar.vision.sit import SiT, position_table
 
@@ -196,7 +195,7 @@ register(AttNet, ATTNETS)
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The classifier, the diffusion transformer, one block or one operator, that a contract describes."""
     state, settings = contract.state(), contract.settings
-    require(contract, block_norm_eps=1e-6, rms_norm_eps=1e-6, rms_eps=1e-6, final_norm_eps=1e-5)
+    contract.require(block_norm_eps=1e-6, rms_norm_eps=1e-6, rms_eps=1e-6, final_norm_eps=1e-5)
     wanted = str(settings.get("activation", "")).lower()
     activation = "silu" if "silu" in wanted else "gelu_tanh" if "tanh" in wanted else "gelu"
     variance = settings.get("norm_variance", False)

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.contracts import Contract
-from nearfar.core.errors import CheckpointError, UserError
+from nearfar.core.errors import CheckpointError
 from nearfar.ops.convolution.layers import DepthwiseConv, FusedConv2d, FusedLinear, batch_norm_affine, fold_batch_norm
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
@@ -470,15 +470,6 @@ class Pyramid(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.backbone.forward_intermediates(x, self.indices, intermediates_only=True)
-
-
-def require(contract: Contract, **built: Any) -> None:
-    """Raise UserError where a setting of the contract is not what its model is built with and shapes do not tell."""
-    for name, value in built.items():
-        if contract.settings.get(name, value) != value:
-            raise UserError(
-                f"{contract.path}: {name} is {contract.settings[name]!r}; {contract.system} is built with {value!r}"
-            )
 
 
 def load_operator(operator: nn.Module, state: Mapping[str, Tensor], ignore: Iterable[str] = ()) -> nn.Module:

@@ -29,7 +29,6 @@ from nearfar.vision.backbone import (
     ratio,
     read,
     register,
-    require,
     twelve_layers,
 )
 
@@ -277,7 +276,7 @@ register(ConvNeXt, CONVNEXTS)
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, its feature pyramid, one block or one norm, that a contract describes."""
     state, settings = contract.state(), contract.settings
-    require(contract, output_stride=32)
+    contract.require(output_stride=32)
     if state.keys() == {"weight", "bias"}:
         dim = len(state["weight"])
         norm = ChannelNorm(dim) if contract.inputs[0]["shape"][1] == dim else nn.LayerNorm(dim, eps=1e-6)

@@ -29,7 +29,6 @@ from nearfar.vision.backbone import (
     load_operator,
     ratio,
     register,
-    require,
     twelve_layers,
 )
 
@@ -236,7 +235,7 @@ register(HorNet, HORNETS)
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, its feature pyramid, one block, gnConv or filter, that a contract describes."""
     state = contract.state()
-    require(contract, norm_eps=1e-6)
+    contract.require(norm_eps=1e-6)
     scale = float(Fraction(contract.settings.get("scale", "1" if "proj_in.weight" in state else "1/3")))
     if "complex_weight" in state:
         half, height, width, _ = state["complex_weight"].shape

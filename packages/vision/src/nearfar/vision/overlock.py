@@ -40,7 +40,6 @@ from nearfar.vision.backbone import (
     load_operator,
     ratio,
     register,
-    require,
 )
 
 
@@ -411,7 +410,7 @@ register(OverLoCK, OVERLOCKS)
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, its feature pyramid, one block or one part of it, that a contract describes."""
     state, settings = contract.state(), contract.settings
-    require(contract, norm_eps=1e-6, bn_eps=1e-5, key_pool=7)
+    contract.require(norm_eps=1e-6, bn_eps=1e-5, key_pool=7)
     res_scale = settings.get("res_scale", True)
     if "lk_origin.weight" in state:
         dim, _, kernel = state["lk_origin.weight"].shape[:3]
