@@ -1,14 +1,16 @@
 """Zoology's contracts, and its checkpoints of other sizes than the contracts'."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nearfar.core.contracts import Contract, fill, relative_errors
-from nearfar.core.errors import CheckpointError
+from nearfar.core.errors import CheckpointError, UserError
 from nearfar.language.modeling import MixerForCausalLM
-from nearfar.language.zoology import build_contract, from_published
+from nearfar.language.zoology import build_contract, from_published, recognise
 
 CONTRACTS = sorted((Path(__file__).parents[1] / "contracts").glob("zoology--*.json"))
 
@@ -174,3 +176,125 @@ def test_checkpoints_of_any_size_are_recognised_and_loaded(kinds, settings, expe
         torch.testing.assert_close(model(ids[:, 6:], past_key_values=cache).logits, whole[:, 6:], rtol=1e-3, atol=1e-4)
     counted = sum(value.numel() for name, value in state.items())
     assert sum(p.numel() for p in model.parameters()) == counted
+
+
+def described(variant, shapes, settings, inputs=((2, 10, 12),), outputs=("out",)):
+    """A contract that no file holds."""
+    content = {
+        "system": "zoology",
+        "variant": variant,
+        "settings": settings,
+        "inputs": [{"name": f"x{i}", "shape": list(s), "dist": "normal"} for i, s in enumerate(inputs)],
+        "outputs": [{"name": name} for name in outputs],
+        "state": [{"name": n, "shape": list(s), "kind": "parameter"} for n, s in shapes.items()],
+    }
+    return Contract(Path(f"zoology--{variant}.json"), content)
+
+
+GATED = {
+    "two maps": {"w1.weight": (20, 12), "w2.weight": (20, 12), "w3.weight": (12, 20)},
+    "two maps, biased": {
+        "a.weight": (24, 12), "a.bias": (24,), "b.weight": (24, 12), "b.bias": (24,),
+        "c.weight": (12, 24), "c.bias": (12,),
+    },
+    "one map": {"fc1.weight": (40, 12), "fc2.weight": (12, 20)},
+}  # fmt: skip
+
+
+def gated(state, x):
+    """(W1 x) gelu(W2 x), then W3, of a state in any of the layouts."""
+    *up, down = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
+    both = torch.cat([F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias")) for name in up], -1)
+    value, gate = both.chunk(2, -1)
+    return F.linear(value * F.gelu(gate), state[f"{down}.weight"], state.get(f"{down}.bias"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", GATED)
+def test_gated_mlps_in_every_layout(layout):
+    contract = described("op-glu-d12", GATED[layout], {"op": "GLU"})
+    state, x = contract.state(), torch.randn(2, 10, 12)
+    torch.testing.assert_close(build_contract(contract)(x), gated(state, x))
+    # and after each mixer of a whole model
+    shapes = {"backbone.embeddings.word_embeddings.weight": (30, 12), "lm_head.weight": (30, 12)}
+    for name in ("layers.0.norm1", "layers.0.norm2", "ln_f"):
+        shapes |= {f"backbone.{name}.weight": (12,), f"backbone.{name}.bias": (12,)}
+    shapes |= {f"backbone.layers.0.sequence_mixer.{n}": s for n, s in mixer_shapes("based", 12).items()}
+    shapes |= {f"backbone.layers.0.state_mixer.{n}": s for n, s in GATED[layout].items()}
+    state = described("lm-based-glu", shapes, {}).state()
+    model = from_published(state, heads=4)
+    block = model.model.layers[0]
+    x = torch.randn(1, 5, 12)
+    own = {n.removeprefix(p): v for n, v in state.items() if n.startswith(p := "backbone.layers.0.state_mixer.")}
+    torch.testing.assert_close(block.state_mixer(x), gated(own, x))
+    surplus = state | {"backbone.layers.0.state_mixer.surprise": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"unexpected model\.layers\.0\.state_mixer\.surprise"):
+        from_published(surplus, heads=4)
+
+
+@torch.no_grad()
+def test_a_hyena_whose_filter_fades_otherwise():
+    d, order, length = 8, 6, 10
+    shapes = {"in_proj.weight": (3 * d, d), "in_proj.bias": (3 * d,), "out_proj.weight": (d, d), "out_proj.bias": (d,)}
+    shapes |= {"short_filter.weight": (3 * d, 1, 3), "short_filter.bias": (3 * d,), "filter_fn.bias": (d,)}
+    shapes |= {"filter_fn.pos_emb.z": (1, length, 3), "filter_fn.implicit_filter.1.freq": (1, order)}
+    shapes |= {"filter_fn.implicit_filter.0.weight": (order, 3), "filter_fn.implicit_filter.0.bias": (order,)}
+    shapes |= {"filter_fn.implicit_filter.2.weight": (d, order)}
+    settings = {"slow_decay_pct": 2.0, "fast_decay_pct": 0.5, "target": 0.1, "shift": 0.05, "num_heads": 1}
+    contract = described("op-hyena-d8-lmax10", shapes, settings)
+    w = {name.removeprefix("filter_fn."): value for name, value in contract.state().items()}
+    h = torch.sin(
+        w["implicit_filter.1.freq"]
+        * F.linear(w["pos_emb.z"][0], *(w[f"implicit_filter.0.{n}"] for n in ("weight", "bias")))
+    )
+    fading = torch.linspace(math.log(0.1) / 2, math.log(0.1) / 0.5, d).abs()
+    window = torch.exp(-torch.linspace(0, 1, length)[:, None] * fading) + 0.05
+    taps = F.linear(h, w["implicit_filter.2.weight"]) * window
+    mixer = build_contract(contract)
+    torch.testing.assert_close(mixer.filter.taps(length), taps.T)
+    with pytest.raises(UserError, match="num_heads is 2"):
+        build_contract(described("op-hyena-d8", shapes, settings | {"num_heads": 2}))
+
+
+@torch.no_grad()
+def test_a_selection_of_a_given_number():
+    shapes = {"Wqkv.weight": (36, 12), "Wqkv.bias": (36,), "out_proj.weight": (12, 12), "out_proj.bias": (12,)}
+    shapes |= {"selecting.weight": (1, 12)}
+    variant, x = "op-selective-lookups-sigmoid-d12", torch.randn(2, 10, 12)
+    contract = described(variant, shapes, {"heads": 2, "k": 3})
+    assert ((build_contract(contract)(x) != x).any(-1).sum(1) == 3).all()
+    contract = described(variant, shapes, {"heads": 2, "k": 3}, outputs=("out.y", "out.aux"))
+    selection = torch.sigmoid(F.linear(x, contract.state()["selecting.weight"])).mean()
+    torch.testing.assert_close(build_contract(contract)(x)["aux"], 1e-3 * (selection - 0.3).relu()[None])
+    with pytest.raises(CheckpointError, match="softmax"):
+        build_contract(described("op-selective-lookups-softmax-d12", shapes, {"heads": 2}))
+
+
+@pytest.mark.parametrize(
+    ("described", "layer", "expected"),
+    [
+        ("layer 0 attention (4 heads), layer 1 attention (bias, 2 heads)", 1, ("attention", 2)),
+        ("layer 0 attention (4 heads), layer 1 attention", 1, ("attention", 1)),
+        ("layer 0 sliding-window attention, w = 8, layer 1 attention", 0, ("sliding-attention", 8)),
+        ("layer 0 sliding-window attention, w = 8, layer 1 attention", 1, ("attention", 1)),
+        ("sliding attention (1 head, block_size 16)", 1, ("sliding-attention", 16)),
+        ("attention, 12 heads", 0, ("attention", 12)),
+    ],
+)
+def test_descriptions_of_layers(described, layer, expected):
+    shapes = dict.fromkeys(("Wqkv.weight", "Wqkv.bias", "out_proj.weight", "out_proj.bias"), (1, 1))
+    found = recognise(shapes, {"mixer": described}, layer)
+    assert (found["type"], found.get("window", found["num_heads"])) == expected
+
+
+def test_what_the_contracts_cannot_say_is_refused():
+    based = {f"proj_{n}.weight": (12, 12) for n in "qkvo"}
+    with pytest.raises(UserError, match="only the Taylor feature map"):
+        build_contract(described("op-based-elu-d12", based, {"op": "Based with elu + 1"}))
+    with pytest.raises(UserError, match="only the Taylor feature map"):
+        build_contract(described("op-relu-feature-map-f16", {}, {}))
+    with pytest.raises(UserError, match="rotary is True"):
+        build_contract(described("op-based-taylor-d12", based, {"rotary": True}))
+    assert build_contract(described("op-based-taylor-d12", based, {"eps": 1e-6})).eps == 1e-6
+    with pytest.raises(UserError, match="no setting 'surprise'"):
+        build_contract(described("data-mqar-v64-l32", {}, {"surprise": 1, "rng": "numpy"}))()

@@ -62,24 +62,26 @@ class Identity(nn.Module):
 
 
 class MLP(nn.Module):
-    """`W2 gelu(W1 x)`, exact GELU, hidden width mult * dim."""
+    """`W2 gelu(W1 x)`, exact GELU, hidden width `hidden` or else mult * dim."""
 
-    def __init__(self, dim: int, mult: int = 4):
+    def __init__(self, dim: int, mult: int = 4, hidden: int | None = None, bias: bool = True):
         super().__init__()
-        self.fc1 = nn.Linear(dim, mult * dim)
-        self.fc2 = nn.Linear(mult * dim, dim)
+        hidden = hidden or mult * dim
+        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class GLU(nn.Module):
-    """`W3 ((W1 x) gelu(W2 x))`, hidden width mult * dim, without biases."""
+    """`W3 ((W1 x) gelu(W2 x))`, exact GELU, hidden width `hidden` or else mult * dim."""
 
-    def __init__(self, dim: int, mult: int = 4):
+    def __init__(self, dim: int, mult: int = 4, hidden: int | None = None, bias: bool = False):
         super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * mult * dim, bias=False)
-        self.fc2 = nn.Linear(mult * dim, dim, bias=False)
+        hidden = hidden or mult * dim
+        self.fc1 = nn.Linear(dim, 2 * hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.fc1(x).chunk(2, -1)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict
 from nearfar.core.contracts import Contract
-from nearfar.core.errors import CheckpointError
+from nearfar.core.errors import CheckpointError, UserError
 from nearfar.language.modeling import MIXERS, STATE_MIXERS, MixerConfig, MixerForCausalLM, build
 from nearfar.language.tasks import make_examples
-from nearfar.ops.recurrence.based import taylor_features
+from nearfar.ops.recurrence.based import Based, taylor_features
 from nearfar.ops.tokens.selective_lookup import SelectiveLookup
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -49,7 +49,6 @@ RENAMES: dict[str, list[tuple[str, str]]] = {
     "rwkv4": [(r"time_mix_", "mix_")],
     "rwkv4-channel-mix": [(r"time_mix_", "mix_")],
     "mamba": [(r"conv1d", "conv")],
-    "mlp": [],
 }
 """Mixer -> (published name, as a pattern; our name), the first that fits the beginning of a name applies."""
 
@@ -61,25 +60,29 @@ COMPUTED = re.compile(r".*(pos_emb\.t|modulation\.deltas)$")
 def recognise(shapes: Shapes, settings: Mapping[str, Any], layer: int = 0) -> dict[str, Any]:
     """The mixer, as a config names it, whose published tensors are `shapes`.
 
-    What shapes cannot tell comes from `settings`: heads, a sliding window, BaseConv's activation. In the settings of a
-    whole model they may also stand in the description of the mixer, as "2 heads" or "window 8".
+    What shapes cannot tell comes from `settings`: heads, a sliding window, BaseConv's activation, how Hyena's filter
+    fades, the lookups of a selection. In the settings of a whole model heads, window and activation may also stand in
+    the description of the mixer, as "2 heads" or "window 8", for each layer or for all.
     """
-    described = settings.get("mixer", "")
-    per_layer = re.findall(rf"layer {layer}\b([^,;]*)", described)
-    text = f"{per_layer[0] if per_layer else described} {settings.get('op', '')}".lower()
+    described = str(settings.get("mixer", "")).lower()
+    own = re.search(rf"\blayers? {layer}\b(.*?)(?=\blayers? \d|$)", described, re.DOTALL)
+    text = f"{own[1] if own else described} {settings.get('op', '')}".lower()
 
     def number(pattern: str, default: int) -> int:
-        found = re.search(pattern, text) or re.search(pattern, described.lower())
+        found = re.search(pattern, text)
         return int(found[1]) if found else default
 
-    heads = int(settings.get("heads", number(r"(\d+)\s*heads?", 1)))
+    heads = int(settings.get("heads", settings.get("num_heads", number(r"(\d+)[\s-]*heads?\b", 1))))
     if "selecting.weight" in shapes:
-        return {"type": "selective-lookup", "num_heads": heads}
+        if "softmax" in text and "sigmoid" not in text:
+            raise CheckpointError(f"selection by softmax is not known: {text.strip()}")
+        k = settings.get("k")
+        return {"type": "selective-lookup", "num_heads": heads} | ({"k": k} if isinstance(k, int | float) else {})
     if "Wqkv.weight" in shapes:
         biases = {"bias": "Wqkv.bias" in shapes, "out_bias": "out_proj.bias" in shapes}
-        window = settings.get("block_size", settings.get("window"))
-        if window is not None or "sliding" in text:
-            window = int(window or number(r"(?:window|block|block_size|sliding)\D{0,12}(\d+)", 0))
+        given = [settings[name] for name in ("block_size", "window") if isinstance(settings.get(name), int)]
+        if "sliding" in text or "window" in text or (given and not own):
+            window = given[0] if given else number(r"(?:sliding|window|block)\D{0,24}(\d+)(?![\d\s-]*head)", 0)
             return {"type": "sliding-attention", "num_heads": heads, "window": window, **biases}
         return {"type": "attention", "num_heads": heads, **biases}
     if "proj_q.weight" in shapes:
@@ -99,7 +102,9 @@ def recognise(shapes: Shapes, settings: Mapping[str, Any], layer: int = 0) -> di
         order = shapes["filter_fn.implicit_filter.0.weight"][0]
         taps = shapes["short_filter.weight"][-1]
         sizes = {"max_length": length, "order": order, "features": features, "kernel_size": taps, "inner": inner}
-        return {"type": "hyena", **sizes}
+        fading = {name: settings[name] for name in ("target", "shift") if name in settings}
+        percents = [settings.get(name, usual) for name, usual in (("slow_decay_pct", 1.5), ("fast_decay_pct", 0.3))]
+        return {"type": "hyena", **sizes, **fading, "decay": percents}
     if "ssm_k_D" in shapes:
         dim, state = shapes["ssm_k_kernel.kernel.B"]
         return {"type": "h3", "d_state": state, "head_dim": dim // shapes["D"][0]}
@@ -121,14 +126,34 @@ def recognise_state_mixer(shapes: Shapes) -> dict[str, Any] | str:
     if "time_mix_k" in shapes and "key.weight" in shapes:
         hidden, dim = shapes["key.weight"]
         return {"type": "rwkv4-channel-mix", "mult": hidden // dim}
-    if "fc1.weight" in shapes:
-        hidden, dim = shapes["fc1.weight"]
-        return {"type": "mlp", "mult": hidden // dim}
+    up, down = feed_forward(shapes)
+    if down:
+        (rows, dim), hidden = shapes[f"{up[0]}.weight"], shapes[f"{down}.weight"][1]
+        size = {"hidden": hidden} if hidden % dim else {"mult": hidden // dim}
+        gated = len(up) == 2 or rows == 2 * hidden
+        bias, usual = f"{down}.bias" in shapes, not gated
+        return {"type": "glu" if gated else "mlp", **size} | ({} if bias == usual else {"bias": bias})
     raise CheckpointError(f"no Zoology state mixer has these tensors: {', '.join(shapes)}")
+
+
+def feed_forward(shapes: Shapes) -> tuple[list[str], str]:
+    """The linear maps of an MLP or GLU: those into the hidden width, and the one out of it ("" if it is neither).
+
+    A GLU's two maps, the value's before the gate's, are separate tensors or the two halves of one.
+    """
+    *up, down = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")] or [""]
+    sizes = [shapes[f"{name}.weight"] for name in (*up, down)] if up else []
+    if len(up) not in (1, 2) or any(len(size) != 2 for size in sizes):
+        return [], ""
+    (dim, hidden), rows = sizes[-1], sum(size[0] for size in sizes[:-1])
+    fits = rows == hidden * len(up) or (len(up) == 1 and rows == 2 * hidden)
+    return (up, down) if fits and all(size[1] == dim for size in sizes[:-1]) else ([], "")
 
 
 def width(shapes: Shapes) -> int:
     """Channels of a mixer, by the map that leads out of it or back."""
+    if down := feed_forward(shapes)[1]:
+        return shapes[f"{down}.weight"][0]
     for name in ("out_proj.weight", "proj_o.weight", "output_linear.weight", "output.weight", "projection.weight"):
         if name in shapes:
             return shapes[name][0]
@@ -137,6 +162,17 @@ def width(shapes: Shapes) -> int:
 
 def our_names(state: Mapping[str, Tensor], mixer: str) -> dict[str, Tensor]:
     """The published tensors of one mixer under our names; of tensors that share a name the last counts."""
+    if mixer in ("mlp", "glu"):
+        up, down = feed_forward({name: tuple(value.shape) for name, value in state.items()})
+        places = [*((name, "fc1") for name in up), (down, "fc2")]
+        joined: dict[str, Tensor] = {}
+        for kind in ("weight", "bias"):
+            for place, new in places:
+                if (name := f"{place}.{kind}") in state:
+                    before = [joined[f"{new}.{kind}"]] if f"{new}.{kind}" in joined else []
+                    joined[f"{new}.{kind}"] = torch.cat([*before, state[name]])
+        known = {f"{place}.{kind}" for place, _ in places for kind in ("weight", "bias")}
+        return joined | {name: value for name, value in state.items() if name not in known}
     renames = RENAMES["attention" if mixer == "sliding-attention" else mixer]
     ours = {}
     linear = 0
@@ -263,15 +299,24 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         return lambda *_: data(contract)
     if "backbone.ln_f.weight" in shapes:
         return Logits(load_model(contract.state(), shapes, settings))
-    if not shapes:
-        return taylor_features
+    contract.require(causal=True, rotary=False, bidirectional=False, num_blocks=1)
+    about = f"{contract.variant} {settings.get('op', '')}".lower()
+    if not shapes or "proj_q.weight" in shapes:
+        if "taylor" not in about:
+            raise UserError(f"{contract.path}: only the Taylor feature map is known, not that of {about!r}")
+        if not shapes:
+            return taylor_features
     shapes, state = (part(values, "m.", "mixer.", "") for values in (shapes, contract.state()))
-    if "time_mix_k" in shapes and "time_decay" not in shapes:
+    if feed_forward(shapes)[0] or ("time_mix_k" in shapes and "time_decay" not in shapes):
         choice, table = recognise_state_mixer(shapes), STATE_MIXERS
     else:
-        choice, table = recognise(shapes, settings), MIXERS
+        choice, table = recognise(shapes, {**settings, "op": about}), MIXERS
+    if choice["type"] == "hyena":
+        contract.require(num_heads=1)
     module = build(choice, table, "mixer", dim=width(shapes))
     load_mixer(module, state, choice["type"])
+    if isinstance(module, Based):
+        module.eps = settings.get("eps", module.eps)
     if isinstance(module, SelectiveLookup) and any(o["name"] == "out.aux" for o in contract.outputs):
         return TrainPass(module)
     return module
@@ -303,7 +348,7 @@ class TrainPass(nn.Module):
 def data(contract: Contract) -> dict[str, Tensor]:
     """The examples of a data contract, drawn as the published code draws them."""
     kind = re.match(r"data-((?:[a-z]+-)*[a-z]+)-v\d", contract.variant)
-    settings = {name: value for name, value in contract.settings.items() if name not in ("rng",)}
+    settings = {name: value for name, value in contract.settings.items() if not isinstance(value, str)}
     task = kind[1] if kind else "mqar"
     inputs, labels = make_examples(task, exact=True, **settings)
     return {"inputs": inputs.to(torch.float64), "labels": labels.to(torch.float64)}

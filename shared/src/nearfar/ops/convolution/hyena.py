@@ -1,6 +1,7 @@
 """Hyena: gates around a long convolution whose filter a sine network writes."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -11,16 +12,28 @@ from nearfar.ops.recurrence.streaming import State, StreamingMixer
 
 
 class HyenaFilter(LongConv):
-    """Long convolution with taps `h(n) = MLP(p(n)) exp(-t(n) |delta|)` and a skip: `y = h * x + bias x`.
+    """Long convolution with taps `h(n) = MLP(p(n)) (exp(-t(n) |delta|) + shift)` and a skip: `y = h * x + bias x`.
 
     MLP: features to `order`, sine, `inner` times order to order with sine, then to d without bias; the sine is
     sin(f a) with one frequency f per unit, shared by all layers. delta runs evenly over the channels from
-    log(0.01) / 1.5 to log(0.01) / 0.3, t from 0 to 1 over max_length. `positions` (p) is learned too; the published
-    recipe gives it its own learning rate, 1e-5.
+    log(target) / slow to log(target) / fast with `decay` = (slow, fast), t from 0 to 1 over max_length; `shift` is
+    added to the exponential. `positions` (p) is learned too; the published recipe gives it its own learning rate,
+    1e-5.
     """
 
-    def __init__(self, dim: int, max_length: int, features: int = 3, order: int = 64, inner: int = 2):
+    def __init__(
+        self,
+        dim: int,
+        max_length: int,
+        features: int = 3,
+        order: int = 64,
+        inner: int = 2,
+        decay: Sequence[float] = (1.5, 0.3),
+        target: float = 0.01,
+        shift: float = 0.0,
+    ):
         super().__init__(dim, max_length)
+        self.deltas, self.shift = [math.log(target) / part for part in decay], shift
         self.bias = nn.Parameter(torch.empty(dim))
         self.positions = nn.Parameter(torch.empty(max_length, features))
         self.frequency = nn.Parameter(torch.empty(order))
@@ -40,9 +53,8 @@ class HyenaFilter(LongConv):
         for layer in self.layers:
             h = torch.sin(self.frequency * layer(h))
         t = torch.linspace(0, 1, self.max_length, dtype=h.dtype, device=h.device)[:length, None]
-        slow, fast = (math.log(0.01) / pct for pct in (1.5, 0.3))
-        decay = torch.linspace(slow, fast, self.dim, dtype=h.dtype, device=h.device).abs()
-        return (self.last(h) * torch.exp(-t * decay)).t()
+        decay = torch.linspace(*self.deltas, self.dim, dtype=h.dtype, device=h.device).abs()
+        return (self.last(h) * (torch.exp(-t * decay) + self.shift)).t()
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return super().forward(x) + self.bias * x
@@ -68,15 +80,25 @@ class Hyena(StreamingMixer):
         features: position features of the filter network; odd.
         kernel_size: taps of the short convolution.
         inner: layers of the filter network between its first and its last.
+        decay, target, shift: how the filter fades, see `HyenaFilter`.
     """
 
     def __init__(
-        self, dim: int, max_length: int, order: int = 64, features: int = 3, kernel_size: int = 3, inner: int = 2
+        self,
+        dim: int,
+        max_length: int,
+        order: int = 64,
+        features: int = 3,
+        kernel_size: int = 3,
+        inner: int = 2,
+        decay: Sequence[float] = (1.5, 0.3),
+        target: float = 0.01,
+        shift: float = 0.0,
     ):
         super().__init__()
         self.in_proj = nn.Linear(dim, 3 * dim)
         self.short = ShortConv(3 * dim, kernel_size)
-        self.filter = HyenaFilter(dim, max_length, features, order, inner)
+        self.filter = HyenaFilter(dim, max_length, features, order, inner, decay, target, shift)
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:

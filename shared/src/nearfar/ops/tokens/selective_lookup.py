@@ -15,10 +15,10 @@ class SelectiveLookup(StreamingMixer):
     """`y = x + p o` at the selected positions and `y = x` at the others; o is causal attention, p = sigmoid(w . x).
 
     Zoology's sigmoid selection (Arora et al. 2024, arXiv 2312.04927, section 5). While training every position is
-    selected, and `train_pass` also gives the term `0.001 relu(mean(p) - k / N)`, k = sqrt(N), that teaches p to be
-    sparse. Selection picks queries; the keys stay dense.
+    selected, and `train_pass` also gives the term `0.001 relu(mean(p) - k / N)`, k = sqrt(N) by default, that teaches
+    p to be sparse. Selection picks queries; the keys stay dense.
 
-    In evaluation, `threshold=None` selects the ceil(sqrt(N)) largest p of each sequence, as the released code does.
+    In evaluation, `threshold=None` selects the ceil(k) largest p of each sequence, as the released code does.
     That looks at the whole sequence, so it scores a finished text but cannot stream: `extend` refuses it. A number
     selects p >= threshold, position by position: causal and streaming. (The released code writes its selection into
     its input; this one does not.)
@@ -30,13 +30,23 @@ class SelectiveLookup(StreamingMixer):
         num_heads: heads of the attention; must divide `dim`.
         threshold: None, or the p from which a position looks up.
         weight: of the auxiliary term.
+        k: lookups per sequence; None for sqrt(N).
     """
 
-    def __init__(self, dim: int, num_heads: int = 1, threshold: float | None = None, weight: float = 1e-3):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        threshold: float | None = None,
+        weight: float = 1e-3,
+        k: float | int | None = None,
+    ):
         super().__init__()
+        if k is not None and k <= 0:
+            raise ValueError(f"k={k} must be above 0, or None for the square root of the length")
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold} must lie in 0 .. 1, or be None to select the largest sqrt(N)")
-        self.threshold, self.weight = threshold, weight
+        self.threshold, self.weight, self.k = threshold, weight, k
         self.attention = CausalAttention(dim, num_heads)
         self.selection = nn.Linear(dim, 1, bias=False)
 
@@ -46,13 +56,14 @@ class SelectiveLookup(StreamingMixer):
         if self.threshold is not None:
             return self.extend(x)[0]
         p = torch.sigmoid(self.selection(x))
-        chosen = p.squeeze(-1).topk(math.ceil(math.sqrt(x.shape[1])), dim=1).indices.sort(1).values
+        count = min(math.ceil(self.k or math.sqrt(x.shape[1])), x.shape[1])
+        chosen = p.squeeze(-1).topk(count, dim=1).indices.sort(1).values
         return x.scatter_add(1, chosen[..., None].expand(-1, -1, x.shape[2]), self.lookup(x, p, chosen))
 
     def train_pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y with every position selected, and the auxiliary term, a tensor of one number."""
         p = torch.sigmoid(self.selection(x))
-        excess = torch.relu(p.mean() - math.sqrt(x.shape[1]) / x.shape[1])
+        excess = torch.relu(p.mean() - (self.k or math.sqrt(x.shape[1])) / x.shape[1])
         return x + p * self.attention(x), (self.weight * excess)[None]
 
     def lookup(self, x: Tensor, p: Tensor, chosen: Tensor) -> Tensor:
