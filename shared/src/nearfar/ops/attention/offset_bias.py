@@ -71,7 +71,7 @@ class OffsetBiasAttention(nn.Module):
 
     def weigh(self, query: Tensor, key: Tensor, height: int, width: int) -> Float[Tensor, "b heads n n"]:
         bias = self.bias(height, width).to(query.dtype)
-        return (query * self.key_dim**-0.5 @ key.mT + bias).softmax(-1)
+        return torch.add(bias, query @ key.mT, alpha=self.key_dim**-0.5).softmax(-1)
 
     def attention_map(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads n n"]:
         """The attention weights, rows summing to one: for every query position its weight on every position."""

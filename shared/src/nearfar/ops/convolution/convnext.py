@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import DepthwiseConv, DropPath, FusedLinear
+from nearfar.ops.convolution.layers import GELU, DepthwiseConv, DropPath, FusedLinear
 
 
 class ConvNeXtBlock(nn.Module):
@@ -46,7 +46,7 @@ class ConvNeXtBlock(nn.Module):
         self.dwconv = DepthwiseConv(dim, kernel_size, dims=dims, causal=causal)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
+        self.act = GELU()
         self.pwconv2 = nn.Linear(hidden, dim)
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
         self.drop_path = DropPath(drop_path)
@@ -54,9 +54,10 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         y = self.norm(self.dwconv(x).movedim(1, -1))
         y = self.pwconv2(self.act(self.pwconv1(y)))
-        if self.gamma is not None:
-            y = y * self.gamma
-        return x + self.drop_path(y.movedim(-1, 1))
+        y = self.drop_path(y.movedim(-1, 1))
+        if self.gamma is None:
+            return x + y
+        return torch.addcmul(x, y, self.gamma.reshape(-1, *(1,) * (x.ndim - 2)))
 
     @torch.no_grad()
     def fuse(self) -> None:

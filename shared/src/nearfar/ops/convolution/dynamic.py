@@ -1,5 +1,6 @@
 """Depthwise convolution whose kernel was computed from the input: one per sample, or one per position."""
 
+import itertools
 import math
 
 import torch
@@ -73,13 +74,11 @@ def position_depthwise(
     if causal and dims != 1:
         raise ValueError(f"causal=True needs one axis, the map has {dims}")
     before, after = (length - 1, 0) if causal else (length // 2, length // 2)
-    windows = F.pad(x, [before, after] * dims).unflatten(1, (channels // kernels, kernels))
-    for axis in range(dims):
-        windows = windows.unfold(3 + axis, length, 1)
-    views = [windows]  # one per tap, row-major: (b, c / n, n, *s)
-    for _ in size:
-        views = [view for each in views for view in each.unbind(3 + dims)]
+    # channels last, as those run together in memory whatever the size of the map
+    padded = F.pad(x.movedim(1, -1), [0, 0] + [before, after] * dims).unflatten(-1, (-1, kernels))
+    weights = kernel.movedim((2, 1), (0, -1)).contiguous().unsqueeze(-2)  # (t, b, *s, 1, n)
     out = torch.zeros((), dtype=x.dtype, device=x.device)
-    for view, weight in zip(views, kernel[:, None].unbind(3), strict=True):
+    for offset, weight in zip(itertools.product(range(length), repeat=dims), weights.unbind(), strict=True):
+        view = padded[(slice(None), *(slice(o, o + n) for o, n in zip(offset, size, strict=True)))]
         out = torch.addcmul(out, view, weight)
-    return out.reshape(x.shape)
+    return out.flatten(-2).movedim(-1, 1)

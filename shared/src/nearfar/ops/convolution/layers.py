@@ -57,6 +57,15 @@ class LayerScale(nn.Module):
         return torch.addcmul(self.bias.reshape(self.weight.shape), x, self.weight)
 
 
+class GELU(nn.GELU):
+    """Exact GELU that may write over its input where no gradient is needed: for what a layer has just computed."""
+
+    def forward(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        return torch.ops.aten.gelu_(x)
+
+
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): in training, each sample's branch is zeroed with probability `p`.
 
@@ -211,6 +220,19 @@ def runs_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def fused_linear(
+    layer: "FusedConv2d | FusedLinear", x: Float[Tensor, "*b c"], add: Float[Tensor, "*b d"] | None
+) -> Float[Tensor, "*b d"]:
+    """activation(W x + b) + add over the last axis in oneDNN's kernel, with the layer's own packed weights."""
+    pack = torch.ops.mkldnn._reorder_linear_weight
+    weight = layer.packed.get(layer.weight, (), lambda: pack(layer.weight.detach().flatten(1)))
+    run = torch.ops.mkldnn._linear_pointwise
+    if add is not None and layer.activation == "none":
+        return run.binary(x, add, weight, layer.bias, "add")
+    y = run.default(x, weight, layer.bias, layer.activation, [], "none")
+    return y if add is None else y + add
+
+
 class FusedConv2d(nn.Module):
     """activation(convolution(x)) + add of (B, C, H, W), for inference, with the weights of `conv`; `add` is optional.
 
@@ -228,18 +250,18 @@ class FusedConv2d(nn.Module):
         self.groups = len(self.weight) if isinstance(conv, DepthwiseConv) else conv.groups
         self.activation = activation
         self.order = (self.padding, self.stride, self.dilation, self.groups)
+        self.pointwise = (*size, *self.stride, *self.padding, self.groups) == (1, 1, 1, 1, 0, 0, 1)
         self.packed = Derived()
 
     def forward(
         self, x: Float[Tensor, "b c h w"], add: Float[Tensor, "b d p q"] | None = None
     ) -> Float[Tensor, "b d p q"]:
-        if not runs_onednn(x, self.weight) or x.shape[2:] == (
-            1,
-            1,
-        ):  # one position is no work, and plain code starts faster
+        if not runs_onednn(x, self.weight) or x.shape[2:] == (1, 1):  # one position: plain code starts faster
             y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
             y = FUSED_ACTIVATIONS[self.activation](y)
             return y if add is None else y + add
+        if self.pointwise:
+            return fused_linear(self, x.movedim(1, -1), None if add is None else add.movedim(1, -1)).movedim(-1, 1)
         weight = self.packed.get(self.weight, tuple(x.shape), lambda: self.pack(x))
         x = x.contiguous(memory_format=torch.channels_last)
         run = torch.ops.mkldnn._convolution_pointwise
@@ -255,7 +277,7 @@ class FusedConv2d(nn.Module):
 
 
 class FusedLinear(nn.Module):
-    """activation(W x + b) over the last axis, for inference, with the weights of `linear`; see `FusedConv2d`."""
+    """activation(W x + b) + add over the last axis, for inference, with the weights of `linear`; see `FusedConv2d`."""
 
     def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
         super().__init__()
@@ -264,8 +286,8 @@ class FusedLinear(nn.Module):
         self.activation = activation
         self.packed = Derived()
 
-    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b d"]:
-        if not runs_onednn(x, self.weight):
-            return FUSED_ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
-        weight = self.packed.get(self.weight, (), lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight.detach()))
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, self.bias, self.activation, [], "none")
+    def forward(self, x: Float[Tensor, "*b c"], add: Float[Tensor, "*b d"] | None = None) -> Float[Tensor, "*b d"]:
+        if runs_onednn(x, self.weight):
+            return fused_linear(self, x, add)
+        y = FUSED_ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
+        return y if add is None else y + add
