@@ -1,5 +1,6 @@
 """Reading checkpoints: safety, unwrapping, the account of keys."""
 
+import argparse
 import pickle
 
 import h5py
@@ -50,6 +51,14 @@ class Malicious:
         import os
 
         return os.system, ("touch /tmp/nearfar-pickle-ran",)
+
+
+def test_arguments_of_the_training_script_beside_the_weights(tmp_path):
+    weights = {"fc.weight": torch.ones(2)}
+    torch.save(
+        {"epoch": 3, "state_dict": weights, "args": argparse.Namespace(lr=0.1, data="x")}, tmp_path / "c.pth.tar"
+    )
+    assert read_state_dict(tmp_path / "c.pth.tar").keys() == weights.keys()
 
 
 def test_pickled_code_is_not_run(tmp_path):

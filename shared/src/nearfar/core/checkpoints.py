@@ -1,6 +1,7 @@
 """Reading published checkpoints safely, with an account of every key."""
 
 import re
+from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def read_state_dict(path: str | Path, *, wrappers: Iterable[str] = WRAPPERS) -> 
         elif suffix in (".h5", ".hdf5"):
             content = read_hdf5(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([Namespace]):  # training scripts keep their arguments, plain values
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged, or no checkpoint ({_first_line(error)})") from error
     except Exception as error:  # torch raises pickle.UnpicklingError for anything beyond tensors and plain values
