@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -13,8 +15,9 @@ from nearfar.apps.image_classification.tour import SMALL, chapter, digits
 from nearfar.core.cli import BatchError
 from nearfar.core.errors import UserError
 from nearfar.core.report import Report
-from nearfar.vision.classification import Classifier, Recipe, evaluate_scores, train_classifier
+from nearfar.vision.classification import Classifier, evaluate_scores
 from nearfar.vision.pictures import open_pictures, split_pictures
+from nearfar.vision.training import Recipe, train_classifier
 
 
 def call(*words: object) -> str:
@@ -81,8 +84,24 @@ def test_train_evaluate_predict(data: Path, tmp_path: Path) -> None:
     for name in ("x", "y", "z"):
         (tmp_path / "other" / name).mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / "other" / name / "p.png")
-    with pytest.raises(UserError, match=r"has 3 classes .* knows 2"):
+    with pytest.raises(UserError, match=r"has 3 classes, of which .* does not know x, y, z; it knows 2"):
         call("evaluate", run, tmp_path / "other")
+
+
+def test_a_published_checkpoint_on_some_of_its_classes(tmp_path: Path) -> None:
+    file = tmp_path / "convnext.pth"
+    torch.save(timm.create_model("nearfar_convnext_tiny").state_dict(), file)
+    for name in ("n01440764", "n02102040"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 30), "green").save(tmp_path / "val" / name / "p.png")
+    weights = ["--model", "nearfar_convnext_tiny.fb_in22k_ft_in1k_384"]
+    (scores,) = json.loads(call("evaluate", file, tmp_path, "--split", "val", *weights, "--json"))
+    assert (scores["pixels"], scores["crop"], scores["pictures"]) == (384, 1.0, 2)
+    assert scores["accuracy"] <= 0.5  # both pictures are the same
+    row = json.loads(call("predict", file, tmp_path / "val", "-o", tmp_path / "p.csv", "--top", 2, "--json"))[1]
+    assert row["rank"] == 2
+    assert row["class"][0] == "n"
+    assert row["description"]
 
 
 def test_models_are_listed() -> None:
@@ -113,6 +132,8 @@ def test_bad_input(data: Path, tmp_path: Path) -> None:
         call("train", data, "-o", tmp_path / "run", "--model", "resnet_of_dreams")
     with pytest.raises(UserError, match="unknown setting speed"):
         call("train", data, "-o", tmp_path / "run", "--set", "speed=9")
+    with pytest.raises(UserError, match="--device tpu: not here; this machine has cpu"):
+        call("train", data, "-o", tmp_path / "run", "--device", "tpu")
     with pytest.raises(UserError, match="holds no trained classifier"):
         call("predict", tmp_path, data)
     # an empty class folder is no reason to take the splits for classes

@@ -6,25 +6,26 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
-from nearfar.core.errors import UserError
+from nearfar.core.errors import CheckpointError, UserError
 from nearfar.core.training import read_recipe
-from nearfar.vision.classification import (
-    LINEAR,
+from nearfar.vision.classification import LINEAR, SMALL, Classifier, identify
+from nearfar.vision.convnext import ConvNeXt
+from nearfar.vision.pictures import Pictures
+from nearfar.vision.training import (
     RECIPES,
-    SMALL,
-    Classifier,
     ClassifierModule,
     Recipe,
-    create_model,
     find_recipe,
     loaders,
+    new_model,
+    start_from,
     train_classifier,
     training_transform,
 )
-from nearfar.vision.pictures import Pictures
 
 PUBLISHED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -70,7 +71,7 @@ def test_random_augmentation_takes_every_operation() -> None:
 
 def test_learning_rate_follows_the_number_of_pictures_a_step() -> None:
     recipe = Recipe(size=32, batch_size=4, accumulate=2, lr=0.8, lr_batch=64, epochs=2, warmup_epochs=0)
-    module = ClassifierModule(create_model("test_resnet", 2, recipe), recipe, 2, 3, 4)
+    module = ClassifierModule(new_model("test_resnet", 2, recipe), recipe, 2, 3, 4)
     module._trainer = type("Trainer", (), {"world_size": 2})()
     found = module.configure_optimizers()
     assert found["optimizer"].param_groups[0]["initial_lr"] == pytest.approx(0.2)
@@ -101,7 +102,7 @@ def test_repeated_augmentation_shows_every_view_of_a_share(monkeypatch: pytest.M
 
 SCRIPT = """
 import sys, torch
-from nearfar.vision.classification import Recipe, train_classifier
+from nearfar.vision.training import Recipe, train_classifier
 from tests.vision.test_classification import shades
 torch.set_num_threads(1)
 learn, held = shades(16), shades(5, 100)
@@ -130,7 +131,58 @@ def test_two_processes_count_every_picture_once(tmp_path: Path) -> None:
     assert [float(value) for value in found] == [pytest.approx(0.8)] * 2
 
 
+@pytest.fixture
+def hornet(tmp_path: Path) -> Path:
+    """A file as the published ones are: one that names and shapes tell."""
+    torch.manual_seed(0)
+    torch.save({"model": timm.create_model("hornet_tiny_7x7").state_dict()}, tmp_path / "hornet.pth")
+    return tmp_path / "hornet.pth"
+
+
+def test_a_published_checkpoint_is_a_classifier_of_imagenet(hornet: Path) -> None:
+    classifier = Classifier.from_published(hornet)
+    assert (classifier.name, classifier.size, classifier.crop_pct) == ("hornet_tiny_7x7.in1k", 224, 0.875)
+    assert classifier.classes[:2] == ["n01440764", "n01443537"]
+    assert classifier.descriptions["n01440764"] == "tench, Tinca tinca"
+    assert Classifier.from_published(hornet, "hornet_tiny_7x7.in1k").name == classifier.name
+    with pytest.raises(UserError, match=r"hornet\.pth: is a checkpoint of HorNet, not of overlock_t"):
+        Classifier.from_published(hornet, "overlock_t")
+    with pytest.raises(
+        UserError, match=r"has 1000 classes; published weights of hornet_tiny_7x7: in1k \(1000 classes\)"
+    ):
+        Classifier.from_published(hornet, "hornet_tiny_7x7.in22k")
+    tagged = {"stem_dim": None, "depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)}
+    with torch.device("meta"):
+        state = ConvNeXt(**tagged, num_classes=21841).state_dict()
+    assert identify(state) == (ConvNeXt, "nearfar_convnext_tiny")
+
+
+def test_checkpoints_that_do_not_fit_are_said_in_a_line(hornet: Path, tmp_path: Path) -> None:
+    recipe = Recipe(size=32)
+    with pytest.raises(UserError, match=r"hornet\.pth: is a checkpoint of HorNet, not of AttNet$"):
+        start_from(new_model("small-attnet_xxs", 2, recipe), hornet)
+    torch.save(new_model("test_resnet", 5, recipe).state_dict(), tmp_path / "resnet.pth")
+    with pytest.raises(UserError, match=r"resnet\.pth: is no checkpoint of a nearfar model"):
+        start_from(new_model("small-attnet_xxs", 2, recipe), tmp_path / "resnet.pth")
+    # of a timm model only the classifier may differ
+    start_from(new_model("test_resnet", 2, recipe), tmp_path / "resnet.pth")
+    state = timm.create_model("test_resnet", num_classes=5, in_chans=1).state_dict()
+    torch.save(state, tmp_path / "grey.pth")
+    with pytest.raises(CheckpointError, match=r"conv1\.0\.weight has shape"):
+        start_from(new_model("test_resnet", 2, recipe), tmp_path / "grey.pth")
+
+
+def test_models_with_a_size_of_their_own_and_without_paths_to_drop() -> None:
+    assert new_model("vit_tiny_patch16_224", 2, Recipe(size=48))(torch.zeros(1, 3, 48, 48)).shape == (1, 2)
+    with pytest.raises(UserError, match="lsnet_t: drops no paths"):
+        new_model("lsnet_t", 2, Recipe(size=64, drop_path=0.1))
+    with pytest.raises(UserError, match="cannot be made with"):
+        new_model("vit_tiny_patch16_224", 2, Recipe(size=50))
+
+
 def test_bad_settings() -> None:
+    with pytest.raises(ValueError, match="epochs must be a number, got 'ten'"):
+        Recipe(epochs="ten")
     with pytest.raises(ValueError, match="clip_mode is 'value'"):
         Recipe(clip_mode="value")
     with pytest.raises(ValueError, match="accumulate must be at least 1"):

@@ -3,5 +3,9 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
+TOOLS = {"classification", "cost", "inspect", "pictures", "training"}
+"""Modules without models, which are slow to import."""
+
 for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+    if _module.name not in TOOLS:
+        import_module(f"{__name__}.{_module.name}")

@@ -1,45 +1,24 @@
-"""Training and evaluating picture classifiers with the published recipe's parts, which are timm's.
-
-RandomResizedCrop, flip, RandAugment, colour jitter and random erasing; Mixup and CutMix; label smoothing; AdamW with
-layer decay, warm-up and cosine; stochastic depth; an exponential moving average of the weights.
-"""
+"""Picture classifiers in use: models by name, evaluation as published, scores; `nearfar.vision.training` makes them."""
 
 import inspect
 import json
-import logging
-import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import timm
 import torch
-from PIL import Image, ImageOps
-from timm.data import Mixup, create_transform
-from timm.data.distributed_sampler import RepeatAugSampler
-from timm.loss import SoftTargetCrossEntropy
-from timm.models import model_parameters
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
-from timm.utils.agc import adaptive_clip_grad
+from timm.data import ImageNetInfo, create_transform
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_json
-from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.vision.backbone import MODELS, VARIANTS, Backbone
 from nearfar.vision.pictures import Pictures
-
-RECIPES = Path(__file__).parent / "recipes"
-"""YAML files that state the published recipes."""
 
 LINEAR = "linear"
 """Name of `PixelLinear`, which comparisons take as their floor."""
@@ -67,109 +46,6 @@ SMALL: dict[str, dict[str, Any]] = {
 """Reduced variants of the six systems, for pictures of 64 pixels and minutes on a CPU: timm name and settings."""
 
 
-def find_recipe(name: str | Path | None) -> Path | None:
-    """A recipe's file: `name` itself, or the published recipe of that name."""
-    if name is None or Path(name).is_file():
-        return None if name is None else Path(name)
-    if not (path := RECIPES / f"{name}.yaml").is_file():
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-        raise UserError(f"{name}: no such recipe file, nor a published recipe; those are {known}")
-    return path
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. The defaults suit fine-tuning or short runs on small data; `RECIPES` has the published ones."""
-
-    size: int = 224
-    """Side of the training crop, and of the picture in evaluation."""
-    epochs: int = 30
-    batch_size: int = 64
-    accumulate: int = 1
-    """Batches per step of the optimiser."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    lr_batch: int = 0
-    """Pictures per step that `lr` is meant for; with another number it is scaled in proportion. 0: never scaled."""
-    min_lr: float = 1e-6
-    """Learning rate at the end."""
-    weight_decay: float = 0.05
-    warmup_epochs: float = 3
-    cooldown_epochs: int = 0
-    """Epochs at `min_lr` after `epochs`."""
-    layer_decay: float | None = None
-    drop_path: float | None = None
-    layer_scale: float | None = 1.0
-    """Initial scale of the residual branches: the published 1e-6 needs hundreds of epochs. None leaves the model's."""
-    head_scale: float = 1.0
-    """Factor on a fresh classifier's weights."""
-    smoothing: float = 0.1
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    randaugment: str = ""
-    """timm's notation, for example rand-m9-mstd0.5-inc1."""
-    color_jitter: float = 0.0
-    erasing: float = 0.0
-    crop_scale: float = 0.35
-    """Smallest share of the picture's area that a training crop has (0.08 as published)."""
-    repeats: int = 0
-    """Views of a picture per epoch (repeated augmentation): 3 as published, 0 for off."""
-    ema: float = 0.0
-    """Decay of the averaged weights, which are then the ones that are kept; 0 for none."""
-    clip: float | None = None
-    """Largest gradient norm, or factor of the adaptive clipping."""
-    clip_mode: str = "norm"
-    """norm, or agc: adaptive clipping of every unit's gradient by the norm of its weights, the classifier left out."""
-    auxiliary: float = 0.4
-    """Weight of the second head's loss, in models that have one in training."""
-    interpolation: str = "bicubic"
-    """Of training crops; random draws bilinear or bicubic."""
-    crop_pct: float = 1.0
-    """Share of the shorter side that the evaluation crop covers; 0.875 for most published weights."""
-    crop_mode: str = "center"
-    """center, or squash: the whole picture is warped to the square."""
-    validation: float = 0.1
-    """Share of the training pictures that chooses the epoch, where the data have no split of their own for it."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("size", "epochs", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
-        if self.clip_mode not in ("norm", "agc"):
-            raise ValueError(f"clip_mode is {self.clip_mode!r}; allowed are norm and agc")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise ValueError(f"batch_size must be even with mixup or cutmix, got {self.batch_size}")
-
-
-def training_transform(recipe: Recipe) -> Callable:
-    """Random crop, flip, RandAugment or colour jitter, tensor, normalisation, random erasing."""
-    transform = create_transform(
-        recipe.size,
-        is_training=True,
-        scale=(recipe.crop_scale, 1.0),
-        auto_augment=recipe.randaugment or None,
-        color_jitter=recipe.color_jitter or None,
-        re_prob=recipe.erasing,
-        re_mode="pixel",
-        interpolation=recipe.interpolation,
-    )
-    for step in transform.transforms:
-        for operation in getattr(step, "ops", ()):
-            if operation.name.startswith("Posterize"):
-                operation.aug_fn = _posterize
-    return transform
-
-
-def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """RandAugment asks for 0 bits at times, which new versions of Pillow refuse: black, as before."""
-    return ImageOps.posterize(picture, bits) if bits else Image.new(picture.mode, picture.size)
-
-
 def evaluation_transform(size: int, crop_pct: float = 0.875, crop_mode: str = "center") -> Callable:
     """Shorter side to floor(size / crop_pct), bicubic, centre crop (or the whole picture squashed), normalisation."""
     return create_transform(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="bicubic")
@@ -186,123 +62,62 @@ class PixelLinear(nn.Module):
         return self.layers(x)
 
 
-def create_model(name: str, num_classes: int, recipe: Recipe, **settings: Any) -> nn.Module:
-    """A model for a recipe: of timm's registry (ours or any other), of `SMALL`, or "linear", the pixels' floor.
+def create_model(
+    name: str,
+    num_classes: int,
+    size: int,
+    *,
+    drop_path: float | None = None,
+    layer_scale: float | None = None,
+    aux_head: bool = False,
+) -> nn.Module:
+    """A classifier of pictures of `size` pixels by name: of timm's registry (ours or any other), `SMALL` or `LINEAR`.
 
-    Raises UserError for an unknown name.
+    `layer_scale` (None: the model's own) and `aux_head` count for those of our models that have them. Raises UserError
+    for an unknown name, a size that the model does not take, and `drop_path` where the model has none.
     """
     if name == LINEAR:
         return PixelLinear(num_classes)
-    settings = {**SMALL.get(name, {}), **settings}
     timm_name = name.removeprefix("small-") if name in SMALL else name
+    base = timm_name.partition(".")[0]
     if not timm.is_model(timm_name):
         raise UserError(f"{name}: no such model; `nearfar image-classification models` lists ours, timm's serve too")
-    wanted = {"drop_path_rate": recipe.drop_path, **settings}
-    if timm_name in VARIANTS:
-        takes = inspect.signature(MODELS[timm_name]).parameters
-        has_scale = name in SMALL or VARIANTS[timm_name].settings.get("layer_scale", 1) is not None
-        if "layer_scale" in takes and has_scale:
-            wanted["layer_scale"] = recipe.layer_scale
-        if "aux_head" in takes and recipe.auxiliary:
-            wanted["aux_head"] = True
-        if recipe.size < MODELS[timm_name].min_size:
-            least = MODELS[timm_name].min_size
-            raise UserError(
-                f"{name}: takes pictures of at least {least} pixels, its largest stride; size is {recipe.size}"
-            )
+    wanted: dict[str, Any] = {"drop_path_rate": drop_path}
+    if base in VARIANTS:
+        takes = inspect.signature(MODELS[base]).parameters
+        has_scale = name in SMALL or VARIANTS[base].settings.get("layer_scale", 1) is not None
+        wanted["layer_scale"] = layer_scale if "layer_scale" in takes and has_scale else None
+        wanted["aux_head"] = aux_head or None if "aux_head" in takes else None
+        if drop_path and "drop_path_rate" not in takes:
+            raise UserError(f"{name}: drops no paths, as published; train it with drop_path=null")
+        if size < (least := MODELS[base].min_size):
+            raise UserError(f"{name}: takes pictures of at least {least} pixels, its largest stride; size is {size}")
+    elif timm.get_pretrained_cfg(timm_name).fixed_input_size:
+        wanted["img_size"] = size
     wanted = {key: value for key, value in wanted.items() if value is not None}
-    return timm.create_model(timm_name, num_classes=num_classes, **wanted)
+    try:
+        return timm.create_model(timm_name, num_classes=num_classes, **SMALL.get(name, {}), **wanted)
+    except (TypeError, AssertionError) as error:  # what models of timm say to settings that they do not take
+        raise UserError(f"{name}: cannot be made with {wanted} ({error})") from error
 
 
-class ClassifierModule(pl.LightningModule):
-    """Lightning's view of a classifier in training: loss, optimiser, averaged weights, validation accuracy.
+def identify(state: Mapping[str, Tensor]) -> tuple[type[Backbone], str | None]:
+    """Class and, if it is a published one, variant of the nearfar model that a checkpoint holds, in any known layout.
 
-    `validation_pictures`: their number; what a distributed sampler repeats beyond it does not count.
+    Raises UserError where it is of none.
     """
-
-    def __init__(
-        self, model: nn.Module, recipe: Recipe, num_classes: int, batches_per_epoch: int, validation_pictures: int
-    ) -> None:
-        super().__init__()
-        self.model, self.recipe, self.num_classes = model, recipe, num_classes
-        self.steps = math.ceil(batches_per_epoch / recipe.accumulate)
-        self.validation_pictures = validation_pictures
-        self.average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
-        mixing = recipe.mixup or recipe.cutmix
-        self.mix = (
-            Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes)
-            if mixing
-            else None
-        )
-        self.soft_loss = SoftTargetCrossEntropy()
-        self.counts: list[Tensor] = []
-
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        if target.ndim == 2:
-            return self.soft_loss(logits, target)
-        return nn.functional.cross_entropy(logits, target, label_smoothing=self.recipe.smoothing)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
-        x, target = batch
-        if self.mix is not None and len(x) % 2 == 0:
-            x, target = self.mix(x, target)
-        out = self.model(x)
-        # (logits, a second head's logits): LSNet's distillation head and OverLoCK's overview
-        loss = (
-            self.loss(out[0], target) + self.recipe.auxiliary * self.loss(out[1], target)
-            if isinstance(out, tuple)
-            else self.loss(out, target)
-        )
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
-        return loss
-
-    def on_train_batch_end(self, _out: Any, _batch: Any, index: int) -> None:
-        if self.average is not None and (index + 1) % self.recipe.accumulate == 0:
-            self.average.update(self.model, step=self.global_step)
-
-    @property
-    def kept(self) -> nn.Module:
-        """The weights that count: the averaged ones where there are any."""
-        return self.model if self.average is None else self.average.module
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        x, target = batch
-        first = index * self.trainer.val_dataloaders.batch_size
-        place = (first + torch.arange(len(x), device=x.device)) * self.trainer.world_size + self.global_rank
-        real = place < self.validation_pictures  # later places repeat pictures so that every process has as many
-        right = (self.kept(x).argmax(1) == target) & real
-        self.counts.append(torch.stack((right.sum(), real.sum())))
-
-    def on_validation_epoch_end(self) -> None:
-        right, number = self.trainer.strategy.reduce(torch.stack(self.counts).sum(0), reduce_op="sum").tolist()
-        self.counts.clear()
-        self.log("accuracy", right / number)
-
-    def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        if self.recipe.clip and self.recipe.clip_mode == "agc":
-            adaptive_clip_grad(model_parameters(self.model, exclude_head=True), clip_factor=self.recipe.clip)
-        elif self.recipe.clip:
-            self.clip_gradients(optimizer, self.recipe.clip, "norm")
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        recipe = self.recipe
-        settings: dict[str, Any] = {"layer_decay": recipe.layer_decay} if recipe.layer_decay else {}
-        lr = recipe.lr
-        if recipe.lr_batch:
-            lr *= recipe.batch_size * recipe.accumulate * self.trainer.world_size / recipe.lr_batch
-        optimizer = create_optimizer_v2(self.model, opt="adamw", lr=lr, weight_decay=recipe.weight_decay, **settings)
-        for group in optimizer.param_groups:  # the schedule scales the group's own rate
-            group["lr"] *= group.get("lr_scale", 1.0)
-        warmup, total = (round(epochs * self.steps) for epochs in (recipe.warmup_epochs, recipe.epochs))
-        schedule = warmup_cosine(optimizer, warmup, total, floor=min(1.0, recipe.min_lr / lr))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    for kind in dict.fromkeys(MODELS.values()):
+        try:
+            return kind, kind.variant(kind.published_settings(kind.published_state(state)))
+        except (KeyError, IndexError, ValueError):
+            continue
+    known = ", ".join(kind.__name__ for kind in dict.fromkeys(MODELS.values()))
+    raise UserError(f"is no checkpoint of a nearfar model ({known})")
 
 
 @dataclass
 class Classifier:
-    """A trained model with what it takes to use it: class names, input size, crop."""
+    """A trained model with what it takes to use it: class names (and what they mean), input size, crop."""
 
     model: nn.Module
     name: str
@@ -310,6 +125,7 @@ class Classifier:
     size: int
     crop_pct: float
     crop_mode: str = "center"
+    descriptions: dict[str, str] = field(default_factory=dict)
 
     @torch.inference_mode()
     def scores(self, pictures: Pictures, batch_size: int = 64, device: str = "cpu", num_workers: int = 0) -> Tensor:
@@ -335,108 +151,54 @@ class Classifier:
             raise UserError(
                 f"{folder}: holds no trained classifier ({error}); name a folder that train wrote"
             ) from error
-        weights, name = Path(folder) / "model.safetensors", record["name"].removeprefix("small-")
+        weights, name = Path(folder) / "model.safetensors", record["name"].removeprefix("small-").partition(".")[0]
         if name in MODELS:  # names and shapes tell the variant, reduced ones too
             return cls(MODELS[name].from_published(weights), **record)
-        model = create_model(name, len(record["classes"]), Recipe())
+        model = create_model(record["name"], len(record["classes"]), record["size"])
         load_state_dict(model, read_state_dict(weights))
         return cls(model.eval(), **record)
 
+    @classmethod
+    def from_published(cls, path: str | Path, name: str | None = None) -> "Classifier":
+        """A published ImageNet checkpoint of a nearfar model, with its published input size and crop.
 
-def train_classifier(
-    name: str,
-    pictures: Pictures,
-    validation: Pictures,
-    recipe: Recipe,
-    folder: str | Path | None = None,
-    *,
-    weights: str | Path | None = None,
-    model: nn.Module | None = None,
-    num_workers: int = 0,
-    show_progress: bool = False,
-    **trainer_options: Any,
-) -> tuple[Classifier, list[dict[str, float]]]:
-    """Train a classifier; returns it with its best weights and one row of metrics per epoch.
-
-    `validation` chooses the epoch and must share no picture with `pictures`. `weights`: a checkpoint to start from, in
-    a published layout for our models. `folder`: see `nearfar.core.training.train`; the classifier is saved there.
-    """
-    if leaked := set(pictures.names) & set(validation.names):
-        raise UserError(f"{sorted(leaked)[0]}: lies in the training and in the validation pictures")
-    if pictures.classes != validation.classes:
-        raise UserError(f"classes differ: training has {len(pictures.classes)}, validation {len(validation.classes)}")
-    classes = len(pictures.classes)
-    torch.manual_seed(recipe.seed)
-    model = model or create_model(name, classes, recipe)
-    if recipe.head_scale != 1:
-        for parameter in model.get_classifier().parameters():
-            parameter.data.mul_(recipe.head_scale)
-    if weights is not None:
-        start_from(model, weights)
-    loader, held = loaders(pictures, validation, recipe, num_workers)
-    module = ClassifierModule(model, recipe, classes, len(loader), len(validation))
-    if processes := int(os.environ.get("WORLD_SIZE", 1)) - 1:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        trainer_options = {"strategy": "ddp", "devices": local, "num_nodes": (processes + 1) // local} | trainer_options
-    history = train(
-        module,
-        loader,
-        held,
-        max_epochs=recipe.epochs + recipe.cooldown_epochs,
-        monitor="accuracy",
-        seed=recipe.seed,
-        folder=folder,
-        settings={"model": name, "classes": pictures.classes, **asdict(recipe)},
-        show_progress=show_progress,
-        accumulate_grad_batches=recipe.accumulate,
-        use_distributed_sampler=False,
-        **trainer_options,
-    )
-    classifier = Classifier(
-        module.kept.eval().cpu(), name, pictures.classes, recipe.size, recipe.crop_pct, recipe.crop_mode
-    )
-    if folder is not None:
-        classifier.save(folder)
-    return classifier, history
-
-
-def loaders(
-    pictures: Pictures, validation: Pictures, recipe: Recipe, num_workers: int = 0
-) -> tuple[DataLoader, DataLoader]:
-    """This process's share of the training pictures, augmented, and of the validation pictures."""
-    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
-    data = pictures.subset(range(len(pictures)), training_transform(recipe))
-    held = validation.subset(
-        range(len(validation)), evaluation_transform(recipe.size, recipe.crop_pct, recipe.crop_mode)
-    )
-    batch = min(recipe.batch_size, len(data))
-    options: dict[str, Any] = {"drop_last": len(data) > batch * world, "num_workers": num_workers}
-    if recipe.repeats:
-        sampler = RepeatAugSampler(data, world, rank, num_repeats=recipe.repeats, selected_round=0)
-        loader = DataLoader(data, batch, sampler=sampler, **options)
-    else:
-        loader = data_loader(data, batch, shuffle=True, seed=recipe.seed, **options)
-    shares = DistributedSampler(held, world, rank, shuffle=False)
-    return loader, DataLoader(held, batch, sampler=shares, num_workers=num_workers)
-
-
-def start_from(model: nn.Module, weights: str | Path) -> None:
-    """Load a checkpoint into `model`; a classifier for other classes starts afresh."""
-    state: Mapping[str, Tensor] = read_state_dict(weights)
-    if isinstance(model, Backbone):
-        load_state_dict(model, model.fit_state(model.published_state(state)), ignore=model.IGNORE)
-        return
-    own = model.state_dict()
-    head = {name for name, value in state.items() if name in own and own[name].shape != value.shape}
-    load_state_dict(model, {name: own[name] if name in head else value for name, value in state.items()})
+        `name`: variant, with or without the tag of its weights (`nearfar_convnext_tiny.fb_in22k_ft_in1k_384`). Without
+        a name the variant is read from the checkpoint; without a tag the first weights of as many classes count.
+        """
+        state = read_state_dict(path)
+        try:
+            kind, found = identify(state)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        base, _, tag = (name or found or "").partition(".")
+        if MODELS.get(base) is not kind:
+            raise UserError(
+                f"{path}: is a checkpoint of {kind.__name__}, {f'not of {base}' if base else 'of no published size'}"
+            )
+        model = kind.from_published(state)
+        published = [weights for weights in VARIANTS[base].weights if weights.tag != "untrained"]
+        for weights in published:
+            if weights.num_classes == model.num_classes and tag in ("", weights.tag):
+                info = ImageNetInfo("imagenet-1k" if model.num_classes == 1000 else "imagenet-22k")
+                return cls(
+                    model,
+                    f"{base}.{weights.tag}",
+                    info.label_names(),
+                    weights.size,
+                    weights.crop_pct,
+                    weights.crop_mode,
+                    info.label_descriptions(as_dict=True),
+                )
+        tags = ", ".join(f"{w.tag} ({w.num_classes} classes)" for w in published) or "none"
+        raise UserError(f"{path}: has {model.num_classes} classes; published weights of {base}: {tags}")
 
 
 def evaluate_scores(scores: Tensor, labels: Sequence[int], seed: int = 0) -> dict[str, float]:
-    """Top-1 and top-5 accuracy, their 95 % bootstrap interval, and the mean of the classes' accuracies."""
+    """Accuracy, its 95 % bootstrap interval, top-5 of more than five classes, the mean of the classes' accuracies."""
     truth = torch.as_tensor(labels)
     order = scores.argsort(dim=1, descending=True)
     first = (order[:, 0] == truth).double().numpy()
-    top5 = (order[:, :5] == truth[:, None]).any(1).double().mean()
+    top5 = {"top5": float((order[:, :5] == truth[:, None]).any(1).double().mean())} if scores.shape[1] > 5 else {}
     drawn = np.random.default_rng(seed).integers(len(first), size=(2000, len(first)))
     low, high = np.quantile(first[drawn].mean(1), (0.025, 0.975))
     per_class = [first[(truth == c).numpy()].mean() for c in sorted(set(labels))]
@@ -445,9 +207,6 @@ def evaluate_scores(scores: Tensor, labels: Sequence[int], seed: int = 0) -> dic
         "accuracy": float(first.mean()),
         "low": float(low),
         "high": float(high),
-        "top5": float(top5),
+        **top5,
         "balanced": float(np.mean(per_class)),
     }
-
-
-logging.getLogger("timm").setLevel(logging.WARNING)

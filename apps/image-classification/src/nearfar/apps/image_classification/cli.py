@@ -4,32 +4,25 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import matplotlib.pyplot as plt
 import torch
 import typer
+from matplotlib.figure import Figure
 from torch import nn
 
 from nearfar.core.cli import console, messages, raise_failures, table, track
 from nearfar.core.errors import UserError
-from nearfar.core.files import write_csv, write_json
+from nearfar.core.files import atomic_path, write_csv, write_json
+from nearfar.core.plots import COLORS, new_figure, style
 from nearfar.core.report import Report
-from nearfar.core.training import read_recipe
 from nearfar.vision.backbone import MODELS, VARIANTS
-from nearfar.vision.classification import (
-    LINEAR,
-    SMALL,
-    Classifier,
-    Recipe,
-    create_model,
-    evaluate_scores,
-    find_recipe,
-    loaders,
-    train_classifier,
-)
+from nearfar.vision.classification import LINEAR, SMALL, Classifier, evaluate_scores
 from nearfar.vision.cost import cost
-from nearfar.vision.pictures import SUFFIXES, MissingSplit, Pictures, open_pictures, read_picture, split_pictures
+from nearfar.vision.pictures import MissingSplit, Pictures, is_picture, open_pictures, read_picture, split_pictures
+
+if TYPE_CHECKING:  # Lightning takes seconds to import, and only training needs it
+    from nearfar.vision.training import Recipe
 
 app = typer.Typer(
     help="Learn to tell pictures apart: `models` lists what there is, `compare` tries several on your own pictures "
@@ -40,7 +33,26 @@ app = typer.Typer(
 )
 
 Data = Annotated[Path, typer.Argument(help="Labelled pictures: folder, zip file, tar file or data set on disk.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
+
+
+def available(device: str) -> str:
+    """`device` where this machine has it; UserError where not."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device):
+        raise UserError(f"--device {device}: not here; this machine has {', '.join(d for d in there if there[d])}")
+    return device
+
+
+Device = Annotated[str, typer.Option(help="cpu, cuda or mps.", callback=available)]
+Trained = Annotated[
+    Path, typer.Argument(help="Folder that `train` wrote, or a published ImageNet checkpoint of one of `models`.")
+]
+Published = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Whose checkpoint it is, where names and shapes do not tell: MODEL.WEIGHTS as `models` lists."
+    ),
+]
 Workers = Annotated[int, typer.Option(help="Processes that read pictures.")]
 Machine = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Settings = Annotated[
@@ -90,6 +102,9 @@ def train_command(
     as_json: Machine = False,
 ) -> None:
     """Train a classifier and write it, its metrics and its settings to a folder."""
+    from nearfar.core.training import read_recipe
+    from nearfar.vision.training import Recipe, find_recipe, train_classifier
+
     resolved = read_recipe(Recipe, find_recipe(recipe), settings or ())
     learn, hold, failures = training_data(data, resolved)
     classifier, history = train_classifier(
@@ -105,23 +120,25 @@ def train_command(
 
 @app.command()
 def evaluate(
-    classifier: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
+    classifier: Trained,
     data: Data,
     split: Annotated[str | None, typer.Option(help="Folder inside the data, for example test.")] = None,
+    model: Published = None,
     device: Device = "cpu",
     workers: Workers = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for scores.json and page.html.")] = None,
     as_json: Machine = False,
 ) -> None:
     """Score a classifier on labelled pictures, with a 95 % interval."""
-    trained = Classifier.load(classifier)
-    pictures = open_pictures(data, split)
-    if pictures.classes != trained.classes:
+    trained = open_classifier(classifier, model)
+    every = open_pictures(data, split)
+    index = {name: i for i, name in enumerate(trained.classes)}
+    if unknown := [name for name in every.classes if name not in index]:
         raise UserError(
-            f"{data}: has {len(pictures.classes)} classes ({', '.join(pictures.classes[:5])} ...), the classifier in "
-            f"{classifier} knows {len(trained.classes)} ({', '.join(trained.classes[:5])} ...); they must be the same"
+            f"{data}: has {len(every.classes)} classes, of which the classifier in {classifier} does not know "
+            f"{some(unknown)}; it knows {len(index)}: {some(trained.classes)}"
         )
-    every = pictures
+    every.labels = [index[every.classes[label]] for label in every.labels]
     pictures, failures = every.readable(lambda r: track(r, "checking"))
     if not len(pictures):
         raise UserError(f"{data}: none of its {len(every)} pictures can be read")
@@ -132,12 +149,14 @@ def evaluate(
     missed = len(lost)
     wrong = torch.zeros(missed, scores.shape[1])
     wrong[range(missed), lost] = -1
-    result = evaluate_scores(torch.cat((scores, wrong)), [*pictures.labels, *lost])
+    result = {"model": trained.name, "pixels": trained.size, "crop": trained.crop_pct}
+    result |= evaluate_scores(torch.cat((scores, wrong)), [*pictures.labels, *lost])
     result["unreadable"] = missed
     if output is not None:
         write_json(output / "scores.json", result)
         Report(f"{trained.name} on {Path(data).name}").table([result]).figure(
-            confusion(scores, pictures), "Share of each class's pictures (row) that are given each class (column)."
+            confusion(scores, pictures.labels, trained.classes),
+            "Share of each class's pictures (row) that are given each class (column).",
         ).write(output / "page.html")
     show([result], as_json)
     raise_failures(failures, len(pictures) + missed)
@@ -145,22 +164,23 @@ def evaluate(
 
 @app.command()
 def predict(
-    classifier: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
+    classifier: Trained,
     paths: Annotated[list[Path], typer.Argument(help="Pictures, or folders that are searched for pictures.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Table to write, CSV.")] = Path("predictions.csv"),
     top: Annotated[int, typer.Option(help="Classes per picture.")] = 1,
+    model: Published = None,
     device: Device = "cpu",
     as_json: Machine = False,
 ) -> None:
     """Name what pictures show, and write a table: file, class, probability."""
-    trained = Classifier.load(classifier)
+    trained = open_classifier(classifier, model)
     files: list[Path] = []
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        files += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        files += sorted(p for p in path.rglob("*") if is_picture(p.relative_to(path))) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"{paths[0]}: holds no pictures ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"{some(map(str, paths))}: no pictures there")
     found = Pictures([str(f) for f in files], [-1] * len(files), trained.classes, lambda i: read_picture(files[i]))
     pictures, failures = found.readable(lambda r: track(r, "reading"))
     rows: list[dict[str, Any]] = []
@@ -168,9 +188,13 @@ def predict(
         best = trained.scores(pictures, device=device).topk(min(top, len(trained.classes)), dim=1)
         for name, values, indices in zip(pictures.names, best.values.tolist(), best.indices.tolist(), strict=True):
             for rank, (value, index) in enumerate(zip(values, indices, strict=True), start=1):
-                rows.append({"file": name, "rank": rank, "class": trained.classes[index], "probability": value})
+                label = trained.classes[index]
+                row = {"file": name, "rank": rank, "class": label, "probability": value}
+                rows.append(row | ({"description": trained.descriptions[label]} if trained.descriptions else {}))
         write_csv(output, rows)
-    show(rows, as_json)
+        show(rows if as_json else rows[:20], as_json)
+        if not as_json:
+            console.print(f"{len(pictures)} pictures: {output}", soft_wrap=True)
     raise_failures(failures, len(files))
 
 
@@ -194,6 +218,9 @@ def compare(
     as_json: Machine = False,
 ) -> None:
     """Train several models on your pictures under one budget: accuracy, throughput, memory, a plot."""
+    from nearfar.core.training import read_recipe
+    from nearfar.vision.training import Recipe, find_recipe
+
     resolved = read_recipe(Recipe, find_recipe(recipe), settings or ())
     names = model or [LINEAR, "test_resnet", *SMALL]
     learn, hold, failures = training_data(data, resolved)
@@ -210,7 +237,7 @@ def run_comparison(
     names: list[str],
     learn: Pictures,
     hold: Pictures,
-    recipe: Recipe,
+    recipe: "Recipe",
     output: Path,
     *,
     device: str = "cpu",
@@ -223,6 +250,8 @@ def run_comparison(
 
     A model that the pictures do not suit is named in `refused`, where that is given, and the others go on.
     """
+    from nearfar.vision.training import train_classifier
+
     choose, score = split_pictures(hold, 0.5, recipe.seed)
     chooser, scorer = hold.subset(choose), hold.subset(score)
     rows = []
@@ -233,10 +262,10 @@ def run_comparison(
                 name, learn, chooser, budget, output / name, num_workers=workers, accelerator=device,
                 model=(models or {}).get(name),
             )  # fmt: skip
-        except UserError as error:
+        except (UserError, RuntimeError) as error:
             if refused is None:
                 raise
-            refused.append(str(error))
+            refused.append(str(error) if name in str(error) else f"{name}: {error}")
             continue
         scores = classifier.scores(scorer, device=device)
         result = evaluate_scores(scores, scorer.labels)
@@ -255,29 +284,51 @@ def run_comparison(
     if not rows:
         raise UserError("; ".join(refused or ()))
     write_csv(output / "table.csv", rows)
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for row in rows:
-        error = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
-        axes.errorbar(row["pictures/s"], row["accuracy"], yerr=error, fmt="o", capsize=3)
-        axes.annotate(row["model"], (row["pictures/s"], row["accuracy"]), xytext=(5, 4), textcoords="offset points")
-    axes.set(xscale="log", xlabel=f"pictures per second ({device})", ylabel="accuracy")
-    figure.tight_layout()
-    figure.savefig(output / "plot.png", dpi=120)
+    figure = plot(rows, device)
+    with atomic_path(output / "plot.png") as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     report = Report("Models compared", f"{len(learn)} pictures to learn from, {len(scorer)} to score on.")
-    report.table(rows).figure(figure, "Accuracy with 95 % bootstrap interval against throughput.")
-    report.write(output / "page.html")
-    plt.close(figure)
+    report.table(rows).figure(figure, PLOT).write(output / "page.html")
     return rows
 
 
+PLOT = (
+    "Accuracy, with its 95 % bootstrap interval, against pictures a second and against memory, weights included, of a "
+    "forward pass with 16 pictures. Up and right, and up and left, is better."
+)
+
+
+def plot(rows: list[dict[str, Any]], device: str) -> Figure:
+    """Accuracy against throughput and against memory, one mark per model."""
+    with style():
+        figure = new_figure(10, 4.2)
+        fast, small = figure.subplots(1, 2, sharey=True)
+        for i, row in enumerate(rows):
+            error = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
+            look = {
+                "fmt": "osD^vP*X"[i % len(COLORS)],
+                "color": COLORS[i % len(COLORS)],
+                "capsize": 3,
+                "label": row["model"],
+            }
+            fast.errorbar(row["pictures/s"], row["accuracy"], yerr=error, **look)
+            small.errorbar(row["memory (MiB)"], row["accuracy"], yerr=error, **look)
+        fast.set(xscale="log", xlabel=f"pictures per second ({device})", ylabel="accuracy")
+        small.set(xscale="log", xlabel="memory of a forward pass (MiB)")
+        figure.legend(*fast.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
+
+
 def within(
-    seconds: float, name: str, learn: Pictures, recipe: Recipe, folder: Path, device: str, workers: int
-) -> Recipe:
+    seconds: float, name: str, learn: Pictures, recipe: "Recipe", folder: Path, device: str, workers: int
+) -> "Recipe":
     """`recipe` with as many epochs as fit into `seconds`, by the time of a few steps; those of a run already begun."""
+    from nearfar.vision.training import loaders, new_model
+
     if (folder / "run.json").is_file():
         begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
         return replace(recipe, epochs=begun["epochs"], warmup_epochs=begun["warmup_epochs"])
-    model = create_model(name, len(learn.classes), recipe).to(device)
+    model = new_model(name, len(learn.classes), recipe).to(device)
     loader, _ = loaders(learn, learn, recipe, workers)
     times = []
     for _, (x, labels) in zip(range(6), loader, strict=False):
@@ -293,7 +344,7 @@ def within(
     return replace(recipe, epochs=epochs, warmup_epochs=min(recipe.warmup_epochs, epochs / 5))
 
 
-def training_data(data: Path, recipe: Recipe) -> tuple[Pictures, Pictures, list[str]]:
+def training_data(data: Path, recipe: "Recipe") -> tuple[Pictures, Pictures, list[str]]:
     """Pictures to learn from, pictures to choose the epoch by, and a line for each that cannot be read."""
     try:
         learn = open_pictures(data, "train")
@@ -317,21 +368,34 @@ def training_data(data: Path, recipe: Recipe) -> tuple[Pictures, Pictures, list[
     return learn, hold, [*bad, *also]
 
 
-def confusion(scores: torch.Tensor, pictures: Pictures) -> plt.Figure:
+def open_classifier(path: Path, model: str | None) -> Classifier:
+    """The classifier in a folder of `train`, or in a published checkpoint, of the model `model` if it is given."""
+    if path.is_file():
+        return Classifier.from_published(path, model)
+    if model is not None:
+        raise UserError(f"--model {model}: is for checkpoint files; {path} is none")
+    return Classifier.load(path)
+
+
+def confusion(scores: torch.Tensor, labels: list[int], names: list[str]) -> Figure:
     """Shares of predicted classes for every true class."""
-    classes = len(pictures.classes)
+    classes = len(names)
     counts = torch.zeros(classes, classes)
-    for label, guess in zip(pictures.labels, scores.argmax(1).tolist(), strict=True):
-        counts[label, guess] += 1
-    figure, axes = plt.subplots(figsize=(5, 5))
+    counts.index_put_((torch.tensor(labels), scores.argmax(1)), torch.tensor(1.0), accumulate=True)
+    figure = new_figure(5, 5)
+    axes = figure.subplots()
     axes.imshow(counts / counts.sum(1, keepdim=True).clamp(min=1), cmap="Blues", vmin=0, vmax=1)
     if classes <= 30:
-        axes.set_xticks(range(classes), pictures.classes, rotation=90)
-        axes.set_yticks(range(classes), pictures.classes)
+        axes.set_xticks(range(classes), names, rotation=90)
+        axes.set_yticks(range(classes), names)
     axes.set(xlabel="given", ylabel="true")
-    figure.tight_layout()
-    plt.close(figure)
     return figure
+
+
+def some(names: Any) -> str:
+    """The first names of a list."""
+    names = list(names)
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:

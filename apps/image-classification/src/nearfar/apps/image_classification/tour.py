@@ -6,10 +6,10 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from nearfar.apps.image_classification.cli import run_comparison
+from nearfar.apps.image_classification.cli import PLOT, run_comparison
 from nearfar.core.report import Report
-from nearfar.vision.classification import Recipe
 from nearfar.vision.pictures import Pictures, split_pictures
+from nearfar.vision.training import Recipe
 
 SMALL = {
     "nearfar_convnext_atto": {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64), "layer_scale": 1.0},
@@ -45,4 +45,4 @@ def chapter(report: Report, folder: Path) -> None:
         f"{len(hold)} choose the epoch and half score."
     )
     report.table(rows)
-    report.figure(folder / "plot.png", "Accuracy with 95 % bootstrap interval against throughput.")
+    report.figure(folder / "plot.png", PLOT)
