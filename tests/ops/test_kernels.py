@@ -73,6 +73,8 @@ def test_fla_computes_what_we_do():
 
 def test_mamba_ssm_is_called_as_its_own_reference_is(monkeypatch):
     """transformers' plain form of `selective_scan_fn`, with the kernel's signature, stands in for it."""
+    if importlib.util.find_spec("mamba_ssm"):
+        pytest.skip("transformers calls the installed kernel instead of its plain form")
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
     calls = []

@@ -40,11 +40,9 @@ class Recipe:
         seed: of everything.
     """
 
-    mixers: list = field(
-        default_factory=lambda: ["base-conv", {"type": "sliding-attention", "num_heads": 4, "window": 256}]
-    )
+    mixers: list = field(default_factory=lambda: ["base-conv", "mamba"])
     hidden_size: int = 128
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 6
     state_mixer: str | dict = "mlp"
     norm: str = "layernorm"
     dropout: float = 0.1
@@ -53,11 +51,11 @@ class Recipe:
     tokenizer: str = "bytes"
     context: int = 256
     batch_size: int = 8
-    epochs: int = 4
+    epochs: int = 5
     optimizer: str = "muon"
     learning_rate: float = 1e-2
     warmup: int = 50
-    weight_decay: float = 0.1
+    weight_decay: float = 0.3
     clip: float = 1.0
     validation_share: float = 0.05
     seed: int = 0
