@@ -74,7 +74,7 @@ def create_model(
     """A classifier of pictures of `size` pixels by name: of timm's registry (ours or any other), `SMALL` or `LINEAR`.
 
     `layer_scale` (None: the model's own) and `aux_head` count for those of our models that have them. Raises UserError
-    for an unknown name, a size that the model does not take, and `drop_path` where the model has none.
+    for an unknown name, a size below the model's stride, and `drop_path` where the model (LSNet) has none.
     """
     if name == LINEAR:
         return PixelLinear(num_classes)
@@ -88,8 +88,6 @@ def create_model(
         has_scale = name in SMALL or VARIANTS[base].settings.get("layer_scale", 1) is not None
         wanted["layer_scale"] = layer_scale if "layer_scale" in takes and has_scale else None
         wanted["aux_head"] = aux_head or None if "aux_head" in takes else None
-        if drop_path and "drop_path_rate" not in takes:
-            raise UserError(f"{name}: drops no paths, as published; train it with drop_path=null")
         if size < (least := MODELS[base].min_size):
             raise UserError(f"{name}: takes pictures of at least {least} pixels, its largest stride; size is {size}")
     elif timm.get_pretrained_cfg(timm_name).fixed_input_size:
