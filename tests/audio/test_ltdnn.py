@@ -1,5 +1,6 @@
 """L-TDNN, LAP and the filter-bank network: contracts, front ends, padding, checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jaxtyping
@@ -161,7 +162,8 @@ def test_contracts_of_other_sizes_are_built_from_their_shapes(sizes):
     head = LTDNN(**{"layer_pool_dim": 16, **sizes}).eval()
     state = published_head(head)
     shape = [2, sizes["num_states"], 9, sizes["hidden_size"]]
-    contract = contract_of("other", state, {"dilations": sizes.get("dilations", (2, 3, 4, 5))}, hidden_states=shape)
+    usual = (2, 3, 4, 5) if sizes["form"] == "ecapa" else [1, 2, 4, 8][: sizes.get("depth", 4)]
+    contract = contract_of("other", state, {"dilations": sizes.get("dilations", usual)}, hidden_states=shape)
     (states,) = contract.input_tensors()
     outputs = build_contract(contract)(states)
     names = dict(zip(state, head.state_dict()))
@@ -418,3 +420,30 @@ def test_autocast_and_compile(without_shape_checks):
     torch.testing.assert_close(torch.compile(head, fullgraph=True, backend="eager")(states), head(states))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(head(states)).all()
+
+
+def altered(name, variant, settings=(), **changes):
+    """A shipped contract under another name, with other settings."""
+    contract = Contract.load(next(path for path in CONTRACTS if path.stem == f"l-tdnn--{name}"))
+    settings = contract.settings | dict(settings)
+    return replace(contract, content=contract.content | {"variant": variant, "settings": settings} | changes)
+
+
+def test_contracts_of_other_priors_and_norms():
+    shipped = altered("op-eer-mindcf", "op-eer-mindcf")
+    outputs = [{"name": f"out.min_dcf_{kind}_p{p}", "shape": []} for kind in ("norm", "raw") for p in ("005", "01")]
+    contract = altered("op-eer-mindcf", "op-eer-mindcf-p005", outputs=outputs)
+    found = build_contract(contract)(*contract.input_tensors())
+    assert found["min_dcf_norm_p01"] == build_contract(shipped)(*shipped.input_tensors())["min_dcf_norm_p01"]
+    assert found["min_dcf_raw_p005"] == pytest.approx(0.005 * found["min_dcf_norm_p005"])
+    contract = altered("op-score-norm", "op-score-norm-top5", {"top_n": 5, "mean_subtraction": False})
+    enrol, test, cohort, _mean = (t.double() for t in contract.input_tensors())
+    found = build_contract(contract)(enrol, test, cohort, _mean)
+    cosine = nn.functional.normalize(enrol) @ nn.functional.normalize(test).T
+    torch.testing.assert_close(found["cosine"], cosine)
+    assert found["asnorm_top5"].shape == cosine.shape
+
+
+def test_contracts_of_other_dilations_are_refused():
+    with pytest.raises(UserError, match=r"dilations is \[1, 1, 1, 1\]"):
+        build_contract(altered("op-se-d2-block-2d", "op-se-d2-block-2d", {"dilations": [1, 1, 1, 1]}))

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jaxtyping
@@ -427,3 +428,32 @@ def test_bad_arguments_are_named(make, words):
 
 def test_every_named_size_has_its_class():
     assert [cls for cls, _ in VARIANTS.values()] == [MossFormer, MossFormer, MossFormer, MossFormer2]
+
+
+def altered(name, **settings):
+    """A shipped contract with other settings."""
+    contract = Contract.load(next(path for path in CONTRACTS if path.stem == f"mossformer--{name}"))
+    return replace(contract, content=contract.content | {"settings": contract.settings | settings})
+
+
+def test_contracts_of_other_permutations():
+    contract = altered(
+        "op-si-snr-pit-3spk", estimate="target[..., [2, 0, 1]] * linspace(0.4, 1.2, 3) + 0.25 * noise + 0.1"
+    )
+    found = build_contract(contract)(*contract.input_tensors())
+    assert found["target_index"].tolist() == [[2, 0, 1]] * 2
+    shipped = altered("op-si-snr-pit-3spk")
+    before = build_contract(shipped)(*shipped.input_tensors())
+    assert before["target_index"].tolist() == [[1, 2, 0]] * 2
+    assert (found["neg_si_snr"] < before["neg_si_snr"] - 5).all()
+
+
+def test_settings_that_no_release_has_are_refused():
+    for name, settings in (
+        ("s-2spk", {"token_shift": False}),
+        ("s-2spk", {"encoder_stride": 4}),
+        ("op-dilated-dense-fsmn-depth3", {"dilations": [1, 3, 9]}),
+        ("op-gated-fsmn-dim64", {"fsmn_dilations": [1, 3]}),
+    ):
+        with pytest.raises(UserError, match=next(iter(settings))):
+            build_contract(altered(name, **settings))

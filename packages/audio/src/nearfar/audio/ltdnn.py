@@ -525,27 +525,28 @@ class _MarginLoss(nn.Module):
         return {"probability": logits.softmax(1), "loss": loss}
 
 
-def _score_metrics(score: Tensor, settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """EER and minDCF in both conventions; every fifth trial is a target and scores 1.6 more."""
+def _score_metrics(score: Tensor, contract: Contract) -> dict[str, Tensor]:
+    """EER and minDCF in both conventions, at the priors that the outputs name, of scores as the settings say."""
+    settings = contract.settings
     every = int(re.search(r"% (\d+)", settings["target_rule"])[1])
     gain = float(re.search(r"\+ ([\d.]+)", settings["score"])[1])
     labels = np.arange(len(score)) % every == 0
     scores = score.cpu().double().numpy() + gain * labels
-    costs = {p: scoring.Cost(p, settings["c_miss"], settings["c_fa"]) for p in (0.01, 0.05, 0.001)}
     values = {
         "eer_interpolated": scoring.eer(scores, labels).value,
         "eer_midpoint": scoring.eer(scores, labels, "midpoint").value,
-        "min_dcf_raw_p01": scoring.min_dcf(scores, labels, costs[0.01], normalize=False).value,
     }
-    for p, cost in costs.items():
-        values[f"min_dcf_norm_p{str(p)[2:]}"] = scoring.min_dcf(scores, labels, cost).value
+    for output in contract.outputs:
+        if found := re.search(r"min_dcf_(norm|raw)_p(\d+)$", output["name"]):
+            cost = scoring.Cost(float(f"0.{found[2]}"), settings["c_miss"], settings["c_fa"])
+            values[found[0]] = scoring.min_dcf(scores, labels, cost, normalize=found[1] == "norm").value
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
 def _score_norm(*tensors: Tensor, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """Cosines, S-norm and AS-norm of all pairs."""
     enroll, test, cohort, *rest = (t.cpu().double().numpy() for t in tensors)
-    mean = rest[0] if rest else None
+    mean = rest[0] if rest and settings.get("mean_subtraction", True) else None
     ddof = 1 if "ddof 1" in str(settings.get("std", "")) else 0
     cosine = scoring.unit(enroll, mean) @ scoring.unit(test, mean).T
     found = {"cosine": cosine}
@@ -560,11 +561,12 @@ def _score_norm(*tensors: Tensor, settings: Mapping[str, Any]) -> dict[str, Tens
 def build_contract(contract: Contract) -> Any:
     """The head, operator or score function of an L-TDNN contract, in evaluation mode, with its published state."""
     settings, state = contract.settings, published_state(contract.state())
-    match contract.variant:
-        case "op-eer-mindcf":
-            return lambda score: _score_metrics(score, settings)
-        case "op-score-norm":
-            return lambda *tensors: _score_norm(*tensors, settings=settings)
+    if contract.variant.startswith("op-eer-mindcf"):
+        return lambda score: _score_metrics(score, contract)
+    if contract.variant.startswith("op-score-norm"):
+        return lambda *tensors: _score_norm(*tensors, settings=settings)
+    if depth := sum(bool(re.match(r"(net\.blocks\.0\.)?stages\.\d+\.conv\.weight$", name)) for name in state):
+        contract.require(dilations=[2**i for i in range(depth)])
     if not contract.variant.startswith("op-"):
         arguments = published_settings(state)
         if arguments["form"] == "ecapa" and "dilations" in settings:
@@ -596,7 +598,7 @@ def build_contract(contract: Contract) -> Any:
             hidden, triple, _ = tuple(state["reduce.weight"].shape)
             pool = AttentiveStatisticsPool(triple // 3, state["linear.weight"].shape[0], hidden)
             load_state_dict(pool, state)
-            model = _MaskedPool(pool, settings["valid_frames"])
+            model = _MaskedPool(pool, settings["valid_frames"]) if "valid_frames" in settings else pool
         case name if name.startswith("aam-softmax"):
             centers, dim, classes = tuple(state["classifier.weight"].shape)
             loss = AAMSoftmax(dim, classes, float(settings["margin"]), float(settings["scale"]), centers)

@@ -480,10 +480,14 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     }
     causal = "attention" if settings.get("causal", variant.endswith("-causal")) else False
     if variant.startswith("op-si-snr-pit"):
-        return _rotated_pit
+        contract.require(zero_mean=True, eps=1e-8)
+        return _PermutedPit(str(settings.get("estimate", "")))
     if variant.startswith("op-joint-attention"):
         return _TwoStreams(JointAttention(**block, causal=bool(causal))).eval()
     if not variant.startswith("op-"):
+        contract.require(token_shift=True, rotary_dim=32, rotary_theta=10000)
+        contract.require(encoder_stride=settings.get("encoder_kernel", 16) // 2)
+        contract.require(fsmn_dilations=[2**i for i in range(settings.get("fsmn_depth", 2))])
         model = MossFormer.from_published(
             contract.state(),
             sample_rate=settings.get("sample_rate", 8000),
@@ -497,13 +501,16 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         state = published_state({inside + name: value for name, value in contract.state().items()})
         state = {name.removeprefix("fsmn.memory."): value for name, value in state.items()}
         channels, _, taps = state["convs.0"].shape
-        net = DilatedDenseFSMN(channels, (taps + 1) // 2, sum(name.startswith("convs.") for name in state))
+        depth = sum(name.startswith("convs.") for name in state)
+        contract.require(dilations=[2**i for i in range(depth)])
+        net = DilatedDenseFSMN(channels, (taps + 1) // 2, depth)
         load_state_dict(net, state)
         return _AsPicture(net).eval()
     state = published_state(contract.state())
     if variant.startswith("op-gated-fsmn"):
         dim = state["reduce.weight"].shape[1]
         found = _detect_recurrent(state, "")
+        contract.require(fsmn_dilations=[2**i for i in range(found["fsmn_depth"])])
         module: nn.Module = GatedFSMN(
             dim,
             found["inner"],
@@ -578,10 +585,24 @@ class _AsReleased(nn.Module):
         return voices if self.outputs[0]["shape"] == list(voices.shape) else voices.mT
 
 
-def _rotated_pit(target: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """PIT on an estimate made of the next target, scaled, plus noise and offset. target, noise: (B, T, K)."""
-    speakers = target.shape[-1]
-    scale = torch.linspace(0.4, 1.2, speakers, device=target.device, dtype=target.dtype)
-    estimate = target.roll(-1, dims=-1) * scale + 0.5 * noise + 0.1
-    loss, index = pit_si_sdr(estimate.mT, target.mT)
-    return {"neg_si_snr": loss, "target_index": index}
+class _PermutedPit(nn.Module):
+    """PIT on an estimate made of permuted and scaled targets, plus noise and offset. Inputs (B, T, K)."""
+
+    def __init__(self, description: str):
+        super().__init__()
+        numbers = (
+            r"target\[\.\.\., \[([\d, ]+)\]\] \* linspace\(([\d.]+), ([\d.]+), \d+\) \+ ([\d.]+) \* noise \+ ([\d.]+)"
+        )
+        found = re.search(numbers, description)
+        self.order = [int(n) for n in found[1].split(",")] if found else None
+        self.first, self.last, self.noise, self.offset = (
+            map(float, found.groups()[1:]) if found else (0.4, 1.2, 0.5, 0.1)
+        )
+
+    def forward(self, target: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        speakers = target.shape[-1]
+        moved = target.roll(-1, dims=-1) if self.order is None else target[..., self.order]
+        scale = torch.linspace(self.first, self.last, speakers, device=target.device, dtype=target.dtype)
+        estimate = moved * scale + self.noise * noise + self.offset
+        loss, index = pit_si_sdr(estimate.mT, target.mT)
+        return {"neg_si_snr": loss, "target_index": index}
