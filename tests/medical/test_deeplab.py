@@ -1,6 +1,7 @@
 """DeepLab: contracts, parameter counts, published layouts, sizes, recipe details, export."""
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nearfar.core.contracts import Contract, verify
-from nearfar.core.errors import CheckpointError
+from nearfar.core.errors import CheckpointError, UserError
 from nearfar.medical.deeplab import DeepLabV2, DeepLabV3, build_contract, read_caffemodel, refine_scores
+from nearfar.ops.aggregation.multi_scale import multi_scale_scores
 from nearfar.ops.convolution.conv_norm_act import fuse
 from nearfar.ops.graph.dense_crf import DenseCRF
 
@@ -205,3 +207,33 @@ def test_bad_arguments() -> None:
         DeepLabV3(depths=(1, 1, 1, 1))
     with pytest.raises(ValueError, match="depths"):
         DeepLabV2(depths=(1, 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", [False, True])
+def test_contracts_of_several_sizes_of_v3(decoder: bool) -> None:
+    model = DeepLabV3(5, decoder=decoder, output_stride=8, full_size=False, **SMALL)
+    kinds = [{"name": n, "shape": list(v.shape), "kind": "parameter"} for n, v in published(model, "base.").items()]
+    settings = {"output_stride": 8, "atrous_rates": [12, 24, 36], "msc_scales": [0.5]}
+    content = {"system": "deeplab", "variant": "v3-msc", "settings": settings, "outputs": [{"name": "out"}]}
+    contract = Contract(Path("deeplab--v3-msc.json"), content | {"state": kinds})
+    x = torch.randn(1, 3, 48, 40)
+    loaded = DeepLabV3.from_published(contract.state(), output_stride=8, full_size=False)
+    got = build_contract(contract)(x)
+    torch.testing.assert_close(got, multi_scale_scores(loaded, x, [0.5])[-1])
+    assert not torch.allclose(got, loaded(x))
+
+
+def crf_contract(**changes) -> Contract:
+    contract = Contract.load(next(path for path in CONTRACTS if "spatial-only" in path.stem))
+    return replace(contract, content=contract.content | {"settings": contract.settings | changes})
+
+
+def test_contracts_of_other_compatibilities() -> None:
+    inputs = crf_contract().input_tensors()
+    potts = build_contract(crf_contract(pos_w=3))(*inputs)
+    torch.testing.assert_close(build_contract(crf_contract(pos_w=[-3, -3, -3, -3]))(*inputs), potts)
+    matrix = (-3 * torch.eye(4)).tolist()
+    torch.testing.assert_close(build_contract(crf_contract(pos_w=matrix, compatibility="matrix"))(*inputs), potts)
+    with pytest.raises(UserError, match="compatibility is 'matrix'"):
+        build_contract(crf_contract(compatibility="matrix"))

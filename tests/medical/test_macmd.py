@@ -1,12 +1,13 @@
 """MACMD: contracts, counts, encoders, the released checkpoint's gap, sizes, gradients."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from nearfar.core.contracts import Contract, verify
-from nearfar.core.errors import CheckpointError
+from nearfar.core.errors import CheckpointError, UserError
 from nearfar.medical.macmd import MACMD, build_contract, published_state
 
 CONTRACTS = sorted((Path(__file__).parents[1] / "contracts").glob("macmd--*.json"))
@@ -88,3 +89,26 @@ def test_bad_arguments() -> None:
         MACMD.from_published({"decoder.apm.up_blocks.1.x": torch.zeros(1)})
     with pytest.raises(ValueError, match="1/4 to 1/32"):
         MACMD(encoder="vit_tiny_patch16_224")
+
+
+def altered(variant: str, settings: dict[str, object], **changes: object) -> Contract:
+    """A shipped contract with other settings or outputs."""
+    contract = Contract.load(next(path for path in CONTRACTS if path.stem == f"macmd--{variant}"))
+    return replace(contract, content=contract.content | changes | {"settings": contract.settings | settings})
+
+
+def test_settings_that_no_release_has_are_refused() -> None:
+    for variant, settings in (
+        ("op-ccmix-48-32-16", {"target_size": 16}),
+        ("op-ccmix-48-32-16", {"shift_pixel": 2}),
+        ("op-upblock-32to16", {"skip": True}),
+    ):
+        with pytest.raises(UserError, match=next(iter(settings))):
+            build_contract(altered(variant, settings))
+
+
+@torch.no_grad()
+def test_contract_of_the_finest_output_alone() -> None:
+    x = torch.randn(1, 1, 32, 32)
+    finest = build_contract(altered("pvtv2b2-synapse9", {}, outputs=[{"name": "out"}]))(x)
+    torch.testing.assert_close(finest, build_contract(Contract.load(WHOLE))(x)[0])

@@ -273,11 +273,11 @@ class DeepLabV3(_DeepLab):
 
     @classmethod
     def from_published(cls, source: Checkpoint, **settings: Any) -> "DeepLabV3":
-        """The v3 or v3+ model of a published state dict, in eval mode.
+        """The v3 or v3+ model of a published state dict, with or without the prefix `base.`, in eval mode.
 
         Output stride and rates leave no trace in the tensors: give them where they are not those of the defaults.
         """
-        state = published_state(open_checkpoint(source))
+        state = published_state(rename(open_checkpoint(source), [(r"^base\.", "")]))
         if "project.conv.weight" not in state:
             raise CheckpointError("no DeepLab v3: there is no fc1.conv.weight")
         decoder = "reduce.conv.weight" in state
@@ -469,7 +469,9 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, pyramid or CRF that a contract describes."""
     settings, state = contract.settings, contract.state()
     if "bi_w" in settings or "crf" in contract.variant:
-        return _contract_crf(settings)
+        if not any(isinstance(settings[name], list) for name in ("pos_w", "bi_w")):
+            contract.require(compatibility="Potts")
+        return _CRF(settings).eval()
     rates = settings.get("atrous_rates") or settings.get("rates")
     if "c0.weight" in state:
         out, in_channels = state["c0.weight"].shape[:2]
@@ -480,34 +482,52 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         aspp = rename(rename(state, [("^", "aspp.")]), RULES)  # type: ignore[arg-type]
         return loaded(ASPP(in_channels, out, rates), rename(aspp, [(r"^aspp\.", "")]))
     options: dict[str, Any] = {"rates": rates} if rates else {}
+    contract.require(bn_eps=1e-5)
+    several = any(name.startswith("base.") for name in state)
+    scales = settings.get("msc_scales", (0.5, 0.75) if several else ())
     if any("fc1." in name for name in state):
         options["output_stride"] = settings.get("output_stride", 16)
         if grids := settings.get("multi_grids"):
             options["multi_grid"] = grids
-        return DeepLabV3.from_published(state, full_size=False, **options)
-    if scales := settings.get("msc_scales"):
-        options["scales"] = scales
+        model = DeepLabV3.from_published(state, full_size=False, **options)
+        return _MultiScale(model, scales).eval() if scales else model
+    contract.require(output_stride=8)
+    options["scales"] = scales
     return DeepLabV2.from_published(state, full_size=False, **options)
 
 
-def _contract_crf(settings: Mapping[str, Any]) -> Callable[..., Tensor]:
-    crf = DenseCRF(
-        settings["iterations"],
-        float(settings["pos_w"]),
-        settings["pos_xy_std"],
-        float(settings["bi_w"]),
-        settings["bi_xy_std"],
-        settings["bi_rgb_std"],
-        normalization=settings.get("normalisation", "symmetric"),
-    )
+class _MultiScale(nn.Module):
+    """A network of one size on several, joined by their maximum."""
 
-    def run(logits: Tensor, noise: Tensor) -> Tensor:
+    def __init__(self, network: nn.Module, scales: Sequence[float]) -> None:
+        super().__init__()
+        self.network, self.scales = network, tuple(scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return multi_scale_scores(self.network, x, self.scales)[-1]
+
+
+class _CRF(nn.Module):
+    """The CRF of a contract, on probabilities from its first input and a picture made of its second."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.clip = settings.get("clip", 1e-5)
+        self.crf = DenseCRF(
+            settings["iterations"],
+            torch.as_tensor(settings["pos_w"], dtype=torch.float32),
+            settings["pos_xy_std"],
+            torch.as_tensor(settings["bi_w"], dtype=torch.float32),
+            settings["bi_xy_std"],
+            settings["bi_rgb_std"],
+            normalization=settings.get("normalisation", "symmetric").lower(),
+        )
+
+    def forward(self, logits: Tensor, noise: Tensor) -> Tensor:
         height, width = noise.shape[-2:]
         y = torch.arange(height, dtype=torch.float64, device=noise.device)[:, None] / (height - 1)
         x = torch.arange(width, dtype=torch.float64, device=noise.device) / (width - 1)
         c = torch.arange(noise.shape[1], dtype=torch.float64, device=noise.device)[:, None, None]
         base = 128 + 64 * torch.sin(2 * torch.pi * (x + c * 0.25)) * torch.cos(2 * torch.pi * y)
         image = (base + noise).round().clamp(0, 255).to(logits.dtype)
-        return crf(unary_from_softmax(logits.softmax(1), settings.get("clip", 1e-5)), image)[0]
-
-    return run
+        return self.crf(unary_from_softmax(logits.softmax(1), self.clip), image)[0]

@@ -332,8 +332,10 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network or the operator that a contract describes."""
     settings, state = contract.settings, contract.state()
     dilations = settings.get("dilations") or settings.get("hd_dilations") or DILATIONS
+    contract.require(shift_pixel=1, skip=False)
     if "out_head.weight" in state:
-        return _Published(MACMD.from_published(state, dilations=dilations)).eval()
+        model = MACMD.from_published(state, dilations=dilations)
+        return model if contract.outputs[0]["name"] == "out" else _Published(model).eval()
     if "dilation_1.weight" in state:
         dim, kernel = len(state["dilation_1.bias"]), state["dilation_1.weight"].shape[-1]
         return loaded(MultiDilatedConv(dim, kernel, dilations), rename(state, _DILATED))
@@ -348,6 +350,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         dim, hidden = len(state["modulation_proj.0.weight"]), len(state["attention_proj.0.bias"])
         return _ManyInputs(loaded(AttentionPooledModulation(channels, dim, dim // hidden), rename(state, _POOL))).eval()
     if "projections.0.weight" in state:
+        contract.require(target_size=contract.inputs[-1]["shape"][-1])
         channels = [state[f"projections.{i}.weight"].shape[1] for i in range(count(state, r"projections\.(\d)\."))]
         dim, width = len(state["projections.0.bias"]), len(state["ln1.bias"])
         rate, share = len(state["channel.key_norm.bias"]) // width, settings.get("channel_gamma", 0.25)
