@@ -293,6 +293,9 @@ def test_what_the_contracts_cannot_say_is_refused():
         build_contract(described("op-based-elu-d12", based, {"op": "Based with elu + 1"}))
     with pytest.raises(UserError, match="only the Taylor feature map"):
         build_contract(described("op-relu-feature-map-f16", {}, {}))
+    short = mixer_shapes("base-conv", 12)
+    with pytest.raises(UserError, match="residual is False"):
+        build_contract(described("op-baseconv-short-d12-k5", short, {"residual": False}))
     with pytest.raises(UserError, match="rotary is True"):
         build_contract(described("op-based-taylor-d12", based, {"rotary": True}))
     assert build_contract(described("op-based-taylor-d12", based, {"eps": 1e-6})).eps == 1e-6

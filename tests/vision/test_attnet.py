@@ -87,6 +87,9 @@ def test_contracts_of_diffusion_transformers() -> None:
     close(built(*inputs), model(*inputs), 1e-6)
     assert built.num_classes == 2
     assert built.y_embedder.dropout > 0
+    doubled = torch.cat((inputs[0], inputs[0])), inputs[1].repeat(2), torch.tensor([0, 1, 2, 2])
+    guided = build_contract(described(shapes, settings | {"guidance": 2.5, "guided_channels": 2}))
+    close(guided(*doubled), model.guided(*doubled, guidance=2.5, guided_channels=2), 1e-6)
     # a table of positions that the contract does not hold is computed
     contract = described(shapes, settings)
     next(t for t in contract.content["state"] if t["name"] == "pos_embed")["kind"] = "constant"

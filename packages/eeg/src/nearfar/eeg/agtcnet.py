@@ -615,6 +615,7 @@ class _PublishedGCAT(nn.Module):
 def build_contract(contract: Contract) -> nn.Module:
     """The contract's model, or its graph attention alone (`op-gcat`), in eval mode with the published state."""
     settings, state = contract.settings, contract.state()
+    contract.require(heads_merge="mean", gcat_heads_merge="mean", batchnorm_eps=1e-3, ctc_padding="valid")
     if contract.variant.startswith("op-"):
         gcat = GraphConvAttention(
             settings["in_channels"],

@@ -311,8 +311,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         choice, table = recognise_state_mixer(shapes), STATE_MIXERS
     else:
         choice, table = recognise(shapes, {**settings, "op": about}), MIXERS
-    if choice["type"] == "hyena":
-        contract.require(num_heads=1)
+    contract.require(**{"hyena": {"num_heads": 1}, "base-conv": {"residual": True}}.get(choice["type"], {}))
     module = build(choice, table, "mixer", dim=width(shapes))
     load_mixer(module, state, choice["type"])
     if isinstance(module, Based):

@@ -243,11 +243,21 @@ def sit_contract(contract: Contract, activation: str | None) -> Callable[..., An
         given |= {"num_classes": classes, "label_dropout": 0.1 if dropped else 0.0}
     model = SiT.from_published(state, **given)
     if settings.get("guidance"):
-        guided = {"guidance": settings["guidance"], "guided_channels": settings.get("guided_channels", 3)}
-        return lambda x, t, y: model.guided(x, t, y, **guided)
+        return Guided(model, settings["guidance"], settings.get("guided_channels", 3)).eval()
     if len(contract.outputs) > 1:
         return Aligned(model, state, settings.get("encoder_depth", 8)).eval()
     return model
+
+
+class Guided(nn.Module):
+    """A SiT called for its guided velocity, see `SiT.guided`."""
+
+    def __init__(self, model: SiT, guidance: float, guided_channels: int) -> None:
+        super().__init__()
+        self.model, self.guidance, self.guided_channels = model, guidance, guided_channels
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.model.guided(x, t, y, self.guidance, self.guided_channels)
 
 
 class Aligned(nn.Module):
