@@ -10,6 +10,7 @@ from nearfar.ops.recurrence.kernels import kernel
 from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions, wide
 
 FUSED_LENGTH = 2048  # fla's kernel is quadratic in the length
+QUADRATIC_LENGTH = 512  # to here the quadratic view alone is as fast as chunks
 
 
 def taylor_features(x: Tensor, compressed: bool = False) -> Tensor:
@@ -35,8 +36,8 @@ class Based(StreamingMixer):
     z = q_t . k_s / sqrt(f), so w = phi(q_t) . phi(k_s) >= 1/2 and the sum has a recurrent form. Based (Arora et al.
     2024, arXiv 2402.18668). No biases.
 
-    Parallel form: chunks of `chunk` positions, quadratic inside a chunk, through the running sums before it; a
-    sequence of one chunk is the purely quadratic view. The published linear view materialises the outer products of
+    Parallel form: chunks of `chunk` positions, quadratic inside a chunk, through the running sums before it; to 512
+    positions the purely quadratic view. The published linear view materialises the outer products of
     every position. Cost O(N d (f^2 / 2 + chunk)).
     On CUDA fla's quadratic kernel (eps 1e-6) takes texts of up to 2048 positions where it is installed.
     State: sums of phi(k) v and phi(k), h (1 + f + f (f + 1) / 2) (d / h + 1) numbers.
@@ -67,7 +68,7 @@ class Based(StreamingMixer):
         if fused is not None and x.shape[1] <= FUSED_LENGTH and self.feature_dim <= 128:
             q, k, v = (t.transpose(1, 2).contiguous().to(x.dtype) for t in self.heads(x)[:3])
             return self.output(fused(q, k, v).transpose(1, 2), x)
-        if x.shape[1] > self.chunk:
+        if x.shape[1] > max(self.chunk, QUADRATIC_LENGTH):
             return self.extend(x)[0]
         q, k, v, unchanged = self.heads(x)
         with unchanged:
@@ -129,6 +130,6 @@ class Based(StreamingMixer):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Quadratic view of one chunk: `sum w v` and `sum w` over s <= t, w = 1 + z + z^2 / 2. Shapes `(..., N, c)`."""
-    z = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    w = torch.tril(1 + z + z * z / 2)
+    root = (q * (2 * q.shape[-1]) ** -0.5) @ k.transpose(-1, -2) + 0.5**0.5  # (z + 1) / sqrt 2
+    w = torch.tril(root * root + 0.5)
     return w @ v, w.sum(-1, keepdim=True)
