@@ -14,7 +14,7 @@ from timm.optim import param_groups_layer_decay
 from torchvision.models.convnext import CNBlock as TorchvisionBlock
 from transformers.models.convnext.modeling_convnext import ConvNextLayer as TransformersBlock
 
-from nearfar.core.errors import UserError
+from nearfar.core.errors import CheckpointError, UserError
 from nearfar.vision.convnext import ConvNeXt, build_contract
 from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
 
@@ -138,6 +138,8 @@ def test_a_setting_that_cannot_be_honoured_is_refused() -> None:
     model = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
     with pytest.raises(UserError, match="output_stride is 16"):
         build_contract(described(shapes_of(model), {"output_stride": 16}))
+    with pytest.raises(CheckpointError, match="no checkpoint of ConvNeXt"):
+        build_contract(described({"conv.weight": (3, 3, 3, 3)}))
 
 
 @torch.no_grad()

@@ -292,9 +292,10 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     # feature extractors have no head, and transformers' a norm for each level that they give
     renamed = ConvNeXt.published_state(state)
     normed = [int(name.split(".")[1]) for name in renamed if re.match(r"feature_norms\.\d+\.weight", name)]
-    dims = ConvNeXt.published_settings(renamed)["dims"]
-    norms = {f"feature_norms.{i}": dim for i, dim in enumerate(dims)} if normed else {"head.norm": dims[-1]}
-    for name, dim in norms.items():
+    first = re.compile(r"stages\.\d+\.blocks\.0\.norm\.weight")
+    dims = [len(value) for name, value in renamed.items() if first.fullmatch(name)]
+    norms = {f"feature_norms.{i}": dim for i, dim in enumerate(dims)}
+    for name, dim in norms.items() if normed else zip(["head.norm"], dims[-1:], strict=False):
         if f"{name}.weight" not in renamed:
             state |= {f"{name}.weight": torch.ones(dim), f"{name}.bias": torch.zeros(dim)}
     return with_eps(ConvNeXt.from_published(state), settings).contract_form(contract, normed)
