@@ -169,6 +169,12 @@ def test_files_of_training_scripts(tmp_path: Path) -> None:
         "nearfar_convnext_tiny", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, **TestConvNeXt.tiny
     )
     close(by_timm.eval()(x), model(x), 1e-6)
+    for name in ("hornet_tiny_7x7", "nearfar_convnext_tiny"):  # no address is known; nothing there
+        overlay = {"file": str(tmp_path / "nowhere.pth")} if "convnext" in name else None
+        with pytest.raises(UserError, match=rf"{name}: its published weights cannot be had here .* bring the file"):
+            timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    with pytest.raises(ValueError, match="global_pool is 'catavgmax'"):
+        model.reset_classifier(5, "catavgmax")
 
 
 def test_layer_decay_of_the_deep_variants() -> None:

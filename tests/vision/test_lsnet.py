@@ -73,6 +73,19 @@ def test_weights_loaded_after_eval_count() -> None:
     close(late(x), source(x), 1e-6)
 
 
+@torch.no_grad()
+def test_indices_of_a_published_file_are_computed_here(tmp_path: Path) -> None:
+    source = randomise(timm.create_model("lsnet_t", num_classes=3, **TestLSNet.tiny))
+    table = source.stages[3].blocks[1].mixer.attention_biases
+    index = {"blocks4.3.mixer.m.attention_bias_idxs": torch.zeros(16, 16, dtype=torch.long)}
+    torch.save({"model": {**source.state_dict(), **index}}, tmp_path / "lsnet.pth")
+    overlay = {"file": str(tmp_path / "lsnet.pth"), "num_classes": 3}
+    loaded = timm.create_model(
+        "lsnet_t", pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay, **TestLSNet.tiny
+    )
+    assert torch.equal(loaded.stages[3].blocks[1].mixer.attention_biases, table)
+
+
 def test_attention_tables_take_no_weight_decay() -> None:
     model = timm.create_model("lsnet_t", **TestLSNet.tiny)
     assert model.no_weight_decay() == {"stages.3.blocks.1.mixer.attention_biases"}

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.contracts import Contract
-from nearfar.core.errors import CheckpointError
+from nearfar.core.errors import CheckpointError, UserError
 from nearfar.ops.convolution.layers import DepthwiseConv, FusedConv2d, FusedLinear, batch_norm_affine, fold_batch_norm
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
@@ -123,6 +123,10 @@ class Head(nn.Module):
         """A new classifier for `num_classes` classes; 0 for none, whose output is the pooled features."""
         if global_pool is not None:
             self.pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            if self.pool.feat_mult() != 1:
+                raise ValueError(
+                    f"global_pool is {global_pool!r}, which changes the width; allowed: avg, max, avgmax, ''"
+                )
         if num_classes and self.pool.is_identity():
             raise ValueError("global_pool='' gives a feature map, which takes num_classes=0")
         like = next(self.norm.parameters(), torch.empty(0))
@@ -367,8 +371,8 @@ class Backbone(nn.Module):
     def fit_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`state` (under our names) made to fit this model.
 
-        Shapes as in `fit_shapes`; a first convolution for other channels is adapted as timm does; a classifier for
-        other classes is left out in favour of the model's own.
+        Shapes as in `fit_shapes`; what the model computes itself (`IGNORE`) is left out; a first convolution for other
+        channels is adapted as timm does; a classifier for other classes is left out in favour of the model's own.
         """
         own, fitted = self.state_dict(), fit_shapes(self, state)
         first = f"{self.FIRST_CONV}.weight"
@@ -379,7 +383,11 @@ class Backbone(nn.Module):
             if any(name in fitted and (name not in own or own[name].shape != fitted[name].shape) for name in names):
                 fitted.update({name: own[name] for name in names if name in own})
                 fitted = {name: value for name, value in fitted.items() if name not in names or name in own}
-        return fitted
+        return {
+            name: value
+            for name, value in fitted.items()
+            if name in own or not any(re.match(pattern, name) for pattern in self.IGNORE)
+        }
 
     def contract_form(self, contract: Contract | None = None, levels: Sequence[int] = ()) -> nn.Module:
         """The model as a contract calls it: logits, or the pyramid where every level has its own norm.
@@ -556,14 +564,23 @@ def register(model: type[Backbone], variants: Mapping[str, Variant]) -> None:
 def _entrypoint(name: str, model: type[Backbone], variant: Variant) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         settings = {**variant.settings, **kwargs}
-        built = build_model_with_cfg(
-            model,
-            name,
-            pretrained,
-            pretrained_filter_fn=lambda state, built: built.fit_state(model.published_state(state)),
-            feature_cfg={"out_indices": tuple(range(model.levels(settings))), "feature_cls": "getter"},
-            **settings,
-        )
+        try:
+            built = build_model_with_cfg(
+                model,
+                name,
+                pretrained,
+                pretrained_filter_fn=lambda state, built: built.fit_state(model.published_state(state)),
+                feature_cfg={"out_indices": tuple(range(model.levels(settings))), "feature_cls": "getter"},
+                **settings,
+            )
+        except (OSError, RuntimeError) as error:
+            if not pretrained or "state_dict" in str(error):
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"{name}: its published weights cannot be had here ({reason}); bring the file and "
+                f'give pretrained_cfg_overlay={{"file": FILE}}, or use {model.__name__}.from_published(FILE)'
+            ) from error
         built.created_with = {key: value for key, value in kwargs.items() if key in CREATION_SETTINGS}
         return built
 
