@@ -1,6 +1,5 @@
 """Depthwise convolution whose kernel was computed from the input: one per sample, or one per position."""
 
-import itertools
 import math
 
 import torch
@@ -75,10 +74,14 @@ def position_depthwise(
         raise ValueError(f"causal=True needs one axis, the map has {dims}")
     before, after = (length - 1, 0) if causal else (length // 2, length // 2)
     # channels last, as those run together in memory whatever the size of the map
-    padded = F.pad(x.movedim(1, -1), [0, 0] + [before, after] * dims).unflatten(-1, (-1, kernels))
-    weights = kernel.movedim((2, 1), (0, -1)).contiguous().unsqueeze(-2)  # (t, b, *s, 1, n)
-    out = torch.zeros((), dtype=x.dtype, device=x.device)
-    for offset, weight in zip(itertools.product(range(length), repeat=dims), weights.unbind(), strict=True):
-        view = padded[(slice(None), *(slice(o, o + n) for o, n in zip(offset, size, strict=True)))]
+    windows = F.pad(x.movedim(1, -1), [0, 0] + [before, after] * dims).unflatten(-1, (-1, kernels))
+    for axis in range(dims):
+        windows = windows.unfold(1 + axis, length, 1)
+    views = [windows]  # one per tap, row-major: (b, *s, c / n, n)
+    for _ in size:
+        views = [view for each in views for view in each.unbind(3 + dims)]
+    weights = kernel.movedim((2, 1), (0, -1)).contiguous().unsqueeze(-2).unbind()  # (b, *s, 1, n)
+    out = views[0] * weights[0]
+    for view, weight in zip(views[1:], weights[1:], strict=True):
         out = torch.addcmul(out, view, weight)
     return out.flatten(-2).movedim(-1, 1)

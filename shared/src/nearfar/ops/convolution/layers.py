@@ -210,7 +210,7 @@ def runs_onednn(x: Tensor, weight: Tensor) -> bool:
     Weights made in inference mode do not tell when they change, so what is packed of them could not be kept.
     """
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and not weight.is_inference()
         and x.dtype == torch.float32
         and not torch.is_grad_enabled()
@@ -221,15 +221,15 @@ def runs_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def fused_linear(
-    layer: "FusedConv2d | FusedLinear", x: Float[Tensor, "*b c"], add: Float[Tensor, "*b d"] | None
+    layer: "FusedConv2d | FusedLinear", x: Float[Tensor, "*b c"], add: Float[Tensor, "*b d"] | None = None
 ) -> Float[Tensor, "*b d"]:
-    """activation(W x + b) + add over the last axis in oneDNN's kernel, with the layer's own packed weights."""
-    pack = torch.ops.mkldnn._reorder_linear_weight
-    weight = layer.packed.get(layer.weight, (), lambda: pack(layer.weight.detach().flatten(1)))
+    """activation(W x + b) + add over the last axis in oneDNN's kernel, with the layer's weights packed."""
+    weight, pack = layer.weight, torch.ops.mkldnn._reorder_linear_weight
+    packed = layer.packed.get(weight, (), lambda: pack(weight.detach().flatten(1)))
     run = torch.ops.mkldnn._linear_pointwise
     if add is not None and layer.activation == "none":
-        return run.binary(x, add, weight, layer.bias, "add")
-    y = run.default(x, weight, layer.bias, layer.activation, [], "none")
+        return run.binary(x, add, packed, layer.bias, "add")
+    y = run.default(x, packed, layer.bias, layer.activation, [], "none")
     return y if add is None else y + add
 
 
@@ -277,7 +277,7 @@ class FusedConv2d(nn.Module):
 
 
 class FusedLinear(nn.Module):
-    """activation(W x + b) + add over the last axis, for inference, with the weights of `linear`; see `FusedConv2d`."""
+    """activation(W x + b) over the last axis, for inference, with the weights of `linear`; see `FusedConv2d`."""
 
     def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
         super().__init__()
@@ -286,8 +286,7 @@ class FusedLinear(nn.Module):
         self.activation = activation
         self.packed = Derived()
 
-    def forward(self, x: Float[Tensor, "*b c"], add: Float[Tensor, "*b d"] | None = None) -> Float[Tensor, "*b d"]:
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b d"]:
         if runs_onednn(x, self.weight):
-            return fused_linear(self, x, add)
-        y = FUSED_ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
-        return y if add is None else y + add
+            return fused_linear(self, x)
+        return FUSED_ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
