@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nearfar.ops.convolution.layers import DepthwiseConv, FusedConv2d, FusedLinear
+from nearfar.ops.convolution.layers import GELU, DepthwiseConv, FusedConv2d, FusedLinear
 
 CONVOLUTIONS = {
     "pointwise": lambda: nn.Conv2d(6, 8, 1),
@@ -71,3 +71,15 @@ def test_weights_made_in_inference_mode_are_not_packed_at_every_call() -> None:
             with torch.profiler.profile() as profile:
                 fused(x)
             assert not [event.key for event in profile.key_averages() if "reorder" in event.key]
+
+
+def test_gelu_writes_over_its_input_only_without_gradients() -> None:
+    values = torch.randn(3, 4)
+    with torch.no_grad():
+        x = values.clone()
+        assert GELU()(x) is x
+        torch.testing.assert_close(x, F.gelu(values))
+    x = values.clone().requires_grad_()
+    GELU()(x).sum().backward()
+    torch.testing.assert_close(x.detach(), values, rtol=0, atol=0)
+    assert x.grad is not None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nearfar.core.contracts import Contract
 from nearfar.ops.convolution.convnext import fold_norm, scale_output
 from nearfar.ops.convolution.gnconv import GnConv
-from nearfar.ops.convolution.layers import ChannelNorm, DropPath, FusedLinear
+from nearfar.ops.convolution.layers import GELU, ChannelNorm, DropPath, FusedLinear
 from nearfar.ops.spectral.global_filter import GlobalLocalFilter
 from nearfar.vision.backbone import (
     Backbone,
@@ -53,7 +53,7 @@ class HorBlock(nn.Module):
         self.gnconv = GnConv(dim, order, scale=scale, filter=filter)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, int(mlp_ratio * dim))
-        self.act = nn.GELU()
+        self.act = GELU()
         self.pwconv2 = nn.Linear(int(mlp_ratio * dim), dim)
         gamma = partial(torch.full, (dim,), layer_scale)
         self.gamma1 = nn.Parameter(gamma()) if layer_scale else None

@@ -125,7 +125,7 @@ class LSNet(Backbone):
         if len(depths) != len(dims):
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} differ in length")
         widths = (in_chans, dims[0] // 4, dims[0] // 2, dims[0])
-        convs = [ConvNorm(a, b, 3, stride=2, relu=b < dims[0]) for a, b in pairwise(widths)]
+        convs = [ConvNorm(a, b, 3, stride=2, relu=i < 2) for i, (a, b) in enumerate(pairwise(widths))]
         self.stem = nn.Sequential(convs[0], nn.Identity(), convs[1], nn.Identity(), convs[2])
         self.stages = nn.ModuleList()
         kernels = {"large_kernel": large_kernel, "small_kernel": small_kernel, "share": share}
