@@ -14,14 +14,13 @@ from nearfar.ops.convolution.layers import (
     CONVOLUTIONS,
     DepthwiseConv,
     FusedConv2d,
-    LayerScale,
-    batch_norm_affine,
     cached_table,
     check_dims,
     check_odd,
     fold_batch_norm,
     fold_into_next,
     join_heads,
+    scale_of_norm,
     split_heads,
 )
 
@@ -321,10 +320,7 @@ class MultiScaleFFN(nn.Module):
             return
         fold_into_next(self.norm, self.fc2[0])
         self.norm = nn.Identity()
-        scale, shift = batch_norm_affine(self.fc1[2])
-        self.fc1[2] = LayerScale(len(scale), dims=self.fc1[0].weight.ndim - 2).to(scale)
-        self.fc1[2].weight.copy_(scale.reshape(self.fc1[2].weight.shape))
-        self.fc1[2].bias.copy_(shift)
+        self.fc1[2] = scale_of_norm(self.fc1[2], self.fc1[0].weight.ndim - 2)
         kernels = list(self.dwconv.proj)
         if kernels[0].weight.ndim != 4:
             return

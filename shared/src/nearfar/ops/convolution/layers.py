@@ -124,6 +124,16 @@ def batch_norm_affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Te
     return scale, norm.bias - norm.running_mean * scale
 
 
+@torch.no_grad()
+def scale_of_norm(norm: nn.modules.batchnorm._BatchNorm, dims: int = 2) -> LayerScale:
+    """A batch norm in eval mode as one multiply-add."""
+    scale, shift = batch_norm_affine(norm)
+    layer = LayerScale(len(scale), dims=dims).to(scale)
+    layer.weight.copy_(scale.reshape(layer.weight.shape))
+    layer.bias.copy_(shift)
+    return layer
+
+
 def cached_table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Keep what `build` returns for its (hashable) arguments: index tables, masks and the like, device included.
 

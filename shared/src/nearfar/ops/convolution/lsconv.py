@@ -10,9 +10,11 @@ from nearfar.ops.convolution.layers import (
     CONVOLUTIONS,
     DepthwiseConv,
     FusedConv2d,
+    LayerScale,
     check_dims,
     check_odd,
     fold_batch_norm,
+    scale_of_norm,
 )
 
 
@@ -167,9 +169,14 @@ class LSConv(nn.Module):
     ) -> None:
         super().__init__()
         check_dims(dims, causal)
-        self.causal = causal
+        self.dims, self.causal = dims, causal
         self.lkp = LargeKernelPerception(dim, large_kernel, small_kernel, share, dims=dims, causal=causal)
         self.bn = BATCH_NORMS[dims](dim)
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         return self.bn(position_depthwise(x, self.lkp(x), causal=self.causal)) + x
+
+    def fuse(self) -> None:
+        """Make one multiply-add of the norm, for inference; the outputs stay the same."""
+        if not isinstance(self.bn, LayerScale):
+            self.bn = scale_of_norm(self.bn, self.dims)
