@@ -115,7 +115,8 @@ class BackboneTester:
         torch.manual_seed(0)
         return torch.randn(batch, channels, *(size or (self.size, self.size)))
 
-    def test_published_variants(self) -> None:
+    def test_published_variants(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        without_shape_checks(monkeypatch)
         names = [name for name, model in MODELS.items() if model is self.model]
         assert self.name in names
         for name in names:
@@ -224,7 +225,8 @@ class BackboneTester:
         close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
 
     @torch.no_grad()
-    def test_export(self) -> None:
+    def test_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        without_shape_checks(monkeypatch)
         model, x = self.create(**self.least), self.input(2)
         program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
         three = self.input(3)
