@@ -301,11 +301,10 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         return Logits(load_model(contract.state(), shapes, settings))
     contract.require(causal=True, rotary=False, bidirectional=False, num_blocks=1)
     about = f"{contract.variant} {settings.get('op', '')}".lower()
-    if not shapes or "proj_q.weight" in shapes:
-        if "taylor" not in about:
-            raise UserError(f"{contract.path}: only the Taylor feature map is known, not that of {about!r}")
-        if not shapes:
-            return taylor_features
+    if (not shapes or "proj_q.weight" in shapes) and re.search(r"[^a-z](elu|relu|performer|cosformer)", about):
+        raise UserError(f"{contract.path}: only the Taylor feature map is known, not that of {about!r}")
+    if not shapes:
+        return taylor_features
     shapes, state = (part(values, "m.", "mixer.", "") for values in (shapes, contract.state()))
     if feed_forward(shapes)[0] or ("time_mix_k" in shapes and "time_decay" not in shapes):
         choice, table = recognise_state_mixer(shapes), STATE_MIXERS
