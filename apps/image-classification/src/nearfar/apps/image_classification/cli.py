@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import nn
 
 from nearfar.core.cli import console, messages, raise_failures, table, track
@@ -313,8 +314,13 @@ def plot(rows: list[dict[str, Any]], device: str) -> Figure:
             }
             fast.errorbar(row["pictures/s"], row["accuracy"], yerr=error, **look)
             small.errorbar(row["memory (MiB)"], row["accuracy"], yerr=error, **look)
-        fast.set(xscale="log", xlabel=f"pictures per second ({device})", ylabel="accuracy")
-        small.set(xscale="log", xlabel="memory of a forward pass (MiB)")
+        fast.set(ylabel="accuracy")
+        for axes, column in ((fast, "pictures/s"), (small, "memory (MiB)")):
+            values = [row[column] for row in rows]
+            axes.set(xscale="log", xlabel=f"{column}, forward pass of 16 ({device})")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
+            axes.xaxis.set_minor_formatter("{x:g}" if max(values) < 30 * min(values) else "")
         figure.legend(*fast.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
 
