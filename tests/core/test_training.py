@@ -163,3 +163,10 @@ def test_warmup_cosine_ends():
     assert max(rates) == pytest.approx(2.0)
     assert rates[20] == pytest.approx(0.2)
     assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_worker_processes_can_be_spawned():
+    loader = data_loader(
+        TensorDataset(torch.arange(6.0)), 2, shuffle=True, num_workers=1, multiprocessing_context="spawn"
+    )
+    assert sorted(torch.cat([x for (x,) in loader]).tolist()) == [0, 1, 2, 3, 4, 5]

@@ -1,6 +1,7 @@
 """Training classifiers: published recipes, shares of several processes, small models, the linear floor."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,7 @@ def test_published_recipes_say_what_the_papers_say() -> None:
 
 def test_random_augmentation_takes_every_operation() -> None:
     transform = training_transform(Recipe(size=32, randaugment="rand-m9-mstd3-inc1"))
+    transform = pickle.loads(pickle.dumps(transform))  # as a worker process gets it
     for _ in range(300):
         assert transform(Image.new("RGB", (32, 32), (90, 120, 200))).shape == (3, 32, 32)
 

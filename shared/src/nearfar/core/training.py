@@ -17,6 +17,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,6 +85,11 @@ def seed_epoch(seed: int, epoch: int) -> None:
     torch.manual_seed(int(state))
 
 
+def seed_worker(seed: int, sampler: DistributedSampler, worker: int) -> None:
+    """Seed one worker process of a data loader for the sampler's epoch."""
+    seed_epoch(seed + 1 + worker, sampler.epoch)
+
+
 def data_loader(
     dataset: Dataset, batch_size: int, *, shuffle: bool = False, seed: int = 0, num_workers: int = 0, **options: Any
 ) -> DataLoader:
@@ -100,17 +106,13 @@ def data_loader(
         seed=seed,
         drop_last=False,
     )
-
-    def seed_worker(worker: int) -> None:
-        seed_epoch(seed + 1 + worker, sampler.epoch)
-
     # a generator of its own, else making the iterator would draw from the global one at a time of Lightning's choice
     return DataLoader(
         dataset,
         batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        worker_init_fn=seed_worker,
+        worker_init_fn=partial(seed_worker, seed, sampler),
         generator=torch.Generator(),
         **options,
     )

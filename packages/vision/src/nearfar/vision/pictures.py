@@ -7,7 +7,7 @@ import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -72,7 +72,8 @@ class Pictures(Dataset):
     """(picture, class index) pairs, decoded when asked for.
 
     `names`: one per picture. `labels`: class indices, -1 for pictures without one. `classes`: their names in order.
-    `transform` is applied to the RGB picture. A damaged picture raises UserError that names it.
+    `transform` is applied to the RGB picture. A damaged picture raises UserError that names it. `read` and `transform`
+    must be picklable for loaders with worker processes.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Pictures(Dataset):
             [self.names[i] for i in chosen],
             [self.labels[i] for i in chosen],
             self.classes,
-            lambda i: self.read(chosen[i]),
+            partial(_read_chosen, self.read, chosen),
             transform or self.transform,
         )
 
@@ -114,6 +115,14 @@ class Pictures(Dataset):
             except UserError as error:
                 failures.append(str(error))
         return self.subset(good), failures
+
+
+def _read_chosen(read: Callable[[int], Image.Image], chosen: Sequence[int], index: int) -> Image.Image:
+    return read(chosen[index])
+
+
+def _read_file(files: Sequence[Path], index: int) -> Image.Image:
+    return read_picture(files[index])
 
 
 def open_pictures(source: str | Path, split: str | None = None) -> Pictures:
@@ -154,7 +163,7 @@ def open_pictures(source: str | Path, split: str | None = None) -> Pictures:
     filled = {file.relative_to(root).parts[0] for file in files}
     empty = sorted(d.name for d in root.iterdir() if d.is_dir() and d.name not in filled and d.name[0] != ".")
     inside = [file.relative_to(root).parts for file in files]
-    return _labelled(root, [str(f) for f in files], inside, lambda i: read_picture(files[i]), empty)
+    return _labelled(root, [str(f) for f in files], inside, partial(_read_file, files), empty)
 
 
 def _labelled(
@@ -187,15 +196,16 @@ def _from_zip(path: Path, split: str | None) -> Pictures:
         members = inside
     parts = [PurePosixPath(m).parts for m in members]
     skip = next((i for i in range(8) if len({p[i] if len(p) > i + 1 else "" for p in parts}) > 1), 0)
-
-    def read(index: int) -> Image.Image:
-        try:
-            content = _archive(path, os.getpid()).read(members[index])
-        except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{path}/{members[index]}: damaged in the archive ({error})") from error
-        return read_picture(content, f"{path}/{members[index]}")
-
+    read = partial(_read_member, path, members)
     return _labelled(path, [f"{path}/{m}" for m in members], [p[skip:] for p in parts], read)
+
+
+def _read_member(path: Path, members: Sequence[str], index: int) -> Image.Image:
+    try:
+        content = _archive(path, os.getpid()).read(members[index])
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path}/{members[index]}: damaged in the archive ({error})") from error
+    return read_picture(content, f"{path}/{members[index]}")
 
 
 @lru_cache(maxsize=8)
@@ -231,14 +241,7 @@ def _from_tars(paths: Sequence[Path]) -> Pictures:
             raise UserError(f"{path}: cannot be read as a tar file of samples ({error})") from error
     if not pictures:
         raise UserError(f"{_some(map(str, paths))}: hold no pictures")
-
-    def read(index: int) -> Image.Image:
-        path, offset, size, name = pictures[index]
-        with path.open("rb") as stream:
-            stream.seek(offset)
-            return read_picture(stream.read(size), name)
-
-    names = [name for *_, name in pictures]
+    read, names = partial(_read_part, pictures), [name for *_, name in pictures]
     if all(str(label).isdigit() for label in labels):
         listed = paths[0].parent / "classes.txt"
         indices = [int(label) for label in labels]
@@ -249,6 +252,13 @@ def _from_tars(paths: Sequence[Path]) -> Pictures:
         return Pictures(names, indices, classes, read)
     classes = sorted({str(label) for label in labels})
     return Pictures(names, [classes.index(str(label)) for label in labels], classes, read)
+
+
+def _read_part(pictures: Sequence[tuple[Path, int, int, str]], index: int) -> Image.Image:
+    path, offset, size, name = pictures[index]
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        return read_picture(stream.read(size), name)
 
 
 def _parquet(path: Path) -> bool:
@@ -289,12 +299,13 @@ def _from_hugging_face(path: Path, split: str | None) -> Pictures:
     labels = data[label]
     classes = list(getattr(data.features[label], "names", None) or map(str, range(max(labels) + 1)))
     raw = data.cast_column(image, datasets.Image(decode=False))
+    names = [f"{name}[{i}]" for i in range(len(data))]
+    return Pictures(names, list(labels), classes, partial(_read_row, raw, image, names))
 
-    def read(index: int) -> Image.Image:
-        entry = raw[index][image]
-        return read_picture(entry["bytes"] or entry["path"], f"{name}[{index}]")
 
-    return Pictures([f"{name}[{i}]" for i in range(len(data))], list(labels), classes, read)
+def _read_row(rows: Any, column: str, names: Sequence[str], index: int) -> Image.Image:
+    entry = rows[index][column]
+    return read_picture(entry["bytes"] or entry["path"], names[index])
 
 
 def split_pictures(pictures: Pictures, share: float, seed: int) -> tuple[list[int], list[int]]:
