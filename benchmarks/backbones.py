@@ -4,7 +4,8 @@
 
 Forward passes of 1 and 8 pictures at 224 in inference mode, and one training step of 8 pictures at 64 (64 for all,
 so that convolutional and attention networks share a size). Models take turns within every repeat, so that a slow
-moment of the machine falls on all; the median counts. MACs are counted by torch's FlopCounterMode, halved, and those of
+moment of the machine falls on all; the median counts. Forward passes of one picture, which a slow moment changes
+most, take eight times as many repeats. MACs are counted by torch's FlopCounterMode, halved, and those of
 a fused form are the plain form's. "MAC ratio" is the time per MAC in units of timm's ConvNeXt-T. Memory is what a call
 adds to the weights; of the fused layers only their results show there.
 """
@@ -100,11 +101,11 @@ def main() -> None:
         gmacs = rows[plain]["gmacs"] if plain in rows else macs(model, 224) / 1e9
         rows[name] = {"model": name, "params_M": sum(p.numel() for p in model.parameters()) / 1e6, "gmacs": gmacs}
 
-    def measure(label: str, actions: dict[str, Callable[[], object]]) -> None:
+    def measure(label: str, actions: dict[str, Callable[[], object]], repeats: int) -> None:
         times: dict[str, list[float]] = {name: [] for name in actions}
         for name, action in actions.items():
             rows[name][f"{label} MiB"] = peak_memory(action, device) / 2**20
-        for _ in range(options.repeats):
+        for _ in range(repeats):
             for name, action in actions.items():
                 times[name].append(timed(action, device))
         base = statistics.median(times["timm convnext_tiny"])
@@ -115,7 +116,8 @@ def main() -> None:
     with torch.inference_mode():
         for batch in options.batches:
             x = torch.randn(batch, 3, 224, 224, device=device).to(memory_format=layout)
-            measure(f"forward {batch}x224", {name: partial(model, x) for name, model in entries.items()})
+            repeats = options.repeats * (8 if batch == 1 else 1)
+            measure(f"forward {batch}x224", {name: partial(model, x) for name, model in entries.items()}, repeats)
             for row in rows.values():
                 row[f"forward {batch}x224 GMAC/s"] = batch * row["gmacs"] / row[f"forward {batch}x224 ms"] * 1e3
                 base = rows["timm convnext_tiny"][f"forward {batch}x224 GMAC/s"]
@@ -128,7 +130,7 @@ def main() -> None:
         if "swin" in name or "vit" in name:  # their size is fixed at construction
             model = timm.create_model(name.split()[1], img_size=64).to(device)
         steps[name] = training_step(model.train(), x)
-    measure("train 8x64", steps)
+    measure("train 8x64", steps, options.repeats)
 
     columns = list(rows["nearfar_convnext_tiny"])
     print(f"{torch.get_num_threads()} threads, {device}, torch {torch.__version__}, timm {timm.__version__}")
