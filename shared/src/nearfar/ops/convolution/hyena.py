@@ -33,7 +33,7 @@ class HyenaFilter(LongConv):
         shift: float = 0.0,
     ):
         super().__init__(dim, max_length)
-        self.deltas, self.shift = [math.log(target) / part for part in decay], shift
+        self.target, self.decay, self.shift = target, decay, shift
         self.bias = nn.Parameter(torch.empty(dim))
         self.positions = nn.Parameter(torch.empty(max_length, features))
         self.frequency = nn.Parameter(torch.empty(order))
@@ -53,7 +53,8 @@ class HyenaFilter(LongConv):
         for layer in self.layers:
             h = torch.sin(self.frequency * layer(h))
         t = torch.linspace(0, 1, self.max_length, dtype=h.dtype, device=h.device)[:length, None]
-        decay = torch.linspace(*self.deltas, self.dim, dtype=h.dtype, device=h.device).abs()
+        slow, fast = (math.log(self.target) / part for part in self.decay)
+        decay = torch.linspace(slow, fast, self.dim, dtype=h.dtype, device=h.device).abs()
         return (self.last(h) * (torch.exp(-t * decay) + self.shift)).t()
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
