@@ -4,8 +4,9 @@
 
 Forward passes of 1 and 8 pictures at 224 in inference mode, and one training step of 8 pictures at 64 (64 for all,
 so that convolutional and attention networks share a size). Models take turns within every repeat, so that a slow
-moment of the machine falls on all; the median counts. Forward passes of one picture, which a slow moment changes
-most, take eight times as many repeats. MACs are counted by torch's FlopCounterMode, halved, and those of
+moment of the machine falls on all; of two calls in a turn the second is timed, as a model in use finds its weights in
+the caches; the median counts. Forward passes of one picture, which a slow moment changes most, take five times as many
+repeats. MACs are counted by torch's FlopCounterMode, halved, and those of
 a fused form are the plain form's. "MAC ratio" is the time per MAC in units of timm's ConvNeXt-T. Memory is what a call
 adds to the weights; of the fused layers only their results show there.
 """
@@ -107,6 +108,7 @@ def main() -> None:
             rows[name][f"{label} MiB"] = peak_memory(action, device) / 2**20
         for _ in range(repeats):
             for name, action in actions.items():
+                action()
                 times[name].append(timed(action, device))
         base = statistics.median(times["timm convnext_tiny"])
         for name, values in times.items():
@@ -116,7 +118,7 @@ def main() -> None:
     with torch.inference_mode():
         for batch in options.batches:
             x = torch.randn(batch, 3, 224, 224, device=device).to(memory_format=layout)
-            repeats = options.repeats * (8 if batch == 1 else 1)
+            repeats = options.repeats * (5 if batch == 1 else 1)
             measure(f"forward {batch}x224", {name: partial(model, x) for name, model in entries.items()}, repeats)
             for row in rows.values():
                 row[f"forward {batch}x224 GMAC/s"] = batch * row["gmacs"] / row[f"forward {batch}x224 ms"] * 1e3
