@@ -269,7 +269,7 @@ def _from_hugging_face(path: Path, split: str | None) -> Pictures:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{path}: is a Hugging Face data set; install the package datasets to read it") from error
+        raise UserError(f"{path}: is a Hugging Face data set; install nearfar-vision[datasets] to read it") from error
     datasets.disable_progress_bars()
     try:
         if path.is_file():
