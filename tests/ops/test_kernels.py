@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from nearfar.ops.recurrence import kernels, mamba
+from nearfar.ops.recurrence import kernels, mamba, retnet
 from nearfar.ops.recurrence.based import Based
 from nearfar.ops.recurrence.mamba import Mamba, selective_scan
 from nearfar.ops.recurrence.retnet import Retention
@@ -97,6 +97,25 @@ def test_mamba_ssm_is_called_as_its_own_reference_is(monkeypatch):
 def test_on_a_cpu_our_own_forms_run():
     assert kernels.kernel(torch.zeros(1), "fla.ops.rwkv4", "fused_recurrent_rwkv4") is None
     assert kernels.installed("no_such_package.ops", "f") is None
+
+
+@pytest.mark.parametrize(
+    ("triton", "chip", "wrong"),
+    [("3.3.1", 9, False), ("3.4.0", 9, True), ("3.7.0", 9, True), ("3.7.1", 9, False), ("3.6.0", 8, False)],
+)
+def test_a_wrong_gradient_is_not_trained_with(triton, chip, wrong, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (chip, 0))
+    monkeypatch.setattr(kernels, "installed", lambda *_: triton)
+    monkeypatch.setattr(retnet, "kernel", lambda *_, **__: len)
+    monkeypatch.setattr(retnet, "loses_gradients", kernels.loses_gradients.__wrapped__)
+    mixer, x = Retention(16), torch.randn(1, 5, 16)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            if wrong and grad:
+                mixer(x)
+            else:
+                with pytest.raises(TypeError):  # len, which stands for the kernel, was called with its arguments
+                    mixer(x)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

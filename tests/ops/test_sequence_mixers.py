@@ -10,6 +10,7 @@ from nearfar.ops.attention.causal import CausalAttention
 from nearfar.ops.convolution.base_conv import BaseConv
 from nearfar.ops.convolution.causal import ExplicitLongConv, fast_length, fft_convolution
 from nearfar.ops.convolution.hyena import Hyena
+from nearfar.ops.recurrence import based
 from nearfar.ops.recurrence.based import Based, taylor_features
 from nearfar.ops.recurrence.h3 import H3
 from nearfar.ops.recurrence.mamba import Mamba, selective_scan
@@ -132,7 +133,7 @@ def test_taylor_features_are_the_second_order_exponential():
 
 
 @pytest.mark.parametrize("chunk", [8, 25, 200])
-def test_based(chunk):
+def test_based(chunk, monkeypatch):
     def oracle(m, x):
         q, k, v = (p(x).unflatten(-1, (2, -1)) for p in (m.q_proj, m.k_proj, m.v_proj))
         rows = []
@@ -142,6 +143,8 @@ def test_based(chunk):
             rows.append((w[..., None] * v[:, : t + 1]).sum(1) / (w.sum(1)[..., None] + 1e-12))
         return m.out_proj(torch.stack(rows, 1).flatten(2))
 
+    same(Based(D, num_heads=2, feature_dim=5, chunk=chunk), oracle)
+    monkeypatch.setattr(based, "QUADRATIC_LENGTH", 0)  # so that chunks are taken at this length too
     same(Based(D, num_heads=2, feature_dim=5, chunk=chunk), oracle)
 
 

@@ -222,7 +222,7 @@ class BackboneTester:
         without_shape_checks(monkeypatch)
         model, x = self.create(**self.least), self.input(1)
         torch._dynamo.reset()
-        close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+        close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
 
     @torch.no_grad()
     def test_export(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,8 @@
 """Errors that a user can mend."""
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class UserError(Exception):
     """An input that the user can mend: one line that names the file or option, what is wrong and what to do.
@@ -10,3 +13,10 @@ class UserError(Exception):
 
 class CheckpointError(UserError):
     """A checkpoint that does not fit the model: missing, unexpected or misshapen tensors, or an unsafe file."""
+
+
+def some(names: Iterable[Any], limit: int = 5) -> str:
+    """The first `limit` names of a list for a message, and how many more there are; "nothing" for none."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more or "nothing"

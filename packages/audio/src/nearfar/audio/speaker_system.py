@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from nearfar.audio.ltdnn import SpeakerEncoder
 from nearfar.audio.scoring import (
@@ -266,15 +265,3 @@ class SpeakerSystem:
             if fitted_for != system.convention:
                 raise UserError(f"{folder}: its calibration is for other scores ({fitted_for}); run `calibrate` again")
         return system
-
-
-def choose_device(accelerator: str) -> str:
-    """`auto`, cpu, cuda or mps to a device that is there. Raises UserError."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if accelerator == "auto":
-        return next(name for name in ("cuda", "mps", "cpu") if there[name])
-    if not there.get(accelerator):
-        raise UserError(
-            f"--accelerator {accelerator}: not available here; there is {', '.join(n for n in there if there[n])}"
-        )
-    return accelerator

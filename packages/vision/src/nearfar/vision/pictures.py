@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nearfar.core.errors import UserError
+from nearfar.core.errors import UserError, some
 
 
 class MissingSplit(UserError):
@@ -156,7 +156,7 @@ def open_pictures(source: str | Path, split: str | None = None) -> Pictures:
         raise UserError(f"{path}: is neither a folder nor a zip or tar file of pictures")
     if split and not (path / split).is_dir():
         raise MissingSplit(
-            f"{path}: has no folder {split}; it has {_some(p.name for p in path.iterdir() if p.is_dir())}"
+            f"{path}: has no folder {split}; it has {some(sorted(p.name for p in path.iterdir() if p.is_dir()))}"
         )
     root = path / split if split else path
     files = sorted(p for p in root.rglob("*") if p.is_file() and is_picture(p.relative_to(root)))
@@ -191,7 +191,7 @@ def _from_zip(path: Path, split: str | None) -> Pictures:
         inside = [m for m in members if split in PurePosixPath(m).parts[:-2]]
         if not inside:
             raise MissingSplit(
-                f"{path}: has no folder {split}; it has {_some({PurePosixPath(m).parts[0] for m in members})}"
+                f"{path}: has no folder {split}; it has {some(sorted({PurePosixPath(m).parts[0] for m in members}))}"
             )
         members = inside
     parts = [PurePosixPath(m).parts for m in members]
@@ -240,7 +240,7 @@ def _from_tars(paths: Sequence[Path]) -> Pictures:
         except (tarfile.TarError, OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as a tar file of samples ({error})") from error
     if not pictures:
-        raise UserError(f"{_some(map(str, paths))}: hold no pictures")
+        raise UserError(f"{some(paths)}: hold no pictures")
     read, names = partial(_read_part, pictures), [name for *_, name in pictures]
     if all(str(label).isdigit() for label in labels):
         listed = paths[0].parent / "classes.txt"
@@ -284,7 +284,7 @@ def _from_hugging_face(path: Path, split: str | None) -> Pictures:
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             what = f"has no split {split}; it has" if split else "has splits; name one of"
-            raise MissingSplit(f"{path}: {what} {_some(data)}")
+            raise MissingSplit(f"{path}: {what} {some(sorted(data))}")
         data, name = data[split], f"{path}/{split}"
     elif split:
         raise MissingSplit(f"{path}: has no splits, so none called {split}")
@@ -292,7 +292,7 @@ def _from_hugging_face(path: Path, split: str | None) -> Pictures:
     def column(wanted: str, kind: type) -> str:
         typed = [key for key, feature in data.features.items() if isinstance(feature, kind)]
         if wanted not in data.features and len(typed) != 1:
-            raise UserError(f"{path}: has no column {wanted}; it has {_some(data.column_names)}")
+            raise UserError(f"{path}: has no column {wanted}; it has {some(sorted(data.column_names))}")
         return wanted if wanted in data.features else typed[0]
 
     image, label = column("image", datasets.Image), column("label", datasets.ClassLabel)
@@ -318,8 +318,3 @@ def split_pictures(pictures: Pictures, share: float, seed: int) -> tuple[list[in
         held += members[:number].tolist()
     chosen = set(held)
     return [i for i in range(len(labels)) if i not in chosen], sorted(held)
-
-
-def _some(names: Any) -> str:
-    names = sorted(map(str, names))
-    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") or "nothing"

@@ -83,9 +83,8 @@ class Retention(StreamingMixer):
             head = torch.arange(self.num_heads, device=x.device, dtype=dtype)
             rate = torch.log1p(-(2.0 ** (-5 - head)))  # log gamma, one per head
             fused = kernel(x, "fla.ops.retention", "chunk_retention", tensor_cores=True)
-            if fused is not None and torch.is_grad_enabled() and loses_gradients(x.device):
-                fused = None
-            if fused is not None and lengths is None and n > 1:
+            wrong = fused is not None and torch.is_grad_enabled() and loses_gradients(x.device)
+            if fused is not None and lengths is None and n > 1 and not wrong:
                 parts = (t.transpose(1, 2).to(x.dtype) for t in (q, k, v))
                 o, after = fused(*parts, scale=1.0, initial_state=memory, output_final_state=True)
                 o = o.transpose(1, 2).to(dtype)

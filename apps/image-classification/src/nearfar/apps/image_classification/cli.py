@@ -13,7 +13,8 @@ from matplotlib.ticker import LogLocator
 from torch import nn
 
 from nearfar.core.cli import console, messages, raise_failures, table, track
-from nearfar.core.errors import UserError
+from nearfar.core.devices import choose_device
+from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path, write_csv, write_json
 from nearfar.core.plots import COLORS, new_figure, style
 from nearfar.core.report import Report
@@ -36,15 +37,9 @@ app = typer.Typer(
 Data = Annotated[Path, typer.Argument(help="Labelled pictures: folder, zip file, tar file or data set on disk.")]
 
 
-def available(device: str) -> str:
-    """`device` where this machine has it; UserError where not."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device):
-        raise UserError(f"--device {device}: not here; this machine has {', '.join(d for d in there if there[d])}")
-    return device
-
-
-Device = Annotated[str, typer.Option(help="cpu, cuda or mps.", callback=available)]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda or mps.", callback=lambda name: choose_device(name, "--device"))
+]
 Trained = Annotated[
     Path, typer.Argument(help="Folder that `train` wrote, or a published ImageNet checkpoint of one of `models`.")
 ]
@@ -181,7 +176,7 @@ def predict(
             raise UserError(f"{path}: no such file or folder")
         files += sorted(p for p in path.rglob("*") if is_picture(p.relative_to(path))) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"{some(map(str, paths))}: no pictures there")
+        raise UserError(f"{some(paths)}: no pictures there")
     found = Pictures([str(f) for f in files], [-1] * len(files), trained.classes, lambda i: read_picture(files[i]))
     pictures, failures = found.readable(lambda r: track(r, "reading"))
     rows: list[dict[str, Any]] = []
@@ -396,12 +391,6 @@ def confusion(scores: torch.Tensor, labels: list[int], names: list[str]) -> Figu
         axes.set_yticks(range(classes), names)
     axes.set(xlabel="given", ylabel="true")
     return figure
-
-
-def some(names: Any) -> str:
-    """The first names of a list."""
-    names = list(names)
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:

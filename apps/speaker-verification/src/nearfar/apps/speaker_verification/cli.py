@@ -23,10 +23,11 @@ from nearfar.apps.speaker_verification.common import (
 )
 from nearfar.audio.ltdnn import SpeakerEncoder
 from nearfar.audio.sound import SUFFIXES
-from nearfar.audio.speaker_system import SpeakerSystem, choose_device
+from nearfar.audio.speaker_system import SpeakerSystem
 from nearfar.audio.speaker_training import Recipe, build_model, split_speakers, train_speaker_model, usable
 from nearfar.audio.speakers import Embedded, Embedder, Gate, Utterance, find_utterances
 from nearfar.core.cli import console, messages, raise_failures, table
+from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.training import read_recipe, seed_epoch

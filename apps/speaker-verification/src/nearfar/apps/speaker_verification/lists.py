@@ -21,9 +21,10 @@ from nearfar.apps.speaker_verification.common import (
     refuse_folder,
 )
 from nearfar.audio import scoring
-from nearfar.audio.speaker_system import SpeakerSystem, choose_device
+from nearfar.audio.speaker_system import SpeakerSystem
 from nearfar.audio.speakers import Embedder, Utterance, find_utterances, locate, model_digest
 from nearfar.core.cli import console, messages, raise_failures, table
+from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
 

@@ -8,7 +8,8 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from nearfar.audio.scoring.trials import Array, some
+from nearfar.audio.scoring.trials import Array
+from nearfar.core.errors import some
 
 
 def unit(embeddings: Array, mean: Array | None = None) -> Array:

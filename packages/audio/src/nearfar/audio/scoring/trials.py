@@ -1,14 +1,14 @@
 """Trial lists, enrolment maps and score files."""
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from nearfar.core.errors import UserError
+from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path
 
 Array = np.ndarray
@@ -232,9 +232,3 @@ def _refuse_contradictions(trials: Trials) -> Trials:
             if seen.setdefault(tuple(pair), label) != label:
                 raise UserError(f"{trials.source}: the trial {pair[0]} {pair[1]} is both target and nontarget")
     return trials
-
-
-def some(names: Iterable[Any], limit: int = 5) -> str:
-    names = [str(name) for name in names]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
