@@ -6,9 +6,9 @@ Forward passes of 1 and 8 pictures at 224 in inference mode, and one training st
 so that convolutional and attention networks share a size). Models take turns within every repeat, so that a slow
 moment of the machine falls on all; of two calls in a turn the second is timed, as a model in use finds its weights in
 the caches; the median counts. Forward passes of one picture, which a slow moment changes most, take five times as many
-repeats. MACs are counted by torch's FlopCounterMode, halved, and those of a fused form are the plain form's. "MAC ratio"
-is the time per MAC in units of timm's ConvNeXt-T. Memory is what a call adds to the weights; of the fused layers only
-their results show there.
+repeats. MACs are counted by torch's FlopCounterMode, halved, and those of a fused form are the plain form's. "MAC
+ratio" is the time per MAC in units of timm's ConvNeXt-T. Memory is what a call adds to the weights; of the fused layers
+only their results show there.
 """
 
 import argparse
