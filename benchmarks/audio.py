@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nearfar.audio.ltdnn import LAP, LTDNN
+from nearfar.audio.speakers.ltdnn import LAP, LTDNN
 
 
 class WeightedSum(nn.Module):

@@ -25,8 +25,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from nearfar.vision.convnext import ConvNeXt
 from nearfar.vision.cost import macs, peak_memory
+from nearfar.vision.models.convnext import ConvNeXt
 
 OURS = ("nearfar_convnext_tiny", "hornet_tiny_7x7", "hornet_tiny_gf", "lsnet_t", "attnet_xxs", "attnet_t1",
         "transxnet_t", "overlock_xt")  # fmt: skip

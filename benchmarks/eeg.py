@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import nn
 from torch.profiler import ProfilerActivity
 
-from nearfar.eeg.agtcnet import VARIANTS, AGTCNet
+from nearfar.eeg.models.agtcnet import VARIANTS, AGTCNet
 from nearfar.ops.graph.attention import GraphConvAttention
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces each of its runs

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from nearfar.medical.segmenter import create_network
-from nearfar.ops.convolution.conv_norm_act import fuse
+from nearfar.medical.networks import create_network
+from nearfar.ops.common.conv_norm_act import fuse
 
 NETWORKS = {
     "deeplab_v2": (2, {"scales": []}),

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfar.language.modeling import MixerConfig, MixerForCausalLM
+from nearfar.language.configuration import MixerConfig
+from nearfar.language.modeling import MixerForCausalLM
 from nearfar.ops.attention.causal import CausalAttention
 from nearfar.ops.convolution.base_conv import BaseConv
 from nearfar.ops.convolution.hyena import Hyena

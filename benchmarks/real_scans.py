@@ -21,12 +21,14 @@ from scipy import ndimage
 from skimage.filters import frangi
 
 from nearfar.apps.medical_segmentation.cli import RECIPES
-from nearfar.core.training import read_recipe
-from nearfar.medical.datasets import Case, Collection, find_cases, make_splits
+from nearfar.core.recipes import read_recipe
+from nearfar.medical.data.cases import Case, Collection, make_splits
+from nearfar.medical.data.layouts import find_cases
+from nearfar.medical.data.scans import Scan
+from nearfar.medical.recipe import Recipe
 from nearfar.medical.refinement import search_crf
 from nearfar.medical.samples import threshold_baseline, write_brain
-from nearfar.medical.scans import Scan
-from nearfar.medical.segmenter import Recipe, Segmenter
+from nearfar.medical.segmenter import Segmenter
 from nearfar.medical.training import crf_items, score_cases, train_segmenter
 from nearfar.ops.graph.dense_crf import DenseCRF
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nearfar.audio import scoring
+from nearfar.audio.speakers import scoring
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -83,7 +83,7 @@ def operators() -> None:
 def build(name: str) -> Callable[[Tensor], Any]:
     """A model by name, as a function of (1, T) samples. Raises ImportError where a peer is not installed."""
     if name in ("mossformer-s", "mossformer2"):
-        from nearfar.audio.mossformer import create_model
+        from nearfar.audio.separation.mossformer import create_model
 
         return create_model(name).eval()
     if name == "sepformer":
@@ -208,7 +208,7 @@ def count_swaps(tracks: np.ndarray, sources: np.ndarray) -> int:
 
 
 def swaps(asteroid: str | None) -> None:
-    from nearfar.audio.separation import separate_samples
+    from nearfar.audio.separation.windows import separate_samples
 
     sources = conversation()
     print("\nspeaker swaps over 10 minutes with 20 s alone, separator that orders its outputs at random")
@@ -239,8 +239,8 @@ def memory_once(minutes: float) -> None:
     """In a process of its own: peak memory of separating so long a recording in windows."""
     import tempfile
 
-    from nearfar.audio.mossformer import MossFormer
-    from nearfar.audio.separation import model_separator, separate_recording
+    from nearfar.audio.separation.mossformer import MossFormer
+    from nearfar.audio.separation.windows import model_separator, separate_recording
 
     class Noise:
         rate, frames = RATE, int(minutes * 60 * RATE)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from nearfar.audio.scoring import Trials, write_trials
+from nearfar.audio.speakers.scoring.trials import Trials, write_trials
 
 RATE = 8000
 

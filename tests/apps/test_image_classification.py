@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from nearfar.apps.image_classification.cli import app, run_comparison
 from nearfar.apps.image_classification.tour import SMALL, chapter, digits
-from nearfar.core.cli import BatchError
+from nearfar.core.cli.batch import BatchError
 from nearfar.core.errors import UserError
 from nearfar.core.report import Report
-from nearfar.vision.classification import Classifier, evaluate_scores
-from nearfar.vision.pictures import open_pictures, split_pictures
-from nearfar.vision.training import Recipe, train_classifier
+from nearfar.vision.classification.classifier import Classifier, evaluate_scores
+from nearfar.vision.classification.training import Recipe, train_classifier
+from nearfar.vision.data.images import open_pictures, split_pictures
 
 
 def call(*words: object) -> str:

@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 
 from nearfar.apps.medical_segmentation import cli
-from nearfar.core.cli import BatchError
+from nearfar.core.cli.batch import BatchError
 from nearfar.core.errors import UserError
-from nearfar.core.training import data_loader, read_recipe
+from nearfar.core.recipes import read_recipe
+from nearfar.core.training import data_loader
 from nearfar.medical import samples
-from nearfar.medical.segmenter import Recipe, Segmenter
+from nearfar.medical.recipe import Recipe
+from nearfar.medical.segmenter import Segmenter
 from nearfar.medical.training import Patches, _Module
 
 SMALL = ("max_epochs=1", "patches_per_epoch=4", "roi=[16,32,32]", "settings={features: [4, 4, 8, 8, 8, 4]}")

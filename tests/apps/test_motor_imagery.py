@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nearfar.core import cli, training
+from nearfar.core import training
+from nearfar.core.cli import root as cli
 
 CHANNELS = ["FC3", "FC4", "C3", "Cz", "C4", "CP3", "CP4", "Pz"]
 RATE = 64.0

@@ -102,7 +102,8 @@ def test_every_recipe_that_comes_along_can_be_built():
 
 
 def test_recall_in_real_text(tmp_path):
-    from nearfar.language.modeling import MixerConfig, MixerForCausalLM
+    from nearfar.language.configuration import MixerConfig
+    from nearfar.language.modeling import MixerForCausalLM
     from nearfar.language.texts import byte_tokenizer
 
     torch.manual_seed(0)

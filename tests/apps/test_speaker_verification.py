@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
 from nearfar.apps.speaker_verification.cli import app
-from nearfar.audio.scoring import eer, read_scores
-from nearfar.core.cli import BatchError
+from nearfar.audio.speakers.scoring.rates import eer
+from nearfar.audio.speakers.scoring.trials import read_scores
+from nearfar.core.cli.batch import BatchError
 from nearfar.core.errors import UserError
 
 RATE = 8000

@@ -15,8 +15,8 @@ import pytest
 import soundfile
 import torch
 
-from nearfar.audio.mossformer import MossFormer
-from nearfar.core import cli
+from nearfar.audio.separation.mossformer import MossFormer
+from nearfar.core.cli import root as cli
 
 pytestmark = pytest.mark.skipif(
     "speech-separation" not in entry_points(group="nearfar.apps").names, reason="the app is not installed"

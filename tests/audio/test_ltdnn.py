@@ -18,12 +18,13 @@ from transformers import (
     WavLMModel,
 )
 
-from nearfar.audio.frontends import KaldiFbank, SelfSupervised
-from nearfar.audio.ltdnn import ECAPA, LAP, LTDNN, SpeakerEncoder, build_contract, cut_spans
-from nearfar.core.contracts import Contract, relative_errors
+from nearfar.audio.contracts.ltdnn import build_contract
+from nearfar.audio.speakers.frontends import KaldiFbank, SelfSupervised
+from nearfar.audio.speakers.ltdnn import ECAPA, LAP, LTDNN, SpeakerEncoder, cut_spans
+from nearfar.core.contracts import Contract, relative_errors, shipped
 from nearfar.core.errors import CheckpointError, UserError
 
-CONTRACTS = sorted((Path(__file__).parents[1] / "contracts").glob("l-tdnn--*.json"))
+CONTRACTS = shipped("l-tdnn")
 KINDS = {
     "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model),
     "hubert": (HubertConfig, HubertModel),

@@ -6,7 +6,8 @@ import soundfile
 import torch
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
-from nearfar.audio.mixtures import (
+from nearfar.audio.separation.metrics import score, summary
+from nearfar.audio.separation.mixtures import (
     DrawnMixtures,
     Mixture,
     RecordedMixtures,
@@ -19,11 +20,10 @@ from nearfar.audio.mixtures import (
     split_voices,
     write_manifest,
 )
-from nearfar.audio.mossformer import MossFormer
-from nearfar.audio.separation_metrics import score, summary
-from nearfar.audio.separation_training import Recipe, train_separation
+from nearfar.audio.separation.mossformer import MossFormer
+from nearfar.audio.separation.training import Recipe, train_separation
 from nearfar.core.errors import UserError
-from nearfar.core.training import read_recipe
+from nearfar.core.recipes import read_recipe
 
 RATE = 8000
 

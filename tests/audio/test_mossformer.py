@@ -9,20 +9,13 @@ import jaxtyping
 import pytest
 import torch
 
-from nearfar.audio.mossformer import (
-    VARIANTS,
-    MossFormer,
-    MossFormer2,
-    build_contract,
-    create_model,
-    detect,
-    published_state,
-)
+from nearfar.audio.contracts.mossformer import build_contract
+from nearfar.audio.separation.mossformer import VARIANTS, MossFormer, MossFormer2, create_model, detect, published_state
 from nearfar.core.checkpoints import load_state_dict, save_state_dict
-from nearfar.core.contracts import Contract, relative_errors
+from nearfar.core.contracts import Contract, relative_errors, shipped
 from nearfar.core.errors import CheckpointError, UserError
 
-CONTRACTS = sorted((Path(__file__).parents[1] / "contracts").glob("mossformer--*.json"))
+CONTRACTS = shipped("mossformer")
 SMALL = {"num_filters": 24, "dim": 16, "depth": 2, "group_size": 32, "query_key_dim": 8, "dropout": 0.0}
 RECURRENT = {"inner": 12, "order": 5}
 

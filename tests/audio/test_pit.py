@@ -8,7 +8,7 @@ import soundfile
 import torch
 from torchmetrics.functional.audio import permutation_invariant_training, scale_invariant_signal_distortion_ratio
 
-from nearfar.audio.pit import best_permutation, pairwise_si_sdr, pit_si_sdr, si_sdr, training_loss
+from nearfar.audio.separation.pit import best_permutation, pairwise_si_sdr, pit_si_sdr, si_sdr, training_loss
 
 
 def test_si_sdr_equals_torchmetrics_and_ignores_scale_and_offset():

@@ -2,7 +2,6 @@
 
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,39 +12,41 @@ from scipy.stats import multivariate_normal
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_curve
 
-from nearfar.audio import scoring
-from nearfar.audio.scoring import (
-    COSTS,
+from nearfar.audio.speakers import scoring
+from nearfar.audio.speakers.scoring.backend import (
     PLDA,
-    Calibration,
     CohortStatistics,
-    Cost,
-    Trials,
-    actual_dcf,
     adaptive_s_norm,
+    cohort_statistics,
+    enroll_models,
+    make_cohort,
+    normalize_scores,
+    pair_scores,
+    unit,
+)
+from nearfar.audio.speakers.scoring.calibration import Calibration, draw_trials, quality_features
+from nearfar.audio.speakers.scoring.rates import (
+    COSTS,
+    Cost,
+    actual_dcf,
     bootstrap,
     bootstrap_difference,
     cllr,
-    cohort_statistics,
-    draw_trials,
     eer,
-    enroll_models,
     error_curve,
-    make_cohort,
     min_cllr,
     min_dcf,
-    normalize_scores,
-    pair_scores,
-    quality_features,
+    threshold_at_far,
+)
+from nearfar.audio.speakers.scoring.trials import (
+    Trials,
     read_enrollments,
     read_scores,
     read_trials,
-    threshold_at_far,
-    unit,
     write_scores,
     write_trials,
 )
-from nearfar.core.contracts import Contract
+from nearfar.core.contracts import Contract, shipped
 from nearfar.core.errors import UserError
 
 
@@ -68,7 +69,7 @@ def slow_rates(scores, labels, threshold):
 
 
 def test_worked_numbers():
-    contract = Contract.load(Path(__file__).parents[1] / "contracts/l-tdnn--op-eer-mindcf.json")
+    contract = Contract.load(next(p for p in shipped("l-tdnn") if "eer-mindcf" in p.name))
     scores = contract.input_tensors()[0].double().numpy()
     labels = np.arange(3000) % 5 == 0
     scores = scores + 1.6 * labels

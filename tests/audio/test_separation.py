@@ -10,18 +10,17 @@ import pytest
 import soundfile
 import torch
 
-from nearfar.audio.separation import (
+from nearfar.audio.separation.live import OnlineSeparator
+from nearfar.audio.separation.tracking import VoicePrint, Window, certain_pairs, correlate, describe, track_speakers
+from nearfar.audio.separation.windows import (
     ArraySource,
     Stitcher,
     model_separator,
-    resample,
     separate_recording,
     separate_samples,
     window_ranges,
 )
-from nearfar.audio.separation_live import OnlineSeparator
-from nearfar.audio.sound import Recording, writing
-from nearfar.audio.tracking import VoicePrint, Window, certain_pairs, correlate, describe, track_speakers
+from nearfar.audio.sound import Recording, resample, writing
 from nearfar.core.errors import UserError
 
 RATE = 8000
@@ -305,7 +304,7 @@ def test_short_live_input():
 
 
 def test_a_model_as_separator_takes_less_than_one_frame():
-    from nearfar.audio.mossformer import MossFormer
+    from nearfar.audio.separation.mossformer import MossFormer
 
     model = MossFormer(num_filters=8, dim=8, depth=1, group_size=16, query_key_dim=4)
     separate = model_separator(model)

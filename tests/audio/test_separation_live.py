@@ -14,11 +14,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nearfar.audio.mossformer import MossFormer, MossFormer2
-from nearfar.audio.separation import model_separator, resample, separate_samples
-from nearfar.audio.separation_checks import check_equivalence
-from nearfar.audio.separation_live import LiveSeparator, StreamResampler, WavPipe, read_pipe
-from nearfar.audio.separation_memory import RESERVE, fit_window, frame_bytes
+from nearfar.audio.separation.checks import check_equivalence
+from nearfar.audio.separation.live import LiveSeparator, StreamResampler, WavPipe, read_pipe
+from nearfar.audio.separation.memory import RESERVE, fit_window, frame_bytes
+from nearfar.audio.separation.mossformer import MossFormer, MossFormer2
+from nearfar.audio.separation.windows import model_separator, separate_samples
+from nearfar.audio.sound import resample
 from nearfar.core.errors import UserError
 from nearfar.core.memory import resident_memory
 
@@ -256,10 +257,10 @@ def test_a_check_finds_a_difference():
 
 
 def test_a_speaker_model_tells_the_voices_apart():
-    from nearfar.audio.frontends import KaldiFbank
-    from nearfar.audio.ltdnn import ECAPA, SpeakerEncoder
-    from nearfar.audio.speaker_print import SpeakerPrint
-    from nearfar.audio.speaker_system import SpeakerSystem
+    from nearfar.audio.separation.voice_embedding import SpeakerPrint
+    from nearfar.audio.speakers.frontends import KaldiFbank
+    from nearfar.audio.speakers.ltdnn import ECAPA, SpeakerEncoder
+    from nearfar.audio.speakers.system import SpeakerSystem
 
     torch.manual_seed(0)
     head = ECAPA(feature_dim=20, channels=16, embedding_dim=8)

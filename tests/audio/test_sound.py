@@ -4,8 +4,8 @@ import av
 import numpy as np
 import pytest
 
-from nearfar.audio.sound import Recording
-from nearfar.audio.speakers import find_utterances, read_samples
+from nearfar.audio.corpora import find_utterances
+from nearfar.audio.sound import Recording, read_samples
 from nearfar.core.errors import UserError
 
 RATE = 16000

@@ -9,11 +9,17 @@ import soundfile
 import torch
 
 from nearfar.audio.augment import Augmentation, add_noise, add_reverberation, change_speed
-from nearfar.audio.frontends import KaldiFbank
-from nearfar.audio.ltdnn import ECAPA, SpeakerEncoder
-from nearfar.audio.scoring import draw_trials, eer, pair_scores
-from nearfar.audio.speaker_system import SpeakerSystem
-from nearfar.audio.speaker_training import (
+from nearfar.audio.corpora import Utterance, find_utterances, locate
+from nearfar.audio.sound import read_samples
+from nearfar.audio.speakers.embedding import Embedder, model_digest
+from nearfar.audio.speakers.frontends import KaldiFbank
+from nearfar.audio.speakers.ltdnn import ECAPA, SpeakerEncoder
+from nearfar.audio.speakers.quality import Gate, measure_quality
+from nearfar.audio.speakers.scoring.backend import pair_scores
+from nearfar.audio.speakers.scoring.calibration import draw_trials
+from nearfar.audio.speakers.scoring.rates import eer
+from nearfar.audio.speakers.system import SpeakerSystem
+from nearfar.audio.speakers.training import (
     Crops,
     Recipe,
     build_model,
@@ -21,16 +27,6 @@ from nearfar.audio.speaker_training import (
     split_speakers,
     train_speaker_model,
     usable,
-)
-from nearfar.audio.speakers import (
-    Embedder,
-    Gate,
-    Utterance,
-    find_utterances,
-    locate,
-    measure_quality,
-    model_digest,
-    read_samples,
 )
 from nearfar.audio.synthesis import VARIANTS, synthesize
 from nearfar.core.errors import UserError

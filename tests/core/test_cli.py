@@ -5,7 +5,7 @@ import sys
 import pytest
 import typer
 
-from nearfar.core import cli
+from nearfar.core.cli import root as cli
 from nearfar.core.errors import UserError
 from nearfar.core.report import Report
 

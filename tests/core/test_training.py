@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from nearfar.core.errors import UserError
-from nearfar.core.training import data_loader, read_recipe, train, warmup_cosine
+from nearfar.core.recipes import read_recipe
+from nearfar.core.training import data_loader, train, warmup_cosine
 
 
 class Classifier(pl.LightningModule):

@@ -19,13 +19,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
-from nearfar.core.contracts import Contract, relative_errors
+from nearfar.core.contracts import Contract, relative_errors, shipped
 from nearfar.core.errors import CheckpointError, UserError
-from nearfar.eeg.agtcnet import VARIANTS, AGTCNet, build_contract, published_names
-from nearfar.eeg.graphs import edge_names, grid_graph
+from nearfar.eeg.contracts.agtcnet import build_contract
 from nearfar.eeg.metrics import chance_bound
+from nearfar.eeg.models.agtcnet import VARIANTS, AGTCNet
+from nearfar.eeg.models.agtcnet_weights import published_names
+from nearfar.eeg.models.graphs import edge_names, grid_graph
 
-CONTRACTS = sorted((Path(__file__).parents[1] / "contracts").glob("agtcnet--*.json"))
+CONTRACTS = shipped("agtcnet")
 PARAMETERS = {"bciciv2a-3s": 74_213, "bciciv2a-long": 76_517, "eegmmidb-4class": 86_525, "eegmmidb-2class": 83_067}
 SMALL = [{"ch_name": f"{row}{n}"} for row, numbers in (("FC", "3z4"), ("C", "531z246"), ("CP", "3z4")) for n in numbers]
 

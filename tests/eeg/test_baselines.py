@@ -7,9 +7,9 @@ from scipy.signal import butter, sosfiltfilt
 from sklearn.base import clone
 
 from nearfar.core.errors import UserError
-from nearfar.eeg import baselines
 from nearfar.eeg.conventions import BCICIV2A_CHANNELS
-from nearfar.eeg.protocols import evaluate
+from nearfar.eeg.evaluation import evaluate
+from nearfar.eeg.models import baselines
 
 SFREQ = 128.0
 

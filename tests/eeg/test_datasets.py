@@ -13,6 +13,7 @@ from scipy.io import savemat
 from scipy.stats import spearmanr
 
 from nearfar.core.errors import UserError
+from nearfar.eeg.annotations import event_counts
 from nearfar.eeg.conventions import BCICIV2A_CHANNELS
 from nearfar.eeg.datasets import (
     bciciv2a,
@@ -22,9 +23,10 @@ from nearfar.eeg.datasets import (
     from_moabb,
     moabb_recordings,
 )
-from nearfar.eeg.preprocessing import Preprocessing, event_counts
-from nearfar.eeg.recordings import find_recordings, load_trials, read_recording, trials_array
+from nearfar.eeg.preprocessing import Preprocessing
+from nearfar.eeg.recordings import find_recordings, read_recording
 from nearfar.eeg.samples import finger_movements, read_ts
+from nearfar.eeg.trials import load_trials, trials_array
 
 PLAIN = Preprocessing(tmax=2.0, reference=None)
 

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import Callback
 
 from nearfar.core.errors import UserError
 from nearfar.eeg import decoding
-from nearfar.eeg.decoding import Decoder, NetworkClassifier, Recipe, predict_logits
+from nearfar.eeg.decoder import Decoder, predict_logits
+from nearfar.eeg.decoding import NetworkClassifier, Recipe
 from nearfar.eeg.preprocessing import Preprocessing
 
 CHANNELS = ["FC3", "FC4", "C3", "Cz", "C4", "CP3", "CP4", "Pz"]

@@ -1,7 +1,6 @@
 """Electrode graphs by name, position and correlation."""
 
 import json
-from pathlib import Path
 
 import mne
 import numpy as np
@@ -9,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nearfar.core.contracts import shipped
 from nearfar.core.errors import UserError
-from nearfar.eeg.graphs import (
+from nearfar.eeg.models.graphs import (
     channel_positions,
     correlation_graph,
     edge_names,
@@ -21,7 +21,7 @@ from nearfar.eeg.graphs import (
     radius_graph,
 )
 
-CONTRACTS = sorted((Path(__file__).parents[1] / "contracts").glob("agtcnet--*.json"))
+CONTRACTS = shipped("agtcnet")
 PUBLISHED = [
     settings for path in CONTRACTS if "edges_undirected" in (settings := json.loads(path.read_text())["settings"])
 ]

@@ -12,7 +12,7 @@ from scipy import signal
 from nearfar.core.errors import UserError
 from nearfar.eeg import metrics, plots
 from nearfar.eeg.conventions import standard_montage
-from nearfar.eeg.online import Decisions
+from nearfar.eeg.live.stream import Decisions
 
 mpl.use("agg")
 

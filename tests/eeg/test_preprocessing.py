@@ -14,7 +14,8 @@ from sklearn.base import clone
 
 from nearfar.core.errors import UserError
 from nearfar.eeg.alignment import EuclideanAlignment, ExponentialMovingStandardizer, RunningAlignment
-from nearfar.eeg.preprocessing import PRESETS, Preprocessing, event_counts, quiet
+from nearfar.eeg.annotations import event_counts, quiet
+from nearfar.eeg.preprocessing import PRESETS, Preprocessing
 
 EVENTS = {"left_hand": "T1", "right_hand": "T2"}
 SETTINGS = [

@@ -13,11 +13,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
+from nearfar.core import fingerprint
 from nearfar.core.errors import UserError
-from nearfar.eeg import fingerprint, metrics, protocols
+from nearfar.core.fingerprint import code_digest
+from nearfar.eeg import metrics, protocols
 from nearfar.eeg.alignment import EuclideanAlignment
-from nearfar.eeg.fingerprint import code_digest
-from nearfar.eeg.protocols import PROTOCOLS, LeakageError, Split, check_split, evaluate
+from nearfar.eeg.evaluation import evaluate
+from nearfar.eeg.leakage import LeakageError, check_split
+from nearfar.eeg.protocols import PROTOCOLS, Split
 
 SECONDS = 2.0
 

@@ -12,17 +12,11 @@ from hypothesis import strategies as st
 from scipy.io import savemat
 
 from nearfar.core.errors import UserError
+from nearfar.eeg.annotations import event_counts
 from nearfar.eeg.conventions import standard_montage, standard_name
-from nearfar.eeg.preprocessing import Preprocessing, event_counts
-from nearfar.eeg.recordings import (
-    Recording,
-    bad_channels,
-    find_recordings,
-    load_trials,
-    read_recording,
-    select_channels,
-    trials_array,
-)
+from nearfar.eeg.preprocessing import Preprocessing
+from nearfar.eeg.recordings import Recording, bad_channels, find_recordings, read_recording, select_channels
+from nearfar.eeg.trials import load_trials, trials_array
 
 EVENTS = {"left_hand": "T1", "right_hand": "T2"}
 PLAIN = Preprocessing(tmax=2.0, reference=None)

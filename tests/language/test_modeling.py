@@ -8,7 +8,10 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from nearfar.core.errors import UserError
-from nearfar.language.modeling import MIXERS, MixerCache, MixerConfig, MixerForCausalLM, MixerModel
+from nearfar.language.cache import MixerCache
+from nearfar.language.configuration import MixerConfig
+from nearfar.language.modeling import MixerForCausalLM, MixerModel
+from nearfar.language.registry import MIXERS
 
 VOCABULARY = 40
 LAYERS = {

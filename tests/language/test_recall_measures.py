@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from nearfar.core.errors import UserError
-from nearfar.language.ar_slices import BigramCounts, ar_hits, gap_explained, slice_scores
-from nearfar.language.modeling import MixerConfig, MixerForCausalLM
-from nearfar.language.recall import Point, RecallModule, Recipe, best_results, read_results
+from nearfar.language.configuration import MixerConfig
+from nearfar.language.modeling import MixerForCausalLM
+from nearfar.language.recall.ar_slices import BigramCounts, ar_hits, gap_explained, slice_scores
+from nearfar.language.recall.bench import Point, RecallModule, Recipe, best_results, read_results
 
 
 def test_ar_hits_by_looking_back():

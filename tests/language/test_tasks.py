@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfar.core.errors import UserError
-from nearfar.language.tasks import FastDraws, make_examples, segment_seeds
+from nearfar.language.recall.tasks import FastDraws, make_examples, segment_seeds
 
 
 def answers(inputs, labels, context):

@@ -16,8 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 from nearfar.core.errors import UserError
 from nearfar.language import texts
 from nearfar.language.audit import CHECKS, audit
+from nearfar.language.configuration import MixerConfig
 from nearfar.language.evaluation import ngram_bits, run_tasks, score, write_on
-from nearfar.language.modeling import MixerConfig, MixerForCausalLM
+from nearfar.language.modeling import MixerForCausalLM
 from nearfar.language.training import LanguageModule, Recipe, train_language_model
 
 BYTES = texts.byte_tokenizer()

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nearfar.core.contracts import Contract, fill, relative_errors
+from nearfar.core.contracts import Contract, fill, relative_errors, shipped
 from nearfar.core.errors import CheckpointError, UserError
+from nearfar.language.contracts.zoology import build_contract
 from nearfar.language.modeling import MixerForCausalLM
-from nearfar.language.zoology import build_contract, from_published, recognise
+from nearfar.language.zoology import from_published, recognise
 
-CONTRACTS = sorted((Path(__file__).parents[1] / "contracts").glob("zoology--*.json"))
+CONTRACTS = shipped("zoology")
 
 
 @pytest.mark.parametrize("path", CONTRACTS, ids=lambda path: path.stem.removeprefix("zoology--"))
@@ -26,7 +27,7 @@ def test_contract(path):
 
 
 def published(name):
-    return Contract.load(Path(__file__).parents[1] / "contracts" / f"zoology--{name}.json").state()
+    return Contract.load(next(p for p in shipped("zoology") if p.stem == f"zoology--{name}")).state()
 
 
 def test_a_checkpoint_file_gives_a_model_that_generates(tmp_path):

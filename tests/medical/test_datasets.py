@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from nearfar.core.errors import UserError
-from nearfar.medical.datasets import Case, check_split, find_cases, make_splits
-from nearfar.medical.scans import read_labels, write_labels
+from nearfar.medical.data.cases import Case, check_split, make_splits
+from nearfar.medical.data.layouts import find_cases
+from nearfar.medical.data.scans import read_labels, write_labels
 
 
 def volume(path: Path, value: int = 1, size=(4, 5, 6)) -> Path:

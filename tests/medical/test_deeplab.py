@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nearfar.core.contracts import Contract, verify
+from nearfar.core.contracts import Contract, shipped, verify
 from nearfar.core.errors import CheckpointError, UserError
-from nearfar.medical.deeplab import DeepLabV2, DeepLabV3, build_contract, read_caffemodel, refine_scores
+from nearfar.medical.contracts.deeplab import build_contract
+from nearfar.medical.models.caffe import read_caffemodel
+from nearfar.medical.models.deeplab import DeepLabV2, DeepLabV3, refine_scores
 from nearfar.ops.aggregation.multi_scale import multi_scale_scores
-from nearfar.ops.convolution.conv_norm_act import fuse
+from nearfar.ops.common.conv_norm_act import fuse
 from nearfar.ops.graph.dense_crf import DenseCRF
 
-CONTRACTS = sorted((Path(__file__).parents[1] / "contracts").glob("deeplab--*.json"))
+CONTRACTS = shipped("deeplab")
 SMALL = {"depths": (1, 1, 2, 3), "width": 8}
 
 

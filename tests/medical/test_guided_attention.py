@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nearfar.core.contracts import Contract, verify
+from nearfar.core.contracts import Contract, shipped, verify
 from nearfar.core.errors import CheckpointError
-from nearfar.medical.deeplab import ResNet
-from nearfar.medical.guided_attention import GuidedAttention, build_contract, guided_loss, published_state
+from nearfar.medical.contracts.guided_attention import build_contract
+from nearfar.medical.models.deeplab import ResNet
+from nearfar.medical.models.guided_attention import GuidedAttention, guided_loss, published_state
 
-CONTRACTS = sorted((Path(__file__).parents[1] / "contracts").glob("multi-scale-guided-attention--*.json"))
+CONTRACTS = shipped("multi-scale-guided-attention")
 
 
 @pytest.mark.parametrize("path", CONTRACTS, ids=lambda p: p.stem)

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nearfar.core.contracts import Contract, verify
+from nearfar.core.contracts import Contract, shipped, verify
 from nearfar.core.errors import CheckpointError, UserError
-from nearfar.medical.macmd import MACMD, build_contract, published_state
+from nearfar.medical.contracts.macmd import build_contract
+from nearfar.medical.models.macmd import MACMD, published_state
 
-CONTRACTS = sorted((Path(__file__).parents[1] / "contracts").glob("macmd--*.json"))
+CONTRACTS = shipped("macmd")
 WHOLE = next(path for path in CONTRACTS if "pvtv2b2" in path.stem)
 
 

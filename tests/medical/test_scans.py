@@ -13,7 +13,7 @@ from PIL import Image
 from pydicom.uid import generate_uid
 
 from nearfar.core.errors import UserError
-from nearfar.medical.scans import read_labels, read_scan, resize_labels, write_dicom_seg, write_labels
+from nearfar.medical.data.scans import read_labels, read_scan, resize_labels, write_dicom_seg, write_labels
 
 RNG = np.random.default_rng(0)
 

@@ -12,13 +12,16 @@ from scipy import ndimage
 from skimage.filters import frangi
 
 from nearfar.core.errors import UserError
-from nearfar.medical.datasets import find_cases
+from nearfar.medical.data.layouts import find_cases
+from nearfar.medical.data.scans import Scan, read_scan
 from nearfar.medical.losses import SegmentationLoss
 from nearfar.medical.metrics import score_case
+from nearfar.medical.networks import create_network
+from nearfar.medical.preparation import Preparation
+from nearfar.medical.recipe import Recipe
 from nearfar.medical.refinement import crf_bytes, refine, search_crf
 from nearfar.medical.samples import threshold_baseline, write_brain
-from nearfar.medical.scans import Scan, read_scan
-from nearfar.medical.segmenter import Preparation, Recipe, Segmenter, create_network
+from nearfar.medical.segmenter import Segmenter
 from nearfar.medical.training import Patches, augmentation, train_segmenter
 from nearfar.ops.graph.dense_crf import DenseCRF
 

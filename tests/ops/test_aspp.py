@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nearfar.ops.aggregation.multi_scale import multi_scale_scores
+from nearfar.ops.common.conv_norm_act import ConvNormAct, fuse
 from nearfar.ops.convolution.aspp import ASPP, SummedASPP
-from nearfar.ops.convolution.conv_norm_act import ConvNormAct, fuse
 
 SIZES = {1: (23,), 2: (11, 9), 3: (5, 6, 7)}
 

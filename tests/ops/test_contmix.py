@@ -5,16 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from nearfar.ops.convolution.contmix import (
-    BRANCHES,
     ContextMixer,
     ContMixBlock,
-    DilatedReparam,
     GlobalResponseNorm,
     RepConvBlock,
-    ResidualDepthwise,
     clamped_window_sum,
     pool_to,
 )
+from nearfar.ops.convolution.reparam import BRANCHES, DilatedReparam, ResidualDepthwise
 
 
 def agree(fast: torch.Tensor, slow: torch.Tensor, inputs: list[torch.Tensor]) -> None:

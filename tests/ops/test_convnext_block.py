@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import gelu, pad
 
+from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv, DropPath
 from nearfar.ops.convolution.convnext import ConvNeXtBlock
-from nearfar.ops.convolution.layers import ChannelNorm, DepthwiseConv, DropPath
 
 
 def slow_depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, left: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nearfar.ops.aggregation.norm import ScaleNorm, TimeNorm
+from nearfar.ops.common.sequence_norms import ScaleNorm, TimeNorm
 from nearfar.ops.convolution.sequence import ConvProjection, depthwise_sequence, token_shift
 from nearfar.ops.recurrence.fsmn import FSMN, DilatedDenseFSMN, GatedFSMN
 

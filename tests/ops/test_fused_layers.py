@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nearfar.ops.convolution.layers import GELU, DepthwiseConv, FusedConv2d, FusedLinear
+from nearfar.ops.common.fused import FusedConv2d, FusedLinear
+from nearfar.ops.common.layers import GELU, DepthwiseConv
 
 CONVOLUTIONS = {
     "pointwise": lambda: nn.Conv2d(6, 8, 1),

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from nearfar.ops.recurrence import kernels, mamba, retnet
+from nearfar.ops.common import kernels
+from nearfar.ops.recurrence import mamba, retnet
 from nearfar.ops.recurrence.based import Based
 from nearfar.ops.recurrence.mamba import Mamba, selective_scan
 from nearfar.ops.recurrence.retnet import Retention

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nearfar.ops.aggregation.margin_softmax import AAMSoftmax, margin_ramp
+from nearfar.ops.losses.margin_softmax import AAMSoftmax, margin_ramp
 
 
 def slow_logits(loss, embedding, label):

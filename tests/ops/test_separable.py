@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nearfar.ops.convolution.separable import SeparableConv, selu_
+from nearfar.ops.common.keras import selu_
+from nearfar.ops.convolution.separable import SeparableConv
 
 CASES = {  # in, out, kernel, multiplier, groups, branches
     "agtcnet projection": (4, 6, (1, 8), 4, 1, 1),

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nearfar.ops.attention.causal import CausalAttention
+from nearfar.ops.common.streaming import state_numbers
 from nearfar.ops.convolution.base_conv import BaseConv
 from nearfar.ops.convolution.causal import ExplicitLongConv, ImplicitLongConv, ShortConv
 from nearfar.ops.convolution.hyena import Hyena
@@ -14,7 +15,6 @@ from nearfar.ops.recurrence.h3 import H3
 from nearfar.ops.recurrence.mamba import Mamba
 from nearfar.ops.recurrence.retnet import Retention
 from nearfar.ops.recurrence.rwkv4 import RWKV4ChannelMix, RWKV4TimeMix
-from nearfar.ops.recurrence.streaming import state_numbers
 from nearfar.ops.tokens.selective_lookup import SelectiveLookup
 
 DIM, LENGTH = 12, 83

@@ -17,17 +17,16 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch.utils.flop_counter import FlopCounterMode
 
-from nearfar.core.contracts import Contract, fill, verify
+from nearfar.core.contracts import Contract, fill, shipped, verify
 from nearfar.core.errors import CheckpointError
-from nearfar.vision.backbone import MODELS, VARIANTS, Backbone
-
-CONTRACTS = Path(__file__).parents[1] / "contracts"
+from nearfar.vision.models.pyramid import Backbone
+from nearfar.vision.models.registry import MODELS, VARIANTS
 
 
 def contracts(system: str) -> list[Any]:
     """The shipped contracts of `system` as test parameters."""
-    found = sorted(CONTRACTS.glob(f"{system}--*.json"))
-    assert found, f"no contracts of {system} in {CONTRACTS}"
+    found = shipped(system)
+    assert found, f"no contracts of {system}"
     return [pytest.param(path, id=path.stem.split("--")[1]) for path in found]
 
 

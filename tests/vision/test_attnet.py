@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nearfar.vision.attnet import AttBlock, AttNet, build_contract
-from nearfar.vision.backbone import Backbone
-from nearfar.vision.sit import SiT, position_table
+from nearfar.vision.contracts.attentive_convolution import build_contract
+from nearfar.vision.generation.sit import SiT, position_table
+from nearfar.vision.models.attnet import AttBlock, AttNet
+from nearfar.vision.models.pyramid import Backbone
 from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
 
 

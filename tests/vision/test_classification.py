@@ -12,11 +12,9 @@ import torch
 from PIL import Image
 
 from nearfar.core.errors import CheckpointError, UserError
-from nearfar.core.training import read_recipe
-from nearfar.vision.classification import LINEAR, SMALL, Classifier, identify
-from nearfar.vision.convnext import ConvNeXt
-from nearfar.vision.pictures import Pictures
-from nearfar.vision.training import (
+from nearfar.core.recipes import read_recipe
+from nearfar.vision.classification.classifier import LINEAR, SMALL, Classifier, identify
+from nearfar.vision.classification.training import (
     RECIPES,
     ClassifierModule,
     Recipe,
@@ -27,6 +25,8 @@ from nearfar.vision.training import (
     train_classifier,
     training_transform,
 )
+from nearfar.vision.data.images import Pictures
+from nearfar.vision.models.convnext import ConvNeXt
 
 PUBLISHED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 

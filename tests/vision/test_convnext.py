@@ -15,7 +15,8 @@ from torchvision.models.convnext import CNBlock as TorchvisionBlock
 from transformers.models.convnext.modeling_convnext import ConvNextLayer as TransformersBlock
 
 from nearfar.core.errors import CheckpointError, UserError
-from nearfar.vision.convnext import ConvNeXt, build_contract
+from nearfar.vision.contracts.convnext import build_contract
+from nearfar.vision.models.convnext import ConvNeXt
 from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
 
 

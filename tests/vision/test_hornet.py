@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 
-from nearfar.vision.hornet import HorBlock, HorFPNConv, HorNet, build_contract
+from nearfar.vision.contracts.hornet import build_contract
+from nearfar.vision.models.hornet import HorBlock, HorFPNConv, HorNet
 from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
 
 

@@ -5,8 +5,8 @@ import timm
 import torch
 
 from nearfar.core.errors import UserError
-from nearfar.vision.inspect import attention_maps, draw_attention, grid, place
-from nearfar.vision.sit import SiT
+from nearfar.vision.explain.attention import attention_maps, draw_attention, grid, place
+from nearfar.vision.generation.sit import SiT
 from tests.vision.base import randomise
 from tests.vision.test_lsnet import TestLSNet as LSNetTest
 from tests.vision.test_overlock import TestOverLoCK as OverLoCKTest

@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 
-from nearfar.core.contracts import Contract
+from nearfar.core.contracts import Contract, shipped
 from nearfar.ops.attention.offset_bias import OffsetBiasAttention
-from nearfar.vision.lsnet import LSBlock, LSNet, build_contract
+from nearfar.vision.contracts.lsnet import build_contract
+from nearfar.vision.models.lsnet import LSBlock, LSNet
 from tests.vision.base import (
-    CONTRACTS,
     BackboneTester,
     check_contract,
     close,
@@ -119,7 +119,7 @@ def folded(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def test_checkpoints_in_the_fused_form() -> None:
-    contract = Contract.load(CONTRACTS / "lsnet--t-shallow.json")
+    contract = Contract.load(next(p for p in shipped("lsnet") if p.stem == "lsnet--t-shallow"))
     state = contract.state()
     x = torch.randn(1, 3, 64, 64)
     loaded = LSNet.from_published(folded(state))

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from nearfar.core.errors import UserError
-from nearfar.vision.inspect import attention_maps
-from nearfar.vision.overlock import OverLoCK, build_contract
+from nearfar.vision.contracts.overlock import build_contract
+from nearfar.vision.explain.attention import attention_maps
+from nearfar.vision.models.overlock import OverLoCK
 from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
 
 

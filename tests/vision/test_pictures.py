@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from nearfar.core.errors import UserError
-from nearfar.vision.pictures import Pictures, open_pictures, read_picture, split_pictures
+from nearfar.vision.data.images import Pictures, open_pictures, read_picture, split_pictures
 
 
 def folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int = 3) -> Path:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nearfar.vision.inspect import attention_maps
-from nearfar.vision.sit import MIXERS, SiT, _dopri5, position_table, sit
+from nearfar.vision.explain.attention import attention_maps
+from nearfar.vision.generation.sit import MIXERS, SiT, _dopri5, position_table, sit
 from tests.vision.base import close, randomise
 
 SMALL = {"input_size": 8, "depth": 2, "dim": 16, "num_heads": 2, "num_classes": 4}

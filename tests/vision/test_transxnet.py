@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from nearfar.ops.convolution.dmixer import DMixer
-from nearfar.vision.inspect import attention_maps
-from nearfar.vision.transxnet import TransXBlock, TransXNet, build_contract
+from nearfar.vision.contracts.transxnet import build_contract
+from nearfar.vision.explain.attention import attention_maps
+from nearfar.vision.models.transxnet import TransXBlock, TransXNet
 from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
 
 

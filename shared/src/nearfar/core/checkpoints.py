@@ -1,8 +1,9 @@
 """Reading published checkpoints safely, with an account of every key."""
 
+import math
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from torch import Tensor, nn
 
 from nearfar.core.errors import CheckpointError
 from nearfar.core.files import atomic_path
+
+Rule = tuple[str, str | Callable[[re.Match[str]], str]]
+"""One renaming: a regular expression, and what takes the place of its match in a tensor's name."""
+
+Checkpoint = str | Path | Mapping[str, Any]
+"""A checkpoint file, or what it holds."""
 
 WRAPPERS = ("ema_state_dict", "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model_state", "model")
 """Keys under which training scripts keep the weights, in order of preference (averaged weights first)."""
@@ -121,3 +128,58 @@ def save_state_dict(model: nn.Module, path: str | Path) -> Path:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+def fit_shapes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with tensors reshaped to the model's where only axes of length one differ.
+
+    So a linear map and a 1 x 1 convolution, or a vector and the same per-channel map, take each other's weights.
+    """
+    own = model.state_dict()
+    long_axes = lambda shape: [n for n in shape if n > 1]  # noqa: E731
+    return {
+        name: value.reshape(own[name].shape)
+        if name in own and long_axes(own[name].shape) == long_axes(value.shape)
+        else value
+        for name, value in state.items()
+    }
+
+
+def loaded(model: nn.Module, state: Mapping[str, Tensor], ignore: Iterable[str] = ()) -> nn.Module:
+    """`model` in eval mode with the renamed `state` in it, shapes fitted, every key accounted for."""
+    load_state_dict(model, fit_shapes(model, state), ignore=ignore)
+    return model.eval()
+
+
+def read(source: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, or of what it holds, without the wrappers that training scripts put around."""
+    return unwrap(source) if isinstance(source, Mapping) else read_state_dict(source)
+
+
+def rename(state: Mapping[str, Tensor], rules: Iterable[Rule], *, anywhere: bool = False) -> dict[str, Tensor]:
+    """`state` with every rule applied, in order, to the start of every name, or `anywhere` in it.
+
+    Raises CheckpointError where two tensors come out under one name.
+    """
+    renamed: dict[str, Tensor] = {}
+    patterns = [(re.compile(pattern if anywhere else f"^(?:{pattern})"), replacement) for pattern, replacement in rules]
+    for name, value in state.items():
+        new = name
+        for pattern, replacement in patterns:
+            new = pattern.sub(replacement, new)
+        if new in renamed:
+            raise CheckpointError(f"two of the checkpoint's tensors are {new!r}, the second is {name!r}")
+        renamed[new] = value
+    return renamed
+
+
+def ratio(hidden: int, dim: int) -> float:
+    """The expansion r with int(r dim) = hidden."""
+    found = hidden / dim
+    return found if int(found * dim) == hidden else math.nextafter(found, math.inf)
+
+
+def count(state: Mapping[str, Any], pattern: str) -> int:
+    """How many indices, from 0 upwards, fill the one group of `pattern` at the start of the names."""
+    found = {int(match[1]) for name in state if (match := re.match(pattern, name))}
+    return max(found, default=-1) + 1

@@ -7,10 +7,11 @@ values that depend only on its name and shape (`fill`), so the state is rebuilt 
 A package registers one builder per system in the entry-point group `nearfar.contracts`::
 
     [project.entry-points."nearfar.contracts"]
-    agtcnet = "nearfar.eeg.agtcnet:build_contract"
+    agtcnet = "nearfar.eeg.contracts.agtcnet:build_contract"
 
-The builder takes a `Contract` and returns a module in eval mode (or a plain function) that holds the published
-state, loaded through the system's own checkpoint converter, and is called with the contract's input tensors.
+and ships its contract files in the folder `data` beside that module. The builder takes a `Contract` and returns a
+module in eval mode (or a plain function) that holds the published state, loaded through the system's own checkpoint
+converter, and is called with the contract's input tensors.
 """
 
 import json
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,16 @@ def named_tensors(value: Any, prefix: str = "out") -> dict[str, Tensor]:
 def builders() -> dict[str, Callable[[Contract], Callable[..., Any]]]:
     """System -> contract builder, of every installed package."""
     return {point.name: point.load() for point in entry_points(group="nearfar.contracts")}
+
+
+def shipped(system: str = "*") -> list[Path]:
+    """The contract files that came with the installed packages, of one system or of all, sorted by name.
+
+    They lie in the folder `data` beside the modules of the entry points.
+    """
+    packages = {point.module.rpartition(".")[0] for point in entry_points(group="nearfar.contracts")}
+    folders = [Path(place) for name in packages for place in find_spec(name).submodule_search_locations]  # type: ignore[union-attr]
+    return sorted((path for f in folders for path in f.glob(f"data/{system}--*.json")), key=lambda path: path.name)
 
 
 def verify(

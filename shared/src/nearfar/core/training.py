@@ -5,7 +5,6 @@ a run folder's `last.ckpt` is the state at the start of an epoch. A run that was
 goes on from there to the same weights, bit for bit on the CPU, as one that was not.
 """
 
-import dataclasses
 import json
 import logging
 import math
@@ -20,12 +19,11 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import yaml
 from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 from torch import Tensor
 from torch.optim import Optimizer
@@ -36,45 +34,11 @@ from torch.utils.data.distributed import DistributedSampler
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
-
-Settings = TypeVar("Settings")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number; YAML 1.1 takes only 1.0e-3 for one."""
-
+from nearfar.core.recipes import _Loader
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
-
-
-def read_recipe(cls: type[Settings], path: str | Path | None = None, overrides: Iterable[str] = ()) -> Settings:
-    """An instance of the dataclass `cls` from a YAML recipe and `name=value` overrides (values are read as YAML).
-
-    Raises UserError for a file that is no mapping, an unknown name (listing the known ones) or a value that `cls`
-    refuses.
-    """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}  # a SafeLoader
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"{path}: cannot be read as a YAML recipe ({str(error).splitlines()[0]})") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: a recipe is a list of `name: value` lines")
-    for override in overrides:
-        name, sign, value = override.partition("=")
-        if not sign:
-            raise UserError(f"{override}: an override is written name=value")
-        values[name.strip()] = yaml.load(value, _Loader)
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    if unknown := [name for name in values if name not in known]:
-        raise UserError(f"{path or 'recipe'}: unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path or 'recipe'}: {error}") from error
 
 
 def seed_epoch(seed: int, epoch: int) -> None:

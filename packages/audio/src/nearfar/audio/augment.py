@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from scipy.signal import fftconvolve, resample_poly
 
-from nearfar.audio.sound import SUFFIXES
-from nearfar.audio.speakers import Samples, read_samples
+from nearfar.audio.sound import SUFFIXES, Samples, read_samples
 from nearfar.core.errors import UserError
 
 SNR = {"noise": (0.0, 15.0), "music": (5.0, 15.0), "speech": (13.0, 20.0)}

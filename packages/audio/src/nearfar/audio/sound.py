@@ -4,6 +4,7 @@ import struct
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from math import gcd
 from pathlib import Path
 from types import TracebackType
 
@@ -11,9 +12,41 @@ import av
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
+from scipy.signal import resample_poly
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
+
+Samples = NDArray[np.float32]
+
+
+def read_samples(
+    path: str | Path, rate: int, start: float = 0.0, seconds: float | None = None, mix_channels: bool = False
+) -> Samples:
+    """Samples of a recording, or of a stretch of it, resampled to `rate`.
+
+    Raises UserError for what `Recording` refuses, more than one channel (two channels are often two speakers) unless
+    `mix_channels` averages them, a rate below 4 kHz, and digital silence.
+    """
+    with Recording(path) as recording:
+        if recording.channels > 1 and not mix_channels:
+            raise UserError(
+                f"{path}: has {recording.channels} channels, which may be different speakers; "
+                "split them, or mix them with --mix-channels"
+            )
+        if recording.rate < 4000:
+            raise UserError(f"{path}: {recording.rate} Hz is too low for speech")
+        first = min(int(start * recording.rate), recording.frames - 1)
+        last = recording.frames if seconds is None else min(first + round(seconds * recording.rate), recording.frames)
+        samples = recording.read(first, last)
+        old = recording.rate
+    if not samples.any():
+        raise UserError(f"{path}: is silent, every sample is 0")
+    if old != rate:
+        common = int(np.gcd(old, rate))
+        samples = resample_poly(samples, rate // common, old // common).astype(np.float32)
+    return samples
+
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".m4a", ".aac", ".mp4", ".webm", ".wma", ".amr")
 """Endings of the files that are looked for in a folder."""
@@ -211,3 +244,14 @@ def writing(paths: list[Path], rate: int, subtype: str | None = None) -> Iterato
         yield Writers(files, paths)
         for file in files:
             file.close()
+
+
+def resample(samples: Samples, rate: int, new_rate: int, length: int | None = None) -> Samples:
+    """Change the rate along the last axis; `length` crops or pads with zeros to so many samples."""
+    if rate != new_rate:
+        common = gcd(rate, new_rate)
+        samples = resample_poly(samples, new_rate // common, rate // common, axis=-1).astype(np.float32)
+    if length is not None and samples.shape[-1] != length:
+        samples = samples[..., :length]
+        samples = np.pad(samples, [(0, 0)] * (samples.ndim - 1) + [(0, length - samples.shape[-1])])
+    return samples

@@ -20,11 +20,13 @@ from scipy.io import loadmat, whosmat
 from scipy.io.matlab import MatReadError
 
 from nearfar.core.errors import UserError
+from nearfar.eeg.annotations import annotation_names
 
 CLASSES = ("left_hand", "right_hand", "feet", "tongue", "hands", "rest")
 """Names and order of the customary motor-imagery classes (`hands`: both fists), as MOABB has them."""
 
 _BCICIV2A = "Fz FC3 FC1 FCz FC2 FC4 C5 C3 C1 Cz C2 C4 C6 CP3 CP1 CPz CP2 CP4 P1 Pz P2 POz"
+
 BCICIV2A_CHANNELS = (*_BCICIV2A.split(), "EOG-left", "EOG-central", "EOG-right")
 """The 25 channels of BCI Competition IV 2a in the order of its files."""
 
@@ -34,6 +36,7 @@ BCICIV2A_EVENTS = {"left_hand": "769", "right_hand": "770", "feet": "771", "tong
 UNKNOWN_CUE, RUN_START = "783", "32766"
 
 EEGMMIDB_FILE = re.compile(r"S(\d{3})R(\d{2})\.edf$", re.IGNORECASE)
+
 EEGMMIDB_RUNS = {
     "left_right": {"imagery": (4, 8, 12), "execution": (3, 7, 11)},
     "fists_feet": {"imagery": (6, 10, 14), "execution": (5, 9, 13)},
@@ -41,8 +44,11 @@ EEGMMIDB_RUNS = {
 """Runs of EEGMMIDB by what is moved and whether it is imagined or done."""
 
 _BCICIV2A_FILE = re.compile(r"(A\d{2})([TE])\.(gdf|mat)$", re.IGNORECASE)
+
 _BCICIV2A_LANDMARKS = {0: "EEG-Fz", 7: "EEG-C3", 9: "EEG-Cz", 11: "EEG-C4", 19: "EEG-Pz", 22: "EOG-left"}
+
 _OLD_NAMES = {"t3": "T7", "t4": "T8", "t5": "P7", "t6": "P8"}
+
 _REFERENCE = re.compile(r"[ -]+(ref|le|re|ar|avg|av|car|a1|a2|a1a2|m1|m2|m1m2)$", re.IGNORECASE)
 
 
@@ -123,11 +129,6 @@ def known_events(path: Path) -> dict[str, str] | None:
                     return {first + ending: "T1", second + ending: "T2"}
         return {}
     return dict(BCICIV2A_EVENTS) if is_bciciv2a_file(path) else None
-
-
-def annotation_names(raw: mne.io.BaseRaw) -> np.ndarray:
-    """The annotations' descriptions as an array of ordinary strings."""
-    return np.array([str(name) for name in raw.annotations.description], dtype=str)
 
 
 def check_eegmmidb(raw: mne.io.BaseRaw, path: Path) -> None:

@@ -11,7 +11,7 @@ import mne
 
 from nearfar.core.errors import UserError
 from nearfar.eeg import conventions
-from nearfar.eeg.preprocessing import event_counts, quiet
+from nearfar.eeg.annotations import event_counts, quiet
 from nearfar.eeg.recordings import Recording, find_recordings
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
 """Training a network on trials, and the decoder folder that predicts from recordings on its own."""
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,13 +14,10 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import UserError
-from nearfar.core.files import file_digest, write_json
-from nearfar.core.training import data_loader, environment, train
-from nearfar.eeg.baselines import network, network_class
-from nearfar.eeg.conventions import standard_montage
-from nearfar.eeg.preprocessing import Preprocessing
+from nearfar.core.training import data_loader, train
+from nearfar.eeg.decoder import predict_logits
+from nearfar.eeg.models.baselines import network
 
 
 @dataclass(frozen=True)
@@ -183,18 +179,6 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
         )
 
 
-@torch.no_grad()
-def predict_logits(model: nn.Module, X: np.ndarray, batch_size: int = 256) -> np.ndarray:
-    """Logits (trials, classes) of `model` for X (trials, channels, times), on the model's device, in eval mode."""
-    device = next(model.parameters()).device
-    parts = torch.as_tensor(np.ascontiguousarray(X, dtype=np.float32)).split(batch_size)
-    training = model.training
-    model.eval()
-    logits = torch.cat([model(part.to(device)).float().cpu() for part in parts])
-    model.train(training)
-    return logits.numpy()
-
-
 class _Training(pl.LightningModule):
     """Cross-entropy training of one network; `names` are those of the validation loaders ("val", "test")."""
 
@@ -238,86 +222,3 @@ def _digest(*arrays: np.ndarray | None) -> str:
     for array in arrays:
         digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-@dataclass
-class Decoder:
-    """A trained network with all it needs to predict: montage, preprocessing, classes.
-
-    A decoder folder holds `config.json` and `model.safetensors` (the network; braindecode's `from_pretrained` reads
-    them too) and `decoder.json` (the rest, and how it was trained).
-    """
-
-    network: nn.Module
-    classes: list[str]
-    preprocessing: Preprocessing
-    ch_names: list[str]
-    training: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def sfreq(self) -> float:
-        """Sampling rate of the trials, Hz."""
-        return float(self.training["sfreq"])
-
-    @property
-    def info(self) -> mne.Info:
-        """Channels, positions (where the 10-05 system has them) and rate as MNE's Info."""
-        info = mne.create_info(self.ch_names, self.sfreq, "eeg")
-        return info.set_montage(standard_montage(), on_missing="ignore", verbose="ERROR")
-
-    def save(self, folder: str | Path) -> Path:
-        """Write the decoder into `folder`; what else is there stays. `decoder.json` comes last, so a folder that has
-        one is complete."""
-        folder = Path(folder)
-        (folder / "decoder.json").unlink(missing_ok=True)
-        write_json(folder / "config.json", self.network.get_config())
-        weights = save_state_dict(self.network, folder / "model.safetensors")
-        write_json(
-            folder / "decoder.json",
-            {
-                "format": 1,
-                "network": type(self.network).__name__,
-                "weights": file_digest(weights),
-                "classes": self.classes,
-                "ch_names": self.ch_names,
-                "preprocessing": self.preprocessing.to_dict(),
-                "training": self.training,
-                "metrics": self.metrics,
-                "environment": environment(),
-            },
-        )
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Self:
-        """Read a decoder folder. Raises UserError where it is none, or is damaged."""
-        folder = Path(folder)
-        try:
-            description = json.loads((folder / "decoder.json").read_text(encoding="utf-8"))
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if file_digest(folder / "model.safetensors") != description["weights"]:
-                raise UserError(f"{folder}: model.safetensors is not the file that decoder.json describes")
-            model = network_class(description["network"]).from_config(config)
-            load_state_dict(model, read_state_dict(folder / "model.safetensors"))
-            return cls(
-                model.eval(),
-                description["classes"],
-                Preprocessing.from_dict(description["preprocessing"]),
-                description["ch_names"],
-                description["training"],
-                description["metrics"],
-            )
-        except FileNotFoundError as error:
-            raise UserError(f"{folder}: is no decoder folder, it lacks {Path(error.filename).name}") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: damaged decoder folder ({type(error).__name__}: {error})") from error
-
-    def predict_proba(self, X: np.ndarray) -> np.ndarray:
-        """Class probabilities (trials, classes) of X (trials, channels, times): preprocessed, in microvolts."""
-        if X.shape[1:] != (len(self.ch_names), self.network.n_times):
-            raise UserError(
-                f"the decoder takes {len(self.ch_names)} channels x {self.network.n_times} samples, "
-                f"these trials have {X.shape[1]} x {X.shape[2]}"
-            )
-        return torch.from_numpy(predict_logits(self.network, X)).softmax(1).numpy()

@@ -130,7 +130,7 @@ def subject_scores(rows: pd.DataFrame, score: str = "accuracy") -> pd.DataFrame:
 
 
 def summary(rows: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
-    """One row per protocol and model from result rows (see `nearfar.eeg.protocols.Results.rows`).
+    """One row per protocol and model from result rows (see `nearfar.eeg.evaluation.Results.rows`).
 
     `accuracy`, `kappa` and `sma20` are means over all rows, that is subjects (or their sessions) and repeats;
     `..._std` their population standard deviation over the same rows; `low` and `high` the bootstrap interval of

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from nearfar.core.errors import UserError
 from nearfar.core.plots import COLORS, new_figure, style
 from nearfar.eeg import metrics
-from nearfar.eeg.online import Decisions
+from nearfar.eeg.live.stream import Decisions
 
 MARKERS = "osD^vP*X"
 
@@ -238,7 +238,7 @@ def online_timeline(
     """Probabilities along a recording, the events (shaded) and the commands (marks), each class in its colour.
 
     Args:
-        decisions: from `nearfar.eeg.online`.
+        decisions: from `nearfar.eeg.live.stream`.
         events: `onset`, `duration`, `label` (class index), as `pseudo_online` gives them.
         classes: names of the classes.
         start, stop: part to show, in seconds; all by default.

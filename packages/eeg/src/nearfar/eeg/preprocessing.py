@@ -4,10 +4,7 @@
 """
 
 import logging
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, Literal, Self
@@ -19,12 +16,9 @@ from scipy import signal
 
 from nearfar.core.errors import UserError
 from nearfar.eeg.alignment import EXPONENTIAL_MOVING
-from nearfar.eeg.conventions import annotation_names
+from nearfar.eeg.annotations import Events, annotate, annotations, event_classes, event_counts, quiet, source_name
 
 logger = logging.getLogger("nearfar.eeg")
-
-Events = Mapping[str, str | Sequence[str]]
-"""Class name -> name(s) of the annotations that mark its cues."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "bciciv2a": {"tmin": 0.0, "tmax": 3.0, "sfreq": 125.0},
@@ -285,37 +279,6 @@ class Preprocessing:
             return mne.EpochsArray(data, info, marks, tmin=self.tmin, event_id=event_id, metadata=metadata)
 
 
-def event_classes(events: Events) -> dict[str, str]:
-    """Annotation name -> class; a name given to two classes is a `UserError`."""
-    classes: dict[str, str] = {}
-    for cls, given in events.items():
-        for name in [given] if isinstance(given, str) else map(str, given):
-            if classes.setdefault(name, cls) != cls:
-                raise UserError(f"event {name} is given to two classes, {classes[name]} and {cls}")
-    return classes
-
-
-def annotations(raw: mne.io.BaseRaw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Onsets in seconds from the first sample of the data, durations in seconds, and names of the annotations."""
-    noted = raw.annotations
-    shift = raw.first_time if noted.orig_time is not None else 0.0
-    return noted.onset - shift, noted.duration, annotation_names(raw)
-
-
-def annotate(raw: mne.io.BaseRaw, onsets: np.ndarray, durations: np.ndarray | float, names: Sequence[str]) -> None:
-    """Add annotations at `onsets` in seconds from the first sample of the data, in place."""
-    shift = raw.first_time if raw.annotations.orig_time is not None else 0.0
-    raw.annotations.append(onsets + shift, np.broadcast_to(durations, len(onsets)), list(names))
-
-
-def event_counts(raw: mne.io.BaseRaw) -> dict[str, int]:
-    """How often each event occurs, by name; bad stretches and the edges of joined files are no events."""
-    counts = Counter(annotations(raw)[2].tolist())
-    return {
-        name: counts[name] for name in sorted(counts) if not name.upper().startswith(("BAD", "EDGE", "NEW SEGMENT"))
-    }
-
-
 def fill_gaps(raw: mne.io.BaseRaw) -> None:
     """Fill stretches of NaN that all EEG channels share by straight lines and mark them BAD_gap, in place.
 
@@ -338,19 +301,3 @@ def fill_gaps(raw: mne.io.BaseRaw) -> None:
     edges = np.flatnonzero(np.diff(np.concatenate([[False], gap, [False]])))
     starts, stops = edges[::2] / raw.info["sfreq"], edges[1::2] / raw.info["sfreq"]
     annotate(raw, starts, stops - starts, ["BAD_gap"] * len(starts))
-
-
-def source_name(raw: mne.io.BaseRaw) -> str:
-    """The file that a recording came from, for messages."""
-    files = [str(name) for name in raw.filenames if name]
-    return files[0] if files else str(raw.info.get("description") or "recording")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Send MNE's messages and warnings in this block to the logger `nearfar.eeg`, level DEBUG, not to the screen."""
-    with mne.use_log_level("ERROR"), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for warning in caught:
-        logger.debug("%s", warning.message)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nearfar.language.cache import MixerCache
 from nearfar.language.evaluation import cache_argument, read_on
-from nearfar.language.modeling import MixerCache
 
 LIMIT = 1e-4
 HALF_LIMIT = 0.05

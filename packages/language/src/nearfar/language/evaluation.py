@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nearfar.core.cli import track
+from nearfar.core.cli.console import track
 from nearfar.core.errors import UserError
 from nearfar.language.texts import token_bytes
 

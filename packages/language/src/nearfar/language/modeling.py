@@ -5,274 +5,23 @@ Import this module once and `AutoModelForCausalLM.from_pretrained(folder)` works
 """
 
 import hashlib
-import inspect
 import json
-from collections.abc import Callable
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from nearfar.core.errors import UserError
-from nearfar.core.files import atomic_path
-from nearfar.ops.attention.causal import CausalAttention
-from nearfar.ops.convolution.base_conv import BaseConv
-from nearfar.ops.convolution.hyena import Hyena
-from nearfar.ops.recurrence.based import Based
-from nearfar.ops.recurrence.h3 import H3
+from nearfar.language.cache import MixerCache, MixerLayerCache
+from nearfar.language.configuration import MixerConfig
+from nearfar.language.registry import MIXERS, NORMS, STATE_MIXERS, build
+from nearfar.ops.common.streaming import StreamingMixer
 from nearfar.ops.recurrence.mamba import Mamba
-from nearfar.ops.recurrence.retnet import Retention
-from nearfar.ops.recurrence.rwkv4 import RWKV4ChannelMix, RWKV4TimeMix
-from nearfar.ops.recurrence.streaming import State, StreamingMixer
 from nearfar.ops.tokens.selective_lookup import SelectiveLookup
-
-MIXERS: dict[str, Callable[..., StreamingMixer]] = {
-    "attention": CausalAttention,
-    "sliding-attention": CausalAttention,
-    "base-conv": BaseConv,
-    "based": Based,
-    "hyena": Hyena,
-    "h3": H3,
-    "mamba": Mamba,
-    "retnet": Retention,
-    "rwkv4": RWKV4TimeMix,
-    "selective-lookup": SelectiveLookup,
-}
-"""Name in a config -> sequence mixer. To add one, derive from `StreamingMixer` and enter it here."""
-
-
-class Identity(nn.Module):
-    """The state mixer that changes nothing; its block still adds the normed residual."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-class MLP(nn.Module):
-    """`W2 gelu(W1 x)`, exact GELU, hidden width `hidden` or else mult * dim."""
-
-    def __init__(self, dim: int, mult: int = 4, hidden: int | None = None, bias: bool = True):
-        super().__init__()
-        hidden = hidden or mult * dim
-        self.fc1 = nn.Linear(dim, hidden, bias=bias)
-        self.fc2 = nn.Linear(hidden, dim, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class GLU(nn.Module):
-    """`W3 ((W1 x) gelu(W2 x))`, exact GELU, hidden width `hidden` or else mult * dim."""
-
-    def __init__(self, dim: int, mult: int = 4, hidden: int | None = None, bias: bool = False):
-        super().__init__()
-        hidden = hidden or mult * dim
-        self.fc1 = nn.Linear(dim, 2 * hidden, bias=bias)
-        self.fc2 = nn.Linear(hidden, dim, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.fc1(x).chunk(2, -1)
-        return self.fc2(value * F.gelu(gate))
-
-
-STATE_MIXERS: dict[str, Callable[..., nn.Module]] = {
-    "identity": Identity,
-    "mlp": MLP,
-    "glu": GLU,
-    "rwkv4-channel-mix": RWKV4ChannelMix,
-}
-"""Name in a config -> what follows the sequence mixer at each position ("none": nothing, not even the residual)."""
-
-NORMS: dict[str, Callable[..., nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
-
-Named = str | dict[str, Any]
-
-
-def build(choice: Named, table: dict[str, Callable[..., Any]], what: str, **given: Any) -> Any:
-    """The entry of `table` that `choice` names: a name, or `{"type": name, argument: value, ...}`.
-
-    Arguments in `given` are handed over where the entry takes them and `choice` does not set them.
-    """
-    arguments = {"type": choice} if isinstance(choice, str) else dict(choice)
-    name = arguments.pop("type", None)
-    if name not in table:
-        raise UserError(f"unknown {what} {name!r}; known are {', '.join(sorted(table))}")
-    allowed = inspect.signature(table[name]).parameters
-    for argument in arguments:
-        if argument not in allowed:
-            raise UserError(f"{what} {name!r} has no setting {argument!r}; it has {', '.join(list(allowed)[1:])}")
-    if name == "sliding-attention" and arguments.get("window") is None:
-        raise UserError("mixer 'sliding-attention' needs its window, for example {type: sliding-attention, window: 64}")
-    try:
-        return table[name](**{k: v for k, v in given.items() if k in allowed} | arguments)
-    except ValueError as error:
-        raise UserError(f"{what} {name!r}: {error}") from error
-
-
-class MixerConfig(PreTrainedConfig):
-    """What a `MixerForCausalLM` is made of.
-
-    Args:
-        mixers: sequence mixers, each a name of `MIXERS` or `{"type": name, setting: value, ...}`; layer i takes
-            number i modulo their count, so `["base-conv", "attention"]` alternates.
-        state_mixer: likewise, of `STATE_MIXERS`, or "none" for blocks that are a mixer alone (Mamba).
-        norm: "layernorm" or "rmsnorm", before each part and at the end.
-        final_norm: the one at the end, where it is another.
-        norm_eps: of the norms.
-        embed_dropout: dropout after the embedding.
-        dropout: dropout after each mixer.
-        max_position_embeddings: longest sequence, for the mixers that have one (Hyena, long convolutions) and for
-            learned positions.
-        learned_positions: add a learned embedding of the position; attention without any convolution needs it.
-    """
-
-    model_type = "nearfar-mixer"
-    keys_to_ignore_at_inference = ["past_key_values"]
-
-    vocab_size: int = 256
-    hidden_size: int = 128
-    num_hidden_layers: int = 2
-    mixers: list = field(default_factory=lambda: ["base-conv", "attention"])
-    state_mixer: str | dict = "mlp"
-    norm: str = "layernorm"
-    final_norm: str | None = None
-    norm_eps: float = 1e-5
-    embed_dropout: float = 0.0
-    dropout: float = 0.0
-    max_position_embeddings: int = 2048
-    learned_positions: bool = False
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = True
-    use_cache: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if not self.mixers:
-            raise UserError(f"mixers is empty; name at least one of {', '.join(sorted(MIXERS))}")
-        for norm in (self.norm, self.final_norm or self.norm):
-            if norm not in NORMS:
-                raise UserError(f"unknown norm {norm!r}; known are {', '.join(sorted(NORMS))}")
-        for choice in self.mixers:
-            name = choice if isinstance(choice, str) else choice.get("type")
-            if name not in MIXERS:
-                raise UserError(f"unknown mixer {name!r}; known are {', '.join(sorted(MIXERS))}")
-        super().__post_init__(**kwargs)
-
-    def layer_mixer(self, layer: int) -> Named:
-        """The choice of mixer for `layer`."""
-        return self.mixers[layer % len(self.mixers)]
-
-
-class MixerLayerCache(CacheLayerMixin):
-    """The states of one block: its mixer's and, where it has one, its state mixer's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.states: dict[str, State] = {}
-        self.tokens = 0
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply `change` to every tensor."""
-        self.states = {name: tuple(change(t) for t in state) for name, state in self.states.items()}
-
-    def get_seq_length(self) -> int:
-        return self.tokens
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.tokens + query_length, 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError("a mixer's state has no keys and values")
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("a mixer's state has no keys and values")
-
-    def reset(self) -> None:
-        self.states, self.tokens = {}, 0
-
-    def offload(self) -> None:
-        self.map(lambda t: t.to("cpu", non_blocking=True))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.map(lambda t: t[indices.to(t.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.map(lambda t: t.repeat_interleave(repeats, 0))
-
-
-class MixerCache(Cache):
-    """What a `MixerForCausalLM` remembers of a text: pass it as `past_key_values` to read on where it stopped.
-
-    Its size is constant for the mixers with a recurrent form. `save` and `load` keep it in a safetensors file: read a
-    long text once, ask many times.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[MixerLayerCache() for _ in range(num_layers)])
-
-    def save(self, path: str | Path, model: "MixerForCausalLM | None" = None) -> Path:
-        """Write all states to `path`, atomically; with `model`, also whose they are."""
-        tensors = {
-            f"{i}.{name}.{j}": t.detach().cpu().contiguous().clone()
-            for i, layer in enumerate(self.layers)
-            for name, state in layer.states.items()
-            for j, t in enumerate(state)
-        }
-        with atomic_path(path) as temporary:
-            about = {"tokens": str(self.get_seq_length()), "layers": str(len(self.layers))}
-            if model is not None:
-                about["model"] = model.fingerprint()
-            safetensors.torch.save_file(tensors, temporary, metadata=about)
-        return Path(path)
-
-    @classmethod
-    def load(
-        cls, path: str | Path, device: str | torch.device = "cpu", model: "MixerForCausalLM | None" = None
-    ) -> "MixerCache":
-        """Read what `save` wrote. With `model`, a state that another model left is a UserError."""
-        try:
-            with safetensors.safe_open(str(path), "pt", device=str(device)) as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            cache = cls(int(about["layers"]))
-            tokens = int(about["tokens"])
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path}: is no saved state of a nearfar language model ({error})") from error
-        if model is not None and about.get("model") != model.fingerprint():
-            raise UserError(f"{path}: is the state of another model; read the text again with this one")
-        for name in sorted(tensors, key=lambda n: int(n.rsplit(".", 1)[1])):
-            i, part, _ = name.split(".")
-            layer = cache.layers[int(i)]
-            layer.states[part] = (*layer.states.get(part, ()), tensors[name])
-        for layer in cache.layers:
-            layer.tokens = tokens
-        return cache
-
-    def numbers(self) -> int:
-        """Floating-point numbers that the cache holds per sequence."""
-        tensors = [t for layer in self.layers for state in layer.states.values() for t in state]
-        return sum(t[0].numel() * (1 + t.is_complex()) for t in tensors if t.is_floating_point() or t.is_complex())
 
 
 class MixerBlock(GradientCheckpointingLayer):
@@ -524,5 +273,7 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
 
 
 AutoConfig.register(MixerConfig.model_type, MixerConfig, exist_ok=True)
+
 AutoModel.register(MixerConfig, MixerModel, exist_ok=True)
+
 AutoModelForCausalLM.register(MixerConfig, MixerForCausalLM, exist_ok=True)

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nearfar.core.errors import UserError
 from nearfar.core.training import data_loader, train, warmup_cosine
-from nearfar.language.modeling import MixerConfig, MixerForCausalLM
+from nearfar.language.configuration import MixerConfig
+from nearfar.language.modeling import MixerForCausalLM
 
 
 @dataclass

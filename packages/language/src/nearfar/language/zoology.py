@@ -5,7 +5,7 @@ Zoology: Measuring and Improving Recall in Efficient Language Models (Arora, Eyu
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict
-from nearfar.core.contracts import Contract
-from nearfar.core.errors import CheckpointError, UserError
-from nearfar.language.modeling import MIXERS, STATE_MIXERS, MixerConfig, MixerForCausalLM, build
-from nearfar.language.tasks import make_examples
-from nearfar.ops.recurrence.based import Based, taylor_features
-from nearfar.ops.tokens.selective_lookup import SelectiveLookup
+from nearfar.core.errors import CheckpointError
+from nearfar.language.configuration import MixerConfig
+from nearfar.language.modeling import MixerForCausalLM
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -53,6 +50,7 @@ RENAMES: dict[str, list[tuple[str, str]]] = {
 """Mixer -> (published name, as a pattern; our name), the first that fits the beginning of a name applies."""
 
 SQUEEZED = re.compile(r"mix_|positions$|frequency$|shift\.C$|diagonal\.C$")
+
 COMPUTED = re.compile(r".*(pos_emb\.t|modulation\.deltas)$")
 """Tables that our modules compute."""
 
@@ -290,63 +288,3 @@ def load_model(state: Mapping[str, Tensor], shapes: Shapes, settings: Mapping[st
     model = MixerForCausalLM(config)
     load_state_dict(model, published_state(state, config), ignore=[r".*positions$"])
     return model.eval()
-
-
-def build_contract(contract: Contract) -> Callable[..., Any]:
-    """The model, mixer, feature map or data of a Zoology contract."""
-    settings, shapes = contract.settings, contract.shapes
-    if contract.variant.startswith("data-"):
-        return lambda *_: data(contract)
-    if "backbone.ln_f.weight" in shapes:
-        return Logits(load_model(contract.state(), shapes, settings))
-    contract.require(causal=True, rotary=False, bidirectional=False, num_blocks=1)
-    about = f"{contract.variant} {settings.get('op', '')}".lower()
-    if (not shapes or "proj_q.weight" in shapes) and re.search(r"[^a-z](elu|relu|performer|cosformer)", about):
-        raise UserError(f"{contract.path}: only the Taylor feature map is known, not that of {about!r}")
-    if not shapes:
-        return taylor_features
-    shapes, state = (part(values, "m.", "mixer.", "") for values in (shapes, contract.state()))
-    if feed_forward(shapes)[0] or ("time_mix_k" in shapes and "time_decay" not in shapes):
-        choice, table = recognise_state_mixer(shapes), STATE_MIXERS
-    else:
-        choice, table = recognise(shapes, {**settings, "op": about}), MIXERS
-    contract.require(**{"hyena": {"num_heads": 1}, "base-conv": {"residual": True}}.get(choice["type"], {}))
-    module = build(choice, table, "mixer", dim=width(shapes))
-    load_mixer(module, state, choice["type"])
-    if isinstance(module, Based):
-        module.eps = settings.get("eps", module.eps)
-    if isinstance(module, SelectiveLookup) and any(o["name"] == "out.aux" for o in contract.outputs):
-        return TrainPass(module)
-    return module
-
-
-class Logits(nn.Module):
-    """A language model that returns its logits alone."""
-
-    def __init__(self, model: MixerForCausalLM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids).logits
-
-
-class TrainPass(nn.Module):
-    """Selective lookup as it trains: output and auxiliary term."""
-
-    def __init__(self, mixer: SelectiveLookup) -> None:
-        super().__init__()
-        self.mixer = mixer
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        y, auxiliary = self.mixer.train_pass(x)
-        return {"y": y, "aux": auxiliary}
-
-
-def data(contract: Contract) -> dict[str, Tensor]:
-    """The examples of a data contract, drawn as the published code draws them."""
-    kind = re.match(r"data-((?:[a-z]+-)*[a-z]+)-v\d", contract.variant)
-    settings = {name: value for name, value in contract.settings.items() if not isinstance(value, str)}
-    task = kind[1] if kind else "mqar"
-    inputs, labels = make_examples(task, exact=True, **settings)
-    return {"inputs": inputs.to(torch.float64), "labels": labels.to(torch.float64)}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
-from nearfar.medical.guided_attention import GuidedOutputs, guided_loss
+from nearfar.medical.models.guided_attention import GuidedOutputs, guided_loss
 
 LOSSES = ("dice_ce", "nnunet", "transunet", "binary", "structure", "cross_entropy")
 

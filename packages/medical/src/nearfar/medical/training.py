@@ -19,11 +19,13 @@ from torch.utils.data import Dataset
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_json
 from nearfar.core.training import data_loader, train, warmup_cosine
-from nearfar.medical.datasets import Case, Collection, check_split
+from nearfar.medical.data.cases import Case, Collection, check_split
 from nearfar.medical.losses import SegmentationLoss
 from nearfar.medical.metrics import score_case, summarise
+from nearfar.medical.preparation import Preparation
+from nearfar.medical.recipe import Recipe
 from nearfar.medical.refinement import to_bytes
-from nearfar.medical.segmenter import Preparation, Recipe, Segmenter
+from nearfar.medical.segmenter import Segmenter
 
 MAX_PLACES = 20_000
 

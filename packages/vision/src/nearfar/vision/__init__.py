@@ -3,9 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-TOOLS = {"classification", "cost", "inspect", "pictures", "training"}
-"""Modules without models, which are slow to import."""
+from nearfar.vision import models
 
-for _module in iter_modules(__path__):
-    if _module.name not in TOOLS:
-        import_module(f"{__name__}.{_module.name}")
+for _module in iter_modules(models.__path__):
+    import_module(f"{models.__name__}.{_module.name}")

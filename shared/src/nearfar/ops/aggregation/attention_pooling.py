@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.conv_norm_act import ConvNormAct
-from nearfar.ops.convolution.layers import BATCH_NORMS, CONVOLUTIONS, check_dims
+from nearfar.ops.common.conv_norm_act import ConvNormAct
+from nearfar.ops.common.dims import BATCH_NORMS, CONVOLUTIONS, check_dims
 
 
 class _Enlarge(nn.Module):

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import batch_norm_affine
-from nearfar.ops.convolution.separable import glorot_uniform_, selu_
+from nearfar.ops.common.folding import batch_norm_affine
+from nearfar.ops.common.keras import glorot_uniform_, selu_
 
 
 class ChannelPooling(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.ops.convolution.conv_norm_act import INTERPOLATION
+from nearfar.ops.common.conv_norm_act import INTERPOLATION
 
 
 def multi_scale_scores(

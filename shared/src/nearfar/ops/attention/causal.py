@@ -6,7 +6,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, advance, shift_in
+from nearfar.ops.common.streaming import State, StreamingMixer, advance, shift_in
 
 
 class CausalAttention(StreamingMixer):

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.attention.position_channel import ChannelAttention, PositionAttention
-from nearfar.ops.convolution.conv_norm_act import INTERPOLATION, ConvNormAct
-from nearfar.ops.convolution.layers import CONVOLUTIONS, check_dims
+from nearfar.ops.common.conv_norm_act import INTERPOLATION, ConvNormAct
+from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
 
 POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

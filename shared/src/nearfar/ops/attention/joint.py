@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from nearfar.ops.aggregation.norm import ScaleNorm
 from nearfar.ops.attention.rotary import rotary_table, rotate
+from nearfar.ops.common.sequence_norms import ScaleNorm
 from nearfar.ops.convolution.sequence import ConvProjection, token_shift
 
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import Derived, join_heads, split_heads
+from nearfar.ops.common.heads import join_heads, split_heads
+from nearfar.ops.common.tables import Derived
 from nearfar.ops.convolution.lsconv import ConvNorm
 
 

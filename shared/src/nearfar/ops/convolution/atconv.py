@@ -7,28 +7,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.ops.common.dims import CONVOLUTIONS, check_dims, check_odd
+from nearfar.ops.common.layers import DepthwiseConv
+from nearfar.ops.common.pooling import pooling_matrix
+from nearfar.ops.common.precision import full_precision
 from nearfar.ops.convolution.dynamic import sample_depthwise
-from nearfar.ops.convolution.layers import (
-    CONVOLUTIONS,
-    DepthwiseConv,
-    cached_table,
-    check_dims,
-    check_odd,
-    full_precision,
-)
 
 ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "silu": nn.SiLU()}
-
-
-@cached_table
-def pooling_matrix(positions: int, bins: int, like: tuple[torch.device, torch.dtype]) -> Float[Tensor, "bins n"]:
-    """Row i averages positions floor(i N / bins) to ceil((i + 1) N / bins) - 1, so that uneven rows overlap."""
-    device, dtype = like
-    index = torch.arange(bins, device=device)
-    start, end = index * positions // bins, -(-(index + 1) * positions // bins)
-    place = torch.arange(positions, device=device)
-    inside = (place >= start[:, None]) & (place < end[:, None])
-    return inside.to(dtype) / (end - start)[:, None]
 
 
 class ATConv(nn.Module):

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.ops.common.streaming import State, StreamingMixer
 from nearfar.ops.convolution.causal import ExplicitLongConv, ImplicitLongConv, LongConv, ShortConv
-from nearfar.ops.recurrence.streaming import State, StreamingMixer
 
 
 class BaseConv(StreamingMixer):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, shift_in
+from nearfar.ops.common.streaming import State, StreamingMixer, shift_in
 
 
 def fft_convolution(x: Tensor, taps: Tensor) -> Tensor:

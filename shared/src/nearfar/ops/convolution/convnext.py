@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import GELU, DepthwiseConv, DropPath, FusedLinear
+from nearfar.ops.common.fused import FusedLinear
+from nearfar.ops.common.layers import GELU, DepthwiseConv, DropPath
 
 
 class ConvNeXtBlock(nn.Module):

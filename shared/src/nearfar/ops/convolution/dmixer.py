@@ -7,22 +7,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.atconv import pooling_matrix
+from nearfar.ops.common.dims import BATCH_NORMS, CONVOLUTIONS, check_dims, check_odd
+from nearfar.ops.common.folding import fold_batch_norm, fold_into_next, scale_of_norm
+from nearfar.ops.common.fused import FusedConv2d
+from nearfar.ops.common.heads import join_heads, split_heads
+from nearfar.ops.common.layers import DepthwiseConv
+from nearfar.ops.common.pooling import pooling_matrix
+from nearfar.ops.common.tables import cached_table
 from nearfar.ops.convolution.dynamic import sample_depthwise
-from nearfar.ops.convolution.layers import (
-    BATCH_NORMS,
-    CONVOLUTIONS,
-    DepthwiseConv,
-    FusedConv2d,
-    cached_table,
-    check_dims,
-    check_odd,
-    fold_batch_norm,
-    fold_into_next,
-    join_heads,
-    scale_of_norm,
-    split_heads,
-)
 
 
 class ConvBN(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.ops.convolution.layers import check_odd
+from nearfar.ops.common.dims import check_odd
 
 
 def sample_depthwise(

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
+from nearfar.ops.common.layers import DepthwiseConv
 from nearfar.ops.convolution.convnext import scale_output
-from nearfar.ops.convolution.layers import CONVOLUTIONS, DepthwiseConv, check_dims
 
 
 class GnConv(nn.Module):

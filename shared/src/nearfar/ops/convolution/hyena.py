@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.ops.common.streaming import State, StreamingMixer
 from nearfar.ops.convolution.causal import LongConv, ShortConv, position_features
-from nearfar.ops.recurrence.streaming import State, StreamingMixer
 
 
 class HyenaFilter(LongConv):

@@ -4,18 +4,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.ops.common.dims import BATCH_NORMS, CONVOLUTIONS, check_dims, check_odd
+from nearfar.ops.common.folding import fold_batch_norm, scale_of_norm
+from nearfar.ops.common.fused import FusedConv2d
+from nearfar.ops.common.layers import DepthwiseConv, LayerScale
 from nearfar.ops.convolution.dynamic import position_depthwise
-from nearfar.ops.convolution.layers import (
-    BATCH_NORMS,
-    CONVOLUTIONS,
-    DepthwiseConv,
-    FusedConv2d,
-    LayerScale,
-    check_dims,
-    check_odd,
-    fold_batch_norm,
-    scale_of_norm,
-)
 
 
 class ConvNorm(nn.Module):

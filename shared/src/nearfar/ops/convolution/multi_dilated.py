@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import BATCH_NORMS, CONVOLUTIONS, check_dims, check_odd
+from nearfar.ops.common.dims import BATCH_NORMS, CONVOLUTIONS, check_dims, check_odd
 
 
 class MultiDilatedConv(nn.Module):

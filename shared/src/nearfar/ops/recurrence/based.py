@@ -6,8 +6,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.recurrence.kernels import kernel
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions, wide
+from nearfar.ops.common.kernels import kernel
+from nearfar.ops.common.streaming import State, StreamingMixer, real_positions, wide
 
 FUSED_LENGTH = 2048  # fla's kernel is quadratic in the length
 QUADRATIC_LENGTH = 512  # to here the quadratic view alone is as fast as chunks

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from nearfar.ops.aggregation.norm import TimeNorm
+from nearfar.ops.common.sequence_norms import TimeNorm
 from nearfar.ops.convolution.sequence import ConvProjection, depthwise_sequence, prepend_history
 
 

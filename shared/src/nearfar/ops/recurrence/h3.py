@@ -7,8 +7,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.ops.common.streaming import State, StreamingMixer, shift_in, wide
 from nearfar.ops.convolution.causal import fft_convolution
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, shift_in, wide
 
 
 class ShiftSSM(nn.Module):

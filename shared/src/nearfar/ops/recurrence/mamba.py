@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nearfar.ops.common.kernels import kernel
+from nearfar.ops.common.streaming import State, StreamingMixer, real_positions, wide
 from nearfar.ops.convolution.causal import ShortConv
-from nearfar.ops.recurrence.kernels import kernel
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions, wide
 
 LANE = 8  # on a GPU: neighbours that are scanned one after the other, in all lanes of a block side by side
 LOG2_E = math.log2(math.e)

@@ -6,8 +6,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.recurrence.kernels import kernel, loses_gradients
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, advance, real_positions, wide
+from nearfar.ops.common.kernels import kernel, loses_gradients
+from nearfar.ops.common.streaming import State, StreamingMixer, advance, real_positions, wide
 
 
 def rotate_halves(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.recurrence.kernels import kernel
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions, shift_in, wide
+from nearfar.ops.common.kernels import kernel
+from nearfar.ops.common.streaming import State, StreamingMixer, real_positions, shift_in, wide
 
 CHUNK = 16
 BLOCK = 512  # positions that are worked on at a time, so that a CPU's cache holds them

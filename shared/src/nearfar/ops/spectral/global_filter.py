@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import ChannelNorm, DepthwiseConv, Derived
+from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv
+from nearfar.ops.common.tables import Derived
 
 
 class GlobalLocalFilter(nn.Module):

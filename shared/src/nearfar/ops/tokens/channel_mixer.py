@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import DropPath
+from nearfar.ops.common.layers import DropPath
 
 
 def quad_shift(x: Float[Tensor, "b h w c"], share: float = 0.25) -> Float[Tensor, "b h w c"]:

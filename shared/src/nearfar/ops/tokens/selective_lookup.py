@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.attention.causal import CausalAttention
-from nearfar.ops.recurrence.streaming import State, StreamingMixer
+from nearfar.ops.common.streaming import State, StreamingMixer
 
 
 class SelectiveLookup(StreamingMixer):

@@ -12,19 +12,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from torch import nn
 
-from nearfar.core.cli import console, messages, raise_failures, table, track
+from nearfar.core.cli.batch import raise_failures
+from nearfar.core.cli.console import console, messages, table, track
 from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path, write_csv, write_json
 from nearfar.core.plots import COLORS, new_figure, style
 from nearfar.core.report import Report
-from nearfar.vision.backbone import MODELS, VARIANTS
-from nearfar.vision.classification import LINEAR, SMALL, Classifier, evaluate_scores
+from nearfar.vision.classification.classifier import LINEAR, SMALL, Classifier, evaluate_scores
 from nearfar.vision.cost import cost
-from nearfar.vision.pictures import MissingSplit, Pictures, is_picture, open_pictures, read_picture, split_pictures
+from nearfar.vision.data.images import MissingSplit, Pictures, is_picture, open_pictures, read_picture, split_pictures
+from nearfar.vision.models.registry import MODELS, VARIANTS
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and only training needs it
-    from nearfar.vision.training import Recipe
+    from nearfar.vision.classification.training import Recipe
 
 app = typer.Typer(
     help="Learn to tell pictures apart: `models` lists what there is, `compare` tries several on your own pictures "
@@ -98,8 +99,8 @@ def train_command(
     as_json: Machine = False,
 ) -> None:
     """Train a classifier and write it, its metrics and its settings to a folder."""
-    from nearfar.core.training import read_recipe
-    from nearfar.vision.training import Recipe, find_recipe, train_classifier
+    from nearfar.core.recipes import read_recipe
+    from nearfar.vision.classification.training import Recipe, find_recipe, train_classifier
 
     resolved = read_recipe(Recipe, find_recipe(recipe), settings or ())
     learn, hold, failures = training_data(data, resolved)
@@ -214,8 +215,8 @@ def compare(
     as_json: Machine = False,
 ) -> None:
     """Train several models on your pictures under one budget: accuracy, throughput, memory, a plot."""
-    from nearfar.core.training import read_recipe
-    from nearfar.vision.training import Recipe, find_recipe
+    from nearfar.core.recipes import read_recipe
+    from nearfar.vision.classification.training import Recipe, find_recipe
 
     resolved = read_recipe(Recipe, find_recipe(recipe), settings or ())
     names = model or [LINEAR, "test_resnet", *SMALL]
@@ -246,7 +247,7 @@ def run_comparison(
 
     A model that the pictures do not suit is named in `refused`, where that is given, and the others go on.
     """
-    from nearfar.vision.training import train_classifier
+    from nearfar.vision.classification.training import train_classifier
 
     choose, score = split_pictures(hold, 0.5, recipe.seed)
     chooser, scorer = hold.subset(choose), hold.subset(score)
@@ -324,7 +325,7 @@ def within(
     seconds: float, name: str, learn: Pictures, recipe: "Recipe", folder: Path, device: str, workers: int
 ) -> "Recipe":
     """`recipe` with as many epochs as fit into `seconds`, by the time of a few steps; those of a run already begun."""
-    from nearfar.vision.training import loaders, new_model
+    from nearfar.vision.classification.training import loaders, new_model
 
     if (folder / "run.json").is_file():
         begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]

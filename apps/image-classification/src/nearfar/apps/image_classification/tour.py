@@ -8,8 +8,8 @@ from sklearn.datasets import load_digits
 
 from nearfar.apps.image_classification.cli import PLOT, run_comparison
 from nearfar.core.report import Report
-from nearfar.vision.pictures import Pictures, split_pictures
-from nearfar.vision.training import Recipe
+from nearfar.vision.classification.training import Recipe
+from nearfar.vision.data.images import Pictures, split_pictures
 
 SMALL = {
     "nearfar_convnext_atto": {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64), "layer_scale": 1.0},

@@ -10,14 +10,15 @@ import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
-from nearfar.core.cli import console, messages, table
+from nearfar.core.cli.console import console, messages, table
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv
+from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
-from nearfar.core.training import read_recipe
 from nearfar.language import evaluation, texts
 from nearfar.language.audit import audit as audit_model
-from nearfar.language.modeling import MixerCache, MixerForCausalLM
+from nearfar.language.cache import MixerCache
+from nearfar.language.modeling import MixerForCausalLM
 from nearfar.language.training import Recipe, train_language_model
 
 disable_progress_bar()  # of transformers, which draws one for each file it reads

@@ -13,18 +13,21 @@ import torch
 import typer
 
 from nearfar.apps.medical_segmentation import pages
-from nearfar.apps.medical_segmentation.bundle import write_bundle
-from nearfar.core.cli import console, raise_failures, run_batch, table, track
+from nearfar.core.cli.batch import raise_failures, run_batch
+from nearfar.core.cli.console import console, table, track
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.memory import parse_memory
-from nearfar.core.training import read_recipe
+from nearfar.core.recipes import read_recipe
 from nearfar.medical import metrics
-from nearfar.medical.datasets import Case, Collection, check_split, find_cases, is_series, make_splits, stem
+from nearfar.medical.bundle import write_bundle
+from nearfar.medical.data.cases import Case, Collection, check_split, make_splits
+from nearfar.medical.data.layouts import find_cases, is_series, stem
+from nearfar.medical.data.scans import read_labels, read_scan, write_dicom_seg, write_labels
+from nearfar.medical.recipe import Recipe
 from nearfar.medical.refinement import refine as refine_probabilities
 from nearfar.medical.refinement import search_crf, to_bytes
-from nearfar.medical.scans import read_labels, read_scan, write_dicom_seg, write_labels
-from nearfar.medical.segmenter import Recipe, Segmenter
+from nearfar.medical.segmenter import Segmenter
 from nearfar.medical.training import crf_items, train_segmenter
 from nearfar.ops.graph.dense_crf import DenseCRF
 

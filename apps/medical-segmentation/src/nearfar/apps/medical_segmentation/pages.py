@@ -15,7 +15,7 @@ from PIL import Image
 from nearfar.core.files import atomic_path
 from nearfar.core.plots import COLORS
 from nearfar.core.report import Report
-from nearfar.medical.scans import Scan
+from nearfar.medical.data.scans import Scan
 
 
 def overlay(scan: Scan, labels: np.ndarray, index: int | None = None) -> np.ndarray:

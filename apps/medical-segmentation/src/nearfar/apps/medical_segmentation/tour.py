@@ -6,10 +6,10 @@ import numpy as np
 
 from nearfar.apps.medical_segmentation import pages
 from nearfar.core.report import Report
-from nearfar.medical.datasets import find_cases
+from nearfar.medical.data.layouts import find_cases
 from nearfar.medical.metrics import score_case
+from nearfar.medical.recipe import Recipe
 from nearfar.medical.samples import threshold_baseline, write_brain
-from nearfar.medical.segmenter import Recipe
 from nearfar.medical.training import train_segmenter
 from nearfar.ops.graph.dense_crf import DenseCRF
 

@@ -14,24 +14,21 @@ import typer
 from rich.markup import escape
 
 from nearfar.apps.motor_imagery import pages
-from nearfar.core.cli import console, messages, progress, raise_failures, run_batch, table
+from nearfar.core.cli.batch import raise_failures, run_batch
+from nearfar.core.cli.console import console, messages, progress, table
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_json
-from nearfar.core.training import read_recipe
-from nearfar.eeg import baselines, metrics, online, plots, protocols
-from nearfar.eeg.agtcnet import AGTCNet
+from nearfar.core.recipes import read_recipe
+from nearfar.eeg import metrics, online, plots, protocols
+from nearfar.eeg.annotations import Events, event_classes, event_counts
 from nearfar.eeg.conventions import EEGMMIDB_FILE, is_bciciv2a_file
-from nearfar.eeg.decoding import Decoder, NetworkClassifier, Recipe
-from nearfar.eeg.preprocessing import PRESETS, Events, Preprocessing, event_classes, event_counts
-from nearfar.eeg.recordings import (
-    SAMPLE,
-    Recording,
-    bad_channels,
-    find_recordings,
-    load_trials,
-    select_channels,
-    trials_array,
-)
+from nearfar.eeg.decoder import Decoder
+from nearfar.eeg.decoding import NetworkClassifier, Recipe
+from nearfar.eeg.models import baselines
+from nearfar.eeg.models.agtcnet import AGTCNet
+from nearfar.eeg.preprocessing import PRESETS, Preprocessing
+from nearfar.eeg.recordings import SAMPLE, Recording, bad_channels, find_recordings, select_channels
+from nearfar.eeg.trials import load_trials, trials_array
 
 app = typer.Typer(
     help="Decode imagined movements from EEG. Start with `inspect FOLDER` to see what your files hold, compare "

@@ -13,14 +13,16 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from sklearn.pipeline import Pipeline
 
-from nearfar.core.cli import table
+from nearfar.core.cli.console import table
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.report import Report
-from nearfar.eeg import baselines, plots
-from nearfar.eeg.agtcnet import AGTCNet
-from nearfar.eeg.decoding import Decoder, NetworkClassifier
-from nearfar.eeg.protocols import Results
+from nearfar.eeg import plots
+from nearfar.eeg.decoder import Decoder
+from nearfar.eeg.decoding import NetworkClassifier
+from nearfar.eeg.evaluation import Results
+from nearfar.eeg.models import baselines
+from nearfar.eeg.models.agtcnet import AGTCNet
 
 CAPTIONS = {
     "subjects": "Accuracy of each decoder for each subject, with 95 % intervals; above the dashes a subject is better "

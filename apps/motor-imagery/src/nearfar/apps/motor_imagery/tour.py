@@ -7,7 +7,8 @@ from nearfar.apps.motor_imagery.cli import run_evaluation
 from nearfar.core.report import Report
 from nearfar.eeg.decoding import Recipe
 from nearfar.eeg.preprocessing import Preprocessing
-from nearfar.eeg.recordings import SAMPLE, load_trials
+from nearfar.eeg.recordings import SAMPLE
+from nearfar.eeg.trials import load_trials
 
 
 def chapter(report: Report, folder: Path) -> None:

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 import typer
 from transformers.utils.logging import disable_progress_bar
 
-from nearfar.core.cli import console, messages, progress, table
+from nearfar.core.cli.console import console, messages, progress, table
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_json
+from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
-from nearfar.core.training import read_recipe
-from nearfar.language import recall
-from nearfar.language.ar_slices import BigramCounts, gap_explained, slice_scores
+from nearfar.language.recall import bench as recall
+from nearfar.language.recall.ar_slices import BigramCounts, gap_explained, slice_scores
 from nearfar.language.texts import load_causal_lm, read_tokens
 
 disable_progress_bar()  # of transformers, which draws one for each file it reads

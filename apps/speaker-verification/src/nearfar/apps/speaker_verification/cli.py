@@ -21,16 +21,20 @@ from nearfar.apps.speaker_verification.common import (
     matrix,
     refuse_folder,
 )
-from nearfar.audio.ltdnn import SpeakerEncoder
+from nearfar.audio.corpora import Utterance, find_utterances
 from nearfar.audio.sound import SUFFIXES
-from nearfar.audio.speaker_system import SpeakerSystem
-from nearfar.audio.speaker_training import Recipe, build_model, split_speakers, train_speaker_model, usable
-from nearfar.audio.speakers import Embedded, Embedder, Gate, Utterance, find_utterances
-from nearfar.core.cli import console, messages, raise_failures, table
+from nearfar.audio.speakers.embedding import Embedded, Embedder
+from nearfar.audio.speakers.ltdnn import SpeakerEncoder
+from nearfar.audio.speakers.quality import Gate
+from nearfar.audio.speakers.system import SpeakerSystem
+from nearfar.audio.speakers.training import Recipe, build_model, split_speakers, train_speaker_model, usable
+from nearfar.core.cli.batch import raise_failures
+from nearfar.core.cli.console import console, messages, table
 from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
-from nearfar.core.training import read_recipe, seed_epoch
+from nearfar.core.recipes import read_recipe
+from nearfar.core.training import seed_epoch
 
 app = typer.Typer(
     help="Is it the same speaker? `train` makes a model folder from labelled recordings, `verify` compares two "

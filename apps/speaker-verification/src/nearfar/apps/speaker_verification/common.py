@@ -7,8 +7,9 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from nearfar.audio.speakers import Embedded, Embedder, Utterance
-from nearfar.core.cli import run_batch
+from nearfar.audio.corpora import Utterance
+from nearfar.audio.speakers.embedding import Embedded, Embedder
+from nearfar.core.cli.batch import run_batch
 from nearfar.core.errors import UserError
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Model folder that `train` wrote.")]

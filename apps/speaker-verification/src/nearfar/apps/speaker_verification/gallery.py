@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nearfar.audio.ltdnn import SpeakerEncoder
-from nearfar.audio.scoring import enroll_models, unit
-from nearfar.audio.speaker_system import SpeakerSystem
-from nearfar.audio.speakers import model_digest
+from nearfar.audio.speakers.embedding import model_digest
+from nearfar.audio.speakers.ltdnn import SpeakerEncoder
+from nearfar.audio.speakers.scoring.backend import enroll_models, unit
+from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 

@@ -20,10 +20,12 @@ from nearfar.apps.speaker_verification.common import (
     matrix,
     refuse_folder,
 )
-from nearfar.audio import scoring
-from nearfar.audio.speaker_system import SpeakerSystem
-from nearfar.audio.speakers import Embedder, Utterance, find_utterances, locate, model_digest
-from nearfar.core.cli import console, messages, raise_failures, table
+from nearfar.audio.corpora import Utterance, find_utterances, locate
+from nearfar.audio.speakers import scoring
+from nearfar.audio.speakers.embedding import Embedder, model_digest
+from nearfar.audio.speakers.system import SpeakerSystem
+from nearfar.core.cli.batch import raise_failures
+from nearfar.core.cli.console import console, messages, table
 from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from nearfar.audio import scoring
-from nearfar.audio.speaker_system import SpeakerSystem
-from nearfar.audio.speaker_training import Recipe
-from nearfar.audio.speakers import locate, read_samples
+from nearfar.audio.corpora import locate
+from nearfar.audio.sound import read_samples
+from nearfar.audio.speakers import scoring
+from nearfar.audio.speakers.system import SpeakerSystem
+from nearfar.audio.speakers.training import Recipe
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.plots import new_figure, style

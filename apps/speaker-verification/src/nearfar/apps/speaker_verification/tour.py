@@ -7,10 +7,11 @@ import soundfile
 from scipy.signal import resample_poly
 
 from nearfar.apps.speaker_verification import pages
-from nearfar.audio import scoring
-from nearfar.audio.speaker_system import SpeakerSystem
-from nearfar.audio.speaker_training import Recipe, build_model, train_speaker_model
-from nearfar.audio.speakers import Embedder, Utterance, find_utterances
+from nearfar.audio.corpora import Utterance, find_utterances
+from nearfar.audio.speakers import scoring
+from nearfar.audio.speakers.embedding import Embedder
+from nearfar.audio.speakers.system import SpeakerSystem
+from nearfar.audio.speakers.training import Recipe, build_model, train_speaker_model
 from nearfar.audio.synthesis import VARIANTS, synthesize
 from nearfar.core.report import Report
 

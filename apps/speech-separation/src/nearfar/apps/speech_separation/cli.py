@@ -16,12 +16,13 @@ import typer
 
 from nearfar.apps.speech_separation import separating
 from nearfar.apps.speech_separation.separating import Job, Pipe
-from nearfar.audio.mossformer import load_model
-from nearfar.audio.separation import model_separator
-from nearfar.audio.separation_live import WavPipe, read_pipe
-from nearfar.audio.separation_memory import fit_window
+from nearfar.audio.separation.live import WavPipe, read_pipe
+from nearfar.audio.separation.memory import fit_window
+from nearfar.audio.separation.mossformer import load_model
+from nearfar.audio.separation.windows import model_separator
 from nearfar.audio.sound import SUFFIXES, Recording, writing
-from nearfar.core.cli import console, messages, progress, raise_failures, run_batch, table
+from nearfar.core.cli.batch import raise_failures, run_batch
+from nearfar.core.cli.console import console, messages, progress, table
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.memory import parse_memory
@@ -121,8 +122,8 @@ def separate(
     net = load_model(model, rate, False if mapping else None).to(device)
     embed = None
     if speaker_model is not None:
-        from nearfar.audio.speaker_print import SpeakerPrint
-        from nearfar.audio.speaker_system import SpeakerSystem
+        from nearfar.audio.separation.voice_embedding import SpeakerPrint
+        from nearfar.audio.speakers.system import SpeakerSystem
 
         embed = SpeakerPrint(SpeakerSystem.load(speaker_model, device))
     frames_at_once = None
@@ -239,7 +240,7 @@ def mix(
     same: Same = None,
 ) -> None:
     """Make mixtures with their sources from recordings of single speakers."""
-    from nearfar.audio.mixtures import DrawnMixtures, Mixture, write_manifest
+    from nearfar.audio.separation.mixtures import DrawnMixtures, Mixture, write_manifest
 
     utterances = _voices(voices, layout, same, None if part == "all" else part)
     noises = _recordings([noise]) if noise is not None else []
@@ -283,9 +284,9 @@ def train(
 ) -> None:
     """Train a model. From single speakers, mixtures are drawn anew all the time; every speaker's utterances are split
     into training, validation and test by their names. With --validation SOURCE holds mixtures."""
-    from nearfar.audio.mixtures import DrawnMixtures, RecordedMixtures, find_mixtures, refuse_shared_sources
-    from nearfar.audio.separation_training import Recipe, train_separation
-    from nearfar.core.training import read_recipe
+    from nearfar.audio.separation.mixtures import DrawnMixtures, RecordedMixtures, find_mixtures, refuse_shared_sources
+    from nearfar.audio.separation.training import Recipe, train_separation
+    from nearfar.core.recipes import read_recipe
 
     shipped = files("nearfar.apps.speech_separation") / "recipes" / f"{recipe}.yaml"
     plan = read_recipe(Recipe, Path(str(shipped)) if shipped.is_file() else Path(recipe), settings or ())
@@ -351,8 +352,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a model on whole mixtures: improvement over the mixture, mean over files, 95 % bootstrap interval."""
-    from nearfar.audio.mixtures import Mixture, find_mixtures
-    from nearfar.audio.separation_metrics import METRICS, evaluate_mixture, summary
+    from nearfar.audio.separation.metrics import METRICS, evaluate_mixture, summary
+    from nearfar.audio.separation.mixtures import Mixture, find_mixtures
 
     chosen = [name.strip() for name in metrics.split(",")]
     if unknown := [name for name in chosen if name not in METRICS]:
@@ -379,7 +380,7 @@ def evaluate(
 
 
 def _voices(folders: list[Path], layout: str, same: list[str] | None, part: str | None) -> dict[str, list[Path]]:
-    from nearfar.audio.mixtures import find_voices, split_voices
+    from nearfar.audio.separation.mixtures import find_voices, split_voices
 
     if part not in (None, "train", "valid", "test"):
         raise UserError(f"--part {part}: must be train, valid, test or all")

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from nearfar.apps.speech_separation import pages
-from nearfar.audio.mossformer import MossFormer
-from nearfar.audio.separation import CLIPPED, Meter, Separator, resample, separate_recording
-from nearfar.audio.separation_checks import check_equivalence
-from nearfar.audio.separation_live import LiveSeparator
-from nearfar.audio.sound import Recording, writing
-from nearfar.audio.tracking import Embedder
+from nearfar.audio.separation.checks import check_equivalence
+from nearfar.audio.separation.live import LiveSeparator
+from nearfar.audio.separation.mossformer import MossFormer
+from nearfar.audio.separation.tracking import Embedder
+from nearfar.audio.separation.windows import CLIPPED, Meter, Separator, separate_recording
+from nearfar.audio.sound import Recording, resample, writing
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_json
 

@@ -7,10 +7,11 @@ import soundfile
 import torch
 
 from nearfar.apps.speech_separation import pages
-from nearfar.audio.mixtures import DrawnMixtures
-from nearfar.audio.separation import model_separator, resample, separate_samples
-from nearfar.audio.separation_metrics import evaluate_mixture
-from nearfar.audio.separation_training import Recipe, train_separation
+from nearfar.audio.separation.metrics import evaluate_mixture
+from nearfar.audio.separation.mixtures import DrawnMixtures
+from nearfar.audio.separation.training import Recipe, train_separation
+from nearfar.audio.separation.windows import model_separator, separate_samples
+from nearfar.audio.sound import resample
 from nearfar.audio.synthesis import synthesize
 from nearfar.core.report import Report
 

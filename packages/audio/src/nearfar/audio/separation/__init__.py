@@ -1,0 +1,1 @@
+"""Separating the voices of a recording."""

@@ -1,0 +1,263 @@
+"""A speaker model with all that its scores need: mean vector, cohort, PLDA, calibration, and the trials it rests on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from nearfar.audio.speakers.ltdnn import SpeakerEncoder
+from nearfar.audio.speakers.scoring.backend import (
+    PLDA,
+    adaptive_s_norm,
+    cohort_statistics,
+    make_cohort,
+    pair_scores,
+    unit,
+)
+from nearfar.audio.speakers.scoring.calibration import QUALITY_NAMES, Calibration, draw_trials, quality_features
+from nearfar.audio.speakers.scoring.rates import Rate, threshold_at_far
+from nearfar.audio.speakers.scoring.trials import Array
+from nearfar.core.errors import UserError
+from nearfar.core.files import atomic_path, write_json
+
+LEAST_COHORT = 50
+"""Rows below which a cohort is not used: the deviation of a few cosines says little."""
+
+
+@dataclass
+class SpeakerSystem:
+    """A model and how its embeddings become scores and log-likelihood ratios.
+
+    mean: subtracted from every embedding. cohort: rows for AS-norm, with the speaker of each. backend: "cosine" or
+    "plda". norm: of cosines, "none" or "as" with the `top_n` nearest rows. calibration: scores, and quality measures
+    where `quality` names them, to log-likelihood ratios; `scores` and `labels` are its trials, from which thresholds
+    for a wanted false-accept rate are read.
+    """
+
+    model: SpeakerEncoder
+    mean: Array | None = None
+    cohort: Array | None = None
+    cohort_speakers: tuple[str, ...] = ()
+    norm: Literal["none", "as"] = "none"
+    top_n: int = 300
+    plda: PLDA | None = None
+    backend: Literal["cosine", "plda"] = "cosine"
+    calibration: Calibration | None = None
+    scores: Array = field(default_factory=lambda: np.empty(0))
+    labels: Array = field(default_factory=lambda: np.empty(0, np.int64))
+
+    @classmethod
+    def build(cls, model: SpeakerEncoder, embeddings: Array, speakers: Sequence[str], seed: int = 0) -> "SpeakerSystem":
+        """Mean, cohort and, where the utterances suffice, PLDA from training utterances.
+
+        The cohort has the mean of each speaker where there are at least 200, else up to 2000 utterances; with fewer
+        than `LEAST_COHORT` rows scores are plain cosines.
+        """
+        many = len(set(speakers)) >= 200
+        cohort, names = make_cohort(embeddings, speakers, "speaker" if many else "utterance", limit=2000, seed=seed)
+        enough = len(cohort) >= LEAST_COHORT
+        mean = np.mean(embeddings, 0)
+        try:
+            plda = PLDA.fit(unit(embeddings, mean), speakers)
+        except ValueError:
+            plda = None
+        return cls(
+            model,
+            mean,
+            cohort if enough else None,
+            tuple(map(str, names)) if enough else (),
+            "as" if enough else "none",
+            min(300, max(2, len(cohort) // 5)),
+            plda,
+        )
+
+    @property
+    def convention(self) -> str:
+        """How scores are made, in words, for the record."""
+        words = "PLDA of length-normalised embeddings" if self.backend == "plda" else "cosine"
+        words += " after subtracting the training mean" if self.mean is not None else ""
+        if self.backend == "plda":
+            return words
+        if self.norm == "as" and self.cohort is not None:
+            words += f", AS-norm with the top {self.top_n} of {len(self.cohort)} cohort rows, population deviation"
+        return words
+
+    def score(self, enroll: Array, test: Array, left: Array, right: Array) -> Array:
+        """Scores of the trials `(enroll[left], test[right])`, rows being embeddings or enrolled models."""
+        if self.backend == "plda" and self.plda is not None:
+            return self.plda.scores(unit(enroll, self.mean), unit(test, self.mean), left, right)
+        scores = pair_scores(enroll, test, left, right, self.mean)
+        if self.norm == "as" and self.cohort is not None:
+            scores = adaptive_s_norm(scores, enroll, test, left, right, self.cohort, self.mean, self.top_n)
+        return scores
+
+    def choose(
+        self, backend: str | None = None, norm: str | None = None, top_n: int | None = None, no_mean: bool = False
+    ) -> None:
+        """Score in another way than the model folder says; None leaves a setting, `no_mean` drops the mean.
+
+        Raises UserError for what is not there or does not go together.
+        """
+        for name, value, allowed in (("backend", backend, ("cosine", "plda")), ("norm", norm, ("none", "as"))):
+            if value not in (None, *allowed):
+                raise UserError(f"--{name} {value}: must be {' or '.join(allowed)}")
+        self.backend, self.norm, self.top_n = backend or self.backend, norm or self.norm, top_n or self.top_n  # type: ignore[assignment]
+        self.mean = None if no_mean else self.mean
+        if self.backend == "plda":
+            if self.plda is None:
+                raise UserError("--backend plda: this model has none, its training recordings were too few")
+            if norm == "as" or top_n or no_mean:
+                raise UserError("--norm, --top-n and --no-mean are for cosines, not for PLDA")
+        elif self.norm == "as" and (self.cohort is None or not 2 <= self.top_n <= len(self.cohort)):
+            rows = 0 if self.cohort is None else len(self.cohort)
+            raise UserError(f"AS-norm with the top {self.top_n}: the model's cohort has {rows} rows")
+
+    @property
+    def quality(self) -> str | None:
+        """Name of the quality measures that the calibration takes beside the score (`quality_features`), if any."""
+        return None if self.calibration is None else self.calibration.notes.get("quality")
+
+    def inputs(
+        self,
+        scores: Array,
+        enroll: Array,
+        test: Array,
+        left: Array,
+        right: Array,
+        seconds: tuple[Array, Array],
+        quality: str | None,
+        chunk: int = 65536,
+    ) -> Array:
+        """What a calibration takes: the scores alone, or with the measures `quality` ("wespeaker" or "lap").
+
+        seconds: of the rows of `enroll` and `test`. Raises UserError for other measures, or where they need a cohort.
+        """
+        if quality is None:
+            return scores
+        if quality not in QUALITY_NAMES:
+            raise UserError(f"--quality {quality}: must be {' or '.join(QUALITY_NAMES)}")
+        means = None
+        if quality == "wespeaker":
+            if self.cohort is None:
+                raise UserError("--quality wespeaker needs a cohort, this model has none; 'lap' needs none")
+            top_n = min(self.top_n, len(self.cohort))
+            means = [cohort_statistics(x, self.cohort, self.mean, top_n).mean for x in (enroll, test)]
+        parts = []
+        for start in range(0, len(scores), chunk):
+            i, j = left[start : start + chunk], right[start : start + chunk]
+            parts.append(
+                quality_features(
+                    scores[start : start + chunk],
+                    (seconds[0][i], seconds[1][j]),
+                    (enroll[i], test[j]),
+                    None if means is None else (means[0][i], means[1][j]),
+                    self.mean,
+                    quality,  # type: ignore[arg-type]
+                )
+            )
+        return np.concatenate(parts)
+
+    def calibrate(self, embeddings: Array, speakers: Sequence[str], trials: int = 30000, seed: int = 0) -> None:
+        """Calibrate on utterances of speakers that the model was not trained on; intervals draw these speakers."""
+        names = np.asarray(speakers)
+        left, right, labels = draw_trials(names, min(trials, 20 * len(names)), seed=seed)
+        self.fit(self.score(embeddings, embeddings, left, right), labels, names[left], names[right], seed=seed)
+
+    def fit(
+        self,
+        inputs: Array,
+        labels: Array,
+        enroll_speakers: Sequence[str] | None = None,
+        test_speakers: Sequence[str] | None = None,
+        quality: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Calibrate on trials scored by this system; `inputs` are those of the measures `quality`."""
+        self.calibration = Calibration.fit(
+            inputs,
+            labels,
+            QUALITY_NAMES[quality] if quality else ("score",),
+            enroll_speakers=enroll_speakers,
+            test_speakers=test_speakers,
+            replicates=200,
+            seed=seed,
+            notes={
+                "convention": self.convention,
+                "intervals": "trials" if enroll_speakers is None else "speakers",
+                "quality": quality,
+            },
+        )
+        self.scores, self.labels = np.reshape(inputs, (len(inputs), -1))[:, 0], np.asarray(labels)
+
+    def threshold(self, far: float, comparisons: int = 1) -> Rate:
+        """Score above which at most `far` of the calibration's non-targets lie (see `threshold_at_far`).
+
+        Raises UserError where the system is not calibrated or its trials are too few.
+        """
+        if not len(self.scores):
+            raise UserError("the model folder holds no calibration trials: run `calibrate` first")
+        try:
+            return threshold_at_far(self.scores, self.labels, far, comparisons)
+        except ValueError as error:
+            raise UserError(f"--far {far:g}: {error}") from error
+
+    def save(self, folder: str | Path, **notes: Any) -> Path:
+        """Write the model and all the rest into one folder."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder, **notes)
+        self.save_scoring(folder)
+        return folder
+
+    def save_scoring(self, folder: str | Path) -> None:
+        """Write what `save` writes beside the model."""
+        folder = Path(folder)
+        arrays = {"scores": self.scores, "labels": self.labels}
+        arrays |= {name: value for name, value in (("mean", self.mean), ("cohort", self.cohort)) if value is not None}
+        if self.plda is not None:
+            arrays |= {f"plda_{name}": value for name, value in vars(self.plda).items()}
+        with atomic_path(folder / "scoring.npz") as temporary, temporary.open("wb") as stream:
+            np.savez(stream, **arrays)
+        settings = {
+            "backend": self.backend,
+            "norm": self.norm,
+            "top_n": self.top_n,
+            "cohort_speakers": self.cohort_speakers,
+        }
+        write_json(folder / "scoring.json", settings | {"convention": self.convention})
+        if self.calibration is not None:
+            self.calibration.save(folder / "calibration.json")
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "cpu") -> "SpeakerSystem":
+        """Read what `save` wrote, or a bare model (plain cosines, no calibration). Raises UserError."""
+        folder = Path(folder)
+        model = SpeakerEncoder.from_pretrained(folder).to(device)
+        if not (folder / "scoring.json").exists():
+            return cls(model)
+        try:
+            settings = json.loads((folder / "scoring.json").read_text(encoding="utf-8"))
+            with np.load(folder / "scoring.npz", allow_pickle=False) as arrays:
+                found = {name: arrays[name] for name in arrays.files}
+            system = cls(
+                model,
+                found.get("mean"),
+                found.get("cohort"),
+                tuple(settings["cohort_speakers"]),
+                settings["norm"],
+                settings["top_n"],
+                PLDA(*(found[f"plda_{name}"] for name in PLDA.__dataclass_fields__)) if "plda_psi" in found else None,
+                settings["backend"],
+                scores=found["scores"],
+                labels=found["labels"],
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: its scoring files are damaged ({type(error).__name__}: {error})") from error
+        if (folder / "calibration.json").exists():
+            system.calibration = Calibration.load(folder / "calibration.json")
+            fitted_for = system.calibration.notes.get("convention")
+            if fitted_for != system.convention:
+                raise UserError(f"{folder}: its calibration is for other scores ({fitted_for}); run `calibrate` again")
+        return system

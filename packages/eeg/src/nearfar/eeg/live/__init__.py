@@ -1,0 +1,1 @@
+"""Decoding while the signal comes in."""

@@ -1,0 +1,112 @@
+"""The states of a language model: constant in size for recurrent mixers, kept in a file where wanted."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from nearfar.core.errors import UserError
+from nearfar.core.files import atomic_path
+from nearfar.ops.common.streaming import State
+
+
+class MixerLayerCache(CacheLayerMixin):
+    """The states of one block: its mixer's and, where it has one, its state mixer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: dict[str, State] = {}
+        self.tokens = 0
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` to every tensor."""
+        self.states = {name: tuple(change(t) for t in state) for name, state in self.states.items()}
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.tokens + query_length, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("a mixer's state has no keys and values")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("a mixer's state has no keys and values")
+
+    def reset(self) -> None:
+        self.states, self.tokens = {}, 0
+
+    def offload(self) -> None:
+        self.map(lambda t: t.to("cpu", non_blocking=True))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map(lambda t: t[indices.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map(lambda t: t.repeat_interleave(repeats, 0))
+
+
+class MixerCache(Cache):
+    """What a `MixerForCausalLM` remembers of a text: pass it as `past_key_values` to read on where it stopped.
+
+    Its size is constant for the mixers with a recurrent form. `save` and `load` keep it in a safetensors file: read a
+    long text once, ask many times.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[MixerLayerCache() for _ in range(num_layers)])
+
+    def save(self, path: str | Path, model: "PreTrainedModel | None" = None) -> Path:
+        """Write all states to `path`, atomically; with `model`, also whose they are."""
+        tensors = {
+            f"{i}.{name}.{j}": t.detach().cpu().contiguous().clone()
+            for i, layer in enumerate(self.layers)
+            for name, state in layer.states.items()
+            for j, t in enumerate(state)
+        }
+        with atomic_path(path) as temporary:
+            about = {"tokens": str(self.get_seq_length()), "layers": str(len(self.layers))}
+            if model is not None:
+                about["model"] = model.fingerprint()
+            safetensors.torch.save_file(tensors, temporary, metadata=about)
+        return Path(path)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: str | torch.device = "cpu", model: "PreTrainedModel | None" = None
+    ) -> "MixerCache":
+        """Read what `save` wrote. With `model`, a state that another model left is a UserError."""
+        try:
+            with safetensors.safe_open(str(path), "pt", device=str(device)) as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            cache = cls(int(about["layers"]))
+            tokens = int(about["tokens"])
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            raise UserError(f"{path}: is no saved state of a nearfar language model ({error})") from error
+        if model is not None and about.get("model") != model.fingerprint():
+            raise UserError(f"{path}: is the state of another model; read the text again with this one")
+        for name in sorted(tensors, key=lambda n: int(n.rsplit(".", 1)[1])):
+            i, part, _ = name.split(".")
+            layer = cache.layers[int(i)]
+            layer.states[part] = (*layer.states.get(part, ()), tensors[name])
+        for layer in cache.layers:
+            layer.tokens = tokens
+        return cache
+
+    def numbers(self) -> int:
+        """Floating-point numbers that the cache holds per sequence."""
+        tensors = [t for layer in self.layers for state in layer.states.values() for t in state]
+        return sum(t[0].numel() * (1 + t.is_complex()) for t in tensors if t.is_floating_point() or t.is_complex())

@@ -1,0 +1,65 @@
+"""The configuration of a language model with exchangeable sequence mixers."""
+
+from dataclasses import field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from nearfar.core.errors import UserError
+from nearfar.language.registry import MIXERS, NORMS, Named
+
+
+class MixerConfig(PreTrainedConfig):
+    """What a `MixerForCausalLM` is made of.
+
+    Args:
+        mixers: sequence mixers, each a name of `MIXERS` or `{"type": name, setting: value, ...}`; layer i takes
+            number i modulo their count, so `["base-conv", "attention"]` alternates.
+        state_mixer: likewise, of `STATE_MIXERS`, or "none" for blocks that are a mixer alone (Mamba).
+        norm: "layernorm" or "rmsnorm", before each part and at the end.
+        final_norm: the one at the end, where it is another.
+        norm_eps: of the norms.
+        embed_dropout: dropout after the embedding.
+        dropout: dropout after each mixer.
+        max_position_embeddings: longest sequence, for the mixers that have one (Hyena, long convolutions) and for
+            learned positions.
+        learned_positions: add a learned embedding of the position; attention without any convolution needs it.
+    """
+
+    model_type = "nearfar-mixer"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 256
+    hidden_size: int = 128
+    num_hidden_layers: int = 2
+    mixers: list = field(default_factory=lambda: ["base-conv", "attention"])
+    state_mixer: str | dict = "mlp"
+    norm: str = "layernorm"
+    final_norm: str | None = None
+    norm_eps: float = 1e-5
+    embed_dropout: float = 0.0
+    dropout: float = 0.0
+    max_position_embeddings: int = 2048
+    learned_positions: bool = False
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not self.mixers:
+            raise UserError(f"mixers is empty; name at least one of {', '.join(sorted(MIXERS))}")
+        for norm in (self.norm, self.final_norm or self.norm):
+            if norm not in NORMS:
+                raise UserError(f"unknown norm {norm!r}; known are {', '.join(sorted(NORMS))}")
+        for choice in self.mixers:
+            name = choice if isinstance(choice, str) else choice.get("type")
+            if name not in MIXERS:
+                raise UserError(f"unknown mixer {name!r}; known are {', '.join(sorted(MIXERS))}")
+        super().__post_init__(**kwargs)
+
+    def layer_mixer(self, layer: int) -> Named:
+        """The choice of mixer for `layer`."""
+        return self.mixers[layer % len(self.mixers)]

@@ -1,0 +1,1 @@
+"""How well sequence mixers recall what they have read."""

@@ -1,0 +1,401 @@
+"""The recall bench: small language models with exchangeable mixers on synthetic tasks, over a grid of settings.
+
+A recipe names data, models, widths, learning rates and seeds; every combination is a run of its own that ends as one
+row of `results.csv`. Zoology (Arora et al. 2024, arXiv 2312.04927), figure 2; Based (arXiv 2402.18668), figure 2.
+"""
+
+import csv
+import hashlib
+import itertools
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import EarlyStopping
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from nearfar.core import plots
+from nearfar.core.errors import UserError
+from nearfar.core.files import write_csv
+from nearfar.core.training import train
+from nearfar.language.configuration import MixerConfig
+from nearfar.language.modeling import MixerForCausalLM
+from nearfar.language.recall.tasks import make_examples, segment_seeds
+
+SEGMENT = {"task": "mqar", "num_examples": 1000}
+
+ROW = ("data", "model", "dim", "learning_rate", "seed")
+"""The columns that tell runs apart."""
+
+
+@dataclass
+class Recipe:
+    """What to train, and on what.
+
+    Args:
+        data: name -> `{"train": [segment, ...], "test": [segment, ...]}` and optionally a `batch_size` of its own. A
+            segment is `{"task": name, setting: value, ...}`, by default MQAR with 1000 examples.
+        models: name -> settings of `MixerConfig`, above all `mixers`; also `dims` to override the recipe's.
+        dims: widths d.
+        learning_rates: all are tried; the best counts.
+        seeds: of the initial weights; a result is the mean over them.
+        vocab_size: tokens V, of every segment and model.
+        epochs: at most; a run ends when the test accuracy exceeds `stop_above`.
+        batch_size: examples per step. Batches never mix segments; their order is the segments'.
+        weight_decay: AdamW's.
+        data_seed: of the examples.
+        exact: draw the examples as Zoology's code does (slow).
+    """
+
+    data: dict[str, dict[str, Any]]
+    models: dict[str, dict[str, Any]]
+    dims: list[int] = field(default_factory=lambda: [64])
+    learning_rates: list[float] = field(default_factory=lambda: [1e-3])
+    seeds: list[int] = field(default_factory=lambda: [0])
+    vocab_size: int = 8192
+    epochs: int = 64
+    batch_size: int = 64
+    weight_decay: float = 0.1
+    stop_above: float = 0.99
+    data_seed: int = 123
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("data", "models", "dims", "learning_rates", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty")
+        for name, value in self.data.items():
+            unknown = set(value) - {"train", "test", "batch_size"}
+            if unknown or not value.get("train") or not value.get("test"):
+                raise ValueError(f"data {name}: needs train and test, may have batch_size; it has {', '.join(value)}")
+        self.learning_rates = [float(rate) for rate in self.learning_rates]
+        if min(self.epochs, self.batch_size) < 1 or min(self.learning_rates) <= 0:
+            raise ValueError("epochs, batch_size and learning_rates must be positive")
+
+    def points(self) -> Iterator["Point"]:
+        """Every run of the grid."""
+        for data, model in itertools.product(self.data, self.models):
+            dims = self.models[model].get("dims", self.dims)
+            for dim, rate, seed in itertools.product(dims, self.learning_rates, self.seeds):
+                yield Point(self, data, model, int(dim), rate, seed)
+
+
+@dataclass
+class Point:
+    """One run of a recipe."""
+
+    recipe: Recipe
+    data: str
+    model: str
+    dim: int
+    learning_rate: float
+    seed: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        recipe = self.recipe
+        return {
+            "data": recipe.data[self.data],
+            "model": {k: v for k, v in recipe.models[self.model].items() if k != "dims"},
+            "dim": self.dim,
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+        } | {
+            name: getattr(recipe, name)
+            for name in ("vocab_size", "epochs", "batch_size", "weight_decay", "stop_above", "data_seed", "exact")
+        }
+
+    @property
+    def key(self) -> str:
+        """Short and the same for the same settings."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
+
+    def build(self) -> MixerForCausalLM:
+        """The untrained model."""
+        settings = {"state_mixer": "identity"} | self.settings["model"]
+        allowed = MixerConfig.__dataclass_fields__
+        if unknown := [name for name in settings if name not in allowed or name in ("vocab_size", "hidden_size")]:
+            raise UserError(f"model {self.model}: unknown setting {', '.join(unknown)}")
+        segments = [s for part in ("train", "test") for s in self.recipe.data[self.data][part]]
+        longest = max(s.get("input_seq_len", 64) for s in segments)
+        settings = {
+            "max_position_embeddings": longest,
+            "num_hidden_layers": len(settings.get("mixers", [0, 0])),
+        } | settings
+        torch.manual_seed(self.seed)
+        return MixerForCausalLM(MixerConfig(vocab_size=self.recipe.vocab_size, hidden_size=self.dim, **settings))
+
+    def loaders(self) -> tuple[DataLoader, list[DataLoader], list[str]]:
+        """Training batches, one loader per test segment, and the names of the test segments."""
+        recipe, data = self.recipe, self.recipe.data[self.data]
+        size = data.get("batch_size", recipe.batch_size)
+        seeds = segment_seeds(recipe.data_seed, len(data["train"]), len(data["test"]))
+        parts = []
+        for segments, part_seeds in zip((data["train"], data["test"]), seeds):
+            parts.append([cached_examples(recipe, s, seed) for s, seed in zip(segments, part_seeds)])
+        names = [segment_name(s) for s in data["test"]]
+        train_data = DataLoader(Batches(parts[0], size), batch_size=None)
+        return train_data, [DataLoader(Batches([p], size), batch_size=None) for p in parts[1]], names
+
+
+EXAMPLES: dict[str, tuple[Tensor, Tensor]] = {}
+"""The last few segments drawn: neighbouring runs of a grid share their data."""
+
+
+def cached_examples(recipe: Recipe, segment: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
+    settings = SEGMENT | segment | {"seed": seed}
+    if "mqar" in settings["task"]:
+        settings = {"vocab_size": recipe.vocab_size, "exact": recipe.exact} | settings
+    key = json.dumps(settings, sort_keys=True)
+    if key not in EXAMPLES:
+        while len(EXAMPLES) >= 24:
+            EXAMPLES.pop(next(iter(EXAMPLES)))
+        EXAMPLES[key] = make_examples(settings.pop("task"), **settings)
+    return EXAMPLES[key]
+
+
+def segment_name(segment: dict[str, Any]) -> str:
+    """For example "mqar 64x4": task, length and pairs."""
+    name = f"{segment.get('task', 'mqar')} {segment.get('input_seq_len', 64)}"
+    return f"{name}x{segment.get('num_kv_pairs', 4)}" if "mqar" in name else name
+
+
+class Batches(Dataset):
+    """Whole batches, segment by segment."""
+
+    def __init__(self, segments: list[tuple[Tensor, Tensor]], batch_size: int) -> None:
+        self.batches = [b for x, y in segments for b in zip(x.split(batch_size), y.split(batch_size))]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.batches[index]
+
+
+class RecallModule(pl.LightningModule):
+    """Cross-entropy and accuracy at the labelled positions; logits exist nowhere else.
+
+    AdamW, the learning rate falling to 0 by a cosine once per epoch. Hyena's table of positions has its own rate, 1e-5.
+    """
+
+    def __init__(self, model: MixerForCausalLM, rate: float, decay: float, epochs: int, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.rate, self.decay, self.epochs, self.names = model, rate, decay, epochs, names
+
+    def labelled(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and labels of the labelled positions."""
+        wanted = labels != -100
+        return self.model.lm_head(self.model.model(inputs).last_hidden_state[wanted]), labels[wanted]
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        logits, labels = self.labelled(*batch)
+        loss = F.cross_entropy(logits, labels)
+        self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[0]))
+        extra = self.model.model.auxiliary_loss
+        return loss if extra is None else loss + extra
+
+    def on_validation_epoch_start(self) -> None:
+        self.scores: dict[str, list[Tensor]] = {name: [] for name in self.names}
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int, dataloader_idx: int = 0) -> None:
+        inputs, labels = batch
+        logits, wanted = self.labelled(inputs, labels)
+        marked = labels != -100
+        right = torch.zeros_like(labels, dtype=torch.float)
+        right[marked] = (logits.argmax(-1) == wanted).float()
+        self.scores[self.names[dataloader_idx]].append(right.sum(1) / marked.sum(1))
+
+    def on_validation_epoch_end(self) -> None:
+        """The share of right answers per example, averaged over examples: of each test segment and of all."""
+        scores = {name: torch.cat(values) for name, values in self.scores.items()}
+        for name, values in scores.items():
+            self.log(f"accuracy {name}", values.mean())
+        self.log("accuracy", torch.cat(list(scores.values())).mean())
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        slow = [p for n, p in self.named_parameters() if n.endswith("filter.positions")]
+        rest = [p for n, p in self.named_parameters() if not n.endswith("filter.positions")]
+        groups: list[dict[str, Any]] = [{"params": rest}]
+        if slow:
+            groups.append({"params": slow, "lr": 1e-5, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, self.rate, weight_decay=self.decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+
+def run_point(point: Point, folder: Path, accelerator: str = "auto") -> dict[str, Any]:
+    """Train one point in `folder` (an interrupted run goes on) and return its row of results."""
+    model = point.build()
+    train_data, test_data, names = point.loaders()
+    recipe = point.recipe
+    module = RecallModule(model, point.learning_rate, recipe.weight_decay, recipe.epochs, names)
+    stop = EarlyStopping("accuracy", mode="max", patience=recipe.epochs, stopping_threshold=recipe.stop_above)
+    started = time.monotonic()
+    threads = torch.get_num_threads()
+    if point.dim <= 64:
+        torch.set_num_threads(1)  # on so small a model several would mostly wait for each other
+    try:
+        history = train(
+            module,
+            train_data,
+            test_data,
+            max_epochs=recipe.epochs,
+            seed=point.seed,
+            folder=folder,
+            settings=point.settings,
+            callbacks=[stop],
+            accelerator=accelerator,
+            devices=1,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    length = max(s.get("input_seq_len", 64) for s in recipe.data[point.data]["test"])
+    last = history[-1]
+    row = {name: getattr(point, name) for name in ROW} | {
+        "accuracy": last["accuracy"],
+        "state_size": model.state_size(length),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "epochs": len(history),
+        "seconds": round(sum(epoch["seconds"] for epoch in history) or time.monotonic() - started, 1),
+        "key": point.key,
+    }
+    for weights in ("last.ckpt", "best.safetensors"):  # the numbers are what a sweep is for
+        (folder / weights).unlink(missing_ok=True)
+    return row | {name: value for name, value in last.items() if name.startswith("accuracy ")}
+
+
+def sweep(
+    recipe: Recipe,
+    folder: str | Path,
+    accelerator: str = "auto",
+    only: Callable[[Point], bool] = lambda point: True,
+    report: Callable[[Point, dict[str, Any], int, int], None] = lambda *_: None,
+) -> list[dict[str, Any]]:
+    """Every run of the recipe that `folder` does not hold yet; returns the rows of the recipe's runs.
+
+    `folder/results.csv` gains a row after each run, so an interrupted sweep goes on where it stopped. `only` chooses
+    points; `report(point, row, number, total)` is called after each.
+    """
+    folder = Path(folder)
+    rows = read_results(folder) if (folder / "results.csv").exists() else []
+    done = {row["key"]: row for row in rows}
+    points = [point for point in recipe.points() if only(point)]
+    if not points:
+        raise UserError("no run of the recipe is chosen")
+    for point in points:  # a mistake in the last model should not show after hours
+        point.build()
+        if point.key not in done:
+            point.loaders()
+    for number, point in enumerate(points, 1):
+        if point.key not in done:
+            done[point.key] = run_point(point, folder / "runs" / point.key, accelerator)
+            rows.append(done[point.key])
+            write_csv(folder / "results.csv", rows)
+            shutil.rmtree(folder / "runs" / point.key, ignore_errors=True)
+        report(point, done[point.key], number, len(points))
+    return [done[point.key] for point in points]
+
+
+def read_results(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of a sweep's `results.csv`, numbers as numbers."""
+    path = Path(folder) / "results.csv"
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = [
+                {name: number(value) for name, value in row.items() if value != ""} for row in csv.DictReader(stream)
+            ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: no results of a recall sweep ({error}); run `nearfar recall sweep` first") from error
+    if not rows or any(name not in row for row in rows for name in (*ROW, "accuracy", "state_size", "key")):
+        raise UserError(f"{path}: no results of a recall sweep")
+    return [row | {"key": str(row["key"]), "model": str(row["model"]), "data": str(row["data"])} for row in rows]
+
+
+def number(text: str) -> int | float | str:
+    """`text` as an integer or a float where it is one."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def best_results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per data, model and width: the best learning rate by its mean accuracy over the seeds.
+
+    `spread` is the standard deviation over the seeds (0 for one). The rate is chosen on the test examples, as in the
+    published figures.
+    """
+    groups: dict[tuple, dict[float, list[dict[str, Any]]]] = {}
+    for row in rows:
+        groups.setdefault((row["data"], row["model"], row["dim"]), {}).setdefault(row["learning_rate"], []).append(row)
+    best = []
+    for (data, model, dim), rates in groups.items():
+        rate = max(rates, key=lambda r: statistics.mean(row["accuracy"] for row in rates[r]))
+        chosen = rates[rate]
+        scores = [row["accuracy"] for row in chosen]
+        best.append(
+            {
+                "data": data,
+                "model": model,
+                "dim": dim,
+                "accuracy": statistics.mean(scores),
+                "spread": statistics.stdev(scores) if len(scores) > 1 else 0.0,
+                "seeds": len(scores),
+                "learning_rate": rate,
+                "rates": len(rates),
+                "state_size": chosen[0]["state_size"],
+                "parameters": chosen[0]["parameters"],
+                "epochs": max(row["epochs"] for row in chosen),
+                "seconds": round(sum(row["seconds"] for row in chosen), 1),
+            }
+        )
+    return best
+
+
+AXES = {"dim": "model width d", "state_size": "state size (numbers per sequence)"}
+
+
+def plot_results(rows: list[dict[str, Any]], axis: str = "dim") -> Figure:
+    """Accuracy against `axis` ("dim" or "state_size"), one panel per data, one line per model."""
+    if axis not in AXES:
+        raise UserError(f"cannot plot against {axis!r}; known are {', '.join(AXES)}")
+    best = best_results(rows)
+    data = list(dict.fromkeys(row["data"] for row in best))
+    models = list(dict.fromkeys(row["model"] for row in best))
+    columns = min(4, len(data))
+    lines = math.ceil(len(data) / columns)
+    with plots.style():
+        figure = plots.new_figure(1.5 + 3.2 * columns, 3.2 * lines)
+        panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
+        for panel, name in itertools.zip_longest(panels.flat, data):
+            if name is None:
+                panel.set_axis_off()
+                continue
+            for i, model in enumerate(models):
+                points = sorted((r for r in best if (r["data"], r["model"]) == (name, model)), key=lambda r: r[axis])
+                style = {"color": plots.COLORS[i % len(plots.COLORS)], "marker": "osD^vPX*"[i // len(plots.COLORS) % 8]}
+                x, y = ([r[column] for r in points] for column in (axis, "accuracy"))
+                panel.errorbar(x, y, [r["spread"] for r in points], label=model, capsize=3, **style)
+            panel.set_title(name)
+            panel.set_xscale("log", base=2)
+            panel.set_xlabel(AXES[axis])
+            panel.set_ylim(-0.03, 1.03)
+        for row in panels:
+            row[0].set_ylabel("accuracy")
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper")
+    return figure

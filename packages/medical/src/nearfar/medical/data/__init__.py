@@ -1,0 +1,1 @@
+"""Reading scans and collections of them."""

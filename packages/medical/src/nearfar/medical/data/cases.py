@@ -1,0 +1,162 @@
+"""Finding the cases of a folder: public data sets by their layout, any pair of image and label folders, loose scans."""
+
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from nearfar.core.errors import UserError
+from nearfar.core.files import write_json
+from nearfar.medical.data.scans import Scan, read_labels, read_scan
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image with its label map. `group` is the patient: cases of one group never part over a split.
+
+    `images` are the files of the channels (one for most data); `part` is "train", "test" or ""; `more_labels` are
+    further masks of the same label.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+    group: str = ""
+    part: str = ""
+    more_labels: tuple[Path, ...] = ()
+
+
+@dataclass
+class Collection:
+    """The cases of a folder, what their label values mean, and how the data set stores them.
+
+    Args:
+        gray: masks are pictures whose grey values (lowest, highest) stand for a label value.
+        ignore: a label value that does not count.
+        regions: names of unions of labels that are scored too.
+        channels: of a file; more than one where volumes have a fourth axis.
+    """
+
+    layout: str
+    cases: list[Case]
+    labels: dict[int, str] = field(default_factory=dict)
+    gray: tuple[tuple[int, int, int], ...] = ()
+    ignore: int | None = None
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    channels: int = 1
+
+    def read(self, case: Case) -> tuple[Scan, np.ndarray | None]:
+        """The scan of a case, channels stacked, and its labels on the same grid (None where it has none)."""
+        scan = self.scan(case)
+        if case.label is None:
+            return scan, None
+        labels = self.read_label(case.label, scan)
+        for path in case.more_labels:
+            labels = np.maximum(labels, self.read_label(path, scan))
+        if self.labels:
+            allowed = {0, *self.labels, *([] if self.ignore is None else [self.ignore])}
+            if unknown := sorted(set(np.unique(labels).tolist()) - allowed):
+                raise UserError(f"{case.label}: holds labels {unknown} outside the declared ones {sorted(self.labels)}")
+        return scan, labels
+
+    def scan(self, case: Case) -> Scan:
+        """The scan of a case, channels stacked."""
+        if case.images[0].suffix in ARRAYS:
+            image = _array(case.images[0], "image", "img").astype(np.float32)
+            affine = np.eye(4) if image.ndim == 3 else None  # in voxels: these files know no spacing
+            return Scan(case.images[0], image[None], affine, "array")
+        scan = read_scan(case.images[0], self.channels)
+        for path in case.images[1:]:
+            other = read_scan(path)
+            if other.shape != scan.shape or not _same_grid(scan, other):
+                raise UserError(f"{path}: lies on another grid ({other.shape}) than {case.images[0].name} {scan.shape}")
+            scan.image = np.concatenate([scan.image, other.image])
+        return scan
+
+    def read_label(self, path: Path, scan: Scan) -> np.ndarray:
+        """The labels of a case as its data set stores them, as label values on the scan's grid."""
+        if path.suffix in ARRAYS:
+            labels = np.rint(_array(path, "label")).astype(np.int32)
+        elif path.is_dir():
+            labels = _png_slices(path, scan)
+        else:
+            labels = read_labels(path, None if self.gray else scan)
+        if labels.shape != scan.shape:
+            raise UserError(f"{path}: shape {labels.shape} differs from its image's {scan.shape} ({scan.path.name})")
+        if self.gray:
+            mapped = np.full(labels.shape, -1, np.int32)
+            bright = labels if labels.max(initial=0) > 1 else labels * 255
+            for low, high, value in self.gray:
+                mapped[(bright >= low) & (bright <= high)] = value
+            if (mapped < 0).any():
+                raise UserError(f"{path}: holds grey values {sorted(set(bright[mapped < 0].tolist()))[:5]} of no label")
+            labels = mapped
+        return labels
+
+
+def make_splits(
+    cases: Sequence[Case], folds: int = 5, seed: int = 0, path: str | Path | None = None
+) -> list[dict[str, list[str]]]:
+    """Cross-validation splits by group (patient), never by slice; written to `path` as JSON where given.
+
+    Raises UserError for fewer groups than folds.
+    """
+    groups = sorted({case.group or case.name for case in cases})
+    if folds < 2 or folds > len(groups):
+        raise UserError(f"{folds} folds need at least 2 folds and as many patients; there are {len(groups)}")
+    order = np.random.default_rng(seed).permutation(len(groups))
+    held = [{groups[i] for i in part} for part in np.array_split(order, folds)]
+    splits = [
+        {
+            "train": [c.name for c in cases if (c.group or c.name) not in out],
+            "validation": [c.name for c in cases if (c.group or c.name) in out],
+        }
+        for out in held
+    ]
+    if path is not None:
+        write_json(path, splits)
+    return splits
+
+
+def check_split(cases: Sequence[Case], train: Iterable[str], validation: Iterable[str]) -> None:
+    """Raise UserError where a patient has cases on both sides, or a name is unknown."""
+    by_name = {case.name: case.group or case.name for case in cases}
+    train, validation = list(train), list(validation)
+    if unknown := [name for name in (*train, *validation) if name not in by_name]:
+        raise UserError(f"the split names cases that are not there: {', '.join(unknown[:5])}")
+    both = {by_name[name] for name in train} & {by_name[name] for name in validation}
+    if both:
+        raise UserError(f"patients on both sides of the split: {', '.join(sorted(both)[:5])}; split by patient")
+
+
+ARRAYS = (".npz", ".h5")
+
+
+def _array(path: Path, *names: str) -> np.ndarray:
+    """The first of the arrays `names` in an .npz or .h5 file; slices come last, (S, H, W) to (H, W, S)."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                array = arrays[next(n for n in names if n in arrays.files)]
+        else:
+            with h5py.File(path) as file:
+                array = np.asarray(file[next(n for n in names if n in file)])
+    except (OSError, ValueError, KeyError, StopIteration, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged, or without {' or '.join(names)} ({error})") from error
+    return np.moveaxis(array, 0, -1) if array.ndim == 3 else array
+
+
+def _png_slices(folder: Path, scan: Scan) -> np.ndarray:
+    """Label pictures of a DICOM series, one for each slice, paired with its files in the order of their names."""
+    pictures = [p for p in sorted(folder.iterdir()) if p.suffix.lower() == ".png"]
+    order = np.argsort(np.argsort([str(s.filename) for s in scan.source]))
+    if len(pictures) != len(order):
+        raise UserError(f"{folder}: {len(pictures)} label pictures for {len(order)} slices of {scan.path.name}")
+    return np.stack([read_labels(pictures[i]).T for i in order], -1)
+
+
+def _same_grid(first: Scan, second: Scan) -> bool:
+    return first.affine is None or second.affine is None or np.allclose(first.affine, second.affine, atol=1e-3)

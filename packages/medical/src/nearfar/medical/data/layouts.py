@@ -1,0 +1,324 @@
+"""The usual layouts of segmentation data sets."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pydicom.misc
+
+from nearfar.core.errors import UserError
+from nearfar.medical.data.cases import Case, Collection
+from nearfar.medical.data.scans import NIFTI, NRRD, PICTURES
+
+
+def find_cases(folder: str | Path) -> Collection:
+    """Recognise the layout of `folder` and list its cases; see `LAYOUTS`.
+
+    Raises UserError where nothing in it can be read here.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    for layout in LAYOUTS:
+        if (found := layout(folder)) is not None and found.cases:
+            return found
+    raise UserError(
+        f"{folder}: no scans found; expected one of the layouts nnU-Net, Medical Segmentation Decathlon, ACDC, "
+        "Synapse, BTCV, BraTS, CHAOS, Pascal VOC, CHASE_DB1, DRIVE, ISIC, BUSI, Kvasir or CVC, folders `images` and "
+        "`labels`, or scans"
+    )
+
+
+BINARY = ((0, 127, 0), (128, 255, 1))
+"""Grey values of masks with one label."""
+
+READABLE = (*NIFTI, *NRRD, *PICTURES)
+
+
+def stem(path: Path) -> str:
+    name = path.name
+    ending = next((e for e in READABLE if name.lower().endswith(e)), path.suffix)
+    return name[: len(name) - len(ending)]
+
+
+def _readable(folder: Path, recursive: bool = False) -> list[Path]:
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    return sorted(p for p in found if p.is_file() and p.name.lower().endswith(READABLE) and not p.name.startswith("."))
+
+
+def _dataset_json(folder: Path) -> Collection | None:
+    """nnU-Net raw and Medical Segmentation Decathlon: `dataset.json` beside imagesTr, labelsTr, imagesTs."""
+    path = folder / "dataset.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "channel_names" in content:
+            channels, ending = len(content["channel_names"]), content["file_ending"]
+            if regions := [k for k, v in content["labels"].items() if not isinstance(v, int)]:
+                raise UserError(f"{path}: trains on regions ({', '.join(regions)}); only plain labels are taken here")
+            labels = {int(v): k for k, v in content["labels"].items() if k != "ignore"}
+        else:
+            channels = len(content.get("modality", {"0": ""}))
+            labels = {int(k): v for k, v in content["labels"].items()}
+            listed = content["training"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is no dataset.json of nnU-Net or the Decathlon ({error!r})") from error
+    if "channel_names" not in content:
+        cases = [
+            Case(stem(Path(p["image"])), (folder / p["image"],), folder / p["label"], stem(Path(p["image"])), "train")
+            for p in listed
+        ]
+        tests = [p if isinstance(p, str) else p["image"] for p in content.get("test", [])]
+        cases += [Case(stem(Path(p)), (folder / p,), None, stem(Path(p)), "test") for p in tests]
+        return Collection("Medical Segmentation Decathlon", cases, labels, channels=channels)
+    cases = []
+    for part, images, targets in (("train", "imagesTr", "labelsTr"), ("test", "imagesTs", "labelsTs")):
+        first = sorted((folder / images).glob(f"*_0000{ending}")) if (folder / images).is_dir() else []
+        for image in first:
+            name = image.name.removesuffix(f"_0000{ending}")
+            files = tuple(image.with_name(f"{name}_{i:04d}{ending}") for i in range(channels))
+            label = folder / targets / f"{name}{ending}"
+            cases.append(Case(name, files, label if part == "train" or label.is_file() else None, name, part))
+    return Collection("nnU-Net", cases, labels, ignore=content["labels"].get("ignore"))
+
+
+def _btcv(folder: Path) -> Collection | None:
+    """Beyond the Cranial Vault as distributed: img/img0001.nii.gz with label/label0001.nii.gz."""
+    root = next((p.parent for p in (folder / "img", *sorted(folder.glob("**/Training/img"))) if p.is_dir()), None)
+    if root is None:
+        return None
+    cases = [
+        Case(p.name[3:7], (p,), root / "label" / f"label{p.name[3:]}", p.name[3:7]) for p in _readable(root / "img")
+    ]
+    return Collection("BTCV", cases, dict(enumerate(BTCV, 1)))
+
+
+BTCV = (
+    *("spleen", "right kidney", "left kidney", "gallbladder", "oesophagus", "liver", "stomach", "aorta"),
+    *("vena cava", "portal and splenic vein", "pancreas", "right adrenal gland", "left adrenal gland"),
+)
+
+
+def _brats(folder: Path) -> Collection | None:
+    """BraTS: one folder for each case, four channels and a segmentation; names of 2023 or of 2018 to 2021."""
+    for channels, sign, enhancing in ((("t1n", "t1c", "t2w", "t2f"), "-", 3), (("t1", "t1ce", "t2", "flair"), "_", 4)):
+        cases = []
+        for first in sorted(folder.rglob(f"*{sign}{channels[0]}.nii.gz")):
+            name = first.name.removesuffix(f"{sign}{channels[0]}.nii.gz")
+            files = tuple(first.with_name(f"{name}{sign}{c}.nii.gz") for c in channels)
+            label = first.with_name(f"{name}{sign}seg.nii.gz")
+            cases.append(Case(name, files, label if label.is_file() else None, re.sub(r"-\d{3}$", "", name)))
+        if cases:
+            labels = {1: "necrotic core", 2: "oedema", enhancing: "enhancing tumour"}
+            regions = {"whole tumour": (1, 2, enhancing), "tumour core": (1, enhancing)}
+            return Collection("BraTS", cases, labels, regions=regions)
+    return None
+
+
+def _chaos(folder: Path) -> Collection | None:
+    """CHAOS: MR (T1 in phase, T2) or CT, DICOM series with the labels as PNG slices."""
+    cases = []
+    for ground in sorted(p for p in folder.rglob("Ground") if p.is_dir()):
+        series = ground.with_name("DICOM_anon")
+        series = series / "InPhase" if (series / "InPhase").is_dir() else series
+        sequence = ground.parent.name if ground.parent.name in ("T1DUAL", "T2SPIR") else ""
+        number = (ground.parents[1] if sequence else ground.parent).name
+        cases.append(Case("-".join(filter(None, (number, sequence))), (series,), ground, number))
+    if not cases:
+        return None
+    if any("T1DUAL" in c.name or "T2SPIR" in c.name for c in cases):
+        gray = ((0, 0, 0), (55, 70, 1), (110, 135, 2), (175, 200, 3), (240, 255, 4))
+        return Collection("CHAOS", cases, dict(enumerate(("liver", "right kidney", "left kidney", "spleen"), 1)), gray)
+    return Collection("CHAOS", cases, {1: "liver"}, BINARY)
+
+
+def _acdc(folder: Path) -> Collection | None:
+    cases = []
+    for label in sorted(folder.rglob("patient*_frame*_gt.nii.gz")):
+        name = label.name.removesuffix("_gt.nii.gz")
+        number = int(re.match(r"patient(\d+)", name)[1])  # type: ignore[index]
+        part = "train" if number <= 100 else "test"
+        cases.append(Case(name, (label.with_name(f"{name}.nii.gz"),), label, f"patient{number:03d}", part))
+    return Collection("ACDC", cases, dict(enumerate(HEART, 1)))
+
+
+SYNAPSE = ("aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
+
+
+def _synapse(folder: Path) -> Collection | None:
+    slices, volumes = sorted(folder.glob("train_npz/*.npz")), sorted(folder.glob("test_vol_h5/*.h5"))
+    group = lambda p: re.match(r"(case\d+)", p.name)[1]  # type: ignore[index]  # noqa: E731
+    cases = [
+        Case(p.name.split(".")[0], (p,), p, group(p), part)
+        for part, paths in (("train", slices), ("test", volumes))
+        for p in paths
+        if re.match(r"case\d+", p.name)
+    ]
+    return Collection("Synapse (TransUNet)", cases, dict(enumerate(SYNAPSE, 1)))
+
+
+def _acdc_slices(folder: Path) -> Collection | None:
+    """ACDC as slices in npz files, in train, valid and test; the number in a name is the patient's."""
+    cases = [
+        Case(p.stem, (p,), p, re.search(r"\d+", p.stem)[0], "test" if part == "test" else "train")  # type: ignore[index]
+        for part in ("train", "valid", "test")
+        for p in sorted((folder / part).glob("*.npz"))
+        if re.search(r"\d+", p.stem)
+    ]
+    return Collection("ACDC (slices)", cases, dict(enumerate(HEART, 1)))
+
+
+HEART = ("right ventricle", "myocardium", "left ventricle")
+
+VOC = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog"),
+    *("horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"),
+)
+
+
+def _voc(folder: Path) -> Collection | None:
+    root = next(
+        (p for p in (folder, folder / "VOC2012", folder / "VOCdevkit/VOC2012") if (p / "JPEGImages").is_dir()), None
+    )
+    if root is None:
+        return None
+    cases, listed = [], {}
+    for part, list_name in (
+        ("train", "Segmentation/train"),
+        ("train", "SegmentationAug/train_aug"),
+        ("test", "Segmentation/val"),
+    ):
+        lines = root / "ImageSets" / f"{list_name}.txt"
+        for line in lines.read_text().splitlines() if lines.is_file() else ():
+            if words := line.split():  # train_aug.txt has "image label" pairs
+                name = Path(words[0]).stem
+                label = words[1].lstrip("/") if len(words) > 1 else f"SegmentationClass/{name}.png"
+                listed[name] = (label, part)
+    for name, (label, part) in listed.items():
+        cases.append(Case(name, (root / "JPEGImages" / f"{name}.jpg",), root / label, name, part))
+    return Collection("Pascal VOC", cases, dict(enumerate(VOC, 1)), ignore=255)
+
+
+def _chasedb1(folder: Path) -> Collection | None:
+    cases = [
+        # left and right eye of a child share a group
+        Case(p.stem, (p,), p.with_name(f"{p.stem}_1stHO.png"), p.stem[:-1])
+        for p in sorted(folder.glob("Image_*.jpg"))
+        if p.with_name(f"{p.stem}_1stHO.png").is_file()
+    ]
+    return Collection("CHASE_DB1", cases, {1: "vessel"}, BINARY)
+
+
+def _drive(folder: Path) -> Collection | None:
+    cases = []
+    for part, name in (("train", "training"), ("test", "test")):
+        for image in sorted((folder / name / "images").glob("*.tif")):
+            number = image.name.split("_")[0]
+            label = next(iter(sorted((folder / name / "1st_manual").glob(f"{number}_manual1.*"))), None)
+            cases.append(Case(image.stem, (image,), label, number, part))
+    return Collection("DRIVE", cases, {1: "vessel"}, BINARY)
+
+
+def _isic(folder: Path) -> Collection | None:
+    images = {p.stem: p for p in sorted(folder.rglob("ISIC_*.jpg"))}
+    cases = [
+        Case(name, (images[name],), label, name)
+        for label in sorted(folder.rglob("ISIC_*_segmentation.png"))
+        if (name := label.stem.removesuffix("_segmentation")) in images
+    ]
+    return Collection("ISIC", cases, {1: "lesion"}, BINARY)
+
+
+def _masks(folder: Path) -> Collection | None:
+    """Pictures beside folders of masks with the same names: Kvasir-SEG, CVC-ClinicDB, PraNet's split, ISIC as PNG."""
+    names = (("images", "masks"), ("image", "mask"), ("Original", "Ground Truth"))
+    cases = []
+    for images, masks in names:
+        for root in sorted({p.parent for p in folder.glob(f"**/{images}") if (p.parent / masks).is_dir()}):
+            relative = root.relative_to(folder).as_posix().strip(".")
+            part = next((p for p in ("train", "test", "val") if p in relative.lower()), "").replace("val", "test")
+            targets = {stem(p): p for p in _readable(root / masks)}
+            for path in _readable(root / images):
+                name, label = stem(path), targets.get(stem(path)) or targets.get(f"{stem(path)}_segmentation")
+                if label is not None:
+                    cases.append(Case("/".join(filter(None, (relative, name))), (path,), label, name, part))
+    return Collection("images and masks", cases, {1: "foreground"}, BINARY)
+
+
+def _busi(folder: Path) -> Collection | None:
+    """Breast ultrasound: benign, malignant and normal pictures, some with several masks."""
+    cases = []
+    for label in sorted(folder.rglob("*_mask.png")):
+        image = label.with_name(label.name.replace("_mask.png", ".png"))
+        if image.is_file() and label.parent.name in ("benign", "malignant", "normal"):
+            more = tuple(
+                p for i in range(1, 9) if (p := label.with_name(label.name.replace(".png", f"_{i}.png"))).is_file()
+            )
+            cases.append(Case(f"{label.parent.name}/{image.stem}", (image,), label, image.stem, "", more))
+    return Collection("BUSI", cases, {1: "tumour"}, BINARY)
+
+
+def _pairs(folder: Path) -> Collection | None:
+    if not (folder / "images").is_dir() or not (folder / "labels").is_dir():
+        return None
+    targets = {stem(p): p for p in _readable(folder / "labels")}
+    cases = [Case(stem(p), (p,), targets.get(stem(p)), stem(p)) for p in _readable(folder / "images")]
+    declared: dict[int, str] = {}
+    if (names := folder / "labels.json").is_file():
+        declared = {int(k): str(v) for k, v in json.loads(names.read_text(encoding="utf-8")).items()}
+    return Collection("images and labels", cases, declared)
+
+
+def _loose(folder: Path) -> Collection | None:
+    files = _readable(folder, recursive=True)
+    first = {p: re.sub(r"_0000$", "", stem(p)) for p in files if stem(p).endswith("_0000")}
+    channels = {
+        p: [p.with_name(p.name.replace(f"{n}_0000", f"{n}_{i:04d}")) for i in range(99)] for p, n in first.items()
+    }
+    groups = {p: tuple(c for c in found if c.is_file()) for p, found in channels.items()}  # nnU-Net's imagesTs
+    inside = {c for found in groups.values() for c in found[1:]}
+    cases = [
+        Case(_name(p, folder).removesuffix("_0000" if p in groups else ""), groups.get(p, (p,)), None)
+        for p in files
+        if p not in inside
+    ]
+    series = [p for p in sorted({p.parent for p in folder.rglob("*") if p.is_file()}) if is_series(p)]
+    cases += [Case(_name(p, folder), (p,), None) for p in series]
+    return Collection("scans without labels", cases)
+
+
+def is_series(folder: Path) -> bool:
+    """Whether a folder holds DICOM files: by their ending, or by their content where the first has none."""
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    if any(p.suffix.lower() in (".dcm", ".ima") for p in files):
+        return True
+    bare = next((p for p in files if not p.suffix or p.suffix[1:].isdigit()), None)
+    return bare is not None and bare.name != "DICOMDIR" and pydicom.misc.is_dicom(bare)
+
+
+def _name(path: Path, folder: Path) -> str:
+    relative = path.relative_to(folder)
+    name = stem(path) if path.is_file() else path.name
+    return "/".join((*relative.parts[:-1], name)) if relative.parts else path.resolve().name
+
+
+LAYOUTS: tuple[Callable[[Path], Collection | None], ...] = (
+    _dataset_json,
+    _acdc,
+    _synapse,
+    _acdc_slices,
+    _btcv,
+    _brats,
+    _chaos,
+    _voc,
+    _chasedb1,
+    _drive,
+    _isic,
+    _busi,
+    _masks,
+    _pairs,
+    _loose,
+)
+"""Recognisers, tried in this order."""

@@ -1,0 +1,211 @@
+"""Picture classifiers in use: models by name, evaluation as published, scores; `training` makes them."""
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.data import ImageNetInfo, create_transform
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
+from nearfar.core.errors import UserError
+from nearfar.core.files import write_json
+from nearfar.vision.data.images import Pictures
+from nearfar.vision.models.pyramid import Backbone
+from nearfar.vision.models.registry import MODELS, VARIANTS
+
+LINEAR = "linear"
+"""Name of `PixelLinear`, which comparisons take as their floor."""
+
+SMALL: dict[str, dict[str, Any]] = {
+    "small-nearfar_convnext_atto": {"depths": (1, 1, 2, 1), "dims": (32, 48, 96, 128)},
+    "small-hornet_tiny_7x7": {"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 128)},
+    "small-attnet_xxs": {"depths": (1, 1, 2, 1), "dims": (24, 32, 64, 96), "expansions": (4, 4, 4, 4)},
+    "small-overlock_xt": {
+        "depths": (1, 1, 1, 1),
+        "dims": (16, 32, 64, 96),
+        "focus_depths": (1, 1),
+        "focus_heads": (2, 2),
+        "kernel_sizes": (7, 7, 5, 5),
+        "head_dim": 256,
+    },
+    "small-transxnet_t": {
+        "depths": (1, 1, 2, 1),
+        "dims": (16, 32, 64, 96),
+        "num_heads": (1, 2, 4, 4),
+        "table_size": 64,
+    },
+    "small-lsnet_t": {"depths": (1, 1, 2, 2), "dims": (32, 64, 96, 128), "resolution": 1},
+}
+"""Reduced variants of the six systems, for pictures of 64 pixels and minutes on a CPU: timm name and settings."""
+
+
+def evaluation_transform(size: int, crop_pct: float = 0.875, crop_mode: str = "center") -> Callable:
+    """Shorter side to floor(size / crop_pct), bicubic, centre crop (or the whole picture squashed), normalisation."""
+    return create_transform(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="bicubic")
+
+
+class PixelLinear(nn.Module):
+    """Multinomial logistic regression on the pixels, averaged over a grid of 16 x 16: what a network has to beat."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten(), nn.Linear(3 * 16**2, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    size: int,
+    *,
+    drop_path: float | None = None,
+    layer_scale: float | None = None,
+    aux_head: bool = False,
+) -> nn.Module:
+    """A classifier of pictures of `size` pixels by name: of timm's registry (ours or any other), `SMALL` or `LINEAR`.
+
+    `layer_scale` (None: the model's own) and `aux_head` count for those of our models that have them. Raises UserError
+    for an unknown name, a size below the model's stride, and `drop_path` where the model (LSNet) has none.
+    """
+    if name == LINEAR:
+        return PixelLinear(num_classes)
+    timm_name = name.removeprefix("small-") if name in SMALL else name
+    base = timm_name.partition(".")[0]
+    if not timm.is_model(timm_name):
+        raise UserError(f"{name}: no such model; `nearfar image-classification models` lists ours, timm's serve too")
+    wanted: dict[str, Any] = {"drop_path_rate": drop_path}
+    if base in VARIANTS:
+        takes = inspect.signature(MODELS[base]).parameters
+        has_scale = name in SMALL or VARIANTS[base].settings.get("layer_scale", 1) is not None
+        wanted["layer_scale"] = layer_scale if "layer_scale" in takes and has_scale else None
+        wanted["aux_head"] = aux_head or None if "aux_head" in takes else None
+        if size < (least := MODELS[base].min_size):
+            raise UserError(f"{name}: takes pictures of at least {least} pixels, its largest stride; size is {size}")
+    elif timm.get_pretrained_cfg(timm_name).fixed_input_size:
+        wanted["img_size"] = size
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    try:
+        return timm.create_model(timm_name, num_classes=num_classes, **SMALL.get(name, {}), **wanted)
+    except (TypeError, AssertionError) as error:  # what models of timm say to settings that they do not take
+        raise UserError(f"{name}: cannot be made with {wanted} ({error})") from error
+
+
+def identify(state: Mapping[str, Tensor]) -> tuple[type[Backbone], str | None]:
+    """Class and, if it is a published one, variant of the nearfar model that a checkpoint holds, in any known layout.
+
+    Raises UserError where it is of none.
+    """
+    for kind in dict.fromkeys(MODELS.values()):
+        try:
+            return kind, kind.variant(kind.published_settings(kind.published_state(state)))
+        except (KeyError, IndexError, ValueError):
+            continue
+    known = ", ".join(kind.__name__ for kind in dict.fromkeys(MODELS.values()))
+    raise UserError(f"is no checkpoint of a nearfar model ({known})")
+
+
+@dataclass
+class Classifier:
+    """A trained model with what it takes to use it: class names (and what they mean), input size, crop."""
+
+    model: nn.Module
+    name: str
+    classes: list[str]
+    size: int
+    crop_pct: float
+    crop_mode: str = "center"
+    descriptions: dict[str, str] = field(default_factory=dict)
+
+    @torch.inference_mode()
+    def scores(self, pictures: Pictures, batch_size: int = 64, device: str = "cpu", num_workers: int = 0) -> Tensor:
+        """Class probabilities, (pictures, classes)."""
+        data = pictures.subset(range(len(pictures)), evaluation_transform(self.size, self.crop_pct, self.crop_mode))
+        model = self.model.to(device).eval()
+        batches = DataLoader(data, batch_size, num_workers=num_workers)
+        return torch.cat([model(x.to(device)).float().softmax(1).cpu() for x, _ in batches])
+
+    def save(self, folder: str | Path) -> None:
+        """Write `model.safetensors` and `classifier.json` to `folder`."""
+        save_state_dict(self.model, Path(folder) / "model.safetensors")
+        record = {key: value for key, value in vars(self).items() if key != "model"}
+        write_json(Path(folder) / "classifier.json", record)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Classifier":
+        """What `save` wrote. Raises UserError where it is no such folder, CheckpointError where the weights differ."""
+        path = Path(folder) / "classifier.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{folder}: holds no trained classifier ({error}); name a folder that train wrote"
+            ) from error
+        weights, name = Path(folder) / "model.safetensors", record["name"].removeprefix("small-").partition(".")[0]
+        if name in MODELS:  # names and shapes tell the variant, reduced ones too
+            return cls(MODELS[name].from_published(weights), **record)
+        model = create_model(record["name"], len(record["classes"]), record["size"])
+        load_state_dict(model, read_state_dict(weights))
+        return cls(model.eval(), **record)
+
+    @classmethod
+    def from_published(cls, path: str | Path, name: str | None = None) -> "Classifier":
+        """A published ImageNet checkpoint of a nearfar model, with its published input size and crop.
+
+        `name`: variant, with or without the tag of its weights (`nearfar_convnext_tiny.fb_in22k_ft_in1k_384`). Without
+        a name the variant is read from the checkpoint; without a tag the first weights of as many classes count.
+        """
+        state = read_state_dict(path)
+        try:
+            kind, found = identify(state)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        base, _, tag = (name or found or "").partition(".")
+        if MODELS.get(base) is not kind:
+            raise UserError(
+                f"{path}: is a checkpoint of {kind.__name__}, {f'not of {base}' if base else 'of no published size'}"
+            )
+        model = kind.from_published(state)
+        published = [weights for weights in VARIANTS[base].weights if weights.tag != "untrained"]
+        for weights in published:
+            if weights.num_classes == model.num_classes and tag in ("", weights.tag):
+                info = ImageNetInfo("imagenet-1k" if model.num_classes == 1000 else "imagenet-22k")
+                return cls(
+                    model,
+                    f"{base}.{weights.tag}",
+                    info.label_names(),
+                    weights.size,
+                    weights.crop_pct,
+                    weights.crop_mode,
+                    info.label_descriptions(as_dict=True),
+                )
+        tags = ", ".join(f"{w.tag} ({w.num_classes} classes)" for w in published) or "none"
+        raise UserError(f"{path}: has {model.num_classes} classes; published weights of {base}: {tags}")
+
+
+def evaluate_scores(scores: Tensor, labels: Sequence[int], seed: int = 0) -> dict[str, float]:
+    """Accuracy, its 95 % bootstrap interval, top-5 of more than five classes, the mean of the classes' accuracies."""
+    truth = torch.as_tensor(labels)
+    order = scores.argsort(dim=1, descending=True)
+    first = (order[:, 0] == truth).double().numpy()
+    top5 = {"top5": float((order[:, :5] == truth[:, None]).any(1).double().mean())} if scores.shape[1] > 5 else {}
+    drawn = np.random.default_rng(seed).integers(len(first), size=(2000, len(first)))
+    low, high = np.quantile(first[drawn].mean(1), (0.025, 0.975))
+    per_class = [first[(truth == c).numpy()].mean() for c in sorted(set(labels))]
+    return {
+        "pictures": len(first),
+        "accuracy": float(first.mean()),
+        "low": float(low),
+        "high": float(high),
+        **top5,
+        "balanced": float(np.mean(per_class)),
+    }

@@ -1,0 +1,350 @@
+"""Training picture classifiers with the published recipes' parts, which are timm's.
+
+RandomResizedCrop, flip, RandAugment, colour jitter and random erasing; Mixup and CutMix; label smoothing; AdamW with
+layer decay, warm-up and cosine; stochastic depth; an exponential moving average of the weights.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from PIL import Image, ImageOps
+from timm.data import Mixup, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.loss import SoftTargetCrossEntropy
+from timm.models import model_parameters
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from timm.utils.agc import adaptive_clip_grad
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from nearfar.core.checkpoints import load_state_dict, read_state_dict
+from nearfar.core.errors import UserError
+from nearfar.core.training import data_loader, train, warmup_cosine
+from nearfar.vision.classification.classifier import Classifier, create_model, evaluation_transform, identify
+from nearfar.vision.data.images import Pictures
+from nearfar.vision.models.pyramid import Backbone
+
+logging.getLogger("timm").setLevel(logging.WARNING)
+
+RECIPES = Path(__file__).parent / "recipes"
+"""YAML files that state the published recipes."""
+
+
+def find_recipe(name: str | Path | None) -> Path | None:
+    """A recipe's file: `name` itself, or the published recipe of that name."""
+    if name is None or Path(name).is_file():
+        return None if name is None else Path(name)
+    if not (path := RECIPES / f"{name}.yaml").is_file():
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise UserError(f"{name}: no such recipe file, nor a published recipe; those are {known}")
+    return path
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The defaults suit fine-tuning or short runs on small data; `RECIPES` has the published ones."""
+
+    size: int = 224
+    """Side of the training crop, and of the picture in evaluation."""
+    epochs: int = 30
+    batch_size: int = 64
+    accumulate: int = 1
+    """Batches per step of the optimiser."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    lr_batch: int = 0
+    """Pictures per step that `lr` is meant for; with another number it is scaled in proportion. 0: never scaled."""
+    min_lr: float = 1e-6
+    """Learning rate at the end."""
+    weight_decay: float = 0.05
+    warmup_epochs: float = 3
+    cooldown_epochs: int = 0
+    """Epochs at `min_lr` after `epochs`."""
+    layer_decay: float | None = None
+    drop_path: float | None = None
+    layer_scale: float | None = 1.0
+    """Initial scale of the residual branches: the published 1e-6 needs hundreds of epochs. None leaves the model's."""
+    head_scale: float = 1.0
+    """Factor on a fresh classifier's weights."""
+    smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    randaugment: str = ""
+    """timm's notation, for example rand-m9-mstd0.5-inc1."""
+    color_jitter: float = 0.0
+    erasing: float = 0.0
+    crop_scale: float = 0.35
+    """Smallest share of the picture's area that a training crop has (0.08 as published)."""
+    repeats: int = 0
+    """Views of a picture per epoch (repeated augmentation): 3 as published, 0 for off."""
+    ema: float = 0.0
+    """Decay of the averaged weights, which are then the ones that are kept; 0 for none."""
+    clip: float | None = None
+    """Largest gradient norm, or factor of the adaptive clipping."""
+    clip_mode: str = "norm"
+    """norm, or agc: adaptive clipping of every unit's gradient by the norm of its weights, the classifier left out."""
+    auxiliary: float = 0.4
+    """Weight of the second head's loss, in models that have one in training."""
+    interpolation: str = "bicubic"
+    """Of training crops; random draws bilinear or bicubic."""
+    crop_pct: float = 1.0
+    """Share of the shorter side that the evaluation crop covers; 0.875 for most published weights."""
+    crop_mode: str = "center"
+    """center, or squash: the whole picture is warped to the square."""
+    validation: float = 0.1
+    """Share of the training pictures that chooses the epoch, where the data have no split of their own for it."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, str) != (field.type is str):
+                raise ValueError(f"{field.name} must be {'text' if field.type is str else 'a number'}, got {value!r}")
+        for name in ("size", "epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.clip_mode not in ("norm", "agc"):
+            raise ValueError(f"clip_mode is {self.clip_mode!r}; allowed are norm and agc")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"batch_size must be even with mixup or cutmix, got {self.batch_size}")
+
+
+def training_transform(recipe: Recipe) -> Callable:
+    """Random crop, flip, RandAugment or colour jitter, tensor, normalisation, random erasing."""
+    transform = create_transform(
+        recipe.size,
+        is_training=True,
+        scale=(recipe.crop_scale, 1.0),
+        auto_augment=recipe.randaugment or None,
+        color_jitter=recipe.color_jitter or None,
+        re_prob=recipe.erasing,
+        re_mode="pixel",
+        interpolation=recipe.interpolation,
+    )
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", ()):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """RandAugment asks for 0 bits at times, which new versions of Pillow refuse: black, as before."""
+    return ImageOps.posterize(picture, bits) if bits else Image.new(picture.mode, picture.size)
+
+
+class ClassifierModule(pl.LightningModule):
+    """Lightning's view of a classifier in training: loss, optimiser, averaged weights, validation accuracy.
+
+    `validation_pictures`: their number; what a distributed sampler repeats beyond it does not count.
+    """
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, num_classes: int, batches_per_epoch: int, validation_pictures: int
+    ) -> None:
+        super().__init__()
+        self.model, self.recipe, self.num_classes = model, recipe, num_classes
+        self.steps = math.ceil(batches_per_epoch / recipe.accumulate)
+        self.validation_pictures = validation_pictures
+        self.average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+        mixing = recipe.mixup or recipe.cutmix
+        self.mix = (
+            Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes)
+            if mixing
+            else None
+        )
+        self.soft_loss = SoftTargetCrossEntropy()
+        self.counts: list[Tensor] = []
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        if target.ndim == 2:
+            return self.soft_loss(logits, target)
+        return nn.functional.cross_entropy(logits, target, label_smoothing=self.recipe.smoothing)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
+        x, target = batch
+        if self.mix is not None and len(x) % 2 == 0:
+            x, target = self.mix(x, target)
+        out = self.model(x)
+        # (logits, a second head's logits): LSNet's distillation head and OverLoCK's overview
+        loss = (
+            self.loss(out[0], target) + self.recipe.auxiliary * self.loss(out[1], target)
+            if isinstance(out, tuple)
+            else self.loss(out, target)
+        )
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
+        return loss
+
+    def on_train_batch_end(self, _out: Any, _batch: Any, index: int) -> None:
+        if self.average is not None and (index + 1) % self.recipe.accumulate == 0:
+            self.average.update(self.model, step=self.global_step)
+
+    @property
+    def kept(self) -> nn.Module:
+        """The weights that count: the averaged ones where there are any."""
+        return self.model if self.average is None else self.average.module
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        x, target = batch
+        first = index * self.trainer.val_dataloaders.batch_size
+        place = (first + torch.arange(len(x), device=x.device)) * self.trainer.world_size + self.global_rank
+        real = place < self.validation_pictures  # later places repeat pictures so that every process has as many
+        right = (self.kept(x).argmax(1) == target) & real
+        self.counts.append(torch.stack((right.sum(), real.sum())))
+
+    def on_validation_epoch_end(self) -> None:
+        right, number = self.trainer.strategy.reduce(torch.stack(self.counts).sum(0), reduce_op="sum").tolist()
+        self.counts.clear()
+        self.log("accuracy", right / number)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if self.recipe.clip and self.recipe.clip_mode == "agc":
+            adaptive_clip_grad(model_parameters(self.model, exclude_head=True), clip_factor=self.recipe.clip)
+        elif self.recipe.clip:
+            self.clip_gradients(optimizer, self.recipe.clip, "norm")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        recipe = self.recipe
+        settings: dict[str, Any] = {"layer_decay": recipe.layer_decay} if recipe.layer_decay else {}
+        lr = recipe.lr
+        if recipe.lr_batch:
+            lr *= recipe.batch_size * recipe.accumulate * self.trainer.world_size / recipe.lr_batch
+        optimizer = create_optimizer_v2(self.model, opt="adamw", lr=lr, weight_decay=recipe.weight_decay, **settings)
+        for group in optimizer.param_groups:  # the schedule scales the group's own rate
+            group["lr"] *= group.get("lr_scale", 1.0)
+        warmup, total = (round(epochs * self.steps) for epochs in (recipe.warmup_epochs, recipe.epochs))
+        schedule = warmup_cosine(optimizer, warmup, total, floor=min(1.0, recipe.min_lr / lr))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def new_model(name: str, num_classes: int, recipe: Recipe) -> nn.Module:
+    """`create_model` as the recipe asks for it."""
+    return create_model(
+        name,
+        num_classes,
+        recipe.size,
+        drop_path=recipe.drop_path,
+        layer_scale=recipe.layer_scale,
+        aux_head=recipe.auxiliary > 0,
+    )
+
+
+def train_classifier(
+    name: str,
+    pictures: Pictures,
+    validation: Pictures,
+    recipe: Recipe,
+    folder: str | Path | None = None,
+    *,
+    weights: str | Path | None = None,
+    model: nn.Module | None = None,
+    num_workers: int = 0,
+    show_progress: bool = False,
+    **trainer_options: Any,
+) -> tuple[Classifier, list[dict[str, float]]]:
+    """Train a classifier; returns it with its best weights and one row of metrics per epoch.
+
+    `validation` chooses the epoch and must share no picture with `pictures`. `weights`: a checkpoint to start from, in
+    a published layout for our models. `folder`: see `nearfar.core.training.train`; the classifier is saved there.
+    """
+    if leaked := set(pictures.names) & set(validation.names):
+        raise UserError(f"{sorted(leaked)[0]}: lies in the training and in the validation pictures")
+    if pictures.classes != validation.classes:
+        raise UserError(f"classes differ: training has {len(pictures.classes)}, validation {len(validation.classes)}")
+    classes = len(pictures.classes)
+    torch.manual_seed(recipe.seed)
+    model = model or new_model(name, classes, recipe)
+    if recipe.head_scale != 1:
+        for parameter in model.get_classifier().parameters():
+            parameter.data.mul_(recipe.head_scale)
+    if weights is not None:
+        start_from(model, weights)
+    loader, held = loaders(pictures, validation, recipe, num_workers)
+    module = ClassifierModule(model, recipe, classes, len(loader), len(validation))
+    if processes := int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        trainer_options = {"strategy": "ddp", "devices": local, "num_nodes": (processes + 1) // local} | trainer_options
+    history = train(
+        module,
+        loader,
+        held,
+        max_epochs=recipe.epochs + recipe.cooldown_epochs,
+        monitor="accuracy",
+        seed=recipe.seed,
+        folder=folder,
+        settings={
+            "model": name,
+            "weights": None if weights is None else str(weights),
+            "classes": pictures.classes,
+            **asdict(recipe),
+        },
+        show_progress=show_progress,
+        accumulate_grad_batches=recipe.accumulate,
+        use_distributed_sampler=False,
+        **trainer_options,
+    )
+    classifier = Classifier(
+        module.kept.eval().cpu(), name, pictures.classes, recipe.size, recipe.crop_pct, recipe.crop_mode
+    )
+    if folder is not None:
+        classifier.save(folder)
+    return classifier, history
+
+
+def loaders(
+    pictures: Pictures, validation: Pictures, recipe: Recipe, num_workers: int = 0
+) -> tuple[DataLoader, DataLoader]:
+    """This process's share of the training pictures, augmented, and of the validation pictures."""
+    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    data = pictures.subset(range(len(pictures)), training_transform(recipe))
+    held = validation.subset(
+        range(len(validation)), evaluation_transform(recipe.size, recipe.crop_pct, recipe.crop_mode)
+    )
+    batch = min(recipe.batch_size, len(data))
+    options: dict[str, Any] = {"drop_last": len(data) > batch * world, "num_workers": num_workers}
+    if recipe.repeats:
+        sampler = RepeatAugSampler(data, world, rank, num_repeats=recipe.repeats, selected_round=0)
+        loader = DataLoader(data, batch, sampler=sampler, **options)
+    else:
+        loader = data_loader(data, batch, shuffle=True, seed=recipe.seed, **options)
+    shares = DistributedSampler(held, world, rank, shuffle=False)
+    return loader, DataLoader(held, batch, sampler=shares, num_workers=num_workers)
+
+
+def start_from(model: nn.Module, weights: str | Path) -> None:
+    """Load a checkpoint (a file, or a folder that `save_pretrained` or `train` wrote) into `model`.
+
+    A classifier for other classes starts afresh. Raises UserError where the checkpoint is of another kind of model.
+    """
+    path = Path(weights) / "model.safetensors" if Path(weights).is_dir() else Path(weights)
+    state: Mapping[str, Tensor] = read_state_dict(path)
+    if isinstance(model, Backbone):
+        try:
+            kind, _ = identify(state)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        if not isinstance(model, kind):
+            raise UserError(f"{path}: is a checkpoint of {kind.__name__}, not of {type(model).__name__}")
+        load_state_dict(model, model.fit_state(model.published_state(state)), ignore=model.IGNORE)
+        return
+    own = model.state_dict()
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    other = {n for n, value in state.items() if n.startswith(heads) and n in own and own[n].shape != value.shape}
+    load_state_dict(model, {name: own[name] if name in other else value for name, value in state.items()})

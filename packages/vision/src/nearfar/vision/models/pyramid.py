@@ -1,0 +1,405 @@
+"""What every nearfar backbone of several resolutions has: timm's surface and published checkpoints."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import timm
+import torch
+from timm.layers import SelectAdaptivePool2d
+from timm.models import adapt_input_conv
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nearfar.core.checkpoints import Rule, fit_shapes, load_state_dict, read, rename, save_state_dict
+from nearfar.core.contracts import Contract
+from nearfar.core.errors import CheckpointError
+from nearfar.ops.common.folding import batch_norm_affine
+from nearfar.ops.common.fused import FusedConv2d, FusedLinear
+from nearfar.ops.common.layers import DepthwiseConv
+from nearfar.vision.models.fusing import fuse_sequence
+from nearfar.vision.models.registry import MODELS, VARIANTS, plain
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm of (B, C) or (B, C, *S)."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"expected (B, C) or (B, C, *S), got {tuple(input.shape)}")
+
+
+class Stage(nn.Module):
+    """One resolution: an optional downsampling layer, then blocks in sequence."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
+        return x
+
+
+class Head(nn.Module):
+    """Classifier: pool, norm, dropout, linear; with `norm_first`: norm, pool, dropout, linear."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        norm: nn.Module,
+        *,
+        norm_first: bool = False,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.dim, self.norm_first = dim, norm_first
+        self.norm = norm
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, global_pool)
+
+    def reset(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for `num_classes` classes; 0 for none, whose output is the pooled features."""
+        if global_pool is not None:
+            self.pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            if self.pool.feat_mult() != 1:
+                raise ValueError(
+                    f"global_pool is {global_pool!r}, which changes the width; allowed: avg, max, avgmax, ''"
+                )
+        if num_classes and self.pool.is_identity():
+            raise ValueError("global_pool='' gives a feature map, which takes num_classes=0")
+        like = next(self.norm.parameters(), torch.empty(0))
+        self.fc = linear(self.dim, num_classes).to(like)
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Fold a batch norm before the classifier into it, for inference; the outputs stay the same."""
+        if isinstance(self.norm, BatchNorm) and isinstance(self.fc, nn.Linear) and not self.norm_first:
+            scale, shift = batch_norm_affine(self.norm)
+            self.fc.bias += self.fc.weight @ shift
+            self.fc.weight *= scale
+            self.norm = nn.Identity()
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.pool(self.norm(x)) if self.norm_first else self.norm(self.pool(x))
+        x = self.drop(x)
+        return x if pre_logits else self.fc(x)
+
+
+def linear(dim: int, num_classes: int) -> nn.Module:
+    """A linear classifier with truncated-normal weights (std 0.02), or the identity for no classes."""
+    if not num_classes:
+        return nn.Identity()
+    layer = nn.Linear(dim, num_classes)
+    init_weights(layer)
+    return layer
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal (std 0.02) weights and zero biases for every convolution and linear map."""
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | DepthwiseConv):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Drop-path rates that grow linearly from 0 to `rate` over all blocks, split by stage."""
+    rates = torch.linspace(0, rate, sum(depths), device="cpu").tolist()
+    return [[rates.pop(0) for _ in range(depth)] for depth in depths]
+
+
+class Backbone(nn.Module):
+    """A picture classifier and feature pyramid with timm's surface.
+
+    A subclass builds `stem`, `stages` and `head` and calls `finish`; where its features are more than the outputs of
+    its stages it overrides `forward_pyramid`. Inputs are `(B, in_chans, H, W)` with H, W of at least `min_size`;
+    strided layers floor or pad other sizes than multiples of the stride as the published code does.
+    """
+
+    RULES: ClassVar[tuple[Rule, ...]] = ()
+    """How published names become ours, applied in order to the start of every name; our own names stay as they are."""
+    IGNORE: ClassVar[tuple[str, ...]] = ()
+    """Published tensors that the model computes itself."""
+    CLASSIFIERS: ClassVar[tuple[str, ...]] = ("head.fc",)
+    FIRST_CONV: ClassVar[str] = "stem.0"
+    min_size: ClassVar[int] = 32
+
+    num_classes: int
+    num_features: int
+    head_hidden_size: int
+    feature_info: list[dict[str, Any]]
+    stem: nn.Module
+    stages: nn.ModuleList
+    head: nn.Module
+
+    def finish(
+        self,
+        num_classes: int,
+        in_chans: int,
+        dims: Sequence[int],
+        strides: Sequence[int],
+        feature_norms: Sequence[nn.Module] = (),
+    ) -> None:
+        """Record what timm asks a model for. `dims`, `strides`: channels and stride of each pyramid level."""
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
+            for i, (dim, stride) in enumerate(zip(dims, strides, strict=True))
+        ]
+        self.feature_norms = nn.ModuleList(feature_norms)
+
+    @classmethod
+    def levels(cls, settings: Mapping[str, Any]) -> int:
+        """How many pyramid levels the model with these settings has."""
+        return len(settings["depths"])
+
+    # features
+
+    def forward_pyramid(self, x: Tensor, last: int | None = None) -> list[Tensor]:
+        """Feature maps of every level, or up to level `last`, before any norm."""
+        x = self.stem(x)
+        levels = []
+        for stage in self.stages[: None if last is None else last + 1]:
+            x = stage(x)
+            levels.append(x)
+        return levels
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map, (B, C, H / stride, W / stride)."""
+        self.check_input(x)
+        return self.forward_pyramid(x)[-1]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits of a feature map, or what the classifier would see."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The feature maps of the levels `indices` (all by default; an int n: the last n), as timm defines it.
+
+        Where the model was built with `feature_norms`, every level passes through its own norm. `norm` is accepted
+        for timm's sake: the head's norm belongs to the classifier.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is {output_fmt!r}; allowed is 'NCHW'")
+        self.check_input(x)
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        levels = self.forward_pyramid(x, last if stop_early or intermediates_only else None)
+        normed = self.norm_levels(levels)
+        picked = [normed[i] for i in take]
+        return picked if intermediates_only else (levels[-1], picked)
+
+    def norm_levels(self, levels: list[Tensor]) -> list[Tensor]:
+        """Each level through its own norm, where the model has them."""
+        if not len(self.feature_norms):
+            return levels
+        return [norm(level) for norm, level in zip(self.feature_norms, levels, strict=False)]
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the levels `indices` do not need; returns their absolute indices."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_head:
+            self.head = nn.Identity()
+        return take
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError for an input that is not (B, C, H, W) or is smaller than the model can take."""
+        if x.ndim != 4 or min(x.shape[-2:]) < self.min_size:
+            raise ValueError(
+                f"input is {tuple(x.shape)}; {type(self).__name__} takes (B, C, H, W) with H and W of at least "
+                f"{self.min_size}, its largest stride"
+            )
+
+    # what timm asks a model for
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for `num_classes` classes (0: none), and `global_pool` if given."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block in the backward pass instead of keeping its activations."""
+        for module in self.modules():
+            if hasattr(module, "grad_checkpointing"):
+                module.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay beside biases and vectors."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for layer-wise learning-rate decay: stem, every block (or stage), head."""
+        return {
+            "stem": r"^stem",
+            "blocks": r"^stages\.(\d+)"
+            if coarse
+            else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)],
+        }
+
+    def fuse(self) -> Self:
+        """Fold norms, scales and parallel branches into their neighbours, for inference; returns the model itself.
+
+        In eval mode the outputs stay the same up to rounding. Training the fused form is not meant.
+        """
+        for module in self.eval().modules():
+            if module is not self and callable(getattr(module, "fuse", None)):
+                module.fuse()
+            elif isinstance(module, nn.Sequential):
+                fuse_sequence(module)
+        for module in self.modules():
+            for name, child in module.named_children():
+                if type(child) in (nn.Conv2d, nn.Linear):
+                    setattr(module, name, (FusedConv2d if isinstance(child, nn.Conv2d) else FusedLinear)(child))
+                elif isinstance(fused := getattr(child, "fused", None), FusedConv2d):
+                    setattr(module, name, fused)
+        return self
+
+    # checkpoints
+
+    @classmethod
+    def published_state(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A published state dict under our names; our own passes through."""
+        return rename(state, cls.RULES)
+
+    @classmethod
+    def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Constructor arguments that the names and shapes of a (renamed) state dict determine."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_published(cls, source: str | Path | Mapping[str, Tensor], **settings: Any) -> Self:
+        """The model that a published checkpoint holds, with its weights, in eval mode.
+
+        Args:
+            source: a checkpoint file or a state dict, in any published layout or our own. Its names and shapes
+                determine the variant.
+            settings: constructor arguments that take precedence. With another `num_classes` the classifier starts
+                afresh; with another `in_chans` the first convolution is adapted as timm does.
+
+        Raises:
+            CheckpointError: tensors are missing, superfluous or misshapen; every one is listed.
+        """
+        state = cls.published_state(read(source))
+        try:
+            found = cls.published_settings(state)
+        except (KeyError, IndexError, ValueError) as error:
+            where = "the state dict" if isinstance(source, Mapping) else source
+            raise CheckpointError(f"{where}: is no checkpoint of {cls.__name__} (no {error})") from error
+        model = cls(**{**found, **settings})
+        load_state_dict(model, model.fit_state(state), ignore=cls.IGNORE)
+        return model.eval()
+
+    def fit_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`state` (under our names) made to fit this model.
+
+        Shapes as in `fit_shapes`; what the model computes itself (`IGNORE`) is left out; a first convolution for other
+        channels is adapted as timm does; a classifier for other classes is left out in favour of the model's own.
+        """
+        own, fitted = self.state_dict(), fit_shapes(self, state)
+        first = f"{self.FIRST_CONV}.weight"
+        if first in fitted and fitted[first].shape[1] != own[first].shape[1]:
+            fitted[first] = adapt_input_conv(own[first].shape[1], fitted[first])
+        for classifier in self.CLASSIFIERS:
+            names = [f"{classifier}.weight", f"{classifier}.bias"]
+            if any(name in fitted and (name not in own or own[name].shape != fitted[name].shape) for name in names):
+                fitted.update({name: own[name] for name in names if name in own})
+                fitted = {name: value for name, value in fitted.items() if name not in names or name in own}
+        return {
+            name: value
+            for name, value in fitted.items()
+            if name in own or not any(re.match(pattern, name) for pattern in self.IGNORE)
+        }
+
+    def contract_form(self, contract: Contract | None = None, levels: Sequence[int] = ()) -> nn.Module:
+        """The model as a contract calls it: logits, or the pyramid where every level has its own norm.
+
+        Also where the contract lists several outputs: those of the stages `out_indices` in its settings, else of
+        `levels` if they are as many, else of the last stages.
+        """
+        if contract is None or contract.outputs[0]["name"] == "out":
+            return Pyramid(self) if len(self.feature_norms) else self
+        outputs = len(contract.outputs)
+        indices = contract.settings.get("out_indices", levels if len(levels) == outputs else range(-outputs, 0))
+        stages = range(len(self.feature_info))[-len(self.stages) :]
+        return Pyramid(self, [stages[i] for i in indices])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights (safetensors) and, for a registered variant, timm's configuration to `folder`.
+
+        `from_pretrained` reads it back, and so does `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+        Save before `fuse`: the fused form has other tensors.
+        """
+        if hasattr(self, "pretrained_cfg"):
+            timm.models.save_for_hf(self, str(folder), model_args=self.created_with, safe_serialization=True)
+        else:
+            save_state_dict(self, Path(folder) / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **settings: Any) -> Self:
+        """The model that `save_pretrained` wrote to `folder`, in eval mode; `settings` as in `from_published`."""
+        return cls.from_published(Path(folder) / "model.safetensors", **settings)
+
+    @classmethod
+    def variant(cls, settings: Mapping[str, Any]) -> str | None:
+        """Name of the registered variant that `settings` describe, if there is one."""
+        for name, model in MODELS.items():
+            wanted = VARIANTS[name].settings
+            if model is cls and all(plain(settings.get(key)) == plain(wanted[key]) for key in wanted):
+                return name
+        return None
+
+
+def twelve_layers(block: Callable[[int], int]) -> Callable[[str], tuple[int, ...]]:
+    """timm's matcher for layer decay in the way of ConvNeXt, for a network of four stages.
+
+    Stem 0; stages 0 and 1 are 1 and 2; stage 2's downsampling is 3 and its block b is `block(b)`, 3 to 11; stage 3 is
+    12; norm and classifier 13.
+    """
+
+    def layer(name: str) -> tuple[int, ...]:
+        part, *rest = name.split(".")
+        if part != "stages":
+            return (0,) if part == "stem" else (13,)
+        stage = int(rest[0])
+        if stage == 2:
+            return (block(int(rest[2])) if rest[1] == "blocks" else 3,)
+        return ((1, 2, 3, 12)[stage],)
+
+    return layer
+
+
+class Pyramid(nn.Module):
+    """A backbone called for its feature maps, all or those of the levels `indices`."""
+
+    def __init__(self, backbone: Backbone, indices: list[int] | None = None) -> None:
+        super().__init__()
+        self.backbone, self.indices = backbone, indices
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.backbone.forward_intermediates(x, self.indices, intermediates_only=True)

@@ -1,0 +1,1 @@
+"""The `nearfar` command and what every app's command line shares."""

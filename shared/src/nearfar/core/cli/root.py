@@ -1,0 +1,102 @@
+"""The `nearfar` command: the installed apps, `verify`, `tour`; and what every app's command line shares.
+
+An app registers its typer application in the entry-point group `nearfar.apps` and a chapter of the tour in
+`nearfar.tour`. Errors that the user can mend (`UserError`) end in one line and exit status 2; a batch that went on past
+bad items ends in a list of them and exit status 1; `--debug`, anywhere on the line, shows the traceback instead.
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import entry_points, version
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from nearfar.core.cli.batch import BatchError
+from nearfar.core.cli.console import console, messages
+from nearfar.core.cli.tour import tour
+from nearfar.core.cli.verify import verify
+from nearfar.core.entry_points import load_entry_point
+from nearfar.core.errors import UserError
+
+
+def root(arguments: Sequence[str]) -> typer.Typer:
+    """The root command for a command line: of the installed apps only the one that is called is imported."""
+    app = typer.Typer(
+        help="Deep-learning systems that mix near and far, as software. "
+        "`nearfar APP --help` explains each app; `--debug` shows the traceback of an error.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+    app.callback()(_root_options)
+    app.command(rich_help_panel="Checks")(verify)
+    app.command(rich_help_panel="Checks")(tour)
+    called = next((word for word in arguments if not word.startswith("-")), None)
+    for point in sorted(entry_points(group="nearfar.apps"), key=lambda point: point.name):
+        if point.name == called:
+            app.add_typer(load_entry_point(point), name=point.name)
+        else:  # importing every app to print one line of help would take seconds
+            summary = point.dist.metadata["Summary"] if point.dist else None
+            app.command(point.name, help=summary, rich_help_panel="Apps")(_no_options)
+    return app
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the `nearfar` command on `arguments` (default: the process's) and return its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")  # libraries' advice to programmers
+            root(arguments)(arguments, prog_name="nearfar")
+    except SystemExit as end:
+        cause = end.__context__
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):  # typer turns Ctrl-C into an exit
+            cause = cause.__context__
+        if cause is not None:
+            messages.print("interrupted; finished outputs are kept, run the same command again to go on")
+            return 130
+        return end.code if isinstance(end.code, int) else 0
+    except UserError as error:
+        if debug:
+            raise
+        messages.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        return 1 if isinstance(error, BatchError) else 2
+    except Exception as error:
+        if debug:
+            raise
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        messages.print(
+            f"[red]unexpected error:[/] {escape(reason)} (--debug shows where)", soft_wrap=True, highlight=False
+        )
+        return 1
+    return 0
+
+
+def main() -> None:
+    """Entry point of the `nearfar` script."""
+    sys.exit(run())
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"nearfar {version('nearfar-core')}", highlight=False)
+        raise typer.Exit
+
+
+def _root_options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _no_options() -> None:
+    pass

@@ -1,0 +1,19 @@
+"""Splitting channels into heads and joining them."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def split_heads(x: Float[Tensor, "b c h w"], num_heads: int) -> Float[Tensor, "b heads n d"]:
+    """The channels of a map as heads and its positions as tokens, laid out as attention kernels take it."""
+    parts = x.flatten(2).mT.unflatten(2, (num_heads, -1)).transpose(1, 2)
+    if parts.device.type == "cpu" and parts.stride(-1) == 1:
+        return parts
+    # CUDA's kernels refuse odd strides, which `contiguous` leaves where an axis has length one
+    return parts.clone(memory_format=torch.contiguous_format)
+
+
+def join_heads(x: Float[Tensor, "b heads n d"], height: int, width: int) -> Float[Tensor, "b c h w"]:
+    """Heads and tokens as a map again, channels-last."""
+    return x.transpose(1, 2).flatten(2).mT.unflatten(2, (height, width))

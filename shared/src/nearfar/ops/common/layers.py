@@ -1,0 +1,95 @@
+"""Small layers that many operators share."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nearfar.ops.common.dims import CONVOLUTIONS, check_dims, check_odd
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channel axis of `(B, C, *S)`: y_c = w_c (x_c - mean_c x) / sqrt(var_c x + eps) + b_c.
+
+    The variance is biased. Runs as `F.layer_norm` on the channels-last view, so a channels-last map is normalised
+    without a copy and any other comes out channels-last. `eps` defaults to 1e-6.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(dim, eps=eps)
+
+    def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class LayerScale(nn.Module):
+    """w_c x_c + b_c on (B, C, *S); w starts at `init`, b at 0."""
+
+    def __init__(self, dim: int, init: float | int = 1.0, *, dims: int = 2) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim, *(1,) * dims), float(init)))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
+        return torch.addcmul(self.bias.reshape(self.weight.shape), x, self.weight)
+
+
+class GELU(nn.GELU):
+    """Exact GELU that may write over its input where no gradient is needed: for what a layer has just computed."""
+
+    def forward(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        return torch.ops.aten.gelu_(x)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, each sample's branch is zeroed with probability `p`.
+
+    Kept samples are divided by 1 - p. The identity in eval mode.
+    """
+
+    def __init__(self, p: float | int = 0.0) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"drop_path is {p}; it must be in [0, 1)")
+        self.p = p
+
+    def forward(self, x: Float[Tensor, "b *s"]) -> Float[Tensor, "b *s"]:
+        if not self.training or self.p == 0:
+            return x
+        keep = x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.p)
+        return x * (keep / (1 - self.p))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class DepthwiseConv(nn.Module):
+    """Size-keeping depthwise convolution of rank `dims`; with `causal`, padded on the left only (dims=1).
+
+    Its parameters are those of the convolution itself: `weight` (C, 1, k, ...) and `bias` (C).
+    Cost: C k^dims multiply-adds per position.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, *, dims: int = 2, causal: bool = False, bias: bool = True) -> None:
+        super().__init__()
+        check_dims(dims, causal)
+        check_odd(kernel_size=kernel_size)
+        conv = CONVOLUTIONS[dims](dim, dim, kernel_size, groups=dim, bias=bias)
+        self.weight, self.bias = conv.weight, conv.bias
+        self.convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+        self.padding = 0 if causal else kernel_size // 2
+        self.left = kernel_size - 1 if causal else 0
+
+    def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
+        if self.weight[0].numel() == 1:  # a scale per channel: single-threaded CPUs convolve group by group
+            scale = self.weight[:, 0]
+            return x * scale if self.bias is None else torch.addcmul(self.bias.reshape(scale.shape), x, scale)
+        if self.left:
+            x = F.pad(x, (self.left, 0))
+        return self.convolve(x, self.weight, self.bias, padding=self.padding, groups=len(self.weight))
+
+    def extra_repr(self) -> str:
+        dim, _, *kernel = self.weight.shape
+        return f"{dim}, kernel_size={tuple(kernel)}, causal={bool(self.left)}, bias={self.bias is not None}"

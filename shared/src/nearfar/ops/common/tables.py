@@ -1,0 +1,44 @@
+"""Tables and tensors derived from others, made once per size, device and weights."""
+
+from collections.abc import Callable, Hashable
+from functools import lru_cache, wraps
+
+import torch
+from torch import Tensor
+
+
+def cached_table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep what `build` returns for its (hashable) arguments: index tables, masks and the like, device included.
+
+    Nothing is kept while a graph is traced. Tables serve in inference mode and in training alike.
+    """
+    kept = lru_cache(maxsize=64)(build)
+
+    @wraps(build)
+    def table(*key: Hashable) -> Tensor:
+        if torch.compiler.is_compiling():
+            return build(*key)
+        with torch.inference_mode(False):
+            return kept(*key)
+
+    return table
+
+
+class Derived:
+    """Keeps the last tensor that was computed from a parameter, while that is unchanged and no gradient is needed."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[tuple, Tensor] | None = None
+
+    def get(self, parameter: Tensor, key: tuple, compute: Callable[[], Tensor]) -> Tensor:
+        """`compute()`, or what it gave before for the same parameter values and `key`."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or parameter.is_inference():
+            return compute()
+        key = (*key, parameter.data_ptr(), parameter._version, parameter.dtype, parameter.device)
+        if self.kept is None or self.kept[0] != key:
+            self.kept = key, compute()
+        return self.kept[1]
+
+    def __reduce__(self) -> tuple[type["Derived"], tuple]:
+        """A copy starts empty."""
+        return Derived, ()
