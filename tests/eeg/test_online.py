@@ -9,9 +9,9 @@ from scipy import signal
 from nearfar.core.errors import UserError
 from nearfar.eeg import metrics
 from nearfar.eeg.alignment import ExponentialMovingStandardizer
-from nearfar.eeg.live import scores, stream
+from nearfar.eeg.live.scores import pseudo_online, score_events, stream_error
 from nearfar.eeg.live.steps import AverageReference, CausalDecimator, CausalFilter
-from nearfar.eeg.live.stream import Decisions, Rule, StreamDecoder
+from nearfar.eeg.live.stream import Decisions, Rule, StreamDecoder, decode, windows
 from nearfar.eeg.models import baselines
 
 SFREQ = 100.0
@@ -50,7 +50,7 @@ def steps():
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 25))
 def test_windows_are_the_slices_of_a_loop(times, n_times, step):
     data = np.arange(2 * times).reshape(2, times)
-    starts, found = stream.windows(data, n_times, step)
+    starts, found = windows(data, n_times, step)
     expected = list(range(0, times - n_times + 1, step))
     assert starts.tolist() == expected
     assert found.shape == (len(expected), 2, n_times)
@@ -158,7 +158,7 @@ def test_streamed_equals_whole(sizes, n_times, step, smoothing, dwell, refractor
     data = noise()
     options = {"steps": steps() if prepared else [], "rule": Rule(0.4, smoothing, dwell, refractory, idle=2)}
     whole, live = Rough(), Rough()
-    expected = stream.decode(whole, data, n_times, step, SFREQ, **options)
+    expected = decode(whole, data, n_times, step, SFREQ, **options)
     stream = StreamDecoder(live, n_times, step, SFREQ, **options)
     cuts = np.cumsum(sizes)
     parts = [stream.push(chunk) for chunk in np.split(data, cuts[cuts < data.shape[1]], axis=1)]
@@ -191,7 +191,7 @@ def test_no_window_sees_samples_after_its_end(end):
     changed = data.copy()
     changed[:, end:] += 1e3 * np.random.default_rng(1).normal(size=changed[:, end:].shape)
     options = {"steps": steps(), "rule": Rule(0.4, smoothing=3, dwell=2, refractory=1.0)}
-    first, second = (stream.decode(Rough(), x, 60, 5, SFREQ / 2, **options) for x in (data, changed))
+    first, second = (decode(Rough(), x, 60, 5, SFREQ / 2, **options) for x in (data, changed))
     before = first.times * 2 * SFREQ / 2 <= end
     assert before.any()
     assert not before.all()
@@ -209,7 +209,7 @@ def test_a_network_streams_as_it_decodes_the_whole():
             with torch.no_grad():
                 return network(torch.from_numpy(X)).softmax(1).numpy()
 
-    error = scores.stream_error(Classifier(), noise(), 100, 10, SFREQ / 2, steps=steps(), rule=Rule(smoothing=3))
+    error = stream_error(Classifier(), noise(), 100, 10, SFREQ / 2, steps=steps(), rule=Rule(smoothing=3))
     assert error < 1e-5
 
 
@@ -218,7 +218,7 @@ def test_stream_error_tells_a_decoder_that_looks_beyond_its_window():
         def predict_proba(self, X):
             return np.stack([1 / (1 + X[:, 0, 0] ** 2), 1 - 1 / (1 + X[:, 0, 0] ** 2)], axis=1) * (X - X.mean(0)).max()
 
-    assert scores.stream_error(Leaking(), noise(), 50, 10, SFREQ) > 1e-3
+    assert stream_error(Leaking(), noise(), 50, 10, SFREQ) > 1e-3
 
 
 def test_streams_refuse_what_would_spoil_them():
@@ -232,14 +232,14 @@ def test_streams_refuse_what_would_spoil_them():
     with pytest.raises(UserError, match="had 3 channels, the new chunk has 2"):
         stream.push(data[:2])
     after = stream.push(data[:, 300:])  # as if nothing had happened
-    whole = stream.decode(Rough(), data, 50, 10, SFREQ, steps=steps())
+    whole = decode(Rough(), data, 50, 10, SFREQ, steps=steps())
     np.testing.assert_array_equal(np.concatenate([before.probabilities, after.probabilities]), whole.probabilities)
     with pytest.raises(ValueError, match="channels, times"):
         stream.push(data[0])
     with pytest.raises(ValueError, match="at least 1"):
         StreamDecoder(Rough(), 50, 0, SFREQ)
     with pytest.raises(UserError, match="window needs 50"):
-        stream.decode(Rough(), data[:, :20], 50, 10, SFREQ)
+        decode(Rough(), data[:, :20], 50, 10, SFREQ)
 
 
 # Scores
@@ -251,7 +251,7 @@ def decisions_at(times, commands):
 
 
 def test_events_are_scored_as_by_hand():
-    found = scores.score_events(
+    found = score_events(
         decisions_at([2, 11, 12, 13, 22, 35.5, 41, 50], [1, -1, 0, 1, 0, 1, 1, 0]),
         onsets=[10, 20, 30, 40],
         labels=[0, 1, 1, 1],
@@ -277,15 +277,15 @@ def test_events_are_scored_as_by_hand():
 
 def test_scores_of_silence_and_of_perfection():
     options = {"duration": 4, "total": 40, "n_classes": 2}
-    silent = scores.score_events(decisions_at([5, 15], [-1, -1]), [4, 14], [0, 1], **options)
+    silent = score_events(decisions_at([5, 15], [-1, -1]), [4, 14], [0, 1], **options)
     assert (silent["hits"], silent["missed"], silent["hit_rate"], silent["bits_per_minute"]) == (0, 2, 0, 0)
     assert np.isnan(silent["latency"])
-    perfect = scores.score_events(decisions_at([5, 15], [0, 1]), [4, 14], [0, 1], **options)
+    perfect = score_events(decisions_at([5, 15], [0, 1]), [4, 14], [0, 1], **options)
     assert (perfect["hit_rate"], perfect["false"], perfect["bits_per_minute"]) == (1, 0, pytest.approx(3))
-    nothing = scores.score_events(decisions_at([5], [1]), [], [], **options)
+    nothing = score_events(decisions_at([5], [1]), [], [], **options)
     assert (nothing["false_per_minute"], nothing["events"]) == (1.5, 0)
     with pytest.raises(ValueError, match="ascend"):
-        scores.score_events(decisions_at([5], [1]), [3, 2], [0, 1], **options)
+        score_events(decisions_at([5], [1]), [3, 2], [0, 1], **options)
 
 
 @given(
@@ -296,7 +296,7 @@ def test_scores_of_silence_and_of_perfection():
 )
 def test_every_event_and_every_command_is_counted_once(times, commands, onsets, duration):
     given_ = decisions_at(times, commands[: len(times)])
-    found = scores.score_events(given_, onsets, np.zeros(len(onsets)), duration=duration, total=101, n_classes=3)
+    found = score_events(given_, onsets, np.zeros(len(onsets)), duration=duration, total=101, n_classes=3)
     assert found["hits"] + found["wrong"] + found["missed"] == found["events"] == len(onsets)
     assert found["hits"] + found["wrong"] + found["repeats"] + found["false"] == (given_.commands != -1).sum()
     assert found["missed"] >= 0
@@ -326,7 +326,7 @@ def test_pseudo_online_finds_power_that_changes_sides():
     rule = Rule(threshold=0.6, smoothing=2, dwell=2, refractory=2.0, idle=2)
     test = recording(2)
     events = {"left": 0, "right": 1}
-    found, scores, table = scores.pseudo_online(decoder, test, events, 100, 20, duration=4.0, n_classes=2, rule=rule)
+    found, scores, table = pseudo_online(decoder, test, events, 100, 20, duration=4.0, n_classes=2, rule=rule)
     assert len(found) == (test.n_times - 100) // 20 + 1
     assert table["label"].tolist() == (test.annotations.description == "right").astype(int).tolist()
     assert scores["hit_rate"] > 0.9
@@ -334,4 +334,4 @@ def test_pseudo_online_finds_power_that_changes_sides():
     assert 0 < scores["latency"] < 2.5
     assert scores["bits_per_minute"] > 5
     with pytest.raises(UserError, match="none of the events up; it has left, right"):
-        scores.pseudo_online(decoder, test, {"up": 0}, 100, 20, duration=4.0, n_classes=2)
+        pseudo_online(decoder, test, {"up": 0}, 100, 20, duration=4.0, n_classes=2)
