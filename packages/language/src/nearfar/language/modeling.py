@@ -6,7 +6,11 @@ Import this module once and `AutoModelForCausalLM.from_pretrained(folder)` works
 
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,12 +20,14 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from nearfar.core.checkpoints import Checkpoint, identify, loaded, read
+from nearfar.language import layouts
 from nearfar.language.cache import MixerCache, MixerLayerCache
 from nearfar.language.configuration import MixerConfig
 from nearfar.language.registry import MIXERS, NORMS, STATE_MIXERS, build
 from nearfar.ops.common.streaming import StreamingMixer
-from nearfar.ops.recurrence.mamba import Mamba
-from nearfar.ops.tokens.selective_lookup import SelectiveLookup
+
+LAYOUTS = list(iter_modules(layouts.__path__))
 
 
 class MixerBlock(GradientCheckpointingLayer):
@@ -51,7 +57,7 @@ class MixerBlock(GradientCheckpointingLayer):
         h, auxiliary = self.norm1(x), None
         if cache is not None:
             h = self.extend(self.mixer, "mixer", h, cache, lengths)
-        elif self.training and isinstance(self.mixer, SelectiveLookup):
+        elif self.training:
             h, auxiliary = self.mixer.train_pass(h)
         else:
             h = self.mixer(h)
@@ -97,10 +103,8 @@ class MixerPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif hasattr(module, "reset_parameters"):
             loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
-            if isinstance(module, Mamba):  # keeps torch's initial values for linear maps
-                for linear in (module.in_proj, module.x_proj, module.out_proj):
-                    linear.reset_parameters()
-                module.out_proj.weight.mul_(self.config.num_hidden_layers**-0.5)
+            if isinstance(module, StreamingMixer):
+                module.reset_linear(self.config.num_hidden_layers)
             module.reset_parameters()
             for parameter, value in loaded:
                 parameter.copy_(value)
@@ -261,11 +265,29 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
         return hashlib.sha256(shapes.encode() + rows).hexdigest()[:16]
 
     @classmethod
-    def from_published(cls, checkpoint: str | Path | dict[str, Tensor], **settings: Any) -> "MixerForCausalLM":
-        """A published Zoology checkpoint, see `nearfar.language.zoology.from_published`."""
-        from nearfar.language.zoology import from_published  # imports this module
+    def from_published(cls, checkpoint: Checkpoint, **settings: Any) -> "MixerForCausalLM":
+        """A model with the weights of a published checkpoint, a file or a state dict, in eval mode.
 
-        return from_published(checkpoint, **settings)
+        `settings` give what names and shapes do not tell, see `nearfar.language.layouts`: each module there is a
+        published layout, and exactly one has to account for every tensor.
+        """
+        state = read(checkpoint)
+        known = {layout.name: import_module(f"{layouts.__name__}.{layout.name}") for layout in LAYOUTS}
+        what = "the state dict" if isinstance(checkpoint, Mapping) else str(checkpoint)
+        attempts = {name: partial(cls.translated, layout, state, settings) for name, layout in known.items()}
+        return identify(attempts, what)[1]
+
+    @classmethod
+    def translated(
+        cls,
+        layout: ModuleType,
+        state: Mapping[str, Tensor],
+        settings: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> "MixerForCausalLM":
+        """The model of a published state, read as the module `layout` says."""
+        config, ours = layout.translate(state, settings, shapes)
+        return loaded(cls(config), ours, ignore=[r".*positions$"])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:

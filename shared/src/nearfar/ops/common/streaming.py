@@ -35,6 +35,13 @@ class StreamingMixer(nn.Module):
         """
         raise NotImplementedError
 
+    def train_pass(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`forward` in training, and the auxiliary loss of a mixer that has one."""
+        return self(x), None
+
+    def reset_linear(self, num_layers: int) -> None:
+        """Give linear maps their first values, where they are others than those of the model of `num_layers` around."""
+
     def state_size(self, length: int) -> int:
         """Numbers that one sequence of `length` tokens leaves behind, as the literature counts them."""
         raise NotImplementedError
