@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.attention.self_attention import check_heads, from_heads, to_heads
-from nearfar.ops.convolution.layers import BATCH_NORMS, CONVOLUTIONS, cached_table, check_dims, check_odd
+from nearfar.ops.common.dims import BATCH_NORMS, CONVOLUTIONS, check_dims, check_odd
+from nearfar.ops.common.heads import check_heads, from_heads, to_heads
+from nearfar.ops.common.tables import cached_table
 
 
 class ConvProjectionAttention(nn.Module):

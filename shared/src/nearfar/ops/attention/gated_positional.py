@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.attention.self_attention import check_heads, to_heads
-from nearfar.ops.convolution.layers import Derived, check_dims, full_precision
+from nearfar.ops.common.dims import check_dims
+from nearfar.ops.common.heads import check_heads, to_heads
+from nearfar.ops.common.precision import full_precision
+from nearfar.ops.common.tables import Derived
 
 
 class GatedPositionalAttention(nn.Module):
@@ -78,25 +80,23 @@ class GatedPositionalAttention(nn.Module):
 
     def positional(self, size: tuple[int, ...]) -> list[Float[Tensor, "heads n n"]]:
         """P of a grid of `size` as the row-stochastic matrix of each axis, whose Kronecker product it is."""
-        weight, bias = self.pos_proj.weight, self.pos_proj.bias
-        precise = torch.promote_types(weight.dtype, torch.float32)
-
-        def build() -> Tensor:
-            matrices = []
-            for axis, n in enumerate(size):
-                at = torch.arange(n, device=weight.device, dtype=precise)
-                r = at - at[:, None]
-                slope, curve = weight[:, self.dims - 1 - axis, None, None], weight[:, -1, None, None]
-                # the bias has no effect; with it in, its gradient is zero instead of missing
-                logits = slope * r + curve * r.square() + bias[:, None, None]
-                if self.causal:
-                    logits = logits.masked_fill(r > 0, -torch.inf)
-                matrices.append(logits.softmax(-1).flatten(1))
-            return torch.cat(matrices, dim=1)
-
-        with full_precision(weight):
-            flat = self.kept.get(weight, (size,), build)
+        with full_precision(self.pos_proj.weight):
+            flat = self.kept.get(self.pos_proj.weight, (size,), lambda: self.build(size))
         return [m.unflatten(1, (n, n)) for m, n in zip(flat.split([n * n for n in size], dim=1), size, strict=True)]
+
+    def build(self, size: tuple[int, ...]) -> Float[Tensor, "heads m"]:
+        """The matrices of all axes, flat, one after the other."""
+        weight, bias, matrices = self.pos_proj.weight, self.pos_proj.bias, []
+        for axis, n in enumerate(size):
+            at = torch.arange(n, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+            r = at - at[:, None]
+            slope, curve = weight[:, self.dims - 1 - axis, None, None], weight[:, -1, None, None]
+            # the bias has no effect; with it in, its gradient is zero instead of missing
+            logits = slope * r + curve * r.square() + bias[:, None, None]
+            if self.causal:
+                logits = logits.masked_fill(r > 0, -torch.inf)
+            matrices.append(logits.softmax(-1).flatten(1))
+        return torch.cat(matrices, dim=1)
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         size = x.shape[2:]

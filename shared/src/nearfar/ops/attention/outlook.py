@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.attention.self_attention import POOLS, check_heads
-from nearfar.ops.convolution.layers import check_dims
+from nearfar.ops.attention.self_attention import POOLS
+from nearfar.ops.common.dims import check_dims
+from nearfar.ops.common.heads import check_heads
 
 
 class OutlookAttention(nn.Module):

@@ -5,25 +5,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import check_dims
+from nearfar.ops.common.dims import check_dims
+from nearfar.ops.common.heads import check_heads, from_heads, to_heads
 
 POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-
-
-def to_heads(x: Float[Tensor, "b n c"], num_heads: int) -> Float[Tensor, "b heads n d"]:
-    """Channels as heads, head by head."""
-    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
-
-
-def from_heads(x: Float[Tensor, "b heads n d"]) -> Float[Tensor, "b n c"]:
-    """Heads as channels again."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def check_heads(dim: int, num_heads: int) -> None:
-    """Raise ValueError unless `num_heads` is positive and divides `dim`."""
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"num_heads is {num_heads}; it must divide dim={dim}")
 
 
 class SelfAttention(nn.Module):

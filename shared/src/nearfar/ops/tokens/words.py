@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import CONVOLUTIONS, check_dims
+from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
 
 
 class WordEmbedding(nn.Module):
@@ -77,7 +77,7 @@ class WordsToSentences(nn.Module):
     def forward(
         self, words: Float[Tensor, "n m c"], sentences: Float[Tensor, "b s e"], prefix: int = 0
     ) -> Float[Tensor, "b s e"]:
-        gain = self.gain(words, len(sentences))
+        gain = self.gain(words, sentences.shape[0])
         return sentences + (F.pad(gain, (0, 0, prefix, 0)) if prefix else gain)
 
 
