@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import CONVOLUTIONS, check_dims
+from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
 
 
 class GatedSpatialConv(nn.Module):

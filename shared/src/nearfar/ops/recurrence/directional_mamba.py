@@ -1,6 +1,8 @@
 """Selective scans in several directions at once: SS2D over grids, bidirectional and tri-orientated Mamba."""
 
 import math
+import re
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.convolution.causal import ShortConv
-from nearfar.ops.convolution.layers import ChannelNorm, DepthwiseConv
+from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv
 from nearfar.ops.recurrence.mamba import init_decay_, init_steps_, selective_scan
 from nearfar.ops.recurrence.scan_orders import SETS, invert, scan_order
 
@@ -93,6 +95,7 @@ class DirectionalMamba(nn.Module):
         directions: orders of `scan_orders.ORDERS`, or a name of its `SETS`.
         merge: "mean" or "sum" over the directions.
         d_state, d_conv, expand, dt_rank: as in `Mamba`.
+        scan: False puts the identity in the scans' place, for ablation.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class DirectionalMamba(nn.Module):
         d_conv: int = 4,
         expand: int = 2,
         dt_rank: int | None = None,
+        scan: bool = True,
     ):
         super().__init__()
         if merge not in ("mean", "sum"):
@@ -114,7 +118,8 @@ class DirectionalMamba(nn.Module):
         self.weight = 1 / k if merge == "mean" else 1.0
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.conv = ShortConv(k * inner, d_conv)
-        self.scan = DirectionalScan(inner, k, d_state, math.ceil(dim / 16) if dt_rank is None else dt_rank)
+        rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        self.scan = DirectionalScan(inner, k, d_state, rank) if scan else None
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(
@@ -125,7 +130,9 @@ class DirectionalMamba(nn.Module):
         order = scan_order(self.directions, size or x.shape[1:2], slices=slices, device=x.device)
         k, n = order.shape
         u = x[:, order.T.reshape(-1)].reshape(len(x), n, -1)  # every direction in its own order, for the convolution
-        y = self.scan(F.silu(self.conv(u)).unflatten(-1, (k, -1)), None)
+        y = F.silu(self.conv(u)).unflatten(-1, (k, -1))
+        if self.scan is not None:
+            y = self.scan(y, None)
         back = invert(order) * k + torch.arange(k, device=x.device)[:, None]
         y = y.flatten(1, 2)[:, back.T.reshape(-1)].unflatten(1, (n, k)).sum(2)
         return self.out_proj(y * F.silu(z) * self.weight)
@@ -152,6 +159,7 @@ class SS2D(nn.Module):
         directions: orders of `scan_orders.ORDERS`, or a name of its `SETS`; None: along every axis, both ways.
         window, step: for the orders "windowed" and "atrous".
         dims: axes of the grid.
+        scan: False puts the identity in the scans' place, for ablation.
     """
 
     def __init__(
@@ -167,6 +175,7 @@ class SS2D(nn.Module):
         window: int | None = None,
         step: int | None = None,
         dims: int = 2,
+        scan: bool = True,
     ):
         super().__init__()
         if directions is None:
@@ -179,7 +188,7 @@ class SS2D(nn.Module):
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False)
         self.conv = DepthwiseConv(inner, kernel_size, dims=dims, bias=conv_bias)
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
-        self.scan = DirectionalScan(inner, len(self.directions), d_state, rank)
+        self.scan = DirectionalScan(inner, len(self.directions), d_state, rank) if scan else None
         self.out_norm = ChannelNorm(inner, eps=1e-5)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
@@ -188,7 +197,62 @@ class SS2D(nn.Module):
         x = self.in_proj(x.movedim(1, -1))
         x, z = x.chunk(2, -1) if self.gate else (x, None)
         u = F.silu(self.conv(x.movedim(-1, 1))).movedim(1, -1).flatten(1, -2)
-        order = scan_order(self.directions, tuple(size), **self.options, device=x.device)
-        y = self.scan(u, order).sum(2).unflatten(1, size)
+        if self.scan is not None:
+            order = scan_order(self.directions, tuple(size), **self.options, device=x.device)
+            u = self.scan(u, order).sum(2)
+        y = u.unflatten(1, size)
         y = F.layer_norm(y, y.shape[-1:], self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
         return self.out_proj(y if z is None else y * F.silu(z)).movedim(-1, 1)
+
+
+_SS2D = (
+    (r"\bx_proj_weight$", "scan.x_proj"),
+    (r"\bdt_projs_weight$", "scan.dt_proj"),
+    (r"\bdt_projs_bias$", "scan.dt_bias"),
+    (r"\bA_logs$", "scan.A_log"),
+    (r"\bDs$", "scan.D"),
+    (r"\bconv2d\.", "conv."),
+)
+
+
+def released_ss2d(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names and shapes for every SS2D in a state dict of the released VMamba or VM-UNet.
+
+    There the directions are one axis with the channels in `A_logs` and `Ds`, and channel-first networks may keep
+    their projections as 1x1 convolutions.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        old = name
+        for pattern, new in _SS2D:
+            name = re.sub(pattern, new, name)
+        if old.endswith(("A_logs", "Ds")):
+            directions = len(state[old.removesuffix("A_logs").removesuffix("Ds") + "x_proj_weight"])
+            tensor = tensor.unflatten(0, (directions, -1))
+        elif old.endswith(("in_proj.weight", "out_proj.weight")) and tensor.dim() == 4:
+            tensor = tensor[..., 0, 0]
+        renamed[name] = tensor
+    return renamed
+
+
+def released_mamba(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names and shapes for every Mamba block in a state dict of the released Mamba, Vim or SegMamba.
+
+    There each direction has tensors of its own: `conv1d`, `x_proj`, `dt_proj`, `A_log` and `D` for the first, the
+    same with `_b` for the reversed one (`A_b_log`) and `_s` for the one between slices.
+    """
+    renamed = dict(state)
+    for name in [name for name in state if re.search(r"(^|\.)A_log$", name)]:
+        prefix = name.removesuffix("A_log")
+        ends = [end for end in ("", "_b", "_s") if f"{prefix}D{end}" in state]
+        take = lambda pattern, p=prefix, e=ends: [renamed.pop(p + pattern.format(end)) for end in e]  # noqa: E731
+        renamed |= {
+            f"{prefix}conv.weight": torch.cat(take("conv1d{}.weight")),
+            f"{prefix}conv.bias": torch.cat(take("conv1d{}.bias")),
+            f"{prefix}scan.x_proj": torch.stack(take("x_proj{}.weight")),
+            f"{prefix}scan.dt_proj": torch.stack(take("dt_proj{}.weight")),
+            f"{prefix}scan.dt_bias": torch.stack(take("dt_proj{}.bias")),
+            f"{prefix}scan.A_log": torch.stack(take("A{}_log")),
+            f"{prefix}scan.D": torch.stack(take("D{}")),
+        }
+    return renamed

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nearfar.ops.convolution.layers import cached_table
+from nearfar.ops.common.tables import cached_table
 
 Keys = list[Tensor]
 

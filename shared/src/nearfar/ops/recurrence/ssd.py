@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfar.ops.recurrence.streaming import wide
+from nearfar.ops.common.streaming import wide
 
 
 def ssd(
