@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.causal import ShortConv
 from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv
+from nearfar.ops.convolution.causal import ShortConv
 from nearfar.ops.recurrence.mamba import init_decay_, init_steps_, selective_scan
 from nearfar.ops.recurrence.scan_orders import SETS, invert, scan_order
 
@@ -245,7 +245,7 @@ def released_mamba(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name in [name for name in state if re.search(r"(^|\.)A_log$", name)]:
         prefix = name.removesuffix("A_log")
         ends = [end for end in ("", "_b", "_s") if f"{prefix}D{end}" in state]
-        take = lambda pattern, p=prefix, e=ends: [renamed.pop(p + pattern.format(end)) for end in e]  # noqa: E731
+        take = lambda pattern, p=prefix, e=ends, s=renamed: [s.pop(p + pattern.format(end)) for end in e]  # noqa: E731
         renamed |= {
             f"{prefix}conv.weight": torch.cat(take("conv1d{}.weight")),
             f"{prefix}conv.bias": torch.cat(take("conv1d{}.bias")),

@@ -1,17 +1,17 @@
 """SegMamba: a U-Net for volumes whose encoder scans in three orders (Xing et al. 2024, arXiv 2401.13560)."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrUpBlock
 from torch import Tensor, nn
 
 from nearfar.core.checkpoints import Checkpoint, count, loaded, read, rename
 from nearfar.core.errors import CheckpointError
-from nearfar.ops.convolution.gated_spatial import GatedSpatialConv
 from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
+from nearfar.ops.convolution.gated_spatial import GatedSpatialConv
 from nearfar.ops.recurrence.directional_mamba import DirectionalMamba, released_mamba
 
 PUBLISHED_SLICES = (64, 32, 16, 8)
@@ -77,7 +77,7 @@ class SegMamba(nn.Module):
         self.slices = None if slices is None else tuple(slices)
         self.size_multiple = 16
         self.downs = nn.ModuleList([conv(in_channels, f[0], 7, 2, 3)])
-        self.downs.extend(conv(a, b, 2, 2) for a, b in zip(f, f[1:]))
+        self.downs.extend(conv(a, b, 2, 2) for a, b in pairwise(f))
         self.gates = nn.ModuleList(GatedSpatialConv(d, dims=dims) for d in f)
         options = {"d_state": d_state, "d_conv": d_conv, "expand": expand, "scan": scan}
         self.stages = nn.ModuleList(

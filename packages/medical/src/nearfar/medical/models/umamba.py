@@ -67,7 +67,7 @@ class MambaLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.positions is not None and math.prod(x.shape[2:]) != self.positions:
             raise ValueError(
-                f"a map of {tuple(x.shape[2:])} positions; this layer's tokens are channels of {self.positions} positions"
+                f"a map of {tuple(x.shape[2:])} positions; this layer takes maps of {self.positions} positions alone"
             )
         with torch.autocast(x.device.type, enabled=False):
             tokens = x.to(self.norm.weight.dtype).flatten(2)
@@ -158,7 +158,9 @@ class UMamba(nn.Module):
             self.mamba[str(n - 1)] = MambaLayer(features[-1], scan=scan, d_state=d_state)
         else:
             if self.patch_size is None:
-                raise ValueError("placement 'encoder' needs patch_size: it decides which layers take channels as tokens")
+                raise ValueError(
+                    "placement 'encoder' needs patch_size: it decides which layers take channels as tokens"
+                )
             size = self.patch_size
             for s in range(n):
                 size = tuple(a // b for a, b in zip(size, strides[s]))

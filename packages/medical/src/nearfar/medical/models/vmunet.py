@@ -1,6 +1,7 @@
 """VM-UNet: a U-Net of VMamba's first visual state space blocks (Ruan & Xiang 2024, arXiv 2402.02491)."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class VMUNet(nn.Module):
                 f"dims_per_level, depths and decoder_depths have {len(widths)}, {len(depths)} and "
                 f"{len(decoder_depths)} levels; they must have as many"
             )
-        if any(b != 2 * a for a, b in zip(widths, widths[1:])):
+        if any(b != 2 * a for a, b in pairwise(widths)):
             raise ValueError(f"dims_per_level is {widths}; patch merging doubles the width from level to level")
         self.size_multiple = 4 * 2 ** (len(widths) - 1)
         self.repeat = in_channels == 1
