@@ -166,9 +166,7 @@ class AFNO(SpectralMLP):
         frequencies = kept_frequencies(size, self.modes, self.fraction, self.grid)
         matrices = self.matrices or torch.compiler.is_exporting()
         if not all(map(len, frequencies)):
-            raise ValueError(
-                f"modes={self.modes!r} with fraction={self.fraction} keep no frequency of a grid of {size}"
-            )
+            raise ValueError(f"modes={self.modes!r} with fraction={self.fraction} keep no frequency of {size}")
         scale = 1.0
         if self.grid is not None:
             for n, reference in zip(size, self.grid):
