@@ -111,7 +111,7 @@ def test_feed_forward_is_its_formula(grid: tuple[int, ...], classes: int) -> Non
 
 def test_a_grid_of_one_row_is_a_line() -> None:
     line, plane = settle(ChannelGatedFeedForward(8, dims=1)), settle(ChannelGatedFeedForward(8))
-    state = {name: value for name, value in line.state_dict().items()}
+    state = dict(line.state_dict())
     for name, value in plane.state_dict().items():
         if value.ndim == 4:
             wide = torch.zeros_like(value)

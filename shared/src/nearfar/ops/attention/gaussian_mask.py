@@ -13,7 +13,7 @@ from nearfar.ops.convolution.layers import Derived, cached_table, check_dims
 class GaussianMixtureMask(nn.Module):
     """G_h(i, j) = sum_k alpha_kh exp(-|p_i - p_j|^2 / (2 (sigma_kh^2 + 1e-5))) for tokens on a grid, times the logits.
 
-    The mask of "RetNet Viewed through Convolution" (Li et al. 2024): two learned numbers a Gaussian and head. It
+    The mask of "RetNet Viewed through Convolution" (arXiv 2309.05375): two learned numbers a Gaussian and head. It
     multiplies, so a pair far apart gets the logit 0, not minus infinity, and keeps a share of the weight. G depends on
     the offset alone: one value for each |offset| of every axis is computed (a product of one Gaussian an axis) and
     spread over the pairs, and kept while no gradient is needed. Any grid, square or not.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class HeadTokenAttention(nn.Module):
     """Multi-head attention over N tokens and H head tokens; a leading class token gains the head tokens' mean.
 
-    The head-interacted attention of DHVT (Lu et al. 2022, section 3.3). With m_h the mean over all tokens of head h's
+    The head-interacted attention of DHVT (Lu et al., NeurIPS 2022). With m_h the mean over all tokens of head h's
     d = C / H channels: t_h = GELU(LN_d(W m_h + b)) + e_h, where W maps d to C and LN acts on each of the H segments of
     the result. Ordinary attention runs over [x; t]; the first token's output gains the mean of the outputs of t, which
     are then dropped. One call of the fused kernel over N + H tokens. `forward` maps (B, N, C) to (B, N, C); cost

@@ -1,6 +1,7 @@
 """What DHVT puts around attention: a stem of overlapping strided convolutions, and a convolutional feed-forward."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ class Affine(nn.Module):
 class OverlappingPatches(nn.Module):
     """Affine, log2(P) convolutions of kernel 3 and stride 2, each with batch norm, and Affine: a map P times smaller.
 
-    The sequential overlapping patch embedding of DHVT (Lu et al. 2022, section 3.1). Widths halve backwards from C;
+    The sequential overlapping patch embedding of DHVT (Lu et al. 2022). Widths halve backwards from C;
     GELU stands between the convolutions, and for P = 2 after the only one, as in the published code. A size that P
     does not divide is rounded up, in every halving. `forward` maps (B, in_chans, *S) to (B, C, *S / P).
     Cost O(C^2 N) for N output positions.
@@ -50,7 +51,7 @@ class OverlappingPatches(nn.Module):
             raise ValueError(f"dim is {dim}; with patch_size={patch_size} it must be a multiple of {patch_size // 2}")
         widths = [in_chans, *(dim // 2 ** (steps - 1 - i) for i in range(steps))]
         layers: list[nn.Module] = []
-        for i, (before, after) in enumerate(zip(widths, widths[1:])):
+        for i, (before, after) in enumerate(pairwise(widths)):
             conv = CONVOLUTIONS[dims](before, after, 3, stride=2, padding=1, bias=False)
             layers.append(nn.Sequential(conv, BATCH_NORMS[dims](after)))
             if i < steps - 1 or steps == 1:
@@ -64,8 +65,7 @@ class OverlappingPatches(nn.Module):
 class ChannelGatedFeedForward(nn.Module):
     """W3(u + v) with u = GELU(W1 x), v = GELU(DW3 u), on the grid; a class token c becomes c * g(mean of the result).
 
-    The dynamic aggregation feed-forward of DHVT (Lu et al. 2022, section 3.2). W1 (C to `hidden`), DW3 (depthwise, kernel
-    3) and W3 (back to C) have biases and each a batch norm; g = E GELU(S m) with S: C to C / 4 and E back, no sigmoid:
+    The dynamic aggregation feed-forward of DHVT (Lu et al. 2022). W1 (C to `hidden`), DW3 (depthwise, kernel 3) and W3 (back to C) have biases and each a batch norm; g = E GELU(S m) with S: C to C / 4 and E back, no sigmoid:
     the gate starts near 0. `forward` maps tokens (B, P + N, C) with P = 0 or 1 class tokens before a row-major grid of
     N positions to the same. Cost O(C hidden N).
 

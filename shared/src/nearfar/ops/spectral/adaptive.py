@@ -117,7 +117,7 @@ def _at_least_single(x: Tensor) -> Tensor:
 class AFNO(SpectralMLP):
     """y = F^-1(M F(x)) + x, M the `SpectralMLP` at the kept frequencies and 0 at all others; F orthonormal.
 
-    The adaptive Fourier neural operator (Guibas et al. 2022, figure 2): a global convolution whose filter the input
+    The adaptive Fourier neural operator (Guibas et al., ICLR 2022): a global convolution whose filter the input
     makes; weights do not depend on the grid. The transforms and the MLP run in float32 at least; only kept modes are
     computed. `modes` names how they are chosen (`kept_frequencies`): the two published selections are kept as they
     are, `lowpass` is the one that the word promises. With `grid`, the size that the weights were made for, `lowpass`
@@ -186,7 +186,7 @@ class AFNO(SpectralMLP):
 class AdaptiveFrequencyFilter(SpectralMLP):
     """y = F^-1(M * F(x)) + x, where the mask M is the `SpectralMLP` of the spectrum F(x) itself; F orthonormal.
 
-    The mixer of AFFNet (Huang et al. 2023, equation 6): a circular convolution, as large as the map, whose kernel the
+    The mixer of AFFNet (Huang et al., ICCV 2023): a circular convolution, as large as the map, whose kernel the
     input makes. Unlike AFNO's, the MLP's output multiplies the spectrum. Runs in float32 at least. The paper writes
     ReLU; the released models have SiLU, the default here.
 

@@ -78,6 +78,15 @@ def synthesise(
     return torch.fft.irfft(spectrum, n=size[-1], norm="ortho")
 
 
+def real_fourier(x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+    """Re sum_{p,q} x_pq exp(-2 pi i (n p / N + c q / C)), unnormalised; with real matrices while a model is exported."""
+    n, c = x.shape[1:]
+    if not torch.compiler.is_exporting():
+        return torch.fft.fft2(x).real
+    rows, columns = (_waves(k, tuple(range(k)), x.dtype, x.device) * math.sqrt(k) for k in (n, c))
+    return rows[0] @ x @ columns[0] - rows[1] @ x @ columns[1]
+
+
 def _turn(
     real: Tensor, imaginary: Tensor, axis: int, n: int, kept: tuple[int, ...], sign: float
 ) -> tuple[Tensor, Tensor]:
