@@ -65,9 +65,10 @@ class OverlappingPatches(nn.Module):
 class ChannelGatedFeedForward(nn.Module):
     """W3(u + v) with u = GELU(W1 x), v = GELU(DW3 u), on the grid; a class token c becomes c * g(mean of the result).
 
-    The dynamic aggregation feed-forward of DHVT (Lu et al. 2022). W1 (C to `hidden`), DW3 (depthwise, kernel 3) and W3 (back to C) have biases and each a batch norm; g = E GELU(S m) with S: C to C / 4 and E back, no sigmoid:
-    the gate starts near 0. `forward` maps tokens (B, P + N, C) with P = 0 or 1 class tokens before a row-major grid of
-    N positions to the same. Cost O(C hidden N).
+    The dynamic aggregation feed-forward of DHVT (Lu et al. 2022). W1 (C to `hidden`), DW3 (depthwise, kernel 3) and W3
+    (back to C) have biases and each a batch norm; g = E GELU(S m) with S: C to C / 4 and E back, no sigmoid: the gate
+    starts near 0. `forward` maps tokens (B, P + N, C) with P = 0 or 1 class tokens before a row-major grid of N
+    positions to the same. Cost O(C hidden N).
 
     Args:
         dim: channels C, a multiple of 4.
