@@ -163,7 +163,7 @@ class MSAConv(nn.Module):
         """The attention alone, without the residual."""
         qkv = self.qkv_conv(x)
         with full_precision(x):
-            qkv = qkv if qkv.dtype == torch.float64 else qkv.float()
+            qkv = (qkv if qkv.dtype == torch.float64 else qkv.float()).contiguous()  # shifts of channels-last are slow
             query, key, value = (part.unflatten(1, (self.num_heads, -1)) for part in qkv.chunk(3, 1))
             mixed = window_attention(
                 query,
