@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import Derived, cached_table, check_dims
+from nearfar.ops.common.dims import check_dims
+from nearfar.ops.common.tables import Derived, cached_table
 
 
 class GaussianMixtureMask(nn.Module):

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import CONVOLUTIONS, cached_table, check_dims, full_precision
+from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
+from nearfar.ops.common.precision import full_precision
+from nearfar.ops.common.tables import cached_table
 
 BORDERS = ("zero", "mask")
 """What lies outside the grid: zero keys and values that take part in the softmax, or nothing."""

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import BATCH_NORMS, CONVOLUTIONS, check_dims, fold_batch_norm
+from nearfar.ops.common.dims import BATCH_NORMS, CONVOLUTIONS, check_dims
+from nearfar.ops.common.folding import fold_batch_norm
 
 
 class Affine(nn.Module):

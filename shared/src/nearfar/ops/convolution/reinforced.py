@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.conv_norm_act import ConvNormAct
-from nearfar.ops.convolution.layers import CONVOLUTIONS, check_dims
+from nearfar.ops.common.conv_norm_act import ConvNormAct
+from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
 
 
 class ChannelExcitation(nn.Module):

@@ -194,7 +194,9 @@ class Optical4f(nn.Module):
     def expose(self, pictures: Float[Tensor, "t h w"]) -> Float[Tensor, "t signs m rows columns"]:
         """What the camera reads for non-negative pictures behind every mask, turned back, before cropping."""
         field = torch.fft.fft2(self.levels(pictures), s=self.aperture)
-        field = torch.fft.fft2(field[:, None, None] * self.masks, norm="forward")  # a second lens: turned by 180 degrees
+        field = torch.fft.fft2(
+            field[:, None, None] * self.masks, norm="forward"
+        )  # a second lens: turned by 180 degrees
         read = field.abs()
         if self.photons is not None:
             brightest = read.detach().amax().clamp(min=torch.finfo(read.dtype).tiny)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import check_dims, full_precision
+from nearfar.ops.common.dims import check_dims
+from nearfar.ops.common.precision import full_precision
 from nearfar.ops.spectral.fourier import Frequencies, all_frequencies, analyse, low_frequencies, synthesise
 
 MODES = ("afno", "fourcastnet", "lowpass")

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from nearfar.ops.convolution.layers import cached_table
+from nearfar.ops.common.tables import cached_table
 
 Frequencies = tuple[tuple[int, ...], ...]
 """Kept frequencies of every grid axis: signed, in the order of the spectrum; on the last axis 0, 1, ..., m - 1."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import full_precision
+from nearfar.ops.common.precision import full_precision
 from nearfar.ops.spectral.fourier import real_fourier
 
 
