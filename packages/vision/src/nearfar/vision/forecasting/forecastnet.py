@@ -136,7 +136,7 @@ class ForecastNet(nn.Module, PyTorchModelHubMixin):
             tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
         p1, p2 = self.patch_size
         pixels = self.head(tokens).unflatten(-1, (p1, p2, self.out_channels))  # channel fastest
-        y = pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.out_channels, rows * p1, columns * p2)
+        y = pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         if self.residual:
             y = y + x[:, : self.out_channels]
         if self.conv is not None:
@@ -184,9 +184,7 @@ class ForecastNet(nn.Module, PyTorchModelHubMixin):
         return renamed
 
     @classmethod
-    def published_settings(
-        cls, state: Mapping[str, Tensor], image_size: Sequence[int] | None = None
-    ) -> dict[str, Any]:
+    def published_settings(cls, state: Mapping[str, Tensor], image_size: Sequence[int] | None = None) -> dict[str, Any]:
         """Constructor arguments that names and shapes determine, and the grid."""
         dim, channels, p1, p2 = state["patch_embed.weight"].shape
         w1 = state["blocks.0.filter.w1"]

@@ -27,6 +27,8 @@ class Weights:
     crop_mode: str = "center"
     """`center`, or `squash` where the whole picture is warped to the square input."""
     num_classes: int = 1000
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ def register(model: type[Any], variants: Mapping[str, Variant]) -> None:
                 "crop_pct": weights.crop_pct,
                 "crop_mode": weights.crop_mode,
                 "interpolation": "bicubic",
-                "mean": IMAGENET_DEFAULT_MEAN,
-                "std": IMAGENET_DEFAULT_STD,
+                "mean": weights.mean,
+                "std": weights.std,
                 "first_conv": model.FIRST_CONV,
                 "classifier": model.CLASSIFIERS if len(model.CLASSIFIERS) > 1 else model.CLASSIFIERS[0],
             }
