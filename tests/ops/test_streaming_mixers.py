@@ -11,10 +11,12 @@ from nearfar.ops.convolution.base_conv import BaseConv
 from nearfar.ops.convolution.causal import ExplicitLongConv, ImplicitLongConv, ShortConv
 from nearfar.ops.convolution.hyena import Hyena
 from nearfar.ops.recurrence.based import Based
+from nearfar.ops.recurrence.delta import DeltaNet, GatedDeltaNet, GatedLinearAttention, KimiDeltaAttention
 from nearfar.ops.recurrence.h3 import H3
 from nearfar.ops.recurrence.mamba import Mamba
 from nearfar.ops.recurrence.retnet import Retention
 from nearfar.ops.recurrence.rwkv4 import RWKV4ChannelMix, RWKV4TimeMix
+from nearfar.ops.recurrence.rwkv7 import RWKV7TimeMix
 from nearfar.ops.tokens.selective_lookup import SelectiveLookup
 
 DIM, LENGTH = 12, 83
@@ -38,8 +40,16 @@ MIXERS = {
     "h3": lambda: H3(DIM, d_state=10, head_dim=3),
     "mamba": lambda: Mamba(DIM, d_state=5),
     "selective-lookup": lambda: SelectiveLookup(DIM, num_heads=2, threshold=0.5),
+    "deltanet": lambda: DeltaNet(DIM, 2, chunk=16),
+    "gated-deltanet": lambda: GatedDeltaNet(DIM, 2, chunk=16),
+    "kda": lambda: KimiDeltaAttention(DIM, 2, chunk=16),
+    "gla": lambda: GatedLinearAttention(DIM, 2, conv_size=3, chunk=16),
+    "rwkv7-time-mix": lambda: RWKV7TimeMix(DIM, 2, chunk=16),
 }
-CONSTANT_STATE = {"window", "short-conv", "base-conv", "based", "retention", "rwkv4-time-mix", "h3", "mamba"}
+CONSTANT_STATE = {
+    "window", "short-conv", "base-conv", "based", "retention", "rwkv4-time-mix", "h3", "mamba", "deltanet",
+    "gated-deltanet", "kda", "gla", "rwkv7-time-mix",
+}  # fmt: skip
 
 CONSTANT_COST = set(MIXERS) - {
     "attention", "implicit-long-conv", "explicit-long-conv", "base-conv-long", "hyena", "selective-lookup"
