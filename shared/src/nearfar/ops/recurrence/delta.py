@@ -8,8 +8,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.ops.common.streaming import State, StreamingMixer, real_positions, wide
 from nearfar.ops.convolution.causal import ShortConv
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions, wide
 
 CHUNK = 64
 

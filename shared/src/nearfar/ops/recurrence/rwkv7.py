@@ -8,8 +8,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.ops.common.streaming import State, StreamingMixer, real_positions, shift_in, wide
 from nearfar.ops.recurrence.delta import CHUNK, check_heads, chunked_recurrence, step_recurrence
-from nearfar.ops.recurrence.streaming import State, StreamingMixer, real_positions, shift_in, wide
 
 FASTEST = -math.exp(-0.5)  # logarithm of the fastest decay of a step
 
