@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nearfar.ops.attention.causal import CausalAttention
-from nearfar.ops.common.streaming import state_numbers
 from nearfar.ops.attention.gated import MegaLayer, MemoryAttention
+from nearfar.ops.common.streaming import state_numbers
 from nearfar.ops.convolution.base_conv import BaseConv
 from nearfar.ops.convolution.causal import ExplicitLongConv, ImplicitLongConv, ShortConv
 from nearfar.ops.convolution.hyena import Hyena
