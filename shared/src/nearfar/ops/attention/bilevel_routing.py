@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import DepthwiseConv, cached_table, check_dims, full_precision
+from nearfar.ops.common.dims import check_dims
+from nearfar.ops.common.layers import DepthwiseConv
+from nearfar.ops.common.precision import full_precision
+from nearfar.ops.common.tables import cached_table
 
 PADDINGS = ("input", "values", "none")
 

@@ -7,7 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.attention.places import attend, extend, places
-from nearfar.ops.convolution.layers import DepthwiseConv, cached_table, check_dims
+from nearfar.ops.common.dims import check_dims
+from nearfar.ops.common.layers import DepthwiseConv
+from nearfar.ops.common.tables import cached_table
 
 
 class ManhattanAttention(nn.Module):
@@ -124,10 +126,10 @@ class ManhattanAttention(nn.Module):
         """The Manhattan distance in positions at which the decay alone lowers a weight to `weight`, for every head."""
         if not 0 < weight < 1:
             raise ValueError(f"weight is {weight}; it must lie between 0 and 1")
-        return math.log(weight) / _rates(self.num_heads, self.decay_initial, self.decay_range).float()
+        return math.log(weight) / decay_rates(self.num_heads, self.decay_initial, self.decay_range).float()
 
 
-def _rates(heads: int, initial: float | int, span: float | int) -> Float[Tensor, " h"]:
+def decay_rates(heads: int, initial: float | int = 2.0, span: float | int = 4.0) -> Float[Tensor, " h"]:
     """g_h of every head, in float64."""
     return torch.log1p(-(2.0 ** (-initial - span * torch.arange(heads, dtype=torch.float64) / heads)))
 
@@ -143,7 +145,7 @@ def _decay(
     dtype: torch.dtype,
 ) -> Float[Tensor, "h n n"]:
     index = torch.arange(length, dtype=torch.float64)
-    table = _rates(heads, initial, span)[:, None, None] * (index[:, None] - index).abs()
+    table = decay_rates(heads, initial, span)[:, None, None] * (index[:, None] - index).abs()
     if causal:
         table = table.masked_fill(index > index[:, None], -math.inf)
     return table.to(device, dtype)
