@@ -124,7 +124,7 @@ def test_decay_alone() -> None:
     ranges = layer.decay_ranges(0.5).double()
     torch.testing.assert_close(first[:, 20] / first[:, 0], 0.5 ** (20 / ranges), atol=1e-6, rtol=1e-5)
     assert (ranges.diff() > 0).all()
-    with pytest.raises(ValueError, match="weight is 1.0"):
+    with pytest.raises(ValueError, match=r"weight is 1\.0"):
         layer.decay_ranges(1.0)
 
 
