@@ -161,7 +161,8 @@ def read(source: Checkpoint) -> dict[str, Tensor]:
 def identify(candidates: Mapping[str, Callable[[], T]], what: str) -> tuple[str, T]:
     """Name and result of the one candidate that accounts for every key of `what`.
 
-    A candidate that does not raises CheckpointError with the reason. Two that fit, or none, are a CheckpointError too.
+    A candidate that does not raises CheckpointError with the reason, or whatever another system's names and shapes lead
+    it to. Two that fit, or none, are a CheckpointError too.
     """
     fits: dict[str, T] = {}
     reasons: dict[str, str] = {}
@@ -170,6 +171,8 @@ def identify(candidates: Mapping[str, Callable[[], T]], what: str) -> tuple[str,
             fits[name] = attempt()
         except CheckpointError as error:
             reasons[name] = str(error)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reasons[name] = f"{type(error).__name__}: {error}"
     if len(fits) > 1:
         raise CheckpointError(f"{what}: fits {' and '.join(fits)} alike; say which one it is")
     if fits:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, unwrap
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.ops.attention.joint import GatedAttentionBlock
@@ -52,6 +53,14 @@ class MossFormer(nn.Module, PyTorchModelHubMixin):
 
     Raises ValueError for an odd kernel_size, an odd dim, or numbers below 1.
     """
+
+    CARD = Card(
+        "MossFormer, MossFormer2",
+        "2302.11824",
+        "gated attention in chunks and linear attention over all; MossFormer2: with feed-forward sequential memory",
+        1.9e-6,
+        weights="ModelScope's and Hugging Face's releases",
+    )
 
     def __init__(
         self,

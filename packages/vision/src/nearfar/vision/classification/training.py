@@ -335,12 +335,8 @@ def start_from(model: nn.Module, weights: str | Path) -> None:
     path = Path(weights) / "model.safetensors" if Path(weights).is_dir() else Path(weights)
     state: Mapping[str, Tensor] = read_state_dict(path)
     if isinstance(model, Backbone):
-        try:
-            kind, _ = identify(state)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-        if not isinstance(model, kind):
-            raise UserError(f"{path}: is a checkpoint of {kind.__name__}, not of {type(model).__name__}")
+        if type(found := identify(state, str(path))) is not type(model):
+            raise UserError(f"{path}: is a checkpoint of {type(found).__name__}, not of {type(model).__name__}")
         load_state_dict(model, model.fit_state(model.published_state(state)), ignore=model.IGNORE)
         return
     own = model.state_dict()

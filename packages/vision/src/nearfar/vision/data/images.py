@@ -318,3 +318,32 @@ def split_pictures(pictures: Pictures, share: float, seed: int) -> tuple[list[in
         held += members[:number].tolist()
     chosen = set(held)
     return [i for i in range(len(labels)) if i not in chosen], sorted(held)
+
+
+def training_pictures(
+    data: Path, share: float, seed: int, track: Callable[..., Any] = lambda items: items
+) -> tuple[Pictures, Pictures, list[str]]:
+    """Pictures to learn from, pictures to choose the epoch by, and a line for each that cannot be read.
+
+    The latter are the validation split of `data`, or its test split where it has no other, or else a `share` of all.
+    """
+    try:
+        learn = open_pictures(data, "train")
+        whole = False
+    except MissingSplit:
+        learn, whole = open_pictures(data), True
+    hold = None
+    for name in () if whole else ("val", "validation", "valid", "test"):
+        try:
+            hold = open_pictures(data, name)
+            break
+        except MissingSplit:
+            continue
+    if hold is None:
+        first, second = split_pictures(learn, share, seed)
+        learn, hold = learn.subset(first), learn.subset(second)
+    learn, bad = learn.readable(track)
+    hold, also = hold.readable(track)
+    if not len(learn) or not len(hold):
+        raise UserError(f"{data}: too few readable pictures to learn from")
+    return learn, hold, [*bad, *also]
