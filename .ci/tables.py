@@ -28,7 +28,7 @@ def vision() -> list[list[str]]:
     rows = [["system", "names", "what mixes positions"]]
     for kind, card in cards()["vision"]:
         names = [name for name, model in MODELS.items() if model is kind]
-        shared = commonprefix(names).rpartition("_")[0] + "_"
+        shared = commonprefix(names).rpartition("_")[0] + "_"  # noqa: RUF071 (no paths)
         listed = f"{shared}{{{','.join(name.removeprefix(shared) for name in names)}}}" if names[1:] else "".join(names)
         rows.append([card.title, f"`{listed or f'nearfar.vision.{kind.__name__}'}`", card.what])  # type: ignore[union-attr]
     return rows
