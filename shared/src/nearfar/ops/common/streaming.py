@@ -21,6 +21,23 @@ State = tuple[Tensor, ...]
 class StreamingMixer(nn.Module):
     """A causal operator on sequences: `forward` (parallel), `extend` (streaming) and `state_size`."""
 
+    residual_included = False
+    """Whether the output is the whole layer's, norm and residual included, not the branch of a residual."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether `extend` works: not with settings that need the whole sequence."""
+        return all(part.streams for part in self.modules() if part is not self and isinstance(part, StreamingMixer))
+
+    def train_pass(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`forward` while training, and the auxiliary loss of a mixer that has one."""
+        return self(x), None
+
+    def initialise(self, num_layers: int) -> None:
+        """Set the mixer's own parameters in a network of so many layers, whose linear maps are set already."""
+        if hasattr(self, "reset_parameters"):
+            self.reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         """The whole sequence at once, from an empty state."""
         raise NotImplementedError

@@ -64,6 +64,10 @@ class DampedEMA(StreamingMixer):
         self.kept = Derived()
         self.reset_parameters()
 
+    @property
+    def streams(self) -> bool:
+        return not self.bidirectional
+
     def reset_parameters(self) -> None:
         """delta, alpha ~ N(0, 0.2), beta = +1, -1, +1, ... over j plus N(0, 0.02), gamma, omega ~ N(0, 1)."""
         for parameter, std in (

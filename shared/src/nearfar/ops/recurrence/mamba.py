@@ -228,6 +228,14 @@ class Mamba(StreamingMixer):
             steps = torch.arange(1, self.d_state + 1, device=self.A_log.device, dtype=self.A_log.dtype)
             self.A_log.copy_(steps.log().expand_as(self.A_log))
 
+    @torch.no_grad()
+    def initialise(self, num_layers: int) -> None:
+        """Keep torch's initial values for linear maps, the last one's divided by sqrt(layers)."""
+        for linear in (self.in_proj, self.x_proj, self.out_proj):
+            linear.reset_parameters()
+        self.out_proj.weight.mul_(num_layers**-0.5)
+        self.reset_parameters()
+
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return self.extend(x)[0]
 
