@@ -5,7 +5,7 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from nearfar.core.errors import CheckpointError
 from nearfar.core.files import atomic_path
+
+T = TypeVar("T")
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 """One renaming: a regular expression, and what takes the place of its match in a tensor's name."""
@@ -154,6 +156,28 @@ def loaded(model: nn.Module, state: Mapping[str, Tensor], ignore: Iterable[str] 
 def read(source: Checkpoint) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, or of what it holds, without the wrappers that training scripts put around."""
     return unwrap(source) if isinstance(source, Mapping) else read_state_dict(source)
+
+
+def identify(candidates: Mapping[str, Callable[[], T]], what: str) -> tuple[str, T]:
+    """Name and result of the one candidate that accounts for every key of `what`.
+
+    A candidate that does not raises CheckpointError with the reason. Two that fit, or none, are a CheckpointError too.
+    """
+    fits: dict[str, T] = {}
+    reasons: dict[str, str] = {}
+    for name, attempt in candidates.items():
+        try:
+            fits[name] = attempt()
+        except CheckpointError as error:
+            reasons[name] = str(error)
+    if len(fits) > 1:
+        raise CheckpointError(f"{what}: fits {' and '.join(fits)} alike; say which one it is")
+    if fits:
+        return next(iter(fits.items()))
+    if len(reasons) == 1:
+        raise CheckpointError(f"{what}: {next(iter(reasons.values()))}")
+    listed = [f"  {name}: {reason}" for name, reason in sorted(reasons.items(), key=lambda item: "\n" in item[1])]
+    raise CheckpointError(f"{what}: is none of {len(reasons)} known:\n" + "\n".join(listed))
 
 
 def rename(state: Mapping[str, Tensor], rules: Iterable[Rule], *, anywhere: bool = False) -> dict[str, Tensor]:

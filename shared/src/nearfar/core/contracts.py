@@ -11,13 +11,14 @@ A package registers one builder per system in the entry-point group `nearfar.con
 
 and ships its contract files in the folder `data` beside that module. The builder takes a `Contract` and returns a
 module in eval mode (or a plain function) that holds the published state, loaded through the system's own checkpoint
-converter, and is called with the contract's input tensors.
+converter, and is called with the contract's input tensors. Where two packages hold a part of one system each, both
+register a builder under its name, which returns None for what the other holds.
 """
 
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -173,9 +174,15 @@ def named_tensors(value: Any, prefix: str = "out") -> dict[str, Tensor]:
     return {name: t for key, item in items for name, t in named_tensors(item, f"{prefix}.{key}").items()}
 
 
-def builders() -> dict[str, Callable[[Contract], Callable[..., Any]]]:
-    """System -> contract builder, of every installed package."""
-    return {point.name: point.load() for point in entry_points(group="nearfar.contracts")}
+def first_that_builds(builders: Sequence[Callable[[Contract], Any]], contract: Contract) -> Callable[..., Any]:
+    """What the first of `builders` makes of the contract; one that does not know its variant returns None.
+
+    A system may be spread over packages, each with a builder of its own under the system's name.
+    """
+    for build in builders:
+        if (model := build(contract)) is not None:
+            return model
+    raise UserError(f"{contract.path}: no installed package builds {contract.system} {contract.variant}")
 
 
 def shipped(system: str = "*") -> list[Path]:

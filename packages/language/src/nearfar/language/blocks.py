@@ -1,13 +1,7 @@
-"""Parts of a language model that no operator is: state mixers, and mixers made of several operators."""
-
-from typing import Any
+"""What follows a sequence mixer at each position, and a norm."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from nearfar.ops.attention.gated import MegaLayer, MemoryAttention
-from nearfar.ops.convolution.tcn import TCNMixer
-from nearfar.ops.recurrence.ema import DampedEMA
 
 
 class Identity(nn.Module):
@@ -57,58 +51,3 @@ class PlainLayerNorm(nn.LayerNorm):
 
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__(dim, eps, elementwise_affine=False)
-
-
-def mega(
-    dim: int,
-    order: int = 16,
-    truncation: int | None = None,
-    bidirectional: bool = False,
-    max_length: int | None = None,
-    **settings: Any,
-) -> MegaLayer:
-    """Mega's layer: `MegaLayer` (whose settings are taken too) with `DampedEMA` as its long memory."""
-    memory = DampedEMA(dim, order, bidirectional, truncation)
-    return MegaLayer(dim, memory, causal=not bidirectional, **bias_length(max_length, settings))
-
-
-def tcnca(
-    dim: int,
-    kernel_size: int = 17,
-    dilation_factor: int = 17,
-    depth: int = 3,
-    layers_per_block: int = 1,
-    groups: int | None = None,
-    direction: str = "causal",
-    dilations: list[int] | None = None,
-    max_length: int | None = None,
-    **settings: Any,
-) -> MegaLayer:
-    """TCNCA's layer: `MegaLayer` (whose settings are taken too) with `TCNMixer` as its long memory."""
-    memory = TCNMixer(dim, kernel_size, dilation_factor, depth, layers_per_block, groups, direction, dilations)
-    return MegaLayer(dim, memory, causal=direction == "causal", **bias_length(max_length, settings))
-
-
-def tcnca_simple(
-    dim: int,
-    kernel_size: int = 17,
-    dilation_factor: int = 17,
-    depth: int = 3,
-    dilations: list[int] | None = None,
-    max_length: int | None = None,
-    **settings: Any,
-) -> MemoryAttention:
-    """`MemoryAttention` (whose settings are taken too) with `TCNMixer` as its long memory."""
-    memory = TCNMixer(dim, kernel_size, dilation_factor, depth, dilations=dilations)
-    return MemoryAttention(dim, memory, **bias_length(max_length, settings))
-
-
-def bias_length(max_length: int | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, with the simple bias as long as the chunk, or where there is none as the longest sequence."""
-    if settings.get("bias") == "simple" and settings.get("chunk") is None:
-        return settings | {"max_length": max_length}
-    return settings
-
-
-mega.accepts = tcnca.accepts = MegaLayer
-tcnca_simple.accepts = MemoryAttention

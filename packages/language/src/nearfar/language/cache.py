@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
-from nearfar.language.layout import Layout
+from nearfar.language.packing import Layout
 from nearfar.ops.common.streaming import State
 
 

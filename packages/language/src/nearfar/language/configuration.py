@@ -80,3 +80,22 @@ class MixerConfig(PreTrainedConfig):
         """The choice of state mixer for `layer`."""
         choices = self.state_mixer if isinstance(self.state_mixer, list) else [self.state_mixer]
         return choices[layer % len(choices)]
+
+
+class SequenceClassifierConfig(MixerConfig):
+    """A `MixerConfig` and the head of a `SequenceClassifier`.
+
+    Args:
+        num_labels: classes, of transformers' configs.
+        classifier_hidden: widths of the head's hidden layers.
+        classifier_dropout: behind each of them.
+        real_valued: inputs are numbers, not token ids.
+        pairs: an example is two sequences.
+    """
+
+    model_type = "nearfar-mixer-classifier"
+
+    classifier_hidden: list | int = 128
+    classifier_dropout: float = 0.0
+    real_valued: bool = False
+    pairs: bool = False

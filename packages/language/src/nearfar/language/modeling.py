@@ -6,8 +6,11 @@ Import this module once and `AutoModelForCausalLM.from_pretrained(folder)` works
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,12 +20,16 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from nearfar.core.checkpoints import Checkpoint, identify, loaded, read
+from nearfar.language import layouts
 from nearfar.language.cache import MixerCache
 from nearfar.language.configuration import MixerConfig
-from nearfar.language.layout import Layout, check_arguments, document_starts
+from nearfar.language.packing import Layout, check_arguments, document_starts
 from nearfar.language.registry import MIXERS, NORMS, RESIDUALS, STATE_MIXERS, build
 from nearfar.ops.aggregation.depth_attention import DepthResiduals
 from nearfar.ops.common.streaming import State, StreamingMixer
+
+LAYOUTS = list(iter_modules(layouts.__path__))
 
 
 class MixerBlock(GradientCheckpointingLayer):
@@ -107,12 +114,11 @@ class MixerPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, StreamingMixer) or hasattr(module, "reset_parameters"):
+        elif hasattr(module, "reset_parameters"):
             loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
             if isinstance(module, StreamingMixer):
-                module.initialise(self.config.num_hidden_layers)
-            else:
-                module.reset_parameters()
+                module.reset_linear(self.config.num_hidden_layers)
+            module.reset_parameters()
             for parameter, value in loaded:
                 parameter.copy_(value)
 
@@ -192,6 +198,8 @@ class MixerModel(MixerPreTrainedModel):
         columns = x.shape[1]
         if layout is not None:
             x = layout.pack(x)
+            if not self.streams:  # what looks ahead, or norms over positions, finds zeros in the padding
+                x = x * (torch.arange(x.shape[1], device=x.device) < layout.lengths[:, None])[..., None]
         lengths = None if layout is None else layout.lengths
         states = [None if cache is None else layer.states for layer in (self.layers if cache is None else cache.layers)]
         if self.embed_positions is not None:
@@ -386,11 +394,29 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
         return hashlib.sha256(shapes.encode() + rows).hexdigest()[:16]
 
     @classmethod
-    def from_published(cls, checkpoint: str | Path | dict[str, Tensor], **settings: Any) -> "MixerForCausalLM":
-        """A published Zoology checkpoint, see `nearfar.language.zoology.from_published`."""
-        from nearfar.language.zoology import from_published  # imports this module
+    def from_published(cls, checkpoint: Checkpoint, **settings: Any) -> "MixerForCausalLM":
+        """A model with the weights of a published checkpoint, a file or a state dict, in eval mode.
 
-        return from_published(checkpoint, **settings)
+        `settings` give what names and shapes do not tell, see `nearfar.language.layouts`: each module there is a
+        published layout, and exactly one has to account for every tensor.
+        """
+        state = read(checkpoint)
+        known = {layout.name: import_module(f"{layouts.__name__}.{layout.name}") for layout in LAYOUTS}
+        what = "the state dict" if isinstance(checkpoint, Mapping) else str(checkpoint)
+        attempts = {name: partial(cls.translated, layout, state, settings) for name, layout in known.items()}
+        return identify(attempts, what)[1]
+
+    @classmethod
+    def translated(
+        cls,
+        layout: ModuleType,
+        state: Mapping[str, Tensor],
+        settings: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> "MixerForCausalLM":
+        """The model of a published state, read as the module `layout` says."""
+        config, ours = layout.translate(state, settings, shapes)
+        return loaded(cls(config), ours, ignore=[r".*positions$"])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:

@@ -1,6 +1,7 @@
 """`nearfar verify`: every model against the numbers of its published code."""
 
-from importlib.metadata import entry_points
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -34,14 +35,17 @@ def verify(
     dtypes = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
     if dtype not in dtypes:
         raise UserError(f"--dtype {dtype}: must be one of {', '.join(dtypes)}")
-    points = {point.name: point for point in entry_points(group="nearfar.contracts")}
+    points: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group="nearfar.contracts"):
+        points.setdefault(point.name, []).append(point)
     counts = dict.fromkeys(("ok", "FAIL", "unknown"), 0)
     for path in _contract_files(files):
         contract = contracts.Contract.load(path)
         output, error, verdict = "-", "-", "unknown"
         if contract.system in points:
             try:
-                build = load_entry_point(points[contract.system])
+                each = [load_entry_point(point) for point in points[contract.system]]
+                build = partial(contracts.first_that_builds, each)
                 errors = contracts.verify(contract, build, device, dtypes[dtype], compile)
                 output = max(errors, key=errors.__getitem__)
                 limit = tolerance or contract.tolerance or 1e-4

@@ -29,15 +29,6 @@ class StreamingMixer(nn.Module):
         """Whether `extend` works: not with settings that need the whole sequence."""
         return all(part.streams for part in self.modules() if part is not self and isinstance(part, StreamingMixer))
 
-    def train_pass(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`forward` while training, and the auxiliary loss of a mixer that has one."""
-        return self(x), None
-
-    def initialise(self, num_layers: int) -> None:
-        """Set the mixer's own parameters in a network of so many layers, whose linear maps are set already."""
-        if hasattr(self, "reset_parameters"):
-            self.reset_parameters()
-
     def forward(self, x: Tensor) -> Tensor:
         """The whole sequence at once, from an empty state."""
         raise NotImplementedError
@@ -51,6 +42,13 @@ class StreamingMixer(nn.Module):
             lengths: `(B,)` integers 0..N, the real positions of each row (the rest is padding); None: all.
         """
         raise NotImplementedError
+
+    def train_pass(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`forward` in training, and the auxiliary loss of a mixer that has one."""
+        return self(x), None
+
+    def reset_linear(self, num_layers: int) -> None:
+        """Give linear maps their first values, where they are others than those of the model of `num_layers` around."""
 
     def state_size(self, length: int) -> int:
         """Numbers that one sequence of `length` tokens leaves behind, as the literature counts them."""

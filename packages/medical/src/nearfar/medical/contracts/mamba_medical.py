@@ -1,0 +1,146 @@
+"""Contracts of the state space models in medicine: VM-UNet, U-Mamba, SegMamba and their operators."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nearfar.core.checkpoints import loaded
+from nearfar.core.contracts import Contract
+from nearfar.core.errors import UserError
+from nearfar.medical.models.segmamba import SegMamba, published_gsc
+from nearfar.medical.models.umamba import UMamba
+from nearfar.medical.models.vmunet import VMUNet
+from nearfar.ops.convolution.gated_spatial import GatedSpatialConv
+from nearfar.ops.recurrence.directional_mamba import SS2D, DirectionalMamba, released_mamba, released_ss2d
+from nearfar.ops.recurrence.mamba import selective_scan
+
+
+class _Sigmoid(nn.Module):
+    """The released VM-UNet's single output is a probability."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.model(x)
+        return y.sigmoid() if y.shape[1] == 1 else y
+
+
+class _Every(nn.Module):
+    """The released U-Mamba gives the logits of all decoder levels."""
+
+    def __init__(self, model: UMamba, every: bool) -> None:
+        super().__init__()
+        self.model, self.every = model, every
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        return self.model.every(x) if self.every else self.model(x)
+
+
+class _ChannelsLast(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.movedim(-1, 1)).movedim(1, -1)
+
+
+class _Scan(nn.Module):
+    """selective_scan on the channel-first tensors of the released kernel."""
+
+    def __init__(self, state: dict[str, Tensor], softplus: bool) -> None:
+        super().__init__()
+        for name in ("A_log", "D", "dt_bias"):
+            self.register_parameter(name, nn.Parameter(state[name]) if name in state else None)
+        self.softplus = softplus
+
+    def forward(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        B, C = B.movedim(-1, 1), C.movedim(-1, 1)
+        y, h = selective_scan(
+            u.mT,
+            dt.mT,
+            -torch.exp(self.A_log),
+            B,
+            C,
+            D=self.D,
+            z=None if z is None else z.mT,
+            dt_bias=self.dt_bias,
+            softplus=self.softplus,
+        )
+        return y.mT, h
+
+
+class _Tri(nn.Module):
+    def __init__(self, model: DirectionalMamba, slices: int | None) -> None:
+        super().__init__()
+        self.model, self.slices = model, slices
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x, slices=self.slices)
+
+
+def _operator(contract: Contract, state: dict[str, Tensor]) -> Callable[..., Any]:
+    settings = contract.settings
+    if "proj4.weight" in state:
+        weight = state["proj.weight"]
+        return loaded(GatedSpatialConv(len(weight), dims=weight.dim() - 2), published_gsc(state))
+    if "x_proj_weight" in state:
+        state = released_ss2d(state)
+        k, width, inner = state["scan.x_proj"].shape
+        dim, rank = len(state["out_proj.weight"]), state["scan.dt_proj"].shape[-1]
+        if k != 4:
+            raise UserError(f"{contract.path}: {k} directions; SS2D has 4")
+        model = SS2D(
+            dim,
+            (width - rank) // 2,
+            inner / dim,
+            rank,
+            state["conv.weight"].shape[-1],
+            "conv.bias" in state,
+            len(state["in_proj.weight"]) == 2 * inner,
+        )
+        last = contract.inputs[0]["shape"][-1] == dim and not settings.get("channel_first", False)
+        model = loaded(model, state)
+        return _ChannelsLast(model).eval() if last else model
+    if "in_proj.weight" in state:
+        merge = "mean" if "A_b_log" in state and "A_s_log" not in state else "sum"
+        directions = "tri" if "A_s_log" in state else "bidirectional" if "A_b_log" in state else ("row",)
+        text = settings.get("directions", "")
+        if isinstance(text, str) and "A_b_log" in state:
+            merge = "mean" if re.search(r"halved|averaged\b", text) and "not averaged" not in text else "sum"
+        state = released_mamba(state)
+        inner, dim = state["out_proj.weight"].shape[::-1]
+        model = DirectionalMamba(
+            dim,
+            directions,
+            merge,
+            state["scan.A_log"].shape[-1],
+            state["conv.weight"].shape[-1],
+            inner // dim,
+            state["scan.dt_proj"].shape[-1],
+        )
+        return _Tri(loaded(model, state), settings.get("num_slices")).eval()
+    if "A_log" in state:
+        return _Scan(state, settings.get("delta_softplus", True)).eval()
+    raise UserError(f"{contract.path}: {contract.variant} is no operator of the medical state space models")
+
+
+def build_contract(contract: Contract) -> Callable[..., Any] | None:
+    """The network or operator that a contract describes; None for Vim and VMamba, which the vision package builds."""
+    state, settings = contract.state(), contract.settings
+    if any(name.startswith("vmunet.") or ".self_attention." in name for name in state):
+        return _Sigmoid(VMUNet.from_published(state)).eval()
+    if "vit.downsample_layers.0.0.weight" in state:
+        return SegMamba.from_published(state, slices=settings.get("num_slices"))
+    if "encoder.stem.0.conv1.weight" in state:
+        size = settings.get("patch_size", contract.inputs[0]["shape"][2:])
+        model = UMamba.from_published(state, settings.get("strides"), size)
+        return _Every(model, every=settings.get("deep_supervision", len(contract.outputs) > 1)).eval()
+    if "patch_embed.0.weight" in state or "patch_embed.proj.weight" in state:
+        return None
+    return _operator(contract, state)
