@@ -317,6 +317,7 @@ class MegaLayer(StreamingMixer):
     """
 
     residual_included = True
+    no_weight_decay = ("gamma", "beta")
 
     def __init__(
         self,

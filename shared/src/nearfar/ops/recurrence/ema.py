@@ -36,6 +36,8 @@ class DampedEMA(StreamingMixer):
         form: of `forward`.
     """
 
+    no_weight_decay = ("delta", "alpha", "beta", "gamma")
+
     def __init__(
         self,
         dim: int,
