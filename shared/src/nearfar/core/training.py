@@ -34,8 +34,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import DivergedError, UserError
-from nearfar.core.fingerprint import data_digest, source_digest
 from nearfar.core.files import atomic_path, locked, sweep, write_csv, write_json
+from nearfar.core.fingerprint import data_digest, source_digest
 from nearfar.core.finite import check_weights
 from nearfar.core.recipes import _Loader
 
