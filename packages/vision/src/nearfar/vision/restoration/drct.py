@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfar.core.checkpoints import Rule, count
-from nearfar.ops.attention.window import WindowAttention
+from nearfar.ops.attention.shifted_window import WindowAttention
 from nearfar.ops.common.layers import ChannelNorm, DropPath
 from nearfar.vision.restoration.restorer import Restorer, RestorerVariant, Upsampler, pad_to, register
 
