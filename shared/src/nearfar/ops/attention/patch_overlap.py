@@ -1,7 +1,5 @@
 """Self-attention inside overlapping patches of a map, whose results are averaged where patches overlap."""
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -34,7 +32,7 @@ class OverlappingPatchAttention(nn.Module):
         patch_size: int,
         overlap: int = 2,
         *,
-        averaging: Literal["mean", "published"] = "mean",
+        averaging: str = "mean",
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
@@ -84,7 +82,7 @@ class OverlappingPatchAttention(nn.Module):
     def shares(self, side: int, like: Tensor) -> Float[Tensor, "k n"]:
         """Weight of each source of `patch_sources` at each position."""
         published = self.averaging == "published"
-        return patch_shares(side, self.patch_size, self.overlap, published, like.device).to(like.dtype)
+        return patch_shares(side, self.patch_size, self.overlap, published, like.dtype, like.device)
 
 
 def attend(
@@ -128,7 +126,9 @@ def patch_sources(side: int, size: int, overlap: int, device: torch.device) -> T
 
 
 @cached_table
-def patch_shares(side: int, size: int, overlap: int, published: bool, device: torch.device) -> Tensor:
+def patch_shares(
+    side: int, size: int, overlap: int, published: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """What each of `patch_sources` weighs: one divided by their number, or halved per pair as published."""
     found = owners(side, size, overlap)
     starts = patch_starts(side, size, overlap)
@@ -139,9 +139,8 @@ def patch_shares(side: int, size: int, overlap: int, published: bool, device: to
             halves[place] += 1
     weight = [0.5 ** halves[i] if published else 1 / len(own) for i, own in enumerate(found)]
     most = max(map(len, found))
-    return torch.tensor(
-        [[w if k < len(own) else 0.0 for w, own in zip(weight, found)] for k in range(most)], device=device
-    )
+    shares = [[w if k < len(own) else 0.0 for w, own in zip(weight, found)] for k in range(most)]
+    return torch.tensor(shares, dtype=dtype, device=device)
 
 
 def owners(side: int, size: int, overlap: int) -> list[list[int]]:

@@ -86,7 +86,7 @@ class ContentGroupAttention(nn.Module):
             values = linear(x)
             return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1])).unflatten(1, (-1, size))
 
-        def heads(t: Float[Tensor, "b *s d"]) -> Float[Tensor, "b h s d"]:
+        def heads(t: Float[Tensor, "b s d"]) -> Float[Tensor, "b h s e"]:
             return t.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
         q = grouped(self.q)[:, :-1]
@@ -95,9 +95,8 @@ class ContentGroupAttention(nn.Module):
         near = near.transpose(1, 2).flatten(2).unflatten(0, (len(x), -1)).flatten(1, 2)[:, :n]
         inverse = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=x.device).expand_as(order))
         near = near.gather(1, inverse[..., None].expand_as(near))
-        far = attend(
-            heads(self.q(x)), heads(self.centre_k(centres))[None], heads(self.centre_v(centres))[None], self.scale
-        )
+        keys, values = (heads(linear(centres)[None]) for linear in (self.centre_k, self.centre_v))
+        far = attend(heads(self.q(x)), keys, values, self.scale)
         return near + far.transpose(1, 2).flatten(2)
 
     def present_centres(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "m c"]:
