@@ -21,7 +21,7 @@ from nearfar.medical.recipe import Recipe
 from nearfar.medical.segmenter import Segmenter
 from nearfar.medical.training import Patches, _Module
 
-SMALL = ("max_epochs=1", "patches_per_epoch=4", "roi=[16,32,32]", "settings={features: [4, 4, 8, 8, 8, 4]}")
+SMALL = ("epochs=1", "patches_per_epoch=4", "roi=[16,32,32]", "settings={features: [4, 4, 8, 8, 8, 4]}")
 
 
 def run(*arguments: object) -> None:
@@ -155,7 +155,13 @@ def test_one_output_pictures_and_a_second_method(tmp_path: Path) -> None:
         ):
             (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / kind / f"a.{i}.png")
-    sets = ("settings={features: [8, 8, 16, 16, 16, 8]}", "roi=[32,32]", "loss=binary", "max_epochs=6", "lr=5e-3")
+    sets = (
+        "settings={features: [8, 8, 16, 16, 16, 8]}",
+        "roi=[32,32]",
+        "loss=binary",
+        "epochs=6",
+        "learning_rate=5e-3",
+    )
     sets += ("patches_per_epoch=32", "batch_size=4")
     run(
         "train",

@@ -23,7 +23,7 @@ RATE = 8000
 LENIENT = ["--min-speech", "0.2", "--min-snr", "0"]
 TINY = [
     "channels=16", "num_mels=24", "sample_rate=8000", "embedding_dim=8", "crop_seconds=0.5", "crops_per_utterance=4",
-    "batch_size=24", "epochs=7", "lr=5e-3", "scale=15", "margin=0.1", "margin_epochs=3", "validation=0.3",
+    "batch_size=24", "epochs=7", "learning_rate=5e-3", "scale=15", "margin=0.1", "margin_epochs=3", "validation=0.3",
     "speeds=[1.0]",
 ]  # fmt: skip
 

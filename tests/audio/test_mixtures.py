@@ -287,8 +287,8 @@ SMALL = {"num_filters": 32, "dim": 24, "depth": 2, "group_size": 64, "query_key_
 
 def recipe(**changes):
     settings = {
-        "variant": "mossformer-s", "model": SMALL, "max_epochs": 10, "mixtures_per_epoch": 24, "batch_size": 4,
-        "accumulate": 1, "seconds": 0.6, "lr": 4e-3, "threshold": -30.0,
+        "variant": "mossformer-s", "model": SMALL, "epochs": 10, "mixtures_per_epoch": 24, "batch_size": 4,
+        "accumulate": 1, "seconds": 0.6, "learning_rate": 4e-3, "threshold": -30.0,
     }  # fmt: skip
     return Recipe(**{**settings, **changes})
 
@@ -311,15 +311,15 @@ def test_a_short_training_separates_and_is_found_again(tmp_path):
     _, again = run(tmp_path, tmp_path / "run")
     assert again == history  # a finished run is not repeated
     with pytest.raises(UserError, match="other settings"):
-        run(tmp_path, tmp_path / "run", lr=1e-3)
+        run(tmp_path, tmp_path / "run", learning_rate=1e-3)
 
 
 def test_recipes_are_read_from_yaml(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("variant: mossformer2\nmodel: {dim: 32}\nlr: 0.001\n")
-    settings = read_recipe(Recipe, path, ["max_epochs=3"])
-    assert (settings.variant, settings.lr, settings.max_epochs) == ("mossformer2", 0.001, 3)
+    settings = read_recipe(Recipe, path, ["epochs=3"])
+    assert (settings.variant, settings.learning_rate, settings.epochs) == ("mossformer2", 0.001, 3)
     with pytest.raises(UserError, match="unknown setting rate_of_learning"):
         read_recipe(Recipe, None, ["rate_of_learning=1"])
-    with pytest.raises(UserError, match="max_epochs is 0"):
-        read_recipe(Recipe, None, ["max_epochs=0"])
+    with pytest.raises(UserError, match="epochs is 0"):
+        read_recipe(Recipe, None, ["epochs=0"])

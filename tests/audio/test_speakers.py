@@ -357,7 +357,7 @@ def test_training_learns_speakers_it_has_not_heard_and_resumes(tmp_path):
     learn = [u for u in utterances if u not in held]
     recipe = Recipe(
         sample_rate=RATE, channels=16, num_mels=24, embedding_dim=8, crop_seconds=0.5, crops_per_utterance=4,
-        batch_size=24, epochs=6, lr=5e-3, scale=15.0, margin=0.1, margin_epochs=3,
+        batch_size=24, epochs=6, learning_rate=5e-3, scale=15.0, margin=0.1, margin_epochs=3,
     )  # fmt: skip
     torch.manual_seed(0)
     model = build_model(recipe)

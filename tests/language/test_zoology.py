@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nearfar.core.contracts import Contract, fill, relative_errors, shipped
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.language.contracts.zoology import build_contract
-from nearfar.language.layouts.zoology import recognise
+from nearfar.language.layouts.zoology import recognize
 from nearfar.language.modeling import MixerForCausalLM
 
 CONTRACTS = shipped("zoology")
@@ -288,7 +288,7 @@ def test_a_selection_of_a_given_number():
 )
 def test_descriptions_of_layers(described, layer, expected):
     shapes = {"Wqkv.weight": (72, 24), "Wqkv.bias": (72,), "out_proj.weight": (24, 24), "out_proj.bias": (24,)}
-    found = recognise(shapes, {"mixer": described}, 24, layer=layer)
+    found = recognize(shapes, {"mixer": described}, 24, layer=layer)
     assert (found["type"], found.get("window", found["num_heads"])) == expected
 
 

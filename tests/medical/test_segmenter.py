@@ -115,10 +115,10 @@ def test_learns_brain_tissue(brain: Path, tmp_path: Path) -> None:
     recipe = Recipe(
         settings={"features": [16, 16, 32, 32, 64, 16], "norm": ["group", {"num_groups": 4}]},
         roi=(32, 64),
-        max_epochs=8,
+        epochs=8,
         batch_size=8,
         patches_per_epoch=160,
-        lr=5e-3,
+        learning_rate=5e-3,
         foreground=0.3,
     )
     segmenter, summary = train_segmenter(
@@ -143,7 +143,7 @@ def test_learns_retinal_vessels(shared_data, tmp_path: Path) -> None:
     train, test = collection.cases[2:8], collection.cases[:1]
     recipe = Recipe(
         settings={"features": [8, 8, 16, 16, 32, 8], "norm": ["group", {"num_groups": 4}]},
-        roi=(64, 64), resize=(240, 250), batch_size=8, patches_per_epoch=96, max_epochs=6, lr=1e-2,
+        roi=(64, 64), resize=(240, 250), batch_size=8, patches_per_epoch=96, epochs=6, learning_rate=1e-2,
     )  # fmt: skip
     segmenter, _ = train_segmenter(collection, recipe, tmp_path, train_cases=train, accelerator="cpu")
     maps = [(frangi(s.image[1], sigmas=(2, 3, 4, 5)), t) for s, t in map(collection.read, (*train[:2], *test))]

@@ -41,8 +41,8 @@ def shades(number: int, first: int = 0) -> Pictures:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_recipes_train(name: str) -> None:
     published = read_recipe(Recipe, find_recipe(name))
-    assert published.lr <= 4e-3
-    small = ["size=32", "epochs=1", "cooldown_epochs=0", "batch_size=4", "lr_batch=4", "warmup_epochs=0"]
+    assert published.learning_rate <= 4e-3
+    small = ["size=32", "epochs=1", "cooldown_epochs=0", "batch_size=4", "learning_rate_batch=4", "warmup_epochs=0"]
     recipe = read_recipe(Recipe, find_recipe(name), small)
     model = "small-nearfar_convnext_atto" if recipe.layer_decay else "test_resnet"
     classifier, history = train_classifier(model, shades(12), shades(3, 100), recipe)
@@ -54,7 +54,7 @@ def test_published_recipes_say_what_the_papers_say() -> None:
     recipes = {name: read_recipe(Recipe, find_recipe(name)) for name in PUBLISHED}
     assert recipes["convnext_1k"].mixup == 0.8
     assert recipes["convnext_1k"].ema == 0.9999
-    assert (recipes["convnext_22k_to_1k"].layer_decay, recipes["convnext_22k_to_1k"].lr) == (0.8, 5e-5)
+    assert (recipes["convnext_22k_to_1k"].layer_decay, recipes["convnext_22k_to_1k"].learning_rate) == (0.8, 5e-5)
     assert recipes["hornet_1k"].clip == 100
     assert recipes["attnet_t1"].repeats == 3
     assert (recipes["lsnet_1k"].clip_mode, recipes["lsnet_1k"].clip) == ("agc", 0.02)
@@ -72,7 +72,8 @@ def test_random_augmentation_takes_every_operation() -> None:
 
 
 def test_learning_rate_follows_the_number_of_pictures_a_step() -> None:
-    recipe = Recipe(size=32, batch_size=4, accumulate=2, lr=0.8, lr_batch=64, epochs=2, warmup_epochs=0)
+    sizes = {"size": 32, "batch_size": 4, "accumulate": 2, "epochs": 2, "warmup_epochs": 0}
+    recipe = Recipe(**sizes, learning_rate=0.8, learning_rate_batch=64)
     module = ClassifierModule(new_model("test_resnet", 2, recipe), recipe, 2, 3, 4)
     module._trainer = type("Trainer", (), {"world_size": 2})()
     found = module.configure_optimizers()
@@ -110,7 +111,7 @@ torch.set_num_threads(1)
 learn, held = shades(16), shades(5, 100)
 held.labels = [0, 0, 0, 0, 1]
 torch.manual_seed(0)
-recipe = Recipe(size=32, epochs=1, batch_size=2, lr=1e-9, min_lr=1e-9, warmup_epochs=0)
+recipe = Recipe(size=32, epochs=1, batch_size=2, learning_rate=1e-9, min_learning_rate=1e-9, warmup_epochs=0)
 model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
 torch.nn.init.zeros_(model[2].weight)
 model[2].bias.data = torch.tensor([1.0, 0.0])

@@ -152,7 +152,7 @@ def micro_scores(pairs: Sequence[tuple[Array, Array]], labels: Mapping[int, str]
     return rows
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], *, level: float = 0.95, seed: int = 0) -> list[dict[str, Any]]:
+def summarize(rows: Sequence[Mapping[str, Any]], *, level: float = 0.95, seed: int = 0) -> list[dict[str, Any]]:
     """Per label, and over all (`mean of labels`: first over the labels of a case), the mean over cases of each score.
 
     `rows` are those of `score_case` with a key `case`. Each score comes with `_std` and a bootstrap interval over
@@ -194,7 +194,7 @@ def bootstrap_interval(
 def compare(
     first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], score: str = "dice"
 ) -> list[dict[str, Any]]:
-    """Rows of `paired_test` for each label, of two methods' rows (see `summarise`) on the same cases."""
+    """Rows of `paired_test` for each label, of two methods' rows (see `summarize`) on the same cases."""
     result = []
     for label in dict.fromkeys(row["label"] for row in first):
         mine, other = ({r["case"]: r[score] for r in rows if r["label"] == label} for rows in (first, second))

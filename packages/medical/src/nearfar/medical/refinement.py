@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nearfar.core.errors import UserError
-from nearfar.medical.metrics import score_case, summarise
+from nearfar.medical.metrics import score_case, summarize
 from nearfar.ops.graph.dense_crf import DenseCRF, unary_from_softmax
 
 
@@ -86,7 +86,7 @@ def search_crf(
             for i, (found, (_, _, truth)) in enumerate(zip(label_maps, items))
             for r in score_case(found, truth.numpy(), names)
         ]
-        return summarise(rows)[-1]["dice"]
+        return summarize(rows)[-1]["dice"]
 
     rows: list[dict[str, Any]] = [{"settings": None, "dice": mean_dice([p.argmax(0).numpy() for p, _, _ in items])}]
     for settings in grid:

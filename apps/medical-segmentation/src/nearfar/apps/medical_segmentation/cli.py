@@ -310,7 +310,7 @@ def evaluate(
     results, failures = run_batch(labelled, one, "scoring", lambda case: case.name)
     rows = [row for result in results for row in result]
     if rows:
-        summary = metrics.summarise(rows)
+        summary = metrics.summarize(rows)
         content = {"convention": str(convention), "summary": summary, "failures": failures}
         if against is not None:
             scored = {row["case"] for row in rows}

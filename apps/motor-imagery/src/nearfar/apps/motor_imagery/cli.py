@@ -99,7 +99,7 @@ Published = Annotated[
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file with training settings.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="A training setting: max_epochs=100, lr=0.001, batch_size=32, patience=50, seed=1 ..."),
+    typer.Option("--set", help="A training setting: epochs=100, learning_rate=0.001, patience=50, seed=1 ..."),
 ]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -269,7 +269,9 @@ def train(
     recipe: Annotated[
         str, typer.Option(help="quick (minutes on a CPU), small, mossformer2, or a YAML file.")
     ] = "small",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="A setting: max_epochs=10, lr=0.001 ...")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting: epochs=10, learning_rate=0.001 ...")
+    ] = None,
     validation: Annotated[
         str | None, typer.Option(help="Mixtures to validate on: a split of SOURCE, or their own folder or list.")
     ] = None,

@@ -47,10 +47,10 @@ def chapter(report: Report, folder: Path) -> None:
     recipe = Recipe(
         variant="mossformer-s",
         model={"num_filters": 48, "dim": 32, "depth": 2, "group_size": 128, "query_key_dim": 24},
-        max_epochs=8,
+        epochs=8,
         batch_size=2,
         accumulate=1,
-        lr=4e-3,
+        learning_rate=4e-3,
     )
     drawn = DrawnMixtures(voices, 50, RATE, seconds=1.0, speeds=())
     torch.manual_seed(0)

@@ -39,7 +39,8 @@ class Recipe:
     speakers that is kept apart to choose the epoch.
     Loss: AAM-softmax with `margin` (ramped up over `margin_epochs`), `scale`, `sub_centers`, `top_k`, `penalty`.
     Optimisation: `epochs` (0 leaves the network untrained, to compare with), Adam, `schedule` "cosine" (10 % warm-up)
-    or "onecycle", `lr` for the head and `backbone_lr` for what is tuned of the backbone, gradient norm at most `clip`.
+    or "onecycle", `learning_rate` for the head and `backbone_learning_rate` for what is tuned of the backbone,
+    gradient norm at most `clip`.
     """
 
     head: Literal["ecapa", "ltdnn-ecapa", "ltdnn-d3net", "lap"] = "ecapa"
@@ -67,8 +68,8 @@ class Recipe:
     penalty: float = 0.06
     epochs: int = 40
     batch_size: int = 128
-    lr: float = 1e-3
-    backbone_lr: float = 1e-5
+    learning_rate: float = 1e-3
+    backbone_learning_rate: float = 1e-5
     weight_decay: float = 0.0
     schedule: Literal["cosine", "onecycle"] = "cosine"
     clip: float = 5.0
@@ -226,9 +227,9 @@ class SpeakerTraining(pl.LightningModule):
         backbone = [p for p in self.model.frontend.parameters() if p.requires_grad]
         own = {id(p) for p in backbone}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in own]
-        groups = [{"params": rest, "lr": recipe.lr}]
+        groups = [{"params": rest, "lr": recipe.learning_rate}]
         if backbone:
-            groups.append({"params": backbone, "lr": recipe.backbone_lr})
+            groups.append({"params": backbone, "lr": recipe.backbone_learning_rate})
         optimizer = torch.optim.Adam(groups, weight_decay=recipe.weight_decay)
         steps = recipe.epochs * self.steps_per_epoch
         schedule: LRScheduler

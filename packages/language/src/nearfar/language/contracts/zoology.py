@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nearfar.core.contracts import Contract
 from nearfar.core.errors import UserError
 from nearfar.language.layouts import zoology as layout
-from nearfar.language.layouts.zoology import load_mixer, part, recognise
+from nearfar.language.layouts.zoology import load_mixer, part, recognize
 from nearfar.language.mixers.zoology import CARD, feed_forward
 from nearfar.language.modeling import MixerForCausalLM
 from nearfar.language.recall.tasks import make_examples
@@ -40,7 +40,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     dim = contract.inputs[0]["shape"][-1]
     state_mixer = feed_forward(shapes)[0] or ("time_mix_k" in shapes and "time_decay" not in shapes)
     table = STATE_MIXERS if state_mixer else MIXERS
-    choice = recognise(shapes, {**settings, "op": about}, dim, table)
+    choice = recognize(shapes, {**settings, "op": about}, dim, table)
     contract.require(**{"hyena": {"num_heads": 1}, "base-conv": {"residual": True}}.get(choice["type"], {}))
     module = build(choice, table, "mixer", dim=dim)
     load_mixer(module, state, table[choice["type"]])

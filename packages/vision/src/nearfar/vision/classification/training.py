@@ -62,16 +62,16 @@ class Recipe:
     batch_size: int = 64
     accumulate: int = 1
     """Batches per step of the optimiser."""
-    lr: float = 1e-3
+    learning_rate: float = 1e-3
     """Peak learning rate."""
-    lr_batch: int = 0
-    """Pictures per step that `lr` is meant for; with another number it is scaled in proportion. 0: never scaled."""
-    min_lr: float = 1e-6
+    learning_rate_batch: int = 0
+    """Pictures per step that `learning_rate` is meant for; with another number it is scaled in proportion. 0: never."""
+    min_learning_rate: float = 1e-6
     """Learning rate at the end."""
     weight_decay: float = 0.05
     warmup_epochs: float = 3
     cooldown_epochs: int = 0
-    """Epochs at `min_lr` after `epochs`."""
+    """Epochs at `min_learning_rate` after `epochs`."""
     layer_decay: float | None = None
     drop_path: float | None = None
     layer_scale: float | None = 1.0
@@ -115,8 +115,8 @@ class Recipe:
         for name in ("size", "epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.clip_mode not in ("norm", "agc"):
             raise ValueError(f"clip_mode is {self.clip_mode!r}; allowed are norm and agc")
         if not 0 <= self.ema < 1:
@@ -225,14 +225,14 @@ class ClassifierModule(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         recipe = self.recipe
         settings: dict[str, Any] = {"layer_decay": recipe.layer_decay} if recipe.layer_decay else {}
-        lr = recipe.lr
-        if recipe.lr_batch:
-            lr *= recipe.batch_size * recipe.accumulate * self.trainer.world_size / recipe.lr_batch
+        lr = recipe.learning_rate
+        if recipe.learning_rate_batch:
+            lr *= recipe.batch_size * recipe.accumulate * self.trainer.world_size / recipe.learning_rate_batch
         optimizer = create_optimizer_v2(self.model, opt="adamw", lr=lr, weight_decay=recipe.weight_decay, **settings)
         for group in optimizer.param_groups:  # the schedule scales the group's own rate
             group["lr"] *= group.get("lr_scale", 1.0)
         warmup, total = (round(epochs * self.steps) for epochs in (recipe.warmup_epochs, recipe.epochs))
-        schedule = warmup_cosine(optimizer, warmup, total, floor=min(1.0, recipe.min_lr / lr))
+        schedule = warmup_cosine(optimizer, warmup, total, floor=min(1.0, recipe.min_learning_rate / lr))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
