@@ -67,15 +67,15 @@ def grid_graph(channels: Channels) -> NDArray[np.uint8]:
     Raises UserError that names the channels without a 10-10 name, or two channels at one place.
     """
     names = channel_names(channels)
-    places = [grid_position(name) for name in names]
-    unknown = [name for name, place in zip(names, places) if place is None]
+    found = [grid_position(name) for name in names]
+    unknown = [name for name, place in zip(names, found) if place is None]
     if unknown:
         raise UserError(
             f"no 10-10 electrode is called {', '.join(unknown)}; rename or drop these channels, or build the graph "
             "from electrode positions (rule 'nearest' or 'radius')"
         )
     index: dict[tuple[str, int], int] = {}
-    for i, place in enumerate(places):
+    for i, place in enumerate(place for place in found if place is not None):
         if place in index:
             raise UserError(f"channels {names[index[place]]} and {names[i]} are the same electrode; drop one of them")
         index[place] = i

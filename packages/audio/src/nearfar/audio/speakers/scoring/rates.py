@@ -461,7 +461,7 @@ def plot_scores(scores: Array, labels: Array, threshold: float | None = None, na
         figure = new_figure(6, 3.5)
         axes = figure.add_subplot()
         for label, title in ((0, "different speakers"), (1, "same speaker")):
-            axes.hist(scores[labels == label], edges, density=True, alpha=0.6, label=title)
+            axes.hist(scores[labels == label], edges.tolist(), density=True, alpha=0.6, label=title)
         if threshold is not None:
             axes.axvline(threshold, color="black", linewidth=1, label=f"threshold {threshold:.3g}")
         axes.set(xlabel=name, ylabel="density")
