@@ -106,7 +106,7 @@ def test_repeated_augmentation_shows_every_view_of_a_share(monkeypatch: pytest.M
 SCRIPT = """
 import sys, torch
 from nearfar.vision.classification.training import Recipe, train_classifier
-from tests.vision.test_classification import shades
+from tests.vision.classification.test_classification import shades
 torch.set_num_threads(1)
 learn, held = shades(16), shades(5, 100)
 held.labels = [0, 0, 0, 0, 1]
@@ -124,7 +124,7 @@ def test_two_processes_count_every_picture_once(tmp_path: Path) -> None:
     """All five validation pictures are called dark, four are: 4/5, and not 5/6 with the repeated first one."""
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path / "run"]
     done = subprocess.run(
         [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300

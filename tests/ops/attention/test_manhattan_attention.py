@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from nearfar.ops.attention.manhattan import ManhattanAttention
 from nearfar.ops.convolution.conv_ffn import ConvFFN
-from tests.ops.test_bilevel_routing import enhanced, linear
-from tests.ops.test_halo_attention import agree
+from tests.ops.attention.test_bilevel_routing import enhanced, linear
+from tests.ops.attention.test_halo_attention import agree
 
 
 def turned(u: torch.Tensor, time: int) -> torch.Tensor:

@@ -8,9 +8,9 @@ from nearfar.core.errors import UserError
 from nearfar.vision.explain.attention import attention_maps, draw_attention, grid, place
 from nearfar.vision.generation.sit import SiT
 from tests.vision.base import randomise
-from tests.vision.test_lsnet import TestLSNet as LSNetTest
-from tests.vision.test_overlock import TestOverLoCK as OverLoCKTest
-from tests.vision.test_transxnet import TestTransXNet as TransXNetTest
+from tests.vision.models.test_lsnet import TestLSNet as LSNetTest
+from tests.vision.models.test_overlock import TestOverLoCK as OverLoCKTest
+from tests.vision.models.test_transxnet import TestTransXNet as TransXNetTest
 
 
 @torch.no_grad()

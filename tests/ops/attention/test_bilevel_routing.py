@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from nearfar.ops.attention import bilevel_routing
 from nearfar.ops.attention.bilevel_routing import BiLevelRoutingAttention, EnhancedAttention
-from tests.ops.test_halo_attention import agree
+from tests.ops.attention.test_halo_attention import agree
 
 CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 
