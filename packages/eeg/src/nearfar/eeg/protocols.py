@@ -74,7 +74,9 @@ def within_session(
         for fold, (learn, test) in enumerate(StratifiedKFold(folds).split(rows, y[rows])):
             train, chosen = _latest(metadata, y, rows[learn], validation)
             split = (rows[learn], rows[test]) if published else (train, chosen)
-            yield Split(name, f"{held_out}, fold {fold + 1}", split[0], split[1], rows[test], (), ("subject", "session"))
+            yield Split(
+                name, f"{held_out}, fold {fold + 1}", split[0], split[1], rows[test], (), ("subject", "session")
+            )
 
 
 def cross_session(

@@ -25,7 +25,7 @@ from nearfar.medical.losses import SegmentationLoss
 from nearfar.medical.metrics import score_case, summarize
 from nearfar.medical.preparation import Preparation
 from nearfar.medical.recipe import Recipe
-from nearfar.medical.refinement import to_bytes
+from nearfar.medical.refinement import crf_grid, search_crf, to_bytes
 from nearfar.medical.segmenter import Segmenter
 
 MAX_PLACES = 20_000
@@ -210,6 +210,25 @@ def score_cases(
                 found, labels = (np.where(labels == collection.ignore, 0, m) for m in (found, labels))
             rows += [{"case": case.name, **r} for r in score_case(found, labels, collection.labels, scan.spacing)]
     return summarize(rows) if rows else []
+
+
+def tune_crf(
+    segmenter: Segmenter,
+    collection: Collection,
+    cases: Iterable[Case],
+    device: str = "cpu",
+    track: Callable[[Sequence[Any]], Iterable[Any]] = lambda grid: grid,
+) -> tuple[list[dict[str, Any]], int]:
+    """Set the segmenter's CRF to the best of `refinement.crf_grid` on labelled validation cases, or to none.
+
+    Returns a row of settings and mean Dice for each, the first without a CRF, and the number of cases. Raises UserError without any case.
+    """
+    items, spacings = crf_items(segmenter, collection, cases, device)
+    if not items:
+        raise UserError("none of the cases is here with labels")
+    grid = crf_grid(min(min(s) for s in spacings))
+    segmenter.crf, rows = search_crf(items, track(grid), spacings)
+    return rows, len(items)
 
 
 def crf_items(

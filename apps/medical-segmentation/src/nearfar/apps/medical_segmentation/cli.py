@@ -1,6 +1,5 @@
 """`nearfar medical-segmentation`: inspect data, train, predict, evaluate, refine with the CRF, export."""
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -26,9 +25,9 @@ from nearfar.medical.data.layouts import find_cases, is_series, stem
 from nearfar.medical.data.scans import read_labels, read_scan, write_dicom_seg, write_labels
 from nearfar.medical.recipe import Recipe
 from nearfar.medical.refinement import refine as refine_probabilities
-from nearfar.medical.refinement import search_crf, to_bytes
+from nearfar.medical.refinement import to_bytes
 from nearfar.medical.segmenter import Segmenter
-from nearfar.medical.training import crf_items, train_segmenter
+from nearfar.medical.training import train_segmenter, tune_crf
 from nearfar.ops.graph.dense_crf import DenseCRF
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
@@ -165,19 +164,15 @@ def search(
     except (OSError, ValueError, LookupError) as error:
         raise UserError(f"{model}: has no fold {fold} in its splits.json ({error})") from error
     cases = track([case for case in collection.cases if case.name in held_out], "segmenting")
-    items, spacings = crf_items(segmenter, collection, cases, device)
-    if not items:
-        raise UserError(f"{data}: holds none of the cases of fold {fold} of {model}/splits.json")
-    names = ("spatial_weight", "spatial_std", "bilateral_weight", "bilateral_std", "color_std")
-    unit = min(min(s) for s in spacings)
-    values = ((0.5, 2.0), (unit, 3 * unit), (0.5, 2.0), (3 * unit, 15 * unit), (5.0, 15.0, 40.0))
-    grid = [{"iterations": 5, **dict(zip(names, v))} for v in itertools.product(*values)]
-    segmenter.crf, rows = search_crf(items, track(grid, "searching", len(grid)), spacings)
+    try:
+        rows, number = tune_crf(segmenter, collection, cases, device, lambda grid: track(grid, "searching", len(grid)))
+    except UserError as error:
+        raise UserError(f"{data}: {error}; it needs those of fold {fold} of {model}/splits.json") from error
     segmenter.save(model)
     rows = [{"Dice": r["dice"], **(r["settings"] or {"iterations": "no CRF"})} for r in rows]
     write_csv(model / "crf.csv", rows)
     best = sorted(rows[1:], key=lambda row: -row["Dice"])[:5]
-    console.print(table([{**dict.fromkeys(best[0], "-"), **row} for row in (rows[0], *best)], f"{len(items)} cases"))
+    console.print(table([{**dict.fromkeys(best[0], "-"), **row} for row in (rows[0], *best)], f"{number} cases"))
     console.print(f"best: {segmenter.crf or 'no CRF'}", soft_wrap=True, highlight=False)
 
 

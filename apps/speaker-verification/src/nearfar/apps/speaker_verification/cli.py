@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from nearfar.apps.speaker_verification import gallery as galleries
 from nearfar.apps.speaker_verification import lists, pages
 from nearfar.apps.speaker_verification.common import (
     Accelerator,
@@ -23,6 +22,7 @@ from nearfar.apps.speaker_verification.common import (
 )
 from nearfar.audio.corpora import Utterance, find_utterances
 from nearfar.audio.sound import SUFFIXES
+from nearfar.audio.speakers import gallery as galleries
 from nearfar.audio.speakers.embedding import Embedded, Embedder
 from nearfar.audio.speakers.ltdnn import SpeakerEncoder
 from nearfar.audio.speakers.quality import Gate

@@ -1,7 +1,7 @@
 """A speaker model with all that its scores need: mean vector, cohort, PLDA, calibration, and the trials it rests on."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,18 @@ class SpeakerSystem:
         if self.norm == "as" and self.cohort is not None:
             words += f", AS-norm with the top {self.top_n} of {len(self.cohort)} cohort rows, population deviation"
         return words
+
+    def leave_out(self, speakers: Collection[str | None]) -> None:
+        """Take `speakers` out of the cohort. Raises UserError where too few rows are left for AS-norm."""
+        if self.cohort is None:
+            return
+        hold = np.array([speaker not in speakers for speaker in self.cohort_speakers])
+        if self.backend == "cosine" and self.norm == "as" and hold.sum() < self.top_n and not hold.all():
+            raise UserError(
+                f"without the trials' own speakers the cohort has {int(hold.sum())} rows, fewer than the "
+                f"{self.top_n} that AS-norm takes"
+            )
+        self.cohort = self.cohort[hold]
 
     def score(self, enroll: Array, test: Array, left: Array, right: Array) -> Array:
         """Scores of the trials `(enroll[left], test[right])`, rows being embeddings or enrolled models."""
