@@ -16,7 +16,7 @@ from nearfar.core.cli.batch import BatchError
 from nearfar.core.errors import UserError
 from nearfar.core.recipes import read_recipe
 from nearfar.core.training import data_loader
-from nearfar.medical import samples
+from nearfar.medical import refinement, samples, training
 from nearfar.medical.recipe import Recipe
 from nearfar.medical.segmenter import Segmenter
 from nearfar.medical.training import Patches, _Module
@@ -110,9 +110,9 @@ def test_refine_within_a_budget(brain: Path, tmp_path: Path) -> None:
 
 def test_search_sets_the_crf_that_predict_uses(brain: Path, model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     shutil.copytree(model, tmp_path / "model")
-    monkeypatch.setattr(
-        cli.itertools, "product", lambda *values: [tuple(v[0] for v in values), tuple(v[1] for v in values)]
-    )
+    whole = refinement.crf_grid(4.0)
+    assert len(whole) == 48
+    monkeypatch.setattr(training, "crf_grid", lambda unit: [whole[0], whole[-1]])
     run("search", brain, "--model", tmp_path / "model")
     rows = (tmp_path / "model/crf.csv").read_text().splitlines()
     assert len(rows) == 1 + 3

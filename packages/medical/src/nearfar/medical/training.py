@@ -221,7 +221,8 @@ def tune_crf(
 ) -> tuple[list[dict[str, Any]], int]:
     """Set the segmenter's CRF to the best of `refinement.crf_grid` on labelled validation cases, or to none.
 
-    Returns a row of settings and mean Dice for each, the first without a CRF, and the number of cases. Raises UserError without any case.
+    Returns a row of settings and mean Dice for each, the first without a CRF, and the number of cases. Raises
+    UserError without any case.
     """
     items, spacings = crf_items(segmenter, collection, cases, device)
     if not items:
