@@ -36,7 +36,7 @@ def brain(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model(brain: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    run("train", brain, "-o", folder, "--accelerator", "cpu", *(a for s in SMALL for a in ("--set", s)))
+    run("train", brain, "-o", folder, "--device", "cpu", *(a for s in SMALL for a in ("--set", s)))
     return folder
 
 
@@ -170,7 +170,7 @@ def test_one_output_pictures_and_a_second_method(tmp_path: Path) -> None:
         tmp_path / "m",
         "--folds",
         2,
-        "--accelerator",
+        "--device",
         "cpu",
         *(a for s in sets for a in ("--set", s)),
     )

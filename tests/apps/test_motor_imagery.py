@@ -12,7 +12,7 @@ from nearfar.core.cli import root as cli
 
 CHANNELS = ["FC3", "FC4", "C3", "Cz", "C4", "CP3", "CP4", "Pz"]
 RATE = 64.0
-TRAINING = ["--set", "epochs=2", "--set", "batch_size=8", "--window", "0", "2", "--accelerator", "cpu"]
+TRAINING = ["--set", "epochs=2", "--set", "batch_size=8", "--window", "0", "2", "--device", "cpu"]
 
 
 def recording(path, seed=0, channels=CHANNELS, names=("left_hand", "right_hand"), rate=RATE, change=None):

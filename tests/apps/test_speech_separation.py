@@ -243,7 +243,7 @@ def test_mix_train_evaluate_separate(tmp_path, capsys):
     assert len(list(csv.DictReader((tmp_path / "mixtures/manifest.csv").open()))) == 4
     small = "model={num_filters: 16, dim: 12, depth: 1, group_size: 32, query_key_dim: 8}"
     sizes = ["--set", small, "--set", "epochs=2", "--set", "mixtures_per_epoch=8", "--set", "batch_size=4"]
-    assert run("train", root, "-o", tmp_path / "run", *sizes, "--accelerator", "cpu") == 0
+    assert run("train", root, "-o", tmp_path / "run", *sizes, "--device", "cpu") == 0
     model = tmp_path / "run/model"
     capsys.readouterr()
     done = run(
@@ -264,7 +264,7 @@ def test_training_on_mixtures_on_disk(tmp_path, capsys):
         assert run("mix", root, "-o", tmp_path / "set" / name, *made) == 0
     small = "model={num_filters: 16, dim: 12, depth: 1, group_size: 32, query_key_dim: 8}"
     call = ["train", tmp_path / "set", "-o", tmp_path / "run", "--split", "tr", "--validation", "cv", "--set", small]
-    call += ["--set", "epochs=1", "--set", "batch_size=4", "--accelerator", "cpu"]
+    call += ["--set", "epochs=1", "--set", "batch_size=4", "--device", "cpu"]
     assert run(*call) == 0
     assert "dB over the mixture" in capsys.readouterr().out
     assert run(*call, "--set", "num_speakers=3") == 2

@@ -62,14 +62,14 @@ def run(folder, callbacks=(), epochs=8, settings=None, monitor="val_loss", modul
         module,
         data_loader(TensorDataset(x[:48], y[:48]), 16, shuffle=True, seed=5),
         data_loader(TensorDataset(x[48:], y[48:]), 16),
-        max_epochs=epochs,
+        epochs=epochs,
         monitor=monitor,
         mode="min",
         seed=5,
         folder=folder,
         settings=settings or {"epochs": epochs},
         callbacks=callbacks,
-        accelerator="cpu",
+        device="cpu",
     )
     return module, history
 

@@ -38,7 +38,7 @@ def info():
 
 def classifier(info, folder=None, **recipe):
     settings = {"network": "EEGNet", "batch_size": 16, "epochs": 8} | recipe
-    return NetworkClassifier(Recipe(**settings), info, folder, accelerator="cpu")
+    return NetworkClassifier(Recipe(**settings), info, folder, device="cpu")
 
 
 @pytest.mark.parametrize("network", ["AGTCNet", "EEGNet"])

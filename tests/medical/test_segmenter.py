@@ -122,7 +122,7 @@ def test_learns_brain_tissue(brain: Path, tmp_path: Path) -> None:
         foreground=0.3,
     )
     segmenter, summary = train_segmenter(
-        collection, recipe, tmp_path, train_cases=[right], validation_cases=[left], accelerator="cpu"
+        collection, recipe, tmp_path, train_cases=[right], validation_cases=[left], device="cpu"
     )
     (scan, truth), (other, other_truth) = collection.read(left), collection.read(right)
     chance = (scan.image[0] > 0) * np.random.default_rng(0).integers(1, 3, truth.shape)  # tissue drawn at random
@@ -145,7 +145,7 @@ def test_learns_retinal_vessels(shared_data, tmp_path: Path) -> None:
         settings={"features": [8, 8, 16, 16, 32, 8], "norm": ["group", {"num_groups": 4}]},
         roi=(64, 64), resize=(240, 250), batch_size=8, patches_per_epoch=96, epochs=6, learning_rate=1e-2,
     )  # fmt: skip
-    segmenter, _ = train_segmenter(collection, recipe, tmp_path, train_cases=train, accelerator="cpu")
+    segmenter, _ = train_segmenter(collection, recipe, tmp_path, train_cases=train, device="cpu")
     maps = [(frangi(s.image[1], sigmas=(2, 3, 4, 5)), t) for s, t in map(collection.read, (*train[:2], *test))]
     dice = lambda found, truth: 2 * (found & truth).sum() / (found.sum() + truth.sum())  # noqa: E731
     fitted = lambda q: sum(dice(m > np.quantile(m, q), t > 0) for m, t in maps[:-1])  # noqa: E731

@@ -298,7 +298,7 @@ def run(tmp_path, folder, **changes):
     settings = recipe(**changes)
     train_set = DrawnMixtures(split_voices(voices, "train", 0.2), 24, seconds=0.6)
     held_out = DrawnMixtures(split_voices(voices, "test", 0.2), 12, seconds=0.6, fixed=0)
-    return train_separation(settings, train_set, held_out, folder, accelerator="cpu")
+    return train_separation(settings, train_set, held_out, folder, device="cpu")
 
 
 def test_a_short_training_separates_and_is_found_again(tmp_path):

@@ -368,7 +368,7 @@ def test_training_learns_speakers_it_has_not_heard_and_resumes(tmp_path):
         return eer(pair_scores(x, x, left, right), labels).value
 
     before = error_rate()
-    history = train_speaker_model(model, learn, held, recipe, tmp_path / "run", accelerator="cpu")
+    history = train_speaker_model(model, learn, held, recipe, tmp_path / "run", device="cpu")
     after = error_rate()
     assert after < before - 0.15, (before, after)
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
@@ -376,7 +376,7 @@ def test_training_learns_speakers_it_has_not_heard_and_resumes(tmp_path):
     assert history[0]["margin"] == 0.0
     assert history[-1]["margin"] == pytest.approx(0.1)
     again = build_model(recipe)
-    assert train_speaker_model(again, learn, held, recipe, tmp_path / "run", accelerator="cpu") == history
+    assert train_speaker_model(again, learn, held, recipe, tmp_path / "run", device="cpu") == history
     assert model_digest(again) == model_digest(model)
 
 

@@ -115,7 +115,7 @@ recipe = Recipe(size=32, epochs=1, batch_size=2, learning_rate=1e-9, min_learnin
 model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
 torch.nn.init.zeros_(model[2].weight)
 model[2].bias.data = torch.tensor([1.0, 0.0])
-_, history = train_classifier("test_resnet", learn, held, recipe, sys.argv[1], model=model, accelerator="cpu")
+_, history = train_classifier("test_resnet", learn, held, recipe, sys.argv[1], model=model, device="cpu")
 print("accuracy", history[0]["accuracy"])
 """
 

@@ -102,7 +102,7 @@ def train(
     train_data: DataLoader,
     validation_data: DataLoader | list[DataLoader] | None = None,
     *,
-    max_epochs: int,
+    epochs: int,
     monitor: str | None = None,
     mode: str = "max",
     patience: int | None = None,
@@ -113,6 +113,7 @@ def train(
     fresh: bool = False,
     callbacks: Iterable[Callback] = (),
     show_progress: bool = False,
+    device: str = "auto",
     **trainer_options: Any,
 ) -> list[dict[str, float]]:
     """Train `module` and leave it with its best weights; returns one row of metrics per epoch.
@@ -129,7 +130,7 @@ def train(
     there; `fresh` forgets the run that is there and starts anew. Raises DivergedError, at the step, when the loss is not
     finite, and where weights or the monitored metric come out so: what has diverged is never saved.
 
-    `trainer_options` go to Lightning's Trainer: `accelerator`, `devices`, `precision`, `accumulate_grad_batches`,
+    `trainer_options` go to Lightning's Trainer: `devices`, `precision`, `accumulate_grad_batches`,
     `gradient_clip_val`, `strategy` ...
     """
     run = _Run(monitor, mode, seed, None if folder is None else Path(folder), dict(settings or {}))
@@ -141,7 +142,7 @@ def train(
             if fresh:
                 run.forget()
         if not run.open(module):
-            trainer_options |= {"max_epochs": max_epochs, "enable_progress_bar": show_progress}
+            trainer_options |= {"max_epochs": epochs, "enable_progress_bar": show_progress, "accelerator": device}
             _fit(module, train_data, validation_data, run, patience, callbacks, trainer_options)
             run.close(module)
     return run.history

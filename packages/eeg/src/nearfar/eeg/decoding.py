@@ -59,7 +59,7 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
     recipe: how to train.
     info: the trials' `mne.Info`; gives channel names, positions and the sampling rate to networks that use them.
     folder: where the run is kept, so that an interrupted `fit` goes on where it was. Default: nowhere.
-    accelerator: "auto", "cpu", "cuda" or "mps".
+    device: "auto", "cpu", "cuda" or "mps".
     fresh: forget what `folder` holds.
 
     Attributes after `fit`: `network_`, `classes_`, `history_` (per epoch: losses, accuracies, learning rate).
@@ -72,14 +72,14 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
         recipe: Recipe = Recipe(),
         info: mne.Info | None = None,
         folder: str | Path | None = None,
-        accelerator: str = "auto",
+        device: str = "auto",
         show_progress: bool = False,
         fresh: bool = False,
     ) -> None:
         self.recipe = recipe
         self.info = info
         self.folder = folder
-        self.accelerator = accelerator
+        self.device = device
         self.show_progress = show_progress
         self.fresh = fresh
 
@@ -150,7 +150,7 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
             _Training(self.network_, recipe, learning_rate, names),
             loader,
             [data_loader(part, 256) for part in (*validation, *watched)] or None,
-            max_epochs=recipe.epochs,
+            epochs=recipe.epochs,
             monitor="val_accuracy" if validation else None,
             patience=recipe.patience,
             seed=recipe.seed,
@@ -159,7 +159,7 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
             data=data,
             fresh=self.fresh,
             show_progress=self.show_progress,
-            accelerator=self.accelerator,
+            device=self.device,
             devices=1,
         )
         self.network_.cpu().eval()

@@ -161,7 +161,7 @@ def train_language_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     sources: Sequence[str] = (),
-    accelerator: str = "auto",
+    device: str = "auto",
     precision: str = "32-true",
     show_progress: bool = False,
     fresh: bool = False,
@@ -188,7 +188,7 @@ def train_language_model(
         module,
         loaders[0],
         loaders[1],
-        max_epochs=recipe.epochs,
+        epochs=recipe.epochs,
         monitor="validation_loss",
         mode="min",
         seed=recipe.seed,
@@ -196,7 +196,7 @@ def train_language_model(
         settings=dataclasses.asdict(recipe),
         fresh=fresh,
         show_progress=show_progress,
-        accelerator=accelerator,
+        device=device,
         precision=precision,
     )
     model.save_pretrained(folder)

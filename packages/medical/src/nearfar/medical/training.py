@@ -179,7 +179,7 @@ def train_segmenter(
         train(
             _Module(segmenter, steps, collection.ignore),
             loader,
-            max_epochs=recipe.epochs,
+            epochs=recipe.epochs,
             seed=recipe.seed,
             folder=folder / "run",
             settings={**dataclasses.asdict(recipe), "cases": [c.name for c in train_cases]},

@@ -98,7 +98,7 @@ def train_command(
     resolved = read_recipe(Recipe, find_recipe(recipe), settings or ())
     learn, hold, failures = training_pictures(data, resolved.validation, resolved.seed, lambda r: track(r, "checking"))
     classifier, history = train_classifier(
-        model, learn, hold, resolved, output, weights=weights, num_workers=workers, accelerator=device,
+        model, learn, hold, resolved, output, weights=weights, num_workers=workers, device=device,
         show_progress=messages.is_terminal,
     )  # fmt: skip
     best = max(history, key=lambda row: row["accuracy"])

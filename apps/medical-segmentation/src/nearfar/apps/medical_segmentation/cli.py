@@ -116,7 +116,7 @@ def train(
     setting: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, name=value.")] = None,
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation split, by patient.")] = 5,
     fold: Annotated[int, typer.Option(help="The fold that is held out.")] = 0,
-    accelerator: Annotated[str, typer.Option(help="auto, cpu, gpu or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Train a network on the labelled cases of a folder; one fold is held out and scored.
 
@@ -140,7 +140,7 @@ def train(
         train_cases=[c for c in labelled if c.name in split["train"]],
         validation_cases=[c for c in labelled if c.name in split["validation"]],
         show_progress=console.is_terminal,
-        accelerator=accelerator,
+        device=device,
     )
     console.print(table(_short(summary), "held-out cases"))
     console.print(f"model: {output}", soft_wrap=True, highlight=False)

@@ -27,7 +27,7 @@ def chapter(report: Report, folder: Path) -> None:
         learning_rate=5e-3,
         foreground=0.3,
     )
-    segmenter, _ = train_segmenter(collection, recipe, folder / "model", train_cases=[right], accelerator="cpu")
+    segmenter, _ = train_segmenter(collection, recipe, folder / "model", train_cases=[right], device="cpu")
     (scan, truth), (other, other_truth) = collection.read(left), collection.read(right)
     found = segmenter(scan)
     results = {

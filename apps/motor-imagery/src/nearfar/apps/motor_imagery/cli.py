@@ -101,7 +101,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="A training setting: epochs=100, learning_rate=0.001, patience=50, seed=1 ..."),
 ]
-Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -172,7 +172,7 @@ def train(
     published: Published = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
 ) -> None:
     """Train a decoder and write it to a folder that `predict` needs alone.
 
@@ -207,7 +207,7 @@ def train(
             digests=trial_digests(np.concatenate([X, X_test])),
         )
     classifier = NetworkClassifier(
-        training, epochs.info, output / "training", accelerator=accelerator, show_progress=messages.is_terminal
+        training, epochs.info, output / "training", device=device, show_progress=messages.is_terminal
     )
     messages.print(f"training {training.network} on {len(learn)} trials, {len(choose)} choose the epoch ...")
     fit = classifier.fit
@@ -280,7 +280,7 @@ def evaluate(
     published: Published = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
 ) -> None:
     """Compare decoders under one protocol: tables as CSV, pictures, and a report page.
 
@@ -321,7 +321,7 @@ def evaluate(
             models.split(","),
             training,
             seeds=range(training.seed, training.seed + repeats),
-            device=accelerator,
+            device=device,
             wide=wide,
             progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
             **options,

@@ -11,8 +11,8 @@ import typer
 
 from nearfar.apps.speaker_verification import lists, pages
 from nearfar.apps.speaker_verification.common import (
-    Accelerator,
     Cache,
+    Device,
     JsonOutput,
     MixChannels,
     Model,
@@ -76,7 +76,7 @@ def train(
     start: Annotated[Path | None, typer.Option(help="Model folder to start from, for the later stages.")] = None,
     layout: Layout = "auto",
     workers: Annotated[int, typer.Option(help="Processes that read recordings.")] = 0,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
 ) -> None:
     """Train a model and write it with its mean, cohort and calibration.
 
@@ -86,7 +86,7 @@ def train(
     path = RECIPES / f"{recipe}.yaml" if (RECIPES / f"{recipe}.yaml").is_file() else Path(recipe)
     changes = [*([] if backbone is None else [f"backbone={backbone}"]), *(settings or [])]
     chosen = read_recipe(Recipe, path, changes)
-    choose_device(accelerator)
+    choose_device(device)
     seed_epoch(chosen.seed, 0)  # the initial weights follow from the seed too
     model = build_model(chosen) if start is None else SpeakerEncoder.from_pretrained(start)
     utterances = find_utterances(data, layout)
@@ -103,10 +103,10 @@ def train(
         chosen,
         output / "training",
         workers,
-        accelerator=accelerator,
+        device=device,
         show_progress=messages.is_terminal,
     )
-    embed_one = Embedder(model.to(choose_device(accelerator)), output / "training" / "embeddings", mix_channels=True)
+    embed_one = Embedder(model.to(choose_device(device)), output / "training" / "embeddings", mix_channels=True)
     keep = np.random.default_rng(chosen.seed).permutation(len(learn))[:20000]
     seen, lost = embed_all([learn[n] for n in sorted(keep)], embed_one)
     system = SpeakerSystem.build(model, matrix(seen), [str(u.speaker) for u, _ in seen], chosen.seed)
@@ -135,11 +135,11 @@ def embed(
     cache: Cache = None,
     layout: Layout = "auto",
     mix_channels: MixChannels = False,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
 ) -> None:
     """Write the embeddings of recordings, before normalisation. Nothing is gated; the qualities are written too."""
     refuse_folder(output)
-    system = SpeakerSystem.load(model, choose_device(accelerator))
+    system = SpeakerSystem.load(model, choose_device(device))
     utterances = _recordings(paths, layout)
     found, failures = embed_all(utterances, Embedder(system.model, cache, mix_channels=mix_channels))
     if found:
@@ -170,10 +170,10 @@ def enroll(
     min_snr: LeastSNR = GATE.snr,
     max_clipped: MostClipped = GATE.clipped,
     min_bandwidth: LeastBandwidth = GATE.bandwidth,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
 ) -> None:
     """Put a speaker into a gallery: the mean of the normalised embeddings of their recordings."""
-    system = SpeakerSystem.load(model, choose_device(accelerator))
+    system = SpeakerSystem.load(model, choose_device(device))
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)
     embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels)
     found = galleries.Gallery.load(gallery, system.model) if gallery.exists() else galleries.Gallery.new(system.model)
@@ -200,10 +200,10 @@ def verify(
     min_snr: LeastSNR = GATE.snr,
     max_clipped: MostClipped = GATE.clipped,
     min_bandwidth: LeastBandwidth = GATE.bandwidth,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
 ) -> None:
     """Say how strongly two recordings speak for one speaker: a log-likelihood ratio, its interval, a sentence."""
-    system = SpeakerSystem.load(model, choose_device(accelerator))
+    system = SpeakerSystem.load(model, choose_device(device))
     gate = None if no_gate else Gate(min_speech, min_snr, max_clipped, min_bandwidth)
     embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels)
     found = [embed_one(path) for path in (first, second)]
@@ -249,14 +249,14 @@ def identify(
     min_snr: LeastSNR = GATE.snr,
     max_clipped: MostClipped = GATE.clipped,
     min_bandwidth: LeastBandwidth = GATE.bandwidth,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
 ) -> None:
     """Name the speaker in a gallery, or answer "none of these".
 
     The threshold lets a stranger be taken for anyone in the gallery with a chance of at most `--far`, as far as the
     model's calibration trials are like your recordings.
     """
-    system = SpeakerSystem.load(model, choose_device(accelerator))
+    system = SpeakerSystem.load(model, choose_device(device))
     found = galleries.Gallery.load(gallery, system.model)
     limit = system.threshold(far, len(found.names))
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)

@@ -9,8 +9,8 @@ import typer
 
 from nearfar.apps.speaker_verification import pages
 from nearfar.apps.speaker_verification.common import (
-    Accelerator,
     Cache,
+    Device,
     JsonOutput,
     MixChannels,
     Model,
@@ -64,14 +64,14 @@ def score(
     ] = False,
     cache: Cache = None,
     mix_channels: MixChannels = False,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
 ) -> None:
     """Score a trial list: each recording is embedded once, and kept (default: OUTPUT.cache), so it can go on.
 
     Trials whose recordings cannot be read are left out, listed in OUTPUT.failed, and the exit status is 1.
     """
     refuse_folder(output)
-    system = SpeakerSystem.load(model, choose_device(accelerator))
+    system = SpeakerSystem.load(model, choose_device(device))
     if average not in ("embeddings", "scores"):
         raise UserError(f"--average {average}: must be embeddings or scores")
     if llr and (backend or norm or top_n or quality or no_mean):

@@ -81,7 +81,7 @@ def chapter(report: Report, folder: Path) -> None:
 
     model = build_model(RECIPE)
     before = scores()
-    train_speaker_model(model, learn, [], RECIPE, folder / "training", accelerator="cpu")
+    train_speaker_model(model, learn, [], RECIPE, folder / "training", device="cpu")
     after = scores()
     report.section("Speaker verification: is it the same voice?")
     report.text(

@@ -282,7 +282,7 @@ def train(
     start: Annotated[Path | None, typer.Option(help="Fine-tune this model.")] = None,
     layout: Layout = "auto",
     same: Same = None,
-    accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Train a model. From single speakers, mixtures are drawn anew all the time; every speaker's utterances are split
     into training, validation and test by their names. With --validation SOURCE holds mixtures."""
@@ -329,7 +329,7 @@ def train(
         )
     begun = None if start is None else load_model(start)
     _, history = train_separation(
-        plan, train_set, valid_set, output, start=begun, accelerator=accelerator, show_progress=messages.is_terminal
+        plan, train_set, valid_set, output, start=begun, device=device, show_progress=messages.is_terminal
     )
     best = max(history, key=lambda row: row["si_sdri"])
     console.print(

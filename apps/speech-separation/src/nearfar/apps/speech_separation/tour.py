@@ -54,7 +54,7 @@ def chapter(report: Report, folder: Path) -> None:
     )
     drawn = DrawnMixtures(voices, 50, RATE, seconds=1.0, speeds=())
     torch.manual_seed(0)
-    model, _ = train_separation(recipe, drawn, DrawnMixtures(voices, 10, RATE, seconds=2.0, fixed=1), accelerator="cpu")
+    model, _ = train_separation(recipe, drawn, DrawnMixtures(voices, 10, RATE, seconds=2.0, fixed=1), device="cpu")
     length = min(map(len, unheard))
     sources = np.stack([sound[:length] / (np.abs(sound[:length]).mean() + 1e-9) * 0.02 for sound in unheard])
     mix = sources.sum(0)

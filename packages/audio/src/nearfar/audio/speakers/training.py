@@ -308,7 +308,7 @@ def train_speaker_model(
         module,
         loader,
         checked,
-        max_epochs=recipe.epochs,
+        epochs=recipe.epochs,
         monitor="val_eer" if validation else None,
         mode="min",
         seed=recipe.seed,

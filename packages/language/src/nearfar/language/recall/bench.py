@@ -236,7 +236,7 @@ class RecallModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
 
-def run_point(point: Point, folder: Path, accelerator: str = "auto") -> dict[str, Any]:
+def run_point(point: Point, folder: Path, device: str = "auto") -> dict[str, Any]:
     """Train one point in `folder` (an interrupted run goes on) and return its row of results."""
     model = point.build()
     train_data, test_data, names = point.loaders()
@@ -253,12 +253,12 @@ def run_point(point: Point, folder: Path, accelerator: str = "auto") -> dict[str
             module,
             train_data,
             test_data,
-            max_epochs=recipe.epochs,
+            epochs=recipe.epochs,
             seed=point.seed,
             folder=folder,
             settings=point.settings,
             callbacks=[stop],
-            accelerator=accelerator,
+            device=device,
             devices=1,
         )
     except DivergedError as error:  # a rate of the grid that is too high: no right answer, and no end of the sweep
@@ -284,7 +284,7 @@ def run_point(point: Point, folder: Path, accelerator: str = "auto") -> dict[str
 def sweep(
     recipe: Recipe,
     folder: str | Path,
-    accelerator: str = "auto",
+    device: str = "auto",
     only: Callable[[Point], bool] = lambda point: True,
     report: Callable[[Point, dict[str, Any], int, int], None] = lambda *_: None,
 ) -> list[dict[str, Any]]:
@@ -305,7 +305,7 @@ def sweep(
             point.loaders()
     for number, point in enumerate(points, 1):
         if point.key not in done:
-            done[point.key] = run_point(point, folder / "runs" / point.key, accelerator)
+            done[point.key] = run_point(point, folder / "runs" / point.key, device)
             rows.append(done[point.key])
             write_csv(folder / "results.csv", rows)
             shutil.rmtree(folder / "runs" / point.key, ignore_errors=True)

@@ -55,7 +55,7 @@ def compare(
         try:
             budget = within(seconds, name, learn, recipe, output / name, device, workers) if seconds else recipe
             classifier, history = train_classifier(
-                name, learn, chooser, budget, output / name, num_workers=workers, accelerator=device,
+                name, learn, chooser, budget, output / name, num_workers=workers, device=device,
                 model=(models or {}).get(name),
             )  # fmt: skip
         except (UserError, RuntimeError) as error:

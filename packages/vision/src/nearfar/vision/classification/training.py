@@ -287,7 +287,7 @@ def train_classifier(
         module,
         loader,
         held,
-        max_epochs=recipe.epochs + recipe.cooldown_epochs,
+        epochs=recipe.epochs + recipe.cooldown_epochs,
         monitor="accuracy",
         seed=recipe.seed,
         folder=folder,
