@@ -24,7 +24,7 @@ from nearfar.language.training import Recipe, train_language_model
 disable_progress_bar()  # of transformers, which draws one for each file it reads
 
 app = typer.Typer(
-    help="Causal language models with exchangeable mixers. `train TEXT --output FOLDER` makes one, `evaluate` gives bits "
+    help="Causal language models with exchangeable mixers. `train TEXT -o FOLDER` makes one, `evaluate` gives bits "
     "per byte, `generate` writes on, `audit` checks what padding, pieces and saved states do to a model's numbers.\n\n"
     "A MODEL is a folder or a transformers id. A TEXT is a file, a folder, a .jsonl or .parquet table with a column "
     "`text`, or `hub:NAME[:CONFIG[:SPLIT]]`, a datasets corpus that is streamed.",
