@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import typer.main
-from transformers import WavLMConfig, WavLMModel
+from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
 REPOSITORY = Path(__file__).parents[1]
 READMES = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/README.md"), *REPOSITORY.glob("*/*/README.md")]
@@ -19,7 +19,7 @@ READMES = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/README.md"), *REPOSITOR
 SMALLER = {
     '"eegmmidb/S001", preprocessing=Preprocessing.preset("eegmmidb")': '"finger-movements", preprocessing='
     'Preprocessing.preset("finger-movements")',
-    "Recipe(roi=(64, 64, 64))": "Recipe(roi=(16, 16, 16), epochs=1, patches_per_epoch=2, "
+    "Recipe(roi=(64, 64, 64))": "Recipe(roi=(32, 32, 32), epochs=1, patches_per_epoch=2, "
     "settings={'features': [4, 4, 8, 8, 8, 4]})",
     "cases[:30]": "cases[:3]",
     "cases[30:41]": "cases[3:4]",
@@ -66,6 +66,7 @@ def prepare(text, names):
     if "wavlm" in text:
         sizes = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 48}
         WavLMModel(WavLMConfig(**sizes, num_conv_pos_embeddings=16)).save_pretrained("microsoft/wavlm-base-plus")
+        Wav2Vec2FeatureExtractor().save_pretrained("microsoft/wavlm-base-plus")
     if "convnext_tiny" in text:
         from nearfar.vision import ConvNeXt
 
