@@ -6,7 +6,7 @@ are given as names, `mne.Info`, `info["chs"]` (braindecode's `chs_info`) or an M
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import mne
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nearfar.core.errors import UserError
 
-Channels = Sequence[str] | Sequence[Mapping[str, Any]] | mne.Info | mne.channels.DigMontage
+Channels: TypeAlias = Sequence[str] | Sequence[Mapping[str, Any]] | mne.Info | mne.channels.DigMontage
 
 _ROWS = {
     "N": 0,
