@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nearfar.core.cli.console import clean
 from nearfar.core.entry_points import load_entry_point
 from nearfar.core.errors import UserError
 
@@ -55,7 +56,7 @@ def verify(
             except Exception as problem:  # one model that cannot be built must not hide the others
                 error, verdict = f"{type(problem).__name__}: {problem}".split("\n")[0], "FAIL"
         counts[verdict] += 1
-        print(f"{contract.system}  {contract.variant}  {output}  {error}  {verdict}", flush=True)
+        print(clean(f"{contract.system}  {contract.variant}  {output}  {error}  {verdict}"), flush=True)
     print(f"{counts['ok']} ok, {counts['FAIL']} failed, {counts['unknown']} unknown")
     if counts["FAIL"] or counts["unknown"]:
         raise typer.Exit(1)

@@ -30,7 +30,9 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     if contract.variant.startswith("data-"):
         return lambda *_: data(contract)
     if "backbone.ln_f.weight" in shapes:
-        model = MixerForCausalLM.translated(layout, contract.state(), ChainMap(settings, {"tie_embeddings": True}), shapes)
+        model = MixerForCausalLM.translated(
+            layout, contract.state(), ChainMap(settings, {"tie_embeddings": True}), shapes
+        )
         require_model(contract, model.config)
         return Logits(model)
     contract.require(causal=True, rotary=False, bidirectional=False, num_blocks=1)
@@ -124,7 +126,12 @@ def require_mixer(contract: Contract, choice: Mapping[str, Any], shapes: Shapes,
     if kind == "based":
         contract.require_text(feature_map=r"1, x/f\^\(1/4\), vec\(x x\^T\)/\(sqrt\(2\) sqrt\(f\)\)")
     if kind == "hyena":
-        sizes = {"filter_order": "order", "short_filter": "kernel_size", "emb_dim": "features", "num_inner_mlps": "inner"}
+        sizes = {
+            "filter_order": "order",
+            "short_filter": "kernel_size",
+            "emb_dim": "features",
+            "num_inner_mlps": "inner",
+        }
         contract.require(l_max=choice["max_length"], **{theirs: choice[ours] for theirs, ours in sizes.items()})
         contract.require_text(op="hyena( order 2)?")
         contract.document("sine_w")  # where the frequencies start; the state holds what they have become

@@ -41,7 +41,9 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     options: dict[str, Any] = {"rates": rates} if rates else {}
     contract.require(bn_eps=1e-5)
     trunk = _trunk_settings(published_state(rename(state, [(r"^base\.", "")], anywhere=True)))
-    network = rf"ResNet-{2 + 3 * sum(trunk['depths'])}, Caffe/MSRA layout: stride in the first 1x1 .*, ceil-mode max pool"
+    network = (
+        rf"ResNet-{2 + 3 * sum(trunk['depths'])}, Caffe/MSRA layout: stride in the first 1x1 .*, ceil-mode max pool"
+    )
     last = next(name for name in reversed(state) if name.endswith("weight"))
     contract.require(n_blocks=trunk["depths"], in_channels=trunk["in_channels"], n_classes=len(state[last]))
     contract.require_text(backbone=network, msc="pixel-wise max .*align_corners False")

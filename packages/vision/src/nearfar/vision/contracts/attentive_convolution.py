@@ -80,7 +80,11 @@ def sit_contract(contract: Contract, activation: str | None) -> Callable[..., An
     classes = len(state["y_embedder.embedding_table.weight"]) - (dropout > 0)
     given = {"num_heads": settings.get("heads"), "activation": activation}
     given |= {"num_classes": classes, "label_dropout": dropout}
-    mixed = {"atconv": "atconv.*", "attention": "attention", "hybrid": "hybrid|attention in blocks 1,3.*atconv in.* 2,4.*"}
+    mixed = {
+        "atconv": "atconv.*",
+        "attention": "attention",
+        "hybrid": "hybrid|attention in blocks 1,3.*atconv in.* 2,4.*",
+    }
     contract.require_text(token_mixer=mixed[found["mixer"]])
     contract.require(
         latent_size=contract.inputs[0]["shape"][-1],

@@ -56,7 +56,9 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     contract.require(**{name: found[name] for name in found if name not in named.values()})
     contract.require(distillation_head=found["distillation"], image_size=contract.inputs[0]["shape"][-1], ffn_ratio=2)
     if "num_heads" in found:
-        contract.require(heads_last_stage=found["num_heads"], value_dim_per_head=found["dims"][-1] // found["num_heads"])
+        contract.require(
+            heads_last_stage=found["num_heads"], value_dim_per_head=found["dims"][-1] // found["num_heads"]
+        )
     return LSNet.from_published(state, **given).contract_form(contract)
 
 
