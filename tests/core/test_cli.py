@@ -1,6 +1,7 @@
 """The root command: apps, errors, exit statuses, batches, the tour."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import pytest
 import typer
 
 from nearfar.core.cli import console as console_module
+from nearfar.core.cli import doctor as doctoring
 from nearfar.core.cli import root as cli
 from nearfar.core.cli import tour as tours
 from nearfar.core.cli.batch import BatchError, raise_failures, run_batch
@@ -226,3 +228,19 @@ def test_a_signal_ends_a_command_in_order(install, capsys, tmp_path, number, sta
     assert (tmp_path / "tidied").exists()
     assert "interrupted" in capsys.readouterr().err
     assert signal.getsignal(number) == before
+
+
+def test_doctor_tells_of_the_machine_and_its_checks(install, capsys, monkeypatch):
+    install({})
+    monkeypatch.setattr(doctoring, "entry_points", lambda group: [Point("broken", ImportError("no wheels"))])
+    assert cli.run(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert {"python", "torch", "oneDNN"} <= set(found["environment"])
+    assert "cpu" in found["devices"]
+    assert found["memory"]["this process"].endswith("GB")
+    results = {row["check"]: row["result"] for row in found["checks"]}
+    assert results["bfloat16 convolutions on the CPU"].startswith("ok, error ")
+    assert results["broken imports"].startswith("FAIL")
+    monkeypatch.setattr(doctoring, "entry_points", lambda group: [])
+    assert cli.run(["doctor"]) == 0
+    assert "Fourier transforms" in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """Multi-scale guided attention: contracts, counts, the loss, other encoders, three axes, training."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

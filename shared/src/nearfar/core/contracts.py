@@ -24,6 +24,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -254,18 +255,22 @@ def verify(
 ) -> dict[str, float]:
     """Build the contract's model, run it on the contract's inputs and return the relative error per output.
 
-    float32 means float32: on CUDA, TF32, torch's default for convolutions, is off meanwhile.
+    float32 means float32: on CUDA, TF32, torch's default for convolutions, is off meanwhile. bfloat16 and float16 mean
+    autocast, as training and inference use them: weights and inputs stay in float32.
 
     Raises UserError where the builder accounted for less than every setting.
     """
     contract.settings.seen.clear()
     model = build(contract)
+    half = dtype in (torch.bfloat16, torch.float16)
+    lower = torch.autocast(torch.device(device).type, dtype) if half else nullcontext()
+    dtype = torch.float32 if half else dtype
     inputs = [t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in contract.input_tensors()]
     if isinstance(model, nn.Module):
         model = model.to(device, dtype).eval()
     if compiled:
         model = torch.compile(model)
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.no_grad(), lower, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         outputs = model(*inputs)
     if unread := contract.settings.unread:
         raise UserError(

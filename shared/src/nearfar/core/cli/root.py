@@ -19,6 +19,7 @@ import typer
 
 from nearfar.core.cli.batch import BatchError
 from nearfar.core.cli.console import console, messages, say
+from nearfar.core.cli.doctor import doctor
 from nearfar.core.cli.tour import tour
 from nearfar.core.cli.verify import verify
 from nearfar.core.entry_points import load_entry_point
@@ -38,6 +39,7 @@ def root(arguments: Sequence[str]) -> typer.Typer:
     )
     app.callback()(_root_options)
     app.command(rich_help_panel="Checks")(verify)
+    app.command(rich_help_panel="Checks")(doctor)
     app.command(rich_help_panel="Checks")(tour)
     called = next((word for word in arguments if not word.startswith("-")), None)
     for point in sorted(entry_points(group="nearfar.apps"), key=lambda point: point.name):

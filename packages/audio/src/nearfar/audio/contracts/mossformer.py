@@ -29,7 +29,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         block_norm=scale_norm,
         outer_norm=r"GroupNorm\(1\) eps 1e-0?8",
         final_block_norm=r"LayerNorm eps 1e-0?6",
-        recurrent_norm=rf"{channel_norm}|LayerNorm over channels eps 1e-0?5",
+        recurrent_norm=r"channel LayerNorm eps 1e-0?5|LayerNorm over channels eps 1e-0?5",
         unit_norm=layer_norm,
         channel_norm=layer_norm,
         mask_activation="ReLU",

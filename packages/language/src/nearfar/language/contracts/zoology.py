@@ -111,9 +111,8 @@ def require_mixer(contract: Contract, choice: Mapping[str, Any], shapes: Shapes,
     contract.require(d_model=dim, num_heads=heads, heads=heads, head_dim=choice.get("head_dim", dim // heads))
     contract.require_text(op=f".*({WORDS[kind]}).*", mask=r"additive -10000.*")
     contract.require(biases=any(name.endswith("bias") for name in shapes))
-    told = {name: choice[name] for name in ("feature_dim", "d_state", "d_conv", "expand", "dt_rank", "conv_bias", "bias")
-            if name in choice}  # fmt: skip
-    contract.require(**told)
+    same = ("feature_dim", "d_state", "d_conv", "expand", "dt_rank", "conv_bias", "bias")
+    contract.require(**{name: choice[name] for name in same if name in choice})
     if kind == "rwkv4-channel-mix":
         contract.require(hidden=shapes["key.weight"][0])
     if kind == "rwkv4":
