@@ -20,11 +20,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     """The operator, block or model that a contract describes, with the contract's state."""
     settings, variant = contract.settings, contract.variant
     contract.document("dropout", "sample_rate", "layout")
-    scale_norm, layer_norm, channel_norm = (
-        r"ScaleNorm eps 1e-0?5",
-        r"LayerNorm.* eps 1e-0?5",
-        r"channel LayerNorm eps 1e-0?5",
-    )
+    scale_norm, layer_norm = r"ScaleNorm eps 1e-0?5", r"LayerNorm.* eps 1e-0?5"
     contract.require_text(
         block_norm=scale_norm,
         outer_norm=r"GroupNorm\(1\) eps 1e-0?8",
