@@ -12,7 +12,7 @@ import torch
 from nearfar.audio.contracts.mossformer import build_contract
 from nearfar.audio.separation.mossformer import VARIANTS, MossFormer, MossFormer2, create_model, detect, published_state
 from nearfar.core.checkpoints import load_state_dict, save_state_dict
-from nearfar.core.contracts import Contract, relative_errors, shipped
+from nearfar.core.contracts import Contract, shipped
 from nearfar.core.errors import CheckpointError, UserError
 
 CONTRACTS = shipped("mossformer")
@@ -28,14 +28,6 @@ def small(cls=MossFormer, **settings):
         for block in model.blocks:
             block.gamma.mul_(20)
     return model
-
-
-@pytest.mark.parametrize("path", CONTRACTS, ids=lambda path: path.stem.removeprefix("mossformer--"))
-def test_published_numbers(path):
-    contract = Contract.load(path)
-    with torch.no_grad():
-        errors = relative_errors(contract, build_contract(contract)(*contract.input_tensors()))
-    assert max(errors.values()) < 1e-4, errors
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from transformers import (
 from nearfar.audio.contracts.ltdnn import build_contract
 from nearfar.audio.speakers.frontends import KaldiFbank, SelfSupervised
 from nearfar.audio.speakers.ltdnn import ECAPA, LAP, LTDNN, SpeakerEncoder, cut_spans
-from nearfar.core.contracts import Contract, relative_errors, shipped
+from nearfar.core.contracts import Contract, shipped
 from nearfar.core.errors import CheckpointError, UserError
 
 CONTRACTS = shipped("l-tdnn")
@@ -127,15 +127,6 @@ def published_checkpoint(path, head, backbone=None, classes=3):
         names |= {f"module.backbone.{name}": value for name, value in backbone.state_dict().items()}
     torch.save({"model_state": names, "val_threshold": 0.3, "epoch": 2}, path)
     return path
-
-
-@pytest.mark.parametrize("path", CONTRACTS, ids=[path.stem.split("--")[1] for path in CONTRACTS])
-def test_computes_what_the_published_code_computes(path):
-    contract = Contract.load(path)
-    with torch.no_grad():
-        outputs = build_contract(contract)(*contract.input_tensors())
-    for name, error in relative_errors(contract, outputs).items():
-        assert error < 1e-5, (name, error)
 
 
 def contract_of(variant, state, settings, **inputs):

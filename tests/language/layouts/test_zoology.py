@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nearfar.core.contracts import Contract, fill, relative_errors, shipped
+from nearfar.core.contracts import Contract, fill, shipped
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.language.contracts.zoology import build_contract
 from nearfar.language.layouts.zoology import recognize
@@ -15,16 +15,6 @@ from nearfar.language.modeling import MixerForCausalLM
 
 CONTRACTS = shipped("zoology")
 from_published = MixerForCausalLM.from_published
-
-
-@pytest.mark.parametrize("path", CONTRACTS, ids=lambda path: path.stem.removeprefix("zoology--"))
-def test_contract(path):
-    contract = Contract.load(path)
-    with torch.no_grad():
-        errors = relative_errors(contract, build_contract(contract)(*contract.input_tensors()))
-    limit = 0.0 if contract.variant.startswith("data-") else 1e-5
-    assert errors
-    assert max(errors.values()) <= limit, errors
 
 
 def published(name):

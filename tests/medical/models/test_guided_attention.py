@@ -1,24 +1,15 @@
 """Multi-scale guided attention: contracts, counts, the loss, other encoders, three axes, training."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nearfar.core.contracts import Contract, shipped, verify
+from nearfar.core.contracts import Contract, shipped
 from nearfar.core.errors import CheckpointError
-from nearfar.medical.contracts.guided_attention import build_contract
 from nearfar.medical.models.deeplab import ResNet
 from nearfar.medical.models.guided_attention import GuidedAttention, guided_loss, published_state
 
 CONTRACTS = shipped("multi-scale-guided-attention")
-
-
-@pytest.mark.parametrize("path", CONTRACTS, ids=lambda p: p.stem)
-def test_contract(path: Path) -> None:
-    errors = verify(Contract.load(path), build_contract)
-    assert max(errors.values()) < 1e-4, errors
 
 
 def test_parameter_count() -> None:

@@ -1,24 +1,17 @@
 """MACMD: contracts, counts, encoders, the released checkpoint's gap, sizes, gradients."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from nearfar.core.contracts import Contract, shipped, verify
+from nearfar.core.contracts import Contract, shipped
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.medical.contracts.macmd import build_contract
 from nearfar.medical.models.macmd import MACMD, published_state
 
 CONTRACTS = shipped("macmd")
 WHOLE = next(path for path in CONTRACTS if "pvtv2b2" in path.stem)
-
-
-@pytest.mark.parametrize("path", CONTRACTS, ids=lambda p: p.stem)
-def test_contract(path: Path) -> None:
-    errors = verify(Contract.load(path), build_contract)
-    assert max(errors.values()) < 1e-4, errors
 
 
 def test_parameter_counts() -> None:

@@ -12,14 +12,9 @@ from nearfar.core.checkpoints import save_state_dict
 from nearfar.core.errors import CheckpointError
 from nearfar.vision.contracts.afno import build_contract
 from nearfar.vision.forecasting.forecastnet import ForecastNet, forecast_net
-from tests.vision.base import check_contract, close, contracts, described, randomise, shapes_of, without_shape_checks
+from tests.vision.base import close, described, randomise, shapes_of, without_shape_checks
 
 SMALL = {"image_size": (16, 32), "in_channels": 3, "patch_size": 4, "dim": 16, "depth": 2, "num_blocks": 4}
-
-
-@pytest.mark.parametrize("path", contracts("afno"))
-def test_contract(path: Path) -> None:
-    check_contract(path, build_contract)
 
 
 def test_published_counts() -> None:

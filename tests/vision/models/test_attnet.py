@@ -1,6 +1,5 @@
 """AttNet: contracts and the surface."""
 
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -11,7 +10,7 @@ from nearfar.vision.contracts.attentive_convolution import build_contract
 from nearfar.vision.generation.sit import SiT, position_table
 from nearfar.vision.models.attnet import AttBlock, AttNet
 from nearfar.vision.models.pyramid import Backbone
-from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
 
 
 class TestAttNet(BackboneTester):
@@ -24,11 +23,6 @@ class TestAttNet(BackboneTester):
         """The kernel's projection of all positions, where ours projects the nine pooled ones."""
         stages = [(len(stage.blocks), stage.blocks[0].norm_1.weight.numel()) for stage in model.stages]
         return sum(depth * dim**2 * ((size // 2 ** (i + 2)) ** 2 - 9) for i, (depth, dim) in enumerate(stages))
-
-
-@pytest.mark.parametrize("path", contracts("attentive-convolution"))
-def test_contract(path: Path) -> None:
-    check_contract(path, build_contract)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from transformers.models.convnext.modeling_convnext import ConvNextLayer as Tran
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.vision.contracts.convnext import build_contract
 from nearfar.vision.models.convnext import ConvNeXt
-from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
 
 
 class TestConvNeXt(BackboneTester):
@@ -25,11 +25,6 @@ class TestConvNeXt(BackboneTester):
     name = "nearfar_convnext_tiny"
     tiny: ClassVar = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
     least: ClassVar = {"depths": (1, 1), "dims": (8, 16)}
-
-
-@pytest.mark.parametrize("path", contracts("convnext"))
-def test_contract(path: Path) -> None:
-    check_contract(path, build_contract)
 
 
 def official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

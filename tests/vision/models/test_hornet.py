@@ -1,6 +1,5 @@
 """HorNet: contracts, the surface, the GF filters at other sizes, the pyramid neck."""
 
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from nearfar.vision.contracts.hornet import build_contract
 from nearfar.vision.models.hornet import HorBlock, HorFPNConv, HorNet
-from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
 
 
 class TestHorNet(BackboneTester):
@@ -31,11 +30,6 @@ class TestHorNetGF(TestHorNet):
 
     def test_published_variants(self) -> None:
         pytest.skip("one list holds the variants of both forms")
-
-
-@pytest.mark.parametrize("path", contracts("hornet"))
-def test_contract(path: Path) -> None:
-    check_contract(path, build_contract)
 
 
 @torch.no_grad()

@@ -14,9 +14,7 @@ from nearfar.vision.contracts.lsnet import build_contract
 from nearfar.vision.models.lsnet import LSBlock, LSNet
 from tests.vision.base import (
     BackboneTester,
-    check_contract,
     close,
-    contracts,
     described,
     randomise,
     shapes_of,
@@ -47,11 +45,6 @@ def test_distilled_form(tmp_path: Path) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
     model.reset_classifier(7)
     assert model.eval()(x).shape == (2, 7)
-
-
-@pytest.mark.parametrize("path", contracts("lsnet"))
-def test_contract(path: Path) -> None:
-    check_contract(path, build_contract)
 
 
 @torch.no_grad()

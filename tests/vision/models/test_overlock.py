@@ -1,6 +1,5 @@
 """OverLoCK: contracts, the surface, merged kernels, the auxiliary head, the dense form."""
 
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -12,7 +11,7 @@ from nearfar.core.errors import UserError
 from nearfar.vision.contracts.overlock import build_contract
 from nearfar.vision.explain.attention import attention_maps
 from nearfar.vision.models.overlock import OverLoCK
-from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
 
 
 class TestOverLoCK(BackboneTester):
@@ -28,11 +27,6 @@ class TestOverLoCK(BackboneTester):
     }
     counted: ClassVar = {"merged": True}
     least: ClassVar = {"focus_depths": (1, 1), "kernel_sizes": (5, 5, 5, 5)}
-
-
-@pytest.mark.parametrize("path", contracts("overlock"))
-def test_contract(path: Path) -> None:
-    check_contract(path, build_contract)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from nearfar.ops.attention.manhattan import decay_rates
 from nearfar.vision.contracts.rmt import build_contract
 from nearfar.vision.explain.attention import attention_maps
 from nearfar.vision.models.rmt import RMT, RMTBlock
-from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
 
 
 class TestRMT(BackboneTester):
@@ -43,11 +43,6 @@ class TestRMT(BackboneTester):
                 else 2 * side**4 * attn.num_heads * (attn.head_dim + 2 * side)
             )  # fmt: skip
         return -products
-
-
-@pytest.mark.parametrize("path", contracts("rmt"))
-def test_contract(path: Path) -> None:
-    check_contract(path, build_contract)
 
 
 def labelled(**settings: int) -> RMT:

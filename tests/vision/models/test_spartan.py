@@ -1,6 +1,5 @@
 """SpaRTAN: contracts, the surface, the flat published layout."""
 
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from nearfar.core.errors import UserError
 from nearfar.vision.contracts.spartan import build_contract
 from nearfar.vision.models.spartan import SpaRTAN, SpaRTANBlock
-from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
 
 
 class TestSpaRTAN(BackboneTester):
@@ -18,11 +17,6 @@ class TestSpaRTAN(BackboneTester):
     tiny: ClassVar = {"depths": (1, 1, 2, 1), "dims": (8, 16, 16, 24), "expand_ratios": (2, 2, 2, 2)}
     least: ClassVar = {"depths": (1, 1), "dims": (8, 16), "expand_ratios": (2, 2)}
     macs_tolerance = 0.03
-
-
-@pytest.mark.parametrize("path", contracts("spartan"))
-def test_contract(path: Path) -> None:
-    check_contract(path, build_contract)
 
 
 @torch.no_grad()

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
-from rich.markup import escape
 
 from nearfar.apps.motor_imagery import pages
 from nearfar.core.cli.batch import raise_failures, run_batch
-from nearfar.core.cli.console import console, messages, progress, table
+from nearfar.core.cli.console import console, messages, progress, say, table
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.recipes import read_recipe
@@ -506,7 +505,7 @@ def _trials(recordings: list[Recording], classes: str | None, *, skip_bad: bool,
     failures: list[tuple[Recording, UserError]] | None = [] if skip_bad else None
     epochs = load_trials(recordings, failures=failures, **options)
     for _, error in failures or ():
-        messages.print(f"[yellow]left out:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        say("left out:", str(error), "yellow")
     if classes is not None:
         if unknown := [name for name in classes.split(",") if name not in epochs.event_id]:
             raise UserError(f"--classes: no trials of {', '.join(unknown)}; there are {', '.join(epochs.event_id)}")
