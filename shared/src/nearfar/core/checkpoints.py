@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nearfar.core.errors import CheckpointError
 from nearfar.core.files import atomic_path
+from nearfar.core.finite import check_weights
 
 T = TypeVar("T")
 
@@ -100,7 +101,8 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, ignore: It
     `ignore`: regular expressions (matched from the start of the name) of keys that may be missing in `state` or
     superfluous in it, such as tables that the model computes. BatchNorm's `num_batches_tracked` may always be absent.
 
-    Raises CheckpointError that lists every missing, unexpected and misshapen key; the model is then unchanged.
+    Raises CheckpointError that lists every missing, unexpected and misshapen key, DivergedError for numbers that are
+    not finite; the model is then unchanged.
     """
     patterns = [re.compile(pattern) for pattern in (*ignore, r".*\bnum_batches_tracked$")]
     ignored = lambda name: any(pattern.match(name) for pattern in patterns)  # noqa: E731
@@ -117,11 +119,17 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, ignore: It
             f"the checkpoint does not fit {type(model).__name__}, {len(problems)} of its tensors differ:\n  "
             + "\n  ".join(problems)
         )
-    model.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+    taken = {name: value for name, value in state.items() if name in own}
+    check_weights(taken, type(model).__name__)
+    model.load_state_dict(taken, strict=False)
 
 
 def save_state_dict(model: nn.Module, path: str | Path) -> Path:
-    """Write the model's parameters and buffers to `path` as safetensors, atomically."""
+    """Write the model's parameters and buffers to `path` as safetensors, atomically.
+
+    Raises DivergedError, and writes nothing, where they are not finite.
+    """
+    check_weights(model.state_dict(), path)
     with atomic_path(path) as temporary:
         state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
         safetensors.torch.save_file(state, temporary)

@@ -16,6 +16,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,8 +33,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
-from nearfar.core.errors import UserError
-from nearfar.core.files import atomic_path, write_csv, write_json
+from nearfar.core.errors import DivergedError, UserError
+from nearfar.core.files import atomic_path, locked, sweep, write_csv, write_json
+from nearfar.core.finite import check_weights
 from nearfar.core.recipes import _Loader
 
 _Loader.add_implicit_resolver(
@@ -118,18 +120,35 @@ def train(
 
     With `folder`, the run can be interrupted and called again with the same arguments to go on. The folder holds
     `run.json` (settings, versions, git revision), `metrics.csv`, `last.ckpt` (for resuming) and `best.safetensors`.
-    A finished run is not trained again. Raises UserError if the folder holds a run with other `settings`.
+    A finished run is not trained again. Raises UserError if the folder holds a run with other `settings`, or another
+    process trains there; DivergedError, at the step, when the loss is not finite, and where weights or the monitored
+    metric come out so: what has diverged is never saved.
 
     `trainer_options` go to Lightning's Trainer: `accelerator`, `devices`, `precision`, `accumulate_grad_batches`,
     `gradient_clip_val`, `strategy` ...
     """
     run = _Run(monitor, mode, seed, None if folder is None else Path(folder), dict(settings or {}))
-    if run.open(module):
-        return run.history
+    with nullcontext() if folder is None else locked(folder, "trains"):
+        if not run.open(module):
+            trainer_options |= {"max_epochs": max_epochs, "enable_progress_bar": show_progress}
+            _fit(module, train_data, validation_data, run, patience, callbacks, trainer_options)
+            run.close(module)
+    return run.history
+
+
+def _fit(
+    module: pl.LightningModule,
+    train_data: DataLoader,
+    validation_data: DataLoader | list[DataLoader] | None,
+    run: "_Run",
+    patience: int | None,
+    callbacks: Iterable[Callback],
+    trainer_options: dict[str, Any],
+) -> None:
     extra: list[Callback] = [run, *callbacks]
-    if patience is not None and monitor is not None:
-        extra.append(EarlyStopping(monitor, patience=patience, mode=mode, check_finite=False))
-    if show_progress:
+    if patience is not None and run.monitor is not None:
+        extra.append(EarlyStopping(run.monitor, patience=patience, mode=run.mode, check_finite=False))
+    if trainer_options["enable_progress_bar"]:
         extra.append(RichProgressBar(leave=False))
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
@@ -139,28 +158,24 @@ def train(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             # Lightning resets the generators' states at no point of its own, so the first epoch's are set before it
-            seed_epoch(seed, 0)
+            seed_epoch(run.seed, 0)
             trainer = pl.Trainer(
-                max_epochs=max_epochs,
                 callbacks=extra,
                 logger=False,
                 enable_checkpointing=False,
                 enable_model_summary=False,
-                enable_progress_bar=show_progress,
                 num_sanity_val_steps=0,
                 **trainer_options,
             )
             trainer.fit(module, train_data, validation_data, ckpt_path=run.resume_from, weights_only=True)
     except SystemExit:
         # Lightning turns Ctrl-C into an exit
-        if run.interrupted:
-            raise KeyboardInterrupt from None
+        if run.interruption is not None:
+            raise run.interruption from None
         raise
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
-    run.close(module)
-    return run.history
 
 
 class _Run(Callback):
@@ -175,13 +190,15 @@ class _Run(Callback):
         self.history: list[dict[str, float]] = []
         self.best: float | None = None
         self.best_state: dict[str, Tensor] | None = None  # only where there is no folder
-        self.interrupted = False
+        self.interruption: KeyboardInterrupt | None = None
+        self.loss: tuple[int, int, Tensor] | None = None  # epoch and batch of the last loss, whether it is finite
         self.started = time.monotonic()
 
     def open(self, module: pl.LightningModule) -> bool:
         """Look at what the folder holds. True: a finished run, its history and weights are loaded."""
         if self.folder is None:
             return False
+        sweep(self.folder)
         record = {"settings": self.settings, "seed": self.seed, "environment": environment(), "finished": False}
         if not (path := self.folder / "run.json").exists():
             write_json(path, record)
@@ -207,9 +224,11 @@ class _Run(Callback):
 
     def close(self, module: pl.LightningModule) -> None:
         if self.folder is not None:
-            if self.best is None:
+            if self.monitor is None:
                 save_state_dict(module, self.folder / "best.safetensors")
             load_state_dict(module, read_state_dict(self.folder / "best.safetensors"))
+            if not (self.folder / "run.json").exists():
+                raise UserError(f"{self.folder}: was removed while the training ran; run it again")
             record = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
             write_json(self.folder / "run.json", {**record, "finished": True, "history": self.history})
         elif self.best_state is not None:
@@ -226,17 +245,43 @@ class _Run(Callback):
         seed_epoch(self.seed, trainer.current_epoch)
         self.started = time.monotonic()
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self.check_loss()
+        # looked at before the next step only, so that an accelerator is not made to wait for each step
+        batch = trainer.fit_loop.epoch_loop.batch_idx
+        self.loss = trainer.current_epoch, batch, torch.isfinite(loss.detach()).all()
+
+    def check_loss(self) -> None:
+        if self.loss is not None and not bool(self.loss[2]):
+            epoch, batch, _ = self.loss
+            raise DivergedError(
+                f"training diverged: the loss of epoch {epoch + 1}, batch {batch + 1} is not finite; nothing of this "
+                "epoch is kept. Lower the learning rate, clip gradients or look for bad values in the data"
+            )
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check_loss()
+        check_weights(pl_module.state_dict(), f"training diverged in epoch {trainer.current_epoch + 1}")
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check_loss()
+        check_weights(pl_module.state_dict(), f"training diverged in epoch {trainer.current_epoch + 1}")
         row = {"epoch": float(trainer.current_epoch)}
         row |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         row["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         row["seconds"] = round(time.monotonic() - self.started, 3)
+        for name, value in row.items():
+            if (name == self.monitor or "loss" in name) and not math.isfinite(value):
+                raise DivergedError(
+                    f"training diverged: {name} of epoch {trainer.current_epoch + 1} is {value}; "
+                    "lower the learning rate or clip gradients"
+                )
         self.history.append(row)
         if self.monitor is not None:
             if self.monitor not in row:
                 raise ValueError(f"the module logs no {self.monitor!r}; it logs {', '.join(row)}")
             value = row[self.monitor] if self.mode == "max" else -row[self.monitor]
-            if not math.isnan(value) and (self.best is None or value > self.best):
+            if self.best is None or value > self.best:
                 self.best = value
                 if self.folder is not None:
                     save_state_dict(pl_module, self.folder / "best.safetensors")
@@ -246,7 +291,7 @@ class _Run(Callback):
             write_csv(self.folder / "metrics.csv", self.history)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.interrupted = isinstance(exception, KeyboardInterrupt)
+        self.interruption = exception if isinstance(exception, KeyboardInterrupt) else None
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history, "best": self.best}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from nearfar.core.errors import UserError
+from nearfar.core.finite import check_finite
 from nearfar.core.training import data_loader, train
 from nearfar.eeg.decoder import predict_logits
 from nearfar.eeg.models.baselines import network
@@ -154,6 +155,7 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
             devices=1,
         )
         self.network_.cpu().eval()
+        check_finite(predict_logits(self.network_, X[: recipe.batch_size]), "training diverged: the trained scores")
         return self
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from nearfar.core.cli.console import console, messages, table, track
 from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import write_csv, write_json
+from nearfar.core.finite import is_finite
 from nearfar.core.plots import new_figure
 from nearfar.core.report import Report
 from nearfar.vision.classification.classifier import LINEAR, Classifier, card_of, evaluate_scores, small_forms
@@ -141,6 +142,8 @@ def evaluate(
     result = {"model": trained.name, "pixels": trained.size, "crop": trained.crop_pct}
     result |= evaluate_scores(torch.cat((scores, wrong)), [*pictures.labels, *lost])
     result["unreadable"] = missed
+    odd = [name for name, row in zip(pictures.names, scores, strict=True) if not is_finite(row)]
+    failures += [f"{name}: the model's scores are not finite" for name in odd]
     if output is not None:
         write_json(output / "scores.json", result)
         Report(f"{trained.name} on {Path(data).name}").table([result]).figure(
@@ -174,8 +177,12 @@ def predict(
     pictures, failures = found.readable(lambda r: track(r, "reading"))
     rows: list[dict[str, Any]] = []
     if len(pictures):
-        best = trained.scores(pictures, device=device).topk(min(top, len(trained.classes)), dim=1)
+        scores = trained.scores(pictures, device=device)
+        best = scores.topk(min(top, len(trained.classes)), dim=1)
         for name, values, indices in zip(pictures.names, best.values.tolist(), best.indices.tolist(), strict=True):
+            if not is_finite(values):
+                failures.append(f"{name}: the model's scores are not finite, so no class is named")
+                continue
             for rank, (value, index) in enumerate(zip(values, indices, strict=True), start=1):
                 label = trained.classes[index]
                 row = {"file": name, "rank": rank, "class": label, "probability": value}
@@ -237,7 +244,9 @@ def confusion(scores: torch.Tensor, labels: list[int], names: list[str]) -> Figu
     """Shares of predicted classes for every true class."""
     classes = len(names)
     counts = torch.zeros(classes, classes)
-    counts.index_put_((torch.tensor(labels), scores.argmax(1)), torch.tensor(1.0), accumulate=True)
+    answered = torch.isfinite(scores).all(1)
+    given = (torch.tensor(labels)[answered], scores[answered].argmax(1))
+    counts.index_put_(given, torch.tensor(1.0), accumulate=True)
     figure = new_figure(5, 5)
     axes = figure.subplots()
     axes.imshow(counts / counts.sum(1, keepdim=True).clamp(min=1), cmap="Blues", vmin=0, vmax=1)

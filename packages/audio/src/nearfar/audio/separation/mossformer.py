@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, unwrap
 from nearfar.core.errors import CheckpointError, UserError
+from nearfar.core.finite import check_weights
 from nearfar.ops.attention.joint import GatedAttentionBlock
 from nearfar.ops.attention.rotary import rotary_table
 from nearfar.ops.common.sequence_norms import TimeNorm
@@ -235,6 +236,10 @@ class MossFormer(nn.Module, PyTorchModelHubMixin):
         model = found(**{**kwargs, **settings}, sample_rate=sample_rate, masking=masking)
         load_state_dict(model, state)
         return model.eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        check_weights(self.state_dict(), save_directory)
+        super()._save_pretrained(save_directory)
 
 
 class MossFormer2(MossFormer):

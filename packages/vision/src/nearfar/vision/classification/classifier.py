@@ -115,7 +115,7 @@ class Classifier:
 
     @torch.inference_mode()
     def scores(self, pictures: Pictures, batch_size: int = 64, device: str = "cpu", num_workers: int = 0) -> Tensor:
-        """Class probabilities, (pictures, classes)."""
+        """Class probabilities, (pictures, classes); a row of NaN where the model gives no finite scores."""
         data = pictures.subset(range(len(pictures)), evaluation_transform(self.size, self.crop_pct, self.crop_mode))
         model = self.model.to(device).eval()
         batches = DataLoader(data, batch_size, num_workers=num_workers)
@@ -178,11 +178,16 @@ class Classifier:
 
 
 def evaluate_scores(scores: Tensor, labels: Sequence[int], seed: int = 0) -> dict[str, float]:
-    """Accuracy, its 95 % bootstrap interval, top-5 of more than five classes, the mean of the classes' accuracies."""
+    """Accuracy, its 95 % bootstrap interval, top-5 of more than five classes, the mean of the classes' accuracies.
+
+    A row of `scores` that is not finite is a wrong answer.
+    """
     truth = torch.as_tensor(labels)
     order = scores.argsort(dim=1, descending=True)
-    first = (order[:, 0] == truth).double().numpy()
-    top5 = {"top5": float((order[:, :5] == truth[:, None]).any(1).double().mean())} if scores.shape[1] > 5 else {}
+    answered = torch.isfinite(scores).all(1)
+    first = ((order[:, 0] == truth) & answered).double().numpy()
+    among = (order[:, :5] == truth[:, None]).any(1) & answered
+    top5 = {"top5": float(among.double().mean())} if scores.shape[1] > 5 else {}
     drawn = np.random.default_rng(seed).integers(len(first), size=(2000, len(first)))
     low, high = np.quantile(first[drawn].mean(1), (0.025, 0.975))
     per_class = [first[(truth == c).numpy()].mean() for c in sorted(set(labels))]

@@ -29,6 +29,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict
 from nearfar.core.errors import UserError
+from nearfar.core.finite import check_finite
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.vision.classification.classifier import Classifier, create_model, evaluation_transform, identify
 from nearfar.vision.data.images import Pictures
@@ -203,7 +204,8 @@ class ClassifierModule(pl.LightningModule):
         first = index * self.trainer.val_dataloaders.batch_size
         place = (first + torch.arange(len(x), device=x.device)) * self.trainer.world_size + self.global_rank
         real = place < self.validation_pictures  # later places repeat pictures so that every process has as many
-        right = (self.kept(x).argmax(1) == target) & real
+        scores = check_finite(self.kept(x), "training diverged: the scores of the validation pictures")
+        right = (scores.argmax(1) == target) & real
         self.counts.append(torch.stack((right.sum(), real.sum())))
 
     def on_validation_epoch_end(self) -> None:

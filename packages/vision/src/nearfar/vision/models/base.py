@@ -152,6 +152,7 @@ class PictureModel(nn.Module):
         `from_pretrained` reads it back, and so does `timm.create_model("local-dir:FOLDER", pretrained=True)`.
         Save before `fuse`: the fused form has other tensors.
         """
+        check_weights(self.state_dict(), folder)
         if hasattr(self, "pretrained_cfg"):
             timm.models.save_for_hf(self, str(folder), model_args=self.created_with, safe_serialization=True)
         else:
