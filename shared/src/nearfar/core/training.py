@@ -237,6 +237,7 @@ class _Run(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # saved here and not at the end of an epoch, because Lightning steps the schedulers after that hook
         if self.folder is not None and trainer.current_epoch > 0:
+            check_weights(pl_module.state_dict(), f"training diverged before epoch {trainer.current_epoch + 1}")
             with atomic_path(self.folder / "last.ckpt") as temporary:
                 trainer.save_checkpoint(temporary)
         # a resumed epoch is a whole one: without this Lightning takes up the counters of the epoch before and skips the

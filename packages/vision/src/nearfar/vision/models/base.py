@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nearfar.core.checkpoints import Rule, fit_shapes, load_state_dict, read, rename, save_state_dict
 from nearfar.core.errors import CheckpointError
+from nearfar.core.finite import check_weights
 from nearfar.ops.common.fused import FusedConv2d, FusedLinear
 from nearfar.vision.models.fusing import fuse_sequence
 from nearfar.vision.models.registry import MODELS, VARIANTS, plain
