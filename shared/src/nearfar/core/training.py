@@ -34,6 +34,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import DivergedError, UserError
+from nearfar.core.fingerprint import data_digest, source_digest
 from nearfar.core.files import atomic_path, locked, sweep, write_csv, write_json
 from nearfar.core.finite import check_weights
 from nearfar.core.recipes import _Loader
@@ -108,6 +109,8 @@ def train(
     seed: int = 0,
     folder: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    data: Mapping[str, str] | None = None,
+    fresh: bool = False,
     callbacks: Iterable[Callback] = (),
     show_progress: bool = False,
     **trainer_options: Any,
@@ -120,8 +123,10 @@ def train(
 
     With `folder`, the run can be interrupted and called again with the same arguments to go on. The folder holds
     `run.json` (settings, versions, git revision), `metrics.csv`, `last.ckpt` (for resuming) and `best.safetensors`.
-    A finished run is not trained again. Raises UserError if the folder holds a run with other `settings`, or another
-    process trains there; DivergedError, at the step, when the loss is not finite, and where weights or the monitored
+    A finished run is not trained again. What a run is made from stands in `run.json`: `settings` and seed, digests of
+    the content of training and validation data (see `data_digest`) and of what else `data` names, such as starting
+    weights, and a digest of the code. Raises UserError that names what differs from that, or if another process trains
+    there; `fresh` forgets the run that is there and starts anew. Raises DivergedError, at the step, when the loss is not finite, and where weights or the monitored
     metric come out so: what has diverged is never saved.
 
     `trainer_options` go to Lightning's Trainer: `accelerator`, `devices`, `precision`, `accumulate_grad_batches`,
@@ -129,6 +134,12 @@ def train(
     """
     run = _Run(monitor, mode, seed, None if folder is None else Path(folder), dict(settings or {}))
     with nullcontext() if folder is None else locked(folder, "trains"):
+        if folder is not None:
+            run.made_from = {"data": _content(train_data), "validation data": _content(validation_data)}
+            run.made_from |= data or {}
+            run.made_from["code"] = source_digest(*{type(part) for part in module.modules()})
+            if fresh:
+                run.forget()
         if not run.open(module):
             trainer_options |= {"max_epochs": max_epochs, "enable_progress_bar": show_progress}
             _fit(module, train_data, validation_data, run, patience, callbacks, trainer_options)
@@ -178,6 +189,12 @@ def _fit(
             logger.setLevel(level)
 
 
+def _content(loaders: DataLoader | list[DataLoader] | None) -> str:
+    """A digest of the content of the loaders' data."""
+    several = loaders if isinstance(loaders, list) else [] if loaders is None else [loaders]
+    return data_digest([loader.dataset for loader in several])
+
+
 class _Run(Callback):
     """Seeds each epoch, keeps the history and the best weights, and saves what a resumed run needs."""
 
@@ -187,6 +204,7 @@ class _Run(Callback):
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
         self.monitor, self.mode, self.seed, self.folder, self.settings = monitor, mode, seed, folder, settings
+        self.made_from: dict[str, str] = {}
         self.history: list[dict[str, float]] = []
         self.best: float | None = None
         self.best_state: dict[str, Tensor] | None = None  # only where there is no folder
@@ -199,23 +217,39 @@ class _Run(Callback):
         if self.folder is None:
             return False
         sweep(self.folder)
-        record = {"settings": self.settings, "seed": self.seed, "environment": environment(), "finished": False}
+        record = {"settings": self.settings, "seed": self.seed, "made_from": self.made_from}
+        record |= {"environment": environment(), "finished": False}
         if not (path := self.folder / "run.json").exists():
             write_json(path, record)
             return False
-        found = json.loads(path.read_text(encoding="utf-8"))
-        ours = json.loads(json.dumps(self.settings, default=str))  # as they come back: tuples are lists
-        if found["settings"] != ours or found["seed"] != self.seed:
-            different = [k for k in {*ours, *found["settings"]} if ours.get(k) != found["settings"].get(k)] or ["seed"]
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            theirs, made_from = found["settings"] | {"seed": found["seed"]}, found.get("made_from", {})
+            finished, history = found["finished"], found.get("history", [])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{self.folder}: holds a run with other settings ({', '.join(sorted(different))}); "
-                "give the same settings to go on, or another folder"
+                f"{path}: is no record of a run ({type(error).__name__}: {error}); start anew with --fresh"
+            ) from error
+        ours = json.loads(json.dumps(self.settings, default=str)) | {"seed": self.seed}  # tuples come back as lists
+        settings = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
+        different = [f"settings ({', '.join(settings)})"] if settings else []
+        different += [k for k in {**self.made_from, **made_from} if self.made_from.get(k) != made_from.get(k)]
+        if different:
+            raise UserError(
+                f"{self.folder}: holds a run with other {', '.join(different)}; "
+                "give the same to go on, name another folder, or start anew with --fresh"
             )
-        if found["finished"]:
-            self.history = [{k: float(v) for k, v in row.items()} for row in found["history"]]
+        if finished:
+            self.history = [{k: float(v) for k, v in row.items()} for row in history]
             load_state_dict(module, read_state_dict(self.folder / "best.safetensors"))
             return True
         return False
+
+    def forget(self) -> None:
+        """Remove the run that the folder holds."""
+        assert self.folder is not None
+        for name in ("run.json", "last.ckpt", "best.safetensors", "metrics.csv"):
+            (self.folder / name).unlink(missing_ok=True)
 
     @property
     def resume_from(self) -> Path | None:

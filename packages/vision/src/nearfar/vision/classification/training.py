@@ -29,6 +29,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict
 from nearfar.core.errors import UserError
+from nearfar.core.fingerprint import content_digest
 from nearfar.core.finite import check_finite
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.vision.classification.classifier import Classifier, create_model, evaluation_transform, identify
@@ -292,10 +293,10 @@ def train_classifier(
         folder=folder,
         settings={
             "model": name,
-            "weights": None if weights is None else str(weights),
             "classes": pictures.classes,
             **asdict(recipe),
         },
+        data={} if weights is None else {"starting weights": content_digest(Path(weights))},
         show_progress=show_progress,
         accumulate_grad_batches=recipe.accumulate,
         use_distributed_sampler=False,
