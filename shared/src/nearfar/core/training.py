@@ -34,8 +34,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import DivergedError, UserError
-from nearfar.core.fingerprint import data_digest, source_digest
 from nearfar.core.files import atomic_path, locked, sweep, write_csv, write_json
+from nearfar.core.fingerprint import data_digest, source_digest
 from nearfar.core.finite import check_weights
 from nearfar.core.recipes import _Loader
 
@@ -126,8 +126,8 @@ def train(
     A finished run is not trained again. What a run is made from stands in `run.json`: `settings` and seed, digests of
     the content of training and validation data (see `data_digest`) and of what else `data` names, such as starting
     weights, and a digest of the code. Raises UserError that names what differs from that, or if another process trains
-    there; `fresh` forgets the run that is there and starts anew. Raises DivergedError, at the step, when the loss is not finite, and where weights or the monitored
-    metric come out so: what has diverged is never saved.
+    there; `fresh` forgets the run that is there and starts anew. What has diverged is never saved: DivergedError,
+    at the step, when the loss is not finite, and where weights or the monitored metric are not.
 
     `trainer_options` go to Lightning's Trainer: `accelerator`, `devices`, `precision`, `accumulate_grad_batches`,
     `gradient_clip_val`, `strategy` ...

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, messages, table, track
+from nearfar.core.cli.options import Fresh
 from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import write_csv, write_json
@@ -89,6 +90,7 @@ def train_command(
     weights: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     device: Device = "cpu",
     workers: Workers = 0,
+    fresh: Fresh = False,
     as_json: Machine = False,
 ) -> None:
     """Train a classifier and write it, its metrics and its settings to a folder."""
@@ -99,7 +101,7 @@ def train_command(
     learn, hold, failures = training_pictures(data, resolved.validation, resolved.seed, lambda r: track(r, "checking"))
     classifier, history = train_classifier(
         model, learn, hold, resolved, output, weights=weights, num_workers=workers, accelerator=device,
-        show_progress=messages.is_terminal,
+        show_progress=messages.is_terminal, fresh=fresh,
     )  # fmt: skip
     best = max(history, key=lambda row: row["accuracy"])
     row = {"model": model, "classes": len(classifier.classes), "pictures": len(learn)}

@@ -11,6 +11,7 @@ import typer
 from transformers.utils.logging import disable_progress_bar
 
 from nearfar.core.cli.console import console, messages, table
+from nearfar.core.cli.options import Fresh
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv
 from nearfar.core.recipes import read_recipe
@@ -50,6 +51,7 @@ def train(
     max_tokens: MaxTokens = None,
     accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = "32-true",
+    fresh: Fresh = False,
     as_json: JsonOutput = False,
 ) -> None:
     """Train a model on text, bytes by default; the last part of the text is held out and chooses the best epoch."""
@@ -57,7 +59,7 @@ def train(
     tokenizer = texts.load_tokenizer(chosen.tokenizer)
     tokens = texts.read_tokens(sources, tokenizer, max_tokens)
     model, history = train_language_model(
-        chosen, tokens, tokenizer, out, sources, accelerator, precision, show_progress=messages.is_terminal
+        chosen, tokens, tokenizer, out, sources, accelerator, precision, show_progress=messages.is_terminal, fresh=fresh
     )
     write_csv(out / "metrics.csv", history)
     result = {
