@@ -46,7 +46,7 @@ def oracle(layer: ManhattanAttention, x: torch.Tensor) -> torch.Tensor:
         elif layer.decomposed:
             rest = lambda a, axis: a[:axis] + a[axis + 1 :]  # noqa: E731
             passes = [
-                weights(layer, sample, lambda a, b, axis=axis: rest(a, axis) == rest(b, axis))
+                weights(layer, sample, lambda a, b, axis=axis, rest=rest: rest(a, axis) == rest(b, axis))
                 for axis in range(len(size))
             ]
         else:

@@ -13,7 +13,10 @@ from torch import nn
 
 from nearfar.core.errors import UserError
 from nearfar.language import mixers
+from nearfar.language.blocks import PlainLayerNorm
 from nearfar.language.cards import Mixer
+from nearfar.ops.aggregation.depth_attention import DepthAttention
+from nearfar.ops.attention.gated import ScalarNorm, SequenceBatchNorm
 
 
 def gather(table: str) -> dict[str, Mixer]:
@@ -32,7 +35,17 @@ MIXERS = gather("MIXERS")
 STATE_MIXERS = gather("STATE_MIXERS")
 """Name in a config -> what follows the sequence mixer at each position ("none": nothing, not even the residual)."""
 
-NORMS: dict[str, Callable[..., nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "layernorm": nn.LayerNorm,
+    "plain-layernorm": PlainLayerNorm,
+    "rmsnorm": nn.RMSNorm,
+    "scalenorm": ScalarNorm,
+    "batchnorm": SequenceBatchNorm,
+    "none": lambda dim, eps: nn.Identity(),
+}
+
+RESIDUALS = {"plain": Mixer(nn.Identity), "attention": Mixer(DepthAttention)}
+"""Name in a config -> what makes a sub-layer's input of what came before it."""
 
 Named = str | dict[str, Any]
 

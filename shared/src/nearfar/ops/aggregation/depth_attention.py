@@ -1,6 +1,6 @@
 """Attention residuals: each sub-layer's input is a learnt mixture over depth of what came before it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,8 @@ class DepthAttention(nn.Module):
         dim: channels d. eps: of the norm.
         num_heads, query, sigmoid, norm: see above. max_sources: of "scalar".
     """
+
+    no_weight_decay = ("query",)
 
     def __init__(
         self,
@@ -178,7 +180,7 @@ class DepthResiduals:
     def __init__(
         self,
         embedding: Tensor,
-        attends: Sequence[DepthAttention],
+        attends: Iterable[nn.Module],
         block_size: int = 1,
         two_phase: bool = True,
         window: int | None = None,
@@ -187,8 +189,8 @@ class DepthResiduals:
             raise ValueError(f"block_size={block_size} must be 1 or an even number of sub-layers")
         if window is not None and window < 1:
             raise ValueError(f"window={window} must be at least 1, or None for all sources")
-        self.attends, self.block_size, self.window = attends, block_size, window
-        self.two_phase = two_phase and block_size > 1 and window is None and all(a.plain for a in attends)
+        self.attends, self.block_size, self.window = list(attends), block_size, window
+        self.two_phase = two_phase and block_size > 1 and window is None and all(a.plain for a in self.attends)
         self.blocks: list[Tensor] = []
         self.scales: list[Tensor] = []
         self.partial: Tensor | None = embedding

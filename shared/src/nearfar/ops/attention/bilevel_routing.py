@@ -19,7 +19,7 @@ MASKED_RATIO = 4
 
 
 class BiLevelRoutingAttention(nn.Module):
-    """y = Wo(softmax(q K_I^T / sqrt(C)) V_I + DW_k(v)), K_I and V_I the keys and values of the regions I that q's region keeps.
+    """y = Wo(softmax(q K_I^T / sqrt(C)) V_I + DW_k(v)) over the regions I that the region of q keeps.
 
     The grid is cut into p regions along each axis. Q_r, K_r are the means of q and k over region r, all heads together
     and without gradient; region r keeps the `topk` regions s with the largest Q_r . K_s. Heads attend apart, but scale

@@ -316,6 +316,9 @@ class MegaLayer(StreamingMixer):
         feature_dropout: drop whole channels instead of numbers.
     """
 
+    residual_included = True
+    no_weight_decay = ("gamma", "beta")
+
     def __init__(
         self,
         dim: int,
@@ -400,6 +403,8 @@ class MemoryAttention(StreamingMixer):
     associative recall. Inferred: no code of it was released and its abstract does not say what is left out.
     """
 
+    residual_included = True
+
     def __init__(
         self,
         dim: int,
@@ -446,6 +451,8 @@ class NormedFeedForward(nn.Module):
     Args:
         dim: channels. hidden: width between the maps; None: 2 dim. norm: of `NORMS`.
     """
+
+    residual_included = True
 
     def __init__(
         self,

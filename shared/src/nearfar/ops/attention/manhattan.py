@@ -1,4 +1,4 @@
-"""Manhattan attention: attention whose logits fall with the distance between positions, at a pace of each head's own."""
+"""Manhattan attention: logits that fall with the distance between positions, at a pace of each head's own."""
 
 import math
 
@@ -18,8 +18,8 @@ class ManhattanAttention(nn.Module):
     g_h = ln(1 - 2^(-initial - range h / heads)) < 0 for head h = 0 ... heads - 1. R turns the channel pairs
     (2c, 2c + 1) of a head by t 10000^(-c / (d / 2 - 1)), t the row-major index of the position in the whole grid (so
     the turn between vertical neighbours depends on the width). DW_k is a depthwise convolution of the values.
-    Fan et al., RMT (2024, arXiv 2309.11523), section 3.2. The paper multiplies the softmax by exp(g_h |.|); its code, as
-    this one, adds the logarithm before it. The paper does not count R in.
+    Fan et al., RMT (2024, arXiv 2309.11523), section 3.2. The paper multiplies the softmax by exp(g_h |.|); its code,
+    as this one, adds the logarithm before it. The paper does not count R in.
 
     `decomposed`: the axes one after another, the last first, each with all other coordinates held, the same q and k,
     and its own part of the bias: y = Wo(A_1 ... A_dims v + DW_k(v)). `causal` (dims=1) attends to the past alone.

@@ -21,6 +21,14 @@ State = tuple[Tensor, ...]
 class StreamingMixer(nn.Module):
     """A causal operator on sequences: `forward` (parallel), `extend` (streaming) and `state_size`."""
 
+    residual_included = False
+    """Whether the output is the whole layer's, norm and residual included, not the branch of a residual."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether `extend` works: not with settings that need the whole sequence."""
+        return all(part.streams for part in self.modules() if part is not self and isinstance(part, StreamingMixer))
+
     def forward(self, x: Tensor) -> Tensor:
         """The whole sequence at once, from an empty state."""
         raise NotImplementedError

@@ -204,6 +204,10 @@ class TCNMixer(StreamingMixer):
         """Positions that reach an output: on one side, or on both together where `direction` is "symmetric"."""
         return self.stack.receptive_field
 
+    @property
+    def streams(self) -> bool:
+        return self.direction == "causal"
+
     def reset_parameters(self) -> None:
         """omega ~ N(0, 1); the stacks reset themselves."""
         nn.init.normal_(self.omega)

@@ -36,6 +36,8 @@ class DampedEMA(StreamingMixer):
         form: of `forward`.
     """
 
+    no_weight_decay = ("delta", "alpha", "beta", "gamma")
+
     def __init__(
         self,
         dim: int,
@@ -63,6 +65,10 @@ class DampedEMA(StreamingMixer):
         self.omega = nn.Parameter(torch.empty(dim))
         self.kept = Derived()
         self.reset_parameters()
+
+    @property
+    def streams(self) -> bool:
+        return not self.bidirectional
 
     def reset_parameters(self) -> None:
         """delta, alpha ~ N(0, 0.2), beta = +1, -1, +1, ... over j plus N(0, 0.02), gamma, omega ~ N(0, 1)."""

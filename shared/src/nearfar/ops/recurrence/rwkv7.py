@@ -35,6 +35,8 @@ class RWKV7TimeMix(StreamingMixer):
         chunk: positions that are worked on at once, a power of two.
     """
 
+    no_weight_decay = ("mix", "r_k")
+
     def __init__(
         self,
         dim: int,

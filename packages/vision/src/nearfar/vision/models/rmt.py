@@ -84,7 +84,7 @@ class RMT(Backbone):
         num_classes: classes; 0 for pooled features.
         aux_dim: width of the token-labelling head, which sees every position of the last map: its channels, as in the
             released code, or `projection`, behind the head's convolution, which is what the parameter count of one
-            published log suggests; 0 for none. Training then returns (logits, logits of every position, (B, N, classes)),
+            published log suggests; 0 for none. Training then returns (logits, those of every position (B, N, classes)),
             eval the logits plus half the largest over the positions.
         feature_norms: each pyramid level through its own norm (eps 1e-5), as dense-prediction checkpoints have it.
         drop_path_rate, drop_rate, global_pool: as in `ConvNeXt`.
