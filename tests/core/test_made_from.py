@@ -21,14 +21,14 @@ def made(tmp_path):
 
 
 def test_the_same_is_done(made):
-    source, target, make = made
+    _, target, make = made
     assert make().done()
     target.unlink()
     assert not make().done()
 
 
 def test_other_input_model_or_options_are_done_again(made):
-    source, target, make = made
+    source, _, make = made
     assert not make("n").done()
     assert not make(overlap=0.25).done()
     source.write_text("another")

@@ -287,5 +287,5 @@ def test_a_run_answers_only_for_what_it_was_made_from(tmp_path, monkeypatch):
 def test_damaged_record_of_a_run_is_one_line(tmp_path):
     for content in ("{", "[]", "{}"):
         (tmp_path / "run.json").write_text(content)
-        with pytest.raises(UserError, match="is no record of a run .*--fresh"):
+        with pytest.raises(UserError, match=r"is no record of a run .*--fresh"):
             run(tmp_path, epochs=1)

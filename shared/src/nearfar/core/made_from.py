@@ -9,6 +9,7 @@ from typing import Any
 from nearfar.core.errors import UserError
 from nearfar.core.files import file_digest, write_json
 from nearfar.core.fingerprint import content_digest, data_digest
+from nearfar.core.model_folder import KINDS
 
 
 class MadeFrom:
@@ -63,5 +64,7 @@ def model_digest(path: str | Path) -> str:
         return file_digest(path)
     if not path.is_dir():
         return str(path)
+    if named := [path / name for name in KINDS.values() if (path / name).is_file()]:
+        return data_digest([content_digest(description) for description in named])  # they hold the files' digests
     parts = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in (".safetensors", ".json", ".npz", ".bin"))
     return data_digest([(part.name, content_digest(part)) for part in parts])

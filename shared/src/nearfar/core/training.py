@@ -9,16 +9,13 @@ import json
 import logging
 import math
 import os
-import platform
 import random
 import re
-import subprocess
 import time
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
+from nearfar.core.environment import environment
 from nearfar.core.errors import DivergedError, UserError
 from nearfar.core.files import atomic_path, locked, sweep, write_csv, write_json
 from nearfar.core.fingerprint import data_digest, source_digest
@@ -333,25 +331,3 @@ class _Run(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.best = list(state_dict["history"]), state_dict["best"]
-
-
-def environment() -> dict[str, str]:
-    """Versions of what a result depends on, for the record: python, torch, nearfar, the machine, the git revision."""
-    try:
-        revision = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        revision = "unknown"
-    return {
-        "nearfar": version("nearfar-core"),
-        "revision": revision,
-        "torch": torch.__version__,
-        "lightning": pl.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-    }

@@ -18,6 +18,7 @@ from nearfar.core.cli.options import Fresh
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.made_from import MadeFrom, model_digest
+from nearfar.core.model_folder import TrainedOn
 from nearfar.core.recipes import read_recipe
 from nearfar.eeg import metrics, plots
 from nearfar.eeg.annotations import Events, event_classes, event_counts
@@ -250,6 +251,7 @@ def train(
             "history": classifier.history_,
         },
         scores,
+        TrainedOn.of(digest.hex() for digest in trial_digests(X)),
     )
     decoder.save(output)
     pages.decoder_page(decoder).write(output / "report.html")

@@ -34,7 +34,9 @@ from nearfar.core.cli.options import Fresh
 from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
+from nearfar.core.fingerprint import content_digest
 from nearfar.core.made_from import model_digest
+from nearfar.core.model_folder import TrainedOn
 from nearfar.core.recipes import read_recipe
 from nearfar.core.training import seed_epoch
 
@@ -124,6 +126,7 @@ def train(
             system.calibrate(matrix(unseen), [str(u.speaker) for u, _ in unseen], seed=chosen.seed)
         except ValueError as error:
             messages.print(f"not calibrated: {error}. `calibrate` can do it with other trials.")
+    system.trained_on = TrainedOn.of((content_digest(u.path) for u in good), (u.speaker for u in good))
     system.save(output, trained_on={"data": str(data), "speakers": len({u.speaker for u in learn})})
     pages.training_page(system, history, chosen).write(output / "report.html")
     if held and history:

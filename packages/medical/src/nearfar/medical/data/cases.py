@@ -10,6 +10,7 @@ import numpy as np
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_json
+from nearfar.core.fingerprint import content_digest, data_digest
 from nearfar.medical.data.scans import Scan, read_labels, read_scan
 
 
@@ -119,6 +120,11 @@ def make_splits(
     if path is not None:
         write_json(path, splits)
     return splits
+
+
+def case_digest(case: Case) -> str:
+    """A digest of the content of the case's images."""
+    return data_digest([content_digest(path) for path in case.images])
 
 
 def check_split(cases: Sequence[Case], train: Iterable[str], validation: Iterable[str]) -> None:

@@ -31,6 +31,7 @@ from nearfar.core.checkpoints import load_state_dict, read_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.fingerprint import content_digest
 from nearfar.core.finite import check_finite
+from nearfar.core.model_folder import TrainedOn
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.vision.classification.classifier import Classifier, create_model, evaluation_transform, identify
 from nearfar.vision.data.images import Pictures
@@ -306,6 +307,7 @@ def train_classifier(
         module.kept.eval().cpu(), name, pictures.classes, recipe.size, recipe.crop_pct, recipe.crop_mode
     )
     if folder is not None:
+        classifier.trained_on = TrainedOn.of([*pictures.digests(), *validation.digests()])
         classifier.save(folder)
     return classifier, history
 
