@@ -73,7 +73,7 @@ def test_bad_descriptions_are_one_line(tmp_path, content, message):
 
 def test_another_kind_is_named(tmp_path):
     save(tmp_path)
-    with pytest.raises(UserError, match=r"is no decoder folder, it lacks decoder\.json; it is one of a segmenter"):
+    with pytest.raises(UserError, match=r"holds no trained decoder, it lacks decoder\.json; it is one of a segmenter"):
         read(tmp_path, "decoder")
     with pytest.raises(UserError, match=r"it lacks model\.json"):
         read(tmp_path / "nothing", KIND)

@@ -123,7 +123,7 @@ def describe(folder: str | Path, kind: str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         what = next((other for other, name in KINDS.items() if (folder / name).is_file()), None)
         other = f"; it is one of a {what}" if what else "; name one that training wrote"
-        raise UserError(f"{folder}: is no {kind} folder, it lacks {path.name}{other}") from None
+        raise UserError(f"{folder}: holds no trained {kind}, it lacks {path.name}{other}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the folder again") from error
     if later:

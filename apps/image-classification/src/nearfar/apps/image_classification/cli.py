@@ -144,6 +144,9 @@ def evaluate(
     result = {"model": trained.name, "pixels": trained.size, "crop": trained.crop_pct}
     result |= evaluate_scores(torch.cat((scores, wrong)), [*pictures.labels, *lost])
     result["unreadable"] = missed
+    seen = trained.trained_on.seen(every.digests())
+    if any(seen):
+        result["marked"] = f"{sum(seen)} of {len(seen)} pictures seen in training"
     odd = [name for name, row in zip(pictures.names, scores, strict=True) if not is_finite(row)]
     failures += [f"{name}: the model's scores are not finite" for name in odd]
     if output is not None:

@@ -14,13 +14,14 @@ from nearfar.core.cli.console import console, messages, table
 from nearfar.core.cli.options import Fresh
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv
+from nearfar.core.model_folder import mark_seen
 from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
 from nearfar.language import evaluation, texts
 from nearfar.language.audit import audit as audit_model
 from nearfar.language.cache import MixerCache
 from nearfar.language.modeling import MixerForCausalLM
-from nearfar.language.training import Recipe, train_language_model
+from nearfar.language.training import Recipe, text_marks, train_language_model
 
 disable_progress_bar()  # of transformers, which draws one for each file it reads
 
@@ -103,6 +104,8 @@ def evaluate(
     if sources:
         tokens = texts.read_tokens(sources, tokenizer, max_tokens)
         result |= evaluation.score(lm, tokens, tokenizer, piece, carry)
+        if mark := mark_seen(model, text_marks(tokens)):
+            result["pieces of this text"] = mark
         if ngram:
             counted = texts.read_bytes(ngram)
             scored = texts.read_bytes(sources, texts.token_bytes(tokens, tokenizer))

@@ -365,6 +365,7 @@ def best_results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": len(scores),
                 "learning_rate": rate,
                 "rates": len(rates),
+                "marked": "rate chosen on the test examples" if len(rates) > 1 else "",
                 "state_size": chosen[0]["state_size"],
                 "parameters": chosen[0]["parameters"],
                 "epochs": max(row["epochs"] for row in chosen),

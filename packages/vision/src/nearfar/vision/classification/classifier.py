@@ -19,6 +19,7 @@ from nearfar.core.checkpoints import identify as identify_one
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.model_folder import TrainedOn, read, trained_on, writing
+from nearfar.core.statistics import bootstrap_interval
 from nearfar.vision.data.images import Pictures
 from nearfar.vision.models.pyramid import Backbone
 from nearfar.vision.models.registry import MODELS, VARIANTS
@@ -185,7 +186,7 @@ class Classifier:
 def evaluate_scores(scores: Tensor, labels: Sequence[int], seed: int = 0) -> dict[str, float]:
     """Accuracy, its 95 % bootstrap interval, top-5 of more than five classes, the mean of the classes' accuracies.
 
-    A row of `scores` that is not finite is a wrong answer.
+    A row of `scores` that is not finite is a wrong answer. The interval is NaN for fewer than six pictures.
     """
     truth = torch.as_tensor(labels)
     order = scores.argsort(dim=1, descending=True)
@@ -193,14 +194,13 @@ def evaluate_scores(scores: Tensor, labels: Sequence[int], seed: int = 0) -> dic
     first = ((order[:, 0] == truth) & answered).double().numpy()
     among = (order[:, :5] == truth[:, None]).any(1) & answered
     top5 = {"top5": float(among.double().mean())} if scores.shape[1] > 5 else {}
-    drawn = np.random.default_rng(seed).integers(len(first), size=(2000, len(first)))
-    low, high = np.quantile(first[drawn].mean(1), (0.025, 0.975))
+    low, high = bootstrap_interval(first, resamples=2000, seed=seed)
     per_class = [first[(truth == c).numpy()].mean() for c in sorted(set(labels))]
     return {
         "pictures": len(first),
         "accuracy": float(first.mean()),
-        "low": float(low),
-        "high": float(high),
+        "low": low,
+        "high": high,
         **top5,
         "balanced": float(np.mean(per_class)),
     }

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from nearfar.core.errors import UserError, some
 from nearfar.core.fingerprint import content_digest, data_digest
+from nearfar.core.leakage import keep_twins_together
 
 
 class MissingSplit(UserError):
@@ -346,7 +347,10 @@ def split_pictures(pictures: Pictures, share: float, seed: int) -> tuple[list[in
         members = generator.permutation(np.flatnonzero(labels == label))
         number = min(max(1, round(share * len(members))), len(members) - 1)
         held += members[:number].tolist()
-    chosen = set(held)
+    chosen = keep_twins_together(held, pictures.digests())  # copies of a picture stay on one side
+    for label in set(pictures.labels) - {pictures.labels[i] for i in range(len(labels)) if i not in chosen}:
+        if sum(pictures.labels[i] == label for i in chosen) > 1:
+            raise UserError(f"{pictures.classes[label]}: its pictures are all the same, so none is left to learn from")
     return [i for i in range(len(labels)) if i not in chosen], sorted(held)
 
 
