@@ -23,7 +23,7 @@ from typing import Any
 
 from nearfar.core.environment import environment
 from nearfar.core.errors import UserError
-from nearfar.core.files import file_digest, settle, sweep, temporary_folder, write_json
+from nearfar.core.files import file_digest, locked, settle, sweep, temporary_folder, write_json
 
 KINDS = {
     "classifier": "classifier.json",
@@ -82,7 +82,7 @@ def writing(
     """
     folder = Path(folder)
     sweep(folder)
-    with temporary_folder(folder, "model") as place:
+    with locked(folder, "writes a model"), temporary_folder(folder, "model") as place:
         files = place / "files"
         files.mkdir()
         yield files

@@ -32,7 +32,7 @@ from torch.utils.data.distributed import DistributedSampler
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.environment import environment
 from nearfar.core.errors import DivergedError, UserError
-from nearfar.core.files import atomic_path, locked, sweep, write_csv, write_json
+from nearfar.core.files import atomic_path, locked, process_rank, sweep, write_csv, write_json
 from nearfar.core.fingerprint import data_digest, source_digest
 from nearfar.core.finite import check_weights
 from nearfar.core.recipes import _Loader
@@ -136,7 +136,7 @@ def train(
             run.made_from = {"data": _content(train_data), "validation data": _content(validation_data)}
             run.made_from |= data or {}
             run.made_from["code"] = source_digest(*{type(part) for part in module.modules()})
-            if fresh:
+            if fresh and not process_rank():
                 run.forget()
         if not run.open(module):
             trainer_options |= {"max_epochs": max_epochs, "enable_progress_bar": show_progress}
@@ -218,6 +218,8 @@ class _Run(Callback):
         record = {"settings": self.settings, "seed": self.seed, "made_from": self.made_from}
         record |= {"environment": environment(), "finished": False}
         if not (path := self.folder / "run.json").exists():
+            if not process_rank():
+                self.forget()  # a state without its record: nothing tells what it was made from
             write_json(path, record)
             return False
         try:

@@ -216,6 +216,7 @@ def compare(
     ] = None,
     device: Device = "cpu",
     workers: Workers = 0,
+    fresh: Fresh = False,
     as_json: Machine = False,
 ) -> None:
     """Train several models on your pictures under one budget: accuracy, throughput, memory, a plot."""
@@ -229,7 +230,7 @@ def compare(
     refused: list[str] = []
     rows = run_comparison(
         names, learn, hold, resolved, output, device=device, workers=workers, seconds=seconds, refused=refused,
-        track=track,
+        fresh=fresh, track=track,
     )  # fmt: skip
     show(rows, as_json)
     console.print(f"Page: {output / 'page.html'}", soft_wrap=True) if not as_json else None

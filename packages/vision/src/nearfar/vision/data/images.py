@@ -89,6 +89,7 @@ class Pictures(Dataset):
     ) -> None:
         self.names, self.labels, self.classes = list(names), list(labels), list(classes)
         self.read, self.transform = read, transform
+        self.known: list[str] | None = None  # digests, once they are made
 
     def __len__(self) -> int:
         return len(self.names)
@@ -100,17 +101,21 @@ class Pictures(Dataset):
     def subset(self, indices: Sequence[int], transform: Callable[[Image.Image], Any] | None = None) -> "Pictures":
         """The pictures at `indices`, with their own transform."""
         chosen = list(indices)
-        return Pictures(
+        part = Pictures(
             [self.names[i] for i in chosen],
             [self.labels[i] for i in chosen],
             self.classes,
             partial(_read_chosen, self.read, chosen),
             transform or self.transform,
         )
+        part.known = None if self.known is None else [self.known[i] for i in chosen]
+        return part
 
     def digests(self) -> list[str]:
         """A digest of the content of each picture's file."""
-        return [_content_digest(self.read, index) for index in range(len(self))]
+        if self.known is None:
+            self.known = [_content_digest(self.read, index) for index in range(len(self))]
+        return self.known
 
     def content_digest(self) -> str:
         """A digest of all pictures and their labels, wherever they lie."""
@@ -359,7 +364,7 @@ def training_pictures(
 ) -> tuple[Pictures, Pictures, list[str]]:
     """Pictures to learn from, pictures to choose the epoch by, and a line for each that cannot be read.
 
-    The latter are the validation split of `data`, or its test split where it has no other, or else a `share` of all.
+    The latter are the validation split of `data`, or else a `share` of those to learn from. A test split is left alone.
     """
     try:
         learn = open_pictures(data, "train")
@@ -367,7 +372,7 @@ def training_pictures(
     except MissingSplit:
         learn, whole = open_pictures(data), True
     hold = None
-    for name in () if whole else ("val", "validation", "valid", "test"):
+    for name in () if whole else ("val", "validation", "valid"):
         try:
             hold = open_pictures(data, name)
             break
