@@ -388,7 +388,7 @@ def predict(
 
     def read_out(recording: Recording) -> dict[str, Any] | None:
         target = targets[recording.path, recording.session]
-        made = MadeFrom(target, [recording.path], of_model, **options, session=recording.session)
+        made = MadeFrom(target, _files_of(recording.path), of_model, **options, session=recording.session)
         if made.done():
             return None
         line: dict[str, Any] = {"file": str(recording.path)}
@@ -423,6 +423,13 @@ def predict(
         console.print(f"{skipped} recordings had their tables already")
     console.print(f"tables: {output}", soft_wrap=True)
     raise_failures(failures, len(found))
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A recording's files: some formats keep signals, markers and events beside the one that is named."""
+    start = path.stem.removesuffix("_eeg")
+    beside = {p for p in path.parent.iterdir() if p.is_file() and p.name.startswith(start)}
+    return sorted({path, *(p for p in beside if "_predictions" not in p.name)})
 
 
 @app.command()

@@ -112,9 +112,9 @@ class Pictures(Dataset):
         return part
 
     def digests(self) -> list[str]:
-        """A digest of the content of each picture's file."""
+        """A digest of the content of each picture's file; of one from no file, of its name and what it shows."""
         if self.known is None:
-            self.known = [_content_digest(self.read, index) for index in range(len(self))]
+            self.known = [_content_digest(self.read, index, self.names[index]) for index in range(len(self))]
         return self.known
 
     def content_digest(self) -> str:
@@ -133,10 +133,10 @@ class Pictures(Dataset):
         return self.subset(good), failures
 
 
-def _content_digest(read: Callable[[int], Image.Image], index: int) -> str:
+def _content_digest(read: Callable[[int], Image.Image], index: int, name: str) -> str:
     kind, given = getattr(read, "func", None), getattr(read, "args", ())
     if kind is _read_chosen:
-        return _content_digest(given[0], given[1][index])
+        return _content_digest(given[0], given[1][index], name)
     if kind is _read_file:
         return content_digest(given[0][index])
     if kind is _read_member:
@@ -149,7 +149,7 @@ def _content_digest(read: Callable[[int], Image.Image], index: int) -> str:
     elif kind is _read_row and (entry := given[0][index][given[1]])["bytes"]:
         content = entry["bytes"]
     else:
-        content = read(index).tobytes()
+        content = name.encode() + read(index).tobytes()
     return hashlib.sha256(content).hexdigest()
 
 
