@@ -1,11 +1,9 @@
 """Model folders, of one form in all domains.
 
-Beside the weights and what else a model needs, a folder holds
-
-- a description, a JSON file whose name tells the kind of model (`KINDS`): kind, version of the format, a SHA-256 digest
-  of each file, the environment that wrote it, and what the model's own package has to say about it;
-- `trained_on.json`: hashes of the items and groups (patients, speakers, subjects) that it was trained on, so that a
-  score on them can be told as such.
+Beside the weights and what else a model needs, a folder holds a description, a JSON file whose name tells the kind of
+model (`KINDS`): kind, version of the format, a SHA-256 digest of each file, the environment that wrote it, hashes of
+the items and groups (patients, speakers, subjects) that it was trained on, so that a score on them can be told as such,
+and what the model's own package has to say about it.
 
 All files appear together: they are written to a folder `.next` beside them, which is complete when it gets that name,
 and are then moved into place, the description last. A kill in between is made good by the next reader or writer.
@@ -35,7 +33,7 @@ KINDS = {
 }
 """Each kind of model and its description's name."""
 
-SEEN, NEXT = "trained_on.json", ".next"
+NEXT = ".next"
 FORMAT = 1
 
 
@@ -76,7 +74,7 @@ def writing(
 
     Args:
         kind: of model, one of `KINDS`.
-        about: what `read` gives back beside kind, format, files and environment.
+        about: what `read` gives back beside what all descriptions hold.
         trained_on: what it has seen.
         keep: files that are in `folder` already and stay the model's.
     """
@@ -87,10 +85,11 @@ def writing(
         files.mkdir()
         yield files
         seen = {"items": sorted(trained_on.items), "groups": sorted(trained_on.groups)}
-        write_json(files / SEEN, seen)
         paths = [*sorted(files.iterdir()), *(folder / name for name in keep)]
         description = {"kind": kind, "format": FORMAT, "files": {path.name: file_digest(path) for path in paths}}
-        write_json(files / KINDS[kind], description | {"environment": environment()} | dict(about))
+        write_json(
+            files / KINDS[kind], description | {"environment": environment()} | dict(about) | {"trained_on": seen}
+        )
         settle(files)
         _finish(folder)
         os.replace(files, folder / NEXT)
@@ -135,13 +134,15 @@ def describe(folder: str | Path, kind: str) -> dict[str, Any]:
 
 def trained_on(folder: str | Path) -> TrainedOn:
     """What the model in `folder` has seen; nothing where that was not recorded."""
-    try:
-        found = json.loads((Path(folder) / SEEN).read_text(encoding="utf-8"))
-        return TrainedOn(frozenset(found["items"]), frozenset(found["groups"]))
-    except FileNotFoundError:
-        return TrainedOn()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{Path(folder) / SEEN}: damaged ({error}); copy the folder again") from error
+    for path in (Path(folder) / name for name in KINDS.values()):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("trained_on", {"items": (), "groups": ()})
+            return TrainedOn(frozenset(found["items"]), frozenset(found["groups"]))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: damaged ({error}); copy the folder again") from error
+    return TrainedOn()
 
 
 def _finish(folder: Path) -> None:
