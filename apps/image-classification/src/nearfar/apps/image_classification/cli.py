@@ -18,7 +18,7 @@ from nearfar.core.finite import is_finite
 from nearfar.core.plots import new_figure
 from nearfar.core.report import Report
 from nearfar.vision.classification.classifier import LINEAR, Classifier, card_of, evaluate_scores, small_forms
-from nearfar.vision.data.images import Pictures, is_picture, open_pictures, read_picture
+from nearfar.vision.data.images import Pictures, is_picture, open_pictures, read_picture, training_pictures
 from nearfar.vision.models.registry import MODELS, VARIANTS
 
 app = typer.Typer(
