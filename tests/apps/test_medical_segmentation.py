@@ -228,7 +228,7 @@ def test_a_batch_goes_on_past_bad_scans(brain: Path, model: Path, tmp_path: Path
     assert not (tmp_path / "out/cut.nii.gz").exists()
     with pytest.raises(UserError, match="--memory"):
         run("predict", folder, "--model", model, "-o", tmp_path / "out", "--memory", "much")
-    with pytest.raises(UserError, match="no trained model"):
+    with pytest.raises(UserError, match="no trained segmenter"):
         run("predict", folder, "--model", tmp_path, "-o", tmp_path / "out")
 
 

@@ -93,7 +93,7 @@ def test_interrupted_training_resumes_to_the_same_weights(info, tmp_path, monkey
     resumed = classifier(info, tmp_path / "cut", network=network).fit(X, y, X_val, y_val)
     for name, value in whole.network_.state_dict().items():
         assert torch.equal(value, resumed.network_.state_dict()[name]), name
-    with pytest.raises(UserError, match=r"other settings \(data\)"):
+    with pytest.raises(UserError, match="other data, validation data"):
         classifier(info, tmp_path / "cut", network=network).fit(X_val, y_val, X, y)
 
 
@@ -153,7 +153,7 @@ def test_other_trials_are_refused(decoder):
 
 def test_damaged_folders_are_named(decoder, tmp_path):
     folder = decoder.save(tmp_path / "decoder")
-    with pytest.raises(UserError, match=r"is no decoder folder, it lacks decoder\.json"):
+    with pytest.raises(UserError, match=r"holds no trained decoder, it lacks decoder\.json"):
         Decoder.load(tmp_path)
     description = json.loads((folder / "decoder.json").read_text())
     (folder / "decoder.json").write_text(json.dumps({**description, "network": "Unknown"}))

@@ -230,5 +230,5 @@ def test_bad_settings() -> None:
         create_network("resnet", 2, 1, 2, {})
     with pytest.raises(UserError, match="takes 2 axes, roi has 3"):
         create_network("macmd", 2, 1, 3, {})
-    with pytest.raises(UserError, match="no trained model"):
+    with pytest.raises(UserError, match="no trained segmenter"):
         Segmenter.load("/nonexistent")

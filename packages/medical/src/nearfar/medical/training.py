@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 from nearfar.core.errors import UserError
 from nearfar.core.files import locked, temporary_folder, write_json
 from nearfar.core.finite import check_finite
+from nearfar.core.model_folder import TrainedOn
 from nearfar.core.training import data_loader, train, warmup_cosine
-from nearfar.medical.data.cases import Case, Collection, check_split
+from nearfar.medical.data.cases import Case, Collection, case_digest, check_split
 from nearfar.medical.inference import _predict
 from nearfar.medical.losses import SegmentationLoss
 from nearfar.medical.metrics import score_case, summarize
@@ -191,6 +192,7 @@ def train_segmenter(
         with torch.inference_mode():
             first, _ = patches[0]
             check_finite(_predict(segmenter.network, first[None], ()), "training diverged: the trained scores")
+        segmenter.trained_on = TrainedOn.of(map(case_digest, train_cases), (c.group or c.name for c in train_cases))
         segmenter.save(folder)
     summary = score_cases(segmenter, collection, validation_cases)
     write_json(folder / "validation.json", summary)

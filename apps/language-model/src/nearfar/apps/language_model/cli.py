@@ -11,15 +11,17 @@ import typer
 from transformers.utils.logging import disable_progress_bar
 
 from nearfar.core.cli.console import console, messages, table
+from nearfar.core.cli.options import Fresh
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv
+from nearfar.core.model_folder import mark_seen
 from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
 from nearfar.language import evaluation, texts
 from nearfar.language.audit import audit as audit_model
 from nearfar.language.cache import MixerCache
 from nearfar.language.modeling import MixerForCausalLM
-from nearfar.language.training import Recipe, train_language_model
+from nearfar.language.training import Recipe, text_marks, train_language_model
 
 disable_progress_bar()  # of transformers, which draws one for each file it reads
 
@@ -52,6 +54,7 @@ def train(
     max_tokens: MaxTokens = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = "32-true",
+    fresh: Fresh = False,
     as_json: JsonOutput = False,
 ) -> None:
     """Train a model on text, bytes by default; the last part of the text is held out and chooses the best epoch."""
@@ -59,7 +62,7 @@ def train(
     tokenizer = texts.load_tokenizer(chosen.tokenizer)
     tokens = texts.read_tokens(sources, tokenizer, max_tokens)
     model, history = train_language_model(
-        chosen, tokens, tokenizer, output, sources, device, precision, show_progress=messages.is_terminal
+        chosen, tokens, tokenizer, output, sources, device, precision, show_progress=messages.is_terminal, fresh=fresh
     )
     write_csv(output / "metrics.csv", history)
     result = {
@@ -103,6 +106,8 @@ def evaluate(
     if sources:
         tokens = texts.read_tokens(sources, tokenizer, max_tokens)
         result |= evaluation.score(lm, tokens, tokenizer, piece, carry)
+        if mark := mark_seen(model, text_marks(tokens)):
+            result["pieces of this text"] = mark
         if ngram:
             counted = texts.read_bytes(ngram)
             scored = texts.read_bytes(sources, texts.token_bytes(tokens, tokenizer))

@@ -14,8 +14,10 @@ import typer
 from nearfar.apps.medical_segmentation import pages
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, table, track
+from nearfar.core.cli.options import Fresh
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
+from nearfar.core.made_from import MadeFrom, model_digest
 from nearfar.core.memory import parse_memory
 from nearfar.core.recipes import read_recipe
 from nearfar.medical import metrics
@@ -117,6 +119,7 @@ def train(
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation split, by patient.")] = 5,
     fold: Annotated[int, typer.Option(help="The fold that is held out.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    fresh: Fresh = False,
 ) -> None:
     """Train a network on the labelled cases of a folder; one fold is held out and scored.
 
@@ -141,6 +144,7 @@ def train(
         validation_cases=[c for c in labelled if c.name in split["validation"]],
         show_progress=console.is_terminal,
         device=device,
+        fresh=fresh,
     )
     console.print(table(_short(summary), "held-out cases"))
     console.print(f"model: {output}", soft_wrap=True, highlight=False)
@@ -192,8 +196,11 @@ def predict(
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Also write DICOM-SEG for DICOM input.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Compare a bounded with an unbounded run; print it.")] = False,
 ) -> None:
-    """Segment scans: label maps on the input's exact grid, and overlay pictures. What is there is not done again."""
-    segmenter = Segmenter.load(model)
+    """Segment scans: label maps on the input's exact grid, and overlay pictures.
+
+    What is there is not done again, unless scan, model or options were others.
+    """
+    segmenter, of_model = Segmenter.load(model), model_digest(model)
     budget = None if memory is None else parse_memory(memory)
     if crf and segmenter.crf is None:
         console.print("no CRF settings in the model (run `search`): general ones are used", highlight=False)
@@ -207,7 +214,8 @@ def predict(
         target = base.with_name(f"{base.name}.nii.gz" if scan.affine is not None else f"{base.name}.png")
         if target.resolve() == case.images[0].resolve():
             raise UserError(f"{target}: is the scan itself; give another output folder")
-        if target.exists():
+        made = MadeFrom(target, case.images, of_model, overlap=overlap, mirror=mirror, crf=crf, dicom_seg=dicom_seg)
+        if made.done():
             return {"case": case.name, "labels": "done before", "file": str(target)}
         labels = segmenter(scan, memory=budget, **options)
         if check:
@@ -219,6 +227,7 @@ def predict(
         if dicom_seg:
             write_dicom_seg(base.with_name(f"{base.name}.dcm"), labels, scan, segmenter.labels)
         write_labels(target, labels, scan)
+        made.write()
         voxels = {v: int((labels == k).sum()) for k, v in segmenter.labels.items() if k}
         if scan.kind in ("picture", "array"):
             sizes = [f"{name} {count / labels.size:.2%}" for name, count in voxels.items()]

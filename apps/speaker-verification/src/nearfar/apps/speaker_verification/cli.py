@@ -30,9 +30,13 @@ from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.audio.speakers.training import Recipe, build_model, split_speakers, train_speaker_model, usable
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, messages, table
+from nearfar.core.cli.options import Fresh
 from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
+from nearfar.core.fingerprint import content_digest
+from nearfar.core.made_from import model_digest
+from nearfar.core.model_folder import TrainedOn
 from nearfar.core.recipes import read_recipe
 from nearfar.core.training import seed_epoch
 
@@ -77,6 +81,7 @@ def train(
     layout: Layout = "auto",
     workers: Annotated[int, typer.Option(help="Processes that read recordings.")] = 0,
     device: Device = "auto",
+    fresh: Fresh = False,
 ) -> None:
     """Train a model and write it with its mean, cohort and calibration.
 
@@ -96,6 +101,7 @@ def train(
         f"training on {len(learn)} recordings of {len({u.speaker for u in learn})} speakers, "
         f"{len({u.speaker for u in held})} speakers choose the epoch and calibrate ..."
     )
+    begun = {"starting weights": start, "backbone": chosen.backbone}
     history = train_speaker_model(
         model,
         learn,
@@ -105,6 +111,8 @@ def train(
         workers,
         device=device,
         show_progress=messages.is_terminal,
+        data={name: model_digest(path) for name, path in begun.items() if path is not None},
+        fresh=fresh,
     )
     embed_one = Embedder(model.to(choose_device(device)), output / "training" / "embeddings", mix_channels=True)
     keep = np.random.default_rng(chosen.seed).permutation(len(learn))[:20000]
@@ -118,6 +126,7 @@ def train(
             system.calibrate(matrix(unseen), [str(u.speaker) for u, _ in unseen], seed=chosen.seed)
         except ValueError as error:
             messages.print(f"not calibrated: {error}. `calibrate` can do it with other trials.")
+    system.trained_on = TrainedOn.of((content_digest(u.path) for u in good), (u.speaker for u in good))
     system.save(output, trained_on={"data": str(data), "speakers": len({u.speaker for u in learn})})
     pages.training_page(system, history, chosen).write(output / "report.html")
     if held and history:

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from nearfar.audio.separation.mixtures import pad_batch
 from nearfar.audio.separation.mossformer import MossFormer, create_model
 from nearfar.audio.separation.pit import pit_si_sdr, training_loss
-from nearfar.core.fingerprint import data_digest
+from nearfar.core.fingerprint import content_digest, data_digest
+from nearfar.core.model_folder import TrainedOn, writing
 from nearfar.core.training import data_loader, train
 
 
@@ -68,6 +69,18 @@ class Recipe:
         """A freshly initialised model."""
         settings = {"num_speakers": self.num_speakers, "sample_rate": self.rate, **self.model}
         return create_model(self.variant, **settings)
+
+
+def seen_by(*sets: Any) -> TrainedOn:
+    """Hashes of the recordings (mixtures, sources, single voices) and speakers of `sets`, as far as they tell them."""
+    paths, speakers = [], []
+    for part in sets:
+        for mixture in getattr(part, "mixtures", ()):
+            paths += [mixture.mix, *mixture.sources]
+        for speaker, found in getattr(part, "voices", {}).items():
+            paths += found
+            speakers.append(speaker)
+    return TrainedOn.of(map(content_digest, paths), speakers)
 
 
 class SeparationTraining(pl.LightningModule):
@@ -142,5 +155,7 @@ def train_separation(
         **trainer_options,
     )
     if folder is not None:
-        model.save_pretrained(Path(folder) / "model")
+        about = {"recipe": asdict(recipe)}
+        with writing(Path(folder) / "model", "separation model", about, seen_by(train_set, validation_set)) as place:
+            model.save_pretrained(place)
     return model.eval(), history

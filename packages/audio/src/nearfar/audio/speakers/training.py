@@ -22,7 +22,9 @@ from nearfar.audio.speakers.scoring.backend import pair_scores
 from nearfar.audio.speakers.scoring.calibration import draw_trials
 from nearfar.audio.speakers.scoring.rates import eer
 from nearfar.core.errors import UserError
+from nearfar.core.fingerprint import content_digest
 from nearfar.core.finite import check_finite
+from nearfar.core.leakage import Side, check_apart
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.ops.losses.margin_softmax import AAMSoftmax, margin_ramp
 
@@ -287,8 +289,13 @@ def train_speaker_model(
     if recipe.epochs == 0:
         model.eval()
         return []
-    if overlap := {u.speaker for u in learn} & {u.speaker for u in validation}:
-        raise UserError(f"speaker {sorted(map(str, overlap))[0]} is in training and in validation")
+    check_apart(
+        *(
+            Side(name, [u.name for u in part], [content_digest(u.path) for u in part], [u.speaker for u in part])
+            for name, part in (("training", learn), ("validation", validation))
+        ),
+        group="speaker",
+    )
     if isinstance(model.frontend, SelfSupervised):
         tune = recipe.tune
         model.frontend.tune("all" if tune == "all" else int(tune))

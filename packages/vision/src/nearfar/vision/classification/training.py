@@ -31,6 +31,8 @@ from nearfar.core.checkpoints import load_state_dict, read_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.fingerprint import content_digest
 from nearfar.core.finite import check_finite
+from nearfar.core.leakage import Side, check_apart
+from nearfar.core.model_folder import TrainedOn
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.vision.classification.classifier import Classifier, create_model, evaluation_transform, identify
 from nearfar.vision.data.images import Pictures
@@ -266,8 +268,11 @@ def train_classifier(
     `validation` chooses the epoch and must share no picture with `pictures`. `weights`: a checkpoint to start from, in
     a published layout for our models. `folder`: see `nearfar.core.training.train`; the classifier is saved there.
     """
-    if leaked := set(pictures.names) & set(validation.names):
-        raise UserError(f"{sorted(leaked)[0]}: lies in the training and in the validation pictures")
+    sides = (
+        Side(f"the {name} pictures", part.names, part.digests())
+        for name, part in (("training", pictures), ("validation", validation))
+    )
+    check_apart(*sides)
     if pictures.classes != validation.classes:
         raise UserError(f"classes differ: training has {len(pictures.classes)}, validation {len(validation.classes)}")
     classes = len(pictures.classes)
@@ -306,6 +311,7 @@ def train_classifier(
         module.kept.eval().cpu(), name, pictures.classes, recipe.size, recipe.crop_pct, recipe.crop_mode
     )
     if folder is not None:
+        classifier.trained_on = TrainedOn.of([*pictures.digests(), *validation.digests()])
         classifier.save(folder)
     return classifier, history
 
