@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nearfar.core.contracts import Contract, fill, shipped, verify
 from nearfar.core.errors import CheckpointError
-from nearfar.vision.models.pyramid import Backbone
+from nearfar.vision.models.base import PictureModel
 from nearfar.vision.models.registry import MODELS, VARIANTS
 
 
@@ -89,8 +89,10 @@ def without_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
                     monkeypatch.setattr(owner, name, inspect.unwrap(value))
 
 
-class BackboneTester:
-    model: ClassVar[type[Backbone]]
+class PictureTester:
+    """What holds whatever the features are."""
+
+    model: ClassVar[type[PictureModel]]
     name: ClassVar[str]
     """A registered variant."""
     tiny: ClassVar[dict[str, Any]]
@@ -99,10 +101,12 @@ class BackboneTester:
     """Settings of the fewest layers that have every kind of block, for what is slow: tracing and export."""
     sizes: ClassVar[tuple[tuple[int, int], ...]] = ((32, 32), (45, 33), (64, 96))
     size = 64
+    refusal = "at least"
+    mean = (0.485, 0.456, 0.406)
     macs_tolerance = 0.02
     autocast_tolerance = 0.05
 
-    def create(self, **settings: Any) -> Backbone:
+    def create(self, **settings: Any) -> Any:
         return randomise(timm.create_model(self.name, **{"num_classes": 5, **self.tiny, **settings}))
 
     counted: ClassVar[dict[str, Any]] = {}
@@ -135,49 +139,11 @@ class BackboneTester:
                 assert math.isclose(macs, variant.gmacs, rel_tol=self.macs_tolerance, abs_tol=0.05), (name, macs)
             assert timm.is_model(name)
             assert model.pretrained_cfg["crop_pct"] == variant.weights[0].crop_pct
-            assert model.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+            assert model.pretrained_cfg["mean"] == self.mean
 
-    def saved_macs(self, model: Backbone, size: int) -> float:
+    def saved_macs(self, model: PictureModel, size: int) -> float:
         """Multiply-accumulates that the published order of computation needs and ours does not."""
         return 0
-
-    @torch.no_grad()
-    def test_features(self) -> None:
-        for size in ((64, 64), (128, 64)):
-            model = self.create(features_only=True)
-            x = self.input(size=size)
-            features = model(x)
-            assert len(features) == len(model.feature_info)
-            for feature, channels, stride in zip(
-                features, model.feature_info.channels(), model.feature_info.reduction(), strict=True
-            ):
-                assert feature.shape == (2, channels, size[0] // stride, size[1] // stride)
-        last = self.create(features_only=True, out_indices=(-1,))
-        close(last(x)[0], features[-1])
-        assert sum(p.numel() for p in self.create(features_only=True, out_indices=(0,)).parameters()) < sum(
-            p.numel() for p in model.parameters()
-        )
-        whole = self.create()
-        final, levels = whole.forward_intermediates(x)
-        close(whole.forward_head(final), whole(x), 1e-6)
-        assert len(levels) == len(features)
-
-    @torch.no_grad()
-    def test_head(self) -> None:
-        model, x = self.create(), self.input()
-        features = model.forward_features(x)
-        assert features.shape[1] == model.num_features
-        close(model.forward_head(features), model(x), 1e-6)
-        hidden = model.forward_head(features, pre_logits=True)
-        assert hidden.shape == (2, model.head_hidden_size)
-        model.reset_classifier(7)
-        assert model(x).shape == (2, 7)
-        assert model.num_classes == 7
-        assert model.get_classifier().out_features == 7
-        model.reset_classifier(0)
-        close(model(x), hidden, 1e-6)
-        model.reset_classifier(0, "")
-        assert model(x).ndim == 4
 
     @torch.no_grad()
     def test_any_input(self) -> None:
@@ -190,7 +156,7 @@ class BackboneTester:
             assert y.shape == (2, 5)
             assert y.isfinite().all()
             close(model(x[:1]), y[:1])
-        with pytest.raises(ValueError, match="at least"):
+        with pytest.raises(ValueError, match=self.refusal):
             model(self.input(1, size=(model.min_size - 1, 64)))
 
     def test_gradients(self) -> None:
@@ -270,14 +236,6 @@ class BackboneTester:
         assert self.model.variant(self.model.published_settings(state)) == self.name
 
     @torch.no_grad()
-    def test_encoder_of_segmentation_models(self) -> None:
-        net = smp.Unet(f"tu-{self.name}", encoder_weights=None, classes=2, in_channels=4, **self.segmentation())
-        assert net.eval()(self.input(1, 4)).shape == (1, 2, 64, 64)
-
-    def segmentation(self) -> dict[str, Any]:
-        return dict(self.tiny)
-
-    @torch.no_grad()
     def test_fused_form(self) -> None:
         model, x = self.create(), self.input(2)
         y = model(x)
@@ -295,3 +253,158 @@ class BackboneTester:
         assert len({group["lr_scale"] for group in groups}) > 3
         head = [g["lr_scale"] for g in groups if any(p is model.get_classifier().weight for p in g["params"])]
         assert head == [1.0]
+
+
+class BackboneTester(PictureTester):
+    """Pyramids of feature maps."""
+
+    @torch.no_grad()
+    def test_features(self) -> None:
+        for size in ((64, 64), (128, 64)):
+            model = self.create(features_only=True)
+            x = self.input(size=size)
+            features = model(x)
+            assert len(features) == len(model.feature_info)
+            for feature, channels, stride in zip(
+                features, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+            ):
+                assert feature.shape == (2, channels, size[0] // stride, size[1] // stride)
+        last = self.create(features_only=True, out_indices=(-1,))
+        close(last(x)[0], features[-1])
+        assert sum(p.numel() for p in self.create(features_only=True, out_indices=(0,)).parameters()) < sum(
+            p.numel() for p in model.parameters()
+        )
+        whole = self.create()
+        final, levels = whole.forward_intermediates(x)
+        close(whole.forward_head(final), whole(x), 1e-6)
+        assert len(levels) == len(features)
+
+    @torch.no_grad()
+    def test_head(self) -> None:
+        model, x = self.create(), self.input()
+        features = model.forward_features(x)
+        assert features.shape[1] == model.num_features
+        close(model.forward_head(features), model(x), 1e-6)
+        hidden = model.forward_head(features, pre_logits=True)
+        assert hidden.shape == (2, model.head_hidden_size)
+        model.reset_classifier(7)
+        assert model(x).shape == (2, 7)
+        assert model.num_classes == 7
+        assert model.get_classifier().out_features == 7
+        model.reset_classifier(0)
+        close(model(x), hidden, 1e-6)
+        model.reset_classifier(0, "")
+        assert model(x).ndim == 4
+
+    @torch.no_grad()
+    def test_encoder_of_segmentation_models(self) -> None:
+        net = smp.Unet(f"tu-{self.name}", encoder_weights=None, classes=2, in_channels=4, **self.segmentation())
+        assert net.eval()(self.input(1, 4)).shape == (1, 2, 64, 64)
+
+    def segmentation(self) -> dict[str, Any]:
+        return dict(self.tiny)
+
+
+class TokenTester(PictureTester):
+    """Prefix tokens and a grid of patches; `timm`'s expectations of its own vision transformers."""
+
+    sizes = ((64, 64), (48, 32), (64, 96))
+    refusal = "multiples|at least"
+    default_levels = 3
+    prefix_of_levels = 1
+    """Prefix tokens that features of the default levels have."""
+
+    @torch.no_grad()
+    def test_features(self) -> None:
+        for size in ((64, 64), (128, 64)):
+            model = self.create(features_only=True)
+            x = self.input(size=size)
+            features = model(x)
+            assert len(features) == len(model.feature_info.channels()) == self.default_levels
+            for feature, channels, stride in zip(
+                features, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+            ):
+                assert feature.shape == (2, channels, size[0] // stride, size[1] // stride)
+        last = self.create(features_only=True, out_indices=(-1,))
+        close(last(x)[0], features[-1])
+        assert sum(p.numel() for p in self.create(features_only=True, out_indices=(0,)).parameters()) < sum(
+            p.numel() for p in model.parameters()
+        )
+
+    @torch.no_grad()
+    def test_intermediates(self) -> None:
+        model, x = self.create(), self.input(size=(64, 96))
+        final, maps = model.forward_intermediates(x)
+        close(final, model.forward_features(x), 1e-6)
+        close(model.forward_head(final), model(x), 1e-6)
+        assert len(maps) == len(model.feature_info)
+        tokens = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+        for a, b in zip(maps, tokens, strict=True):
+            close(a.flatten(2).mT, b, 1e-6)
+        ((patches, prefix),) = model.forward_intermediates(x, 1, return_prefix_tokens=True, intermediates_only=True)
+        close(patches, maps[-1], 1e-6)
+        assert prefix.shape == (2, self.prefix_of_levels, model.num_features)
+        (normed,) = model.forward_intermediates(x, 1, norm=True, stop_early=True, intermediates_only=True)
+        close(normed.flatten(2).mT, model.norm(tokens[-1]), 1e-6)
+        (last,) = model.get_intermediate_layers(x, 1, reshape=True)
+        close(last, maps[-1], 1e-6)
+        with pytest.raises(ValueError, match="NHWC"):
+            model.forward_intermediates(x, output_fmt="NHWC")
+
+    @torch.no_grad()
+    def test_head(self) -> None:
+        model, x = self.create(), self.input()
+        features = model.forward_features(x)
+        assert features.shape[2] == model.num_features == model.embed_dim
+        close(model.forward_head(features), model(x), 1e-6)
+        hidden = model.forward_head(features, pre_logits=True)
+        assert hidden.shape == (2, model.head_hidden_size)
+        model.reset_classifier(7)
+        assert model(x).shape == (2, 7)
+        assert model.num_classes == 7
+        assert model.get_classifier().out_features == 7
+        model.reset_classifier(0)
+        close(model(x), hidden, 1e-6)
+        model.reset_classifier(0, "")
+        close(model(x), features, 1e-6)
+        prefix = model.num_prefix_tokens
+        model.reset_classifier(0, "avg")
+        close(model(x), features[:, prefix:].mean(1), 1e-6)
+        model.reset_classifier(4, "map")
+        assert model(x).shape == (2, 4)
+        assert self.create(global_pool="map")(x).shape == (2, 5)
+        with pytest.raises(ValueError, match="global_pool is 'mean'"):
+            model.reset_classifier(4, "mean")
+
+    @torch.no_grad()
+    def test_set_input_size(self) -> None:
+        model, x = self.create(), self.input(size=(64, 96))
+        y = model(x)
+        size = model.img_size
+        model.set_input_size((64, 96))
+        assert model.img_size == (64, 96)
+        close(model(x), y, 1e-5)
+        if model.pos_embed is not None:
+            assert model.pos_embed.size == model.grid((64, 96))
+            # a checkpoint of another size is resized as it is read
+            fresh = self.create(img_size=(64, 96))
+            fresh.load_state_dict(fresh.fit_state(self.create(img_size=size).state_dict()))
+            close(fresh(x), y, 1e-5)
+            assert self.model.published_settings(model.state_dict())["img_size"] == (64, 96)
+
+    @torch.no_grad()
+    def test_padding(self) -> None:
+        model = self.create(dynamic_img_pad=True)
+        x = self.input(size=(61, 40))
+        height, width = (-(-n // model.patch_size) * model.patch_size for n in (61, 40))
+        whole = torch.zeros(2, 3, height, width)
+        whole[:, :, :61, :40] = x
+        close(model(x), model(whole), 1e-6)
+
+    @torch.no_grad()
+    def test_encoder_of_segmentation_models(self) -> None:
+        net = smp.DPT(f"tu-{self.name}", encoder_weights=None, classes=2, in_channels=4, **self.segmentation())
+        assert net.eval()(self.input(1, 4)).shape == (1, 2, 64, 64)
+
+    def segmentation(self) -> dict[str, Any]:
+        return dict(self.tiny)

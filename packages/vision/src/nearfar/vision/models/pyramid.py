@@ -1,26 +1,18 @@
 """What every nearfar backbone of several resolutions has: timm's surface and published checkpoints."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
-import timm
 import torch
 from timm.layers import SelectAdaptivePool2d
-from timm.models import adapt_input_conv
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nearfar.core.checkpoints import Rule, fit_shapes, load_state_dict, read, rename, save_state_dict
 from nearfar.core.contracts import Contract
-from nearfar.core.errors import CheckpointError
 from nearfar.ops.common.folding import batch_norm_affine
-from nearfar.ops.common.fused import FusedConv2d, FusedLinear
 from nearfar.ops.common.layers import DepthwiseConv
-from nearfar.vision.models.fusing import fuse_sequence
-from nearfar.vision.models.registry import MODELS, VARIANTS, plain
+from nearfar.vision.models.base import PictureModel
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -117,7 +109,7 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [[rates.pop(0) for _ in range(depth)] for depth in depths]
 
 
-class Backbone(nn.Module):
+class Backbone(PictureModel):
     """A picture classifier and feature pyramid with timm's surface.
 
     A subclass builds `stem`, `stages` and `head` and calls `finish`; where its features are more than the outputs of
@@ -125,18 +117,8 @@ class Backbone(nn.Module):
     strided layers floor or pad other sizes than multiples of the stride as the published code does.
     """
 
-    RULES: ClassVar[tuple[Rule, ...]] = ()
-    """How published names become ours, applied in order to the start of every name; our own names stay as they are."""
-    IGNORE: ClassVar[tuple[str, ...]] = ()
-    """Published tensors that the model computes itself."""
-    CLASSIFIERS: ClassVar[tuple[str, ...]] = ("head.fc",)
     FIRST_CONV: ClassVar[str] = "stem.0"
-    min_size: ClassVar[int] = 32
 
-    num_classes: int
-    num_features: int
-    head_hidden_size: int
-    feature_info: list[dict[str, Any]]
     stem: nn.Module
     stages: nn.ModuleList
     head: nn.Module
@@ -163,6 +145,10 @@ class Backbone(nn.Module):
         """How many pyramid levels the model with these settings has."""
         return len(settings["depths"])
 
+    @classmethod
+    def feature_indices(cls, settings: Mapping[str, Any]) -> tuple[int, ...]:
+        return tuple(range(cls.levels(settings)))
+
     # features
 
     def forward_pyramid(self, x: Tensor, last: int | None = None) -> list[Tensor]:
@@ -178,13 +164,6 @@ class Backbone(nn.Module):
         """The last feature map, (B, C, H / stride, W / stride)."""
         self.check_input(x)
         return self.forward_pyramid(x)[-1]
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits of a feature map, or what the classifier would see."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
         self,
@@ -233,26 +212,6 @@ class Backbone(nn.Module):
                 f"{self.min_size}, its largest stride"
             )
 
-    # what timm asks a model for
-
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for `num_classes` classes (0: none), and `global_pool` if given."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block in the backward pass instead of keeping its activations."""
-        for module in self.modules():
-            if hasattr(module, "grad_checkpointing"):
-                module.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that take no weight decay beside biases and vectors."""
-        return set()
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups for layer-wise learning-rate decay: stem, every block (or stage), head."""
         return {
@@ -260,80 +219,6 @@ class Backbone(nn.Module):
             "blocks": r"^stages\.(\d+)"
             if coarse
             else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)],
-        }
-
-    def fuse(self) -> Self:
-        """Fold norms, scales and parallel branches into their neighbours, for inference; returns the model itself.
-
-        In eval mode the outputs stay the same up to rounding. Training the fused form is not meant.
-        """
-        for module in self.eval().modules():
-            if module is not self and callable(getattr(module, "fuse", None)):
-                module.fuse()
-            elif isinstance(module, nn.Sequential):
-                fuse_sequence(module)
-        for module in self.modules():
-            for name, child in module.named_children():
-                if type(child) in (nn.Conv2d, nn.Linear):
-                    setattr(module, name, (FusedConv2d if isinstance(child, nn.Conv2d) else FusedLinear)(child))
-                elif isinstance(fused := getattr(child, "fused", None), FusedConv2d):
-                    setattr(module, name, fused)
-        return self
-
-    # checkpoints
-
-    @classmethod
-    def published_state(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A published state dict under our names; our own passes through."""
-        return rename(state, cls.RULES)
-
-    @classmethod
-    def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Constructor arguments that the names and shapes of a (renamed) state dict determine."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_published(cls, source: str | Path | Mapping[str, Tensor], **settings: Any) -> Self:
-        """The model that a published checkpoint holds, with its weights, in eval mode.
-
-        Args:
-            source: a checkpoint file or a state dict, in any published layout or our own. Its names and shapes
-                determine the variant.
-            settings: constructor arguments that take precedence. With another `num_classes` the classifier starts
-                afresh; with another `in_chans` the first convolution is adapted as timm does.
-
-        Raises:
-            CheckpointError: tensors are missing, superfluous or misshapen; every one is listed.
-        """
-        state = cls.published_state(read(source))
-        try:
-            found = cls.published_settings(state)
-        except (KeyError, IndexError, ValueError) as error:
-            where = "the state dict" if isinstance(source, Mapping) else source
-            raise CheckpointError(f"{where}: is no checkpoint of {cls.__name__} (no {error})") from error
-        model = cls(**{**found, **settings})
-        load_state_dict(model, model.fit_state(state), ignore=cls.IGNORE)
-        return model.eval()
-
-    def fit_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`state` (under our names) made to fit this model.
-
-        Shapes as in `fit_shapes`; what the model computes itself (`IGNORE`) is left out; a first convolution for other
-        channels is adapted as timm does; a classifier for other classes is left out in favour of the model's own.
-        """
-        own, fitted = self.state_dict(), fit_shapes(self, state)
-        first = f"{self.FIRST_CONV}.weight"
-        if first in fitted and fitted[first].shape[1] != own[first].shape[1]:
-            fitted[first] = adapt_input_conv(own[first].shape[1], fitted[first])
-        for classifier in self.CLASSIFIERS:
-            names = [f"{classifier}.weight", f"{classifier}.bias"]
-            if any(name in fitted and (name not in own or own[name].shape != fitted[name].shape) for name in names):
-                fitted.update({name: own[name] for name in names if name in own})
-                fitted = {name: value for name, value in fitted.items() if name not in names or name in own}
-        return {
-            name: value
-            for name, value in fitted.items()
-            if name in own or not any(re.match(pattern, name) for pattern in self.IGNORE)
         }
 
     def contract_form(self, contract: Contract | None = None, levels: Sequence[int] = ()) -> nn.Module:
@@ -348,31 +233,6 @@ class Backbone(nn.Module):
         indices = contract.settings.get("out_indices", levels if len(levels) == outputs else range(-outputs, 0))
         stages = range(len(self.feature_info))[-len(self.stages) :]
         return Pyramid(self, [stages[i] for i in indices])
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights (safetensors) and, for a registered variant, timm's configuration to `folder`.
-
-        `from_pretrained` reads it back, and so does `timm.create_model("local-dir:FOLDER", pretrained=True)`.
-        Save before `fuse`: the fused form has other tensors.
-        """
-        if hasattr(self, "pretrained_cfg"):
-            timm.models.save_for_hf(self, str(folder), model_args=self.created_with, safe_serialization=True)
-        else:
-            save_state_dict(self, Path(folder) / "model.safetensors")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **settings: Any) -> Self:
-        """The model that `save_pretrained` wrote to `folder`, in eval mode; `settings` as in `from_published`."""
-        return cls.from_published(Path(folder) / "model.safetensors", **settings)
-
-    @classmethod
-    def variant(cls, settings: Mapping[str, Any]) -> str | None:
-        """Name of the registered variant that `settings` describe, if there is one."""
-        for name, model in MODELS.items():
-            wanted = VARIANTS[name].settings
-            if model is cls and all(plain(settings.get(key)) == plain(wanted[key]) for key in wanted):
-                return name
-        return None
 
 
 def twelve_layers(block: Callable[[int], int]) -> Callable[[str], tuple[int, ...]]:

@@ -27,6 +27,8 @@ class Weights:
     crop_mode: str = "center"
     """`center`, or `squash` where the whole picture is warped to the square input."""
     num_classes: int = 1000
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ VARIANTS: dict[str, Variant] = {}
 MODELS: dict[str, type[Any]] = {}
 """The class of every registered backbone."""
 
-CREATION_SETTINGS = ("in_chans", "global_pool", "layer_scale", "kernel_size", "mlp_ratio", "depths", "dims")
+CREATION_SETTINGS = (
+    "in_chans", "global_pool", "layer_scale", "kernel_size", "mlp_ratio", "depths", "dims",
+    "img_size", "patch_size", "dynamic_img_pad", "dim", "depth", "num_heads",
+)  # fmt: skip
 """Constructor arguments that a saved model records, beside its variant's name and class count."""
 
 
@@ -74,8 +79,8 @@ def register(model: type[Any], variants: Mapping[str, Variant]) -> None:
                 "crop_pct": weights.crop_pct,
                 "crop_mode": weights.crop_mode,
                 "interpolation": "bicubic",
-                "mean": IMAGENET_DEFAULT_MEAN,
-                "std": IMAGENET_DEFAULT_STD,
+                "mean": weights.mean,
+                "std": weights.std,
                 "first_conv": model.FIRST_CONV,
                 "classifier": model.CLASSIFIERS if len(model.CLASSIFIERS) > 1 else model.CLASSIFIERS[0],
             }
@@ -94,7 +99,7 @@ def _entrypoint(name: str, model: type[Any], variant: Variant) -> Callable[..., 
                 name,
                 pretrained,
                 pretrained_filter_fn=lambda state, built: built.fit_state(model.published_state(state)),
-                feature_cfg={"out_indices": tuple(range(model.levels(settings))), "feature_cls": "getter"},
+                feature_cfg={"out_indices": model.feature_indices(settings), "feature_cls": "getter"},
                 **settings,
             )
         except (OSError, RuntimeError) as error:
