@@ -1,6 +1,7 @@
 """The networks that can be trained and used by name."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import monai.networks.nets
@@ -11,6 +12,9 @@ from nearfar.core.errors import UserError
 from nearfar.medical.models.deeplab import DeepLabV2, DeepLabV3
 from nearfar.medical.models.guided_attention import GuidedAttention
 from nearfar.medical.models.macmd import MACMD
+from nearfar.medical.models.segmamba import SegMamba
+from nearfar.medical.models.umamba import UMamba
+from nearfar.medical.models.vmunet import VMUNet
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "deeplab_v2": DeepLabV2,
@@ -18,6 +22,10 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "deeplab_v3plus": lambda *a, **k: DeepLabV3(*a, decoder=True, **k),
     "guided_attention": GuidedAttention,
     "macmd": MACMD,
+    "segmamba": SegMamba,
+    "umamba_bot": partial(UMamba, placement="bottleneck"),
+    "umamba_enc": partial(UMamba, placement="encoder"),
+    "vmunet": VMUNet,
 }
 
 MONAI_DEFAULTS: dict[str, dict[str, Any]] = {
