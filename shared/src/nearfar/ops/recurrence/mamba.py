@@ -253,7 +253,8 @@ def selective_scan(
             if state is None:
                 state = torch.zeros(b, e, s, dtype=dtype, device=u.device)
             state = state.to(dtype).unflatten(1, (groups, -1)).transpose(-1, -2).contiguous()
-            scan = _traced_scan if torch.compiler.is_compiling() else _SelectiveScan.apply
+            traced = torch.compiler.is_compiling() or u.is_meta  # shapes alone: the fewest calls
+            scan = _traced_scan if traced else _SelectiveScan.apply
             y, h = scan(x, step, A, B, C, state, order)
             y, h = y.flatten(2), h.transpose(-1, -2).flatten(1, 2)
     if D is not None:

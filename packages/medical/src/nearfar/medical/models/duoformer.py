@@ -91,7 +91,7 @@ class MultiScaleTokens(nn.Module):
 
 
 class ChannelToken(nn.Module):
-    """A token per patch from all stages: each brought to the coarsest grid, joined, `depth` convolutions to D channels."""
+    """A token per patch from all stages: each brought to the coarsest grid, joined, `depth` convolutions to D."""
 
     def __init__(self, channels: Sequence[int], dim: int, depth: int = 4) -> None:
         super().__init__()

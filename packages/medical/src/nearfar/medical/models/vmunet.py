@@ -80,10 +80,10 @@ class VMUNet(nn.Module):
         self.patch_norm = ChannelNorm(widths[0], EPS)
         options = {"d_state": d_state, "scan": scan}
         stack = lambda width, rates: nn.Sequential(*(VSSBlock(width, rate, **options) for rate in rates))  # noqa: E731
-        rates = torch.linspace(0, drop_path, sum(depths)).split(list(depths))
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
         self.encoder = nn.ModuleList(stack(w, r.tolist()) for w, r in zip(widths, rates))
         self.merges = nn.ModuleList(PatchMerge(w, EPS, odd="refuse") for w in widths[:-1])
-        rates = torch.linspace(drop_path, 0, sum(decoder_depths)).split(list(decoder_depths))
+        rates = torch.linspace(drop_path, 0, sum(decoder_depths), device="cpu").split(list(decoder_depths))
         self.decoder = nn.ModuleList(stack(w, r.tolist()) for w, r in zip(widths[::-1], rates))
         self.expands = nn.ModuleList(PatchExpand(w, w // 2, 2, EPS) for w in widths[:0:-1])
         self.last_expand = PatchExpand(widths[0], widths[0] // 4, 4, EPS)
