@@ -10,9 +10,7 @@ from pathlib import Path
 import mne
 import numpy as np
 
-from nearfar.eeg.decoding import Decoder, NetworkClassifier, Recipe
-from nearfar.eeg.preprocessing import Preprocessing
-from nearfar.eeg.recordings import load_trials, trials_array
+from nearfar.eeg import Decoder, NetworkClassifier, Preprocessing, Recipe, load_trials, trials_array
 
 installed = {distribution.metadata["Name"].lower() for distribution in distributions()}
 foreign = installed & {"monai", "timm", "transformers", "datasets", "segmentation-models-pytorch"}

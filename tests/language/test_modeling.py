@@ -14,6 +14,7 @@ from nearfar.language.modeling import MixerForCausalLM, MixerModel
 from nearfar.language.registry import MIXERS
 
 VOCABULARY = 40
+LATENT = {"rank": 8, "head_dim": 4, "shared_dim": 4, "value_dim": 8}
 LAYERS = {
     "attention hybrid": ["base-conv", {"type": "attention", "num_heads": 2}],
     "sliding": [{"type": "sliding-attention", "window": 4}],
@@ -25,6 +26,13 @@ LAYERS = {
     "retnet": ["retnet"],
     "rwkv4": ["rwkv4"],
     "selective": [{"type": "selective-lookup", "threshold": 0.5}],
+    "delta": [{"type": "deltanet", "num_heads": 2}, {"type": "gated-deltanet", "num_heads": 2}],
+    "linear": [{"type": "gla", "num_heads": 2}, {"type": "rwkv7", "num_heads": 2}],
+    "kimi": [{"type": "kda", "num_heads": 2}, {"type": "latent-attention", "num_heads": 2, **LATENT}],
+    "llama": [{"type": "rotary-attention", "num_heads": 4, "num_kv_heads": 2}],
+    "mega": [{"type": "mega", "order": 4, "attention_dim": 8, "chunk": 8}],
+    "tcnca": [{"type": "tcnca", "kernel_size": 3, "dilation_factor": 3, "attention_dim": 8, "bias": "simple"}],
+    "tcnca-simple": [{"type": "tcnca-simple", "kernel_size": 3, "depth": 2, "attention_dim": 8, "chunk": 8}],
 }
 SPECIAL = {
     "mamba": {"state_mixer": "none", "norm": "rmsnorm"},
@@ -32,6 +40,13 @@ SPECIAL = {
     "sliding": {"learned_positions": True},
     "based": {"state_mixer": "identity"},
     "hyena": {"state_mixer": "glu"},
+    "kimi": {
+        "state_mixer": [{"type": "glu", "activation": "silu"}, {"type": "experts", "hidden": 8, "num_experts": 4}],
+        "norm": "rmsnorm",
+    },
+    "llama": {"state_mixer": {"type": "glu", "activation": "silu"}, "residual": {"type": "attention", "block_size": 2}},
+    "mega": {"state_mixer": {"type": "nffn", "hidden": 24}, "final_norm": "plain-layernorm", "embed_scale": 4.0},
+    "tcnca": {"state_mixer": "nffn", "residual": "attention"},
 }
 
 

@@ -6,15 +6,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nearfar.ops.attention.causal import CausalAttention
+from nearfar.ops.attention.gated import MegaLayer, MemoryAttention
 from nearfar.ops.common.streaming import state_numbers
 from nearfar.ops.convolution.base_conv import BaseConv
 from nearfar.ops.convolution.causal import ExplicitLongConv, ImplicitLongConv, ShortConv
 from nearfar.ops.convolution.hyena import Hyena
+from nearfar.ops.convolution.tcn import TCNMixer
 from nearfar.ops.recurrence.based import Based
+from nearfar.ops.recurrence.delta import DeltaNet, GatedDeltaNet, GatedLinearAttention, KimiDeltaAttention
+from nearfar.ops.recurrence.ema import DampedEMA
 from nearfar.ops.recurrence.h3 import H3
 from nearfar.ops.recurrence.mamba import Mamba
 from nearfar.ops.recurrence.retnet import Retention
 from nearfar.ops.recurrence.rwkv4 import RWKV4ChannelMix, RWKV4TimeMix
+from nearfar.ops.recurrence.rwkv7 import RWKV7TimeMix
 from nearfar.ops.tokens.selective_lookup import SelectiveLookup
 
 DIM, LENGTH = 12, 83
@@ -38,11 +43,30 @@ MIXERS = {
     "h3": lambda: H3(DIM, d_state=10, head_dim=3),
     "mamba": lambda: Mamba(DIM, d_state=5),
     "selective-lookup": lambda: SelectiveLookup(DIM, num_heads=2, threshold=0.5),
+    "deltanet": lambda: DeltaNet(DIM, 2, chunk=16),
+    "gated-deltanet": lambda: GatedDeltaNet(DIM, 2, chunk=16),
+    "kda": lambda: KimiDeltaAttention(DIM, 2, chunk=16),
+    "gla": lambda: GatedLinearAttention(DIM, 2, conv_size=3, chunk=16),
+    "rwkv7-time-mix": lambda: RWKV7TimeMix(DIM, 2, chunk=16),
+    "ema": lambda: DampedEMA(DIM, 4),
+    "ema-scan": lambda: DampedEMA(DIM, 4, form="scan"),
+    "ema-truncated": lambda: DampedEMA(DIM, 4, truncation=9),
+    "tcn": lambda: TCNMixer(DIM, 4, 3, 2, layers_per_block=2),
+    "tcn-dense": lambda: TCNMixer(DIM, 3, 5, 2, groups=1),
+    "mega": lambda: MegaLayer(DIM, DampedEMA(DIM, 4), 6, 14, chunk=8),
+    "mega-chunk-of-30": lambda: MegaLayer(DIM, DampedEMA(DIM, 4), 6, 14, chunk=30, attention="relu2", bias="simple"),
+    "mega-whole": lambda: MegaLayer(DIM, DampedEMA(DIM, 4), 6, 14, attention="laplace", prenorm=False),
+    "tcnca": lambda: MegaLayer(DIM, TCNMixer(DIM, 3, 3, 2), 6, 14, chunk=16, norm="scalenorm"),
+    "tcnca-simple": lambda: MemoryAttention(DIM, TCNMixer(DIM, 3, 3, 2), 6, chunk=16, norm="rmsnorm"),
 }
-CONSTANT_STATE = {"window", "short-conv", "base-conv", "based", "retention", "rwkv4-time-mix", "h3", "mamba"}
+CONSTANT_STATE = {
+    "window", "short-conv", "base-conv", "based", "retention", "rwkv4-time-mix", "h3", "mamba", "deltanet",
+    "gated-deltanet", "kda", "gla", "rwkv7-time-mix", "ema", "ema-scan", "ema-truncated", "tcn", "tcn-dense",
+}  # fmt: skip
 
 CONSTANT_COST = set(MIXERS) - {
-    "attention", "implicit-long-conv", "explicit-long-conv", "base-conv-long", "hyena", "selective-lookup"
+    "attention", "implicit-long-conv", "explicit-long-conv", "base-conv-long", "hyena", "selective-lookup",
+    "mega-whole",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from nearfar.core.errors import CheckpointError
 from nearfar.core.files import atomic_path
+from nearfar.core.finite import check_weights
+
+T = TypeVar("T")
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 """One renaming: a regular expression, and what takes the place of its match in a tensor's name."""
@@ -98,7 +101,8 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, ignore: It
     `ignore`: regular expressions (matched from the start of the name) of keys that may be missing in `state` or
     superfluous in it, such as tables that the model computes. BatchNorm's `num_batches_tracked` may always be absent.
 
-    Raises CheckpointError that lists every missing, unexpected and misshapen key; the model is then unchanged.
+    Raises CheckpointError that lists every missing, unexpected and misshapen key, DivergedError for numbers that are
+    not finite; the model is then unchanged.
     """
     patterns = [re.compile(pattern) for pattern in (*ignore, r".*\bnum_batches_tracked$")]
     ignored = lambda name: any(pattern.match(name) for pattern in patterns)  # noqa: E731
@@ -115,11 +119,17 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, ignore: It
             f"the checkpoint does not fit {type(model).__name__}, {len(problems)} of its tensors differ:\n  "
             + "\n  ".join(problems)
         )
-    model.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+    taken = {name: value for name, value in state.items() if name in own}
+    check_weights(taken, type(model).__name__)
+    model.load_state_dict(taken, strict=False)
 
 
 def save_state_dict(model: nn.Module, path: str | Path) -> Path:
-    """Write the model's parameters and buffers to `path` as safetensors, atomically."""
+    """Write the model's parameters and buffers to `path` as safetensors, atomically.
+
+    Raises DivergedError, and writes nothing, where they are not finite.
+    """
+    check_weights(model.state_dict(), path)
     with atomic_path(path) as temporary:
         state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
         safetensors.torch.save_file(state, temporary)
@@ -154,6 +164,31 @@ def loaded(model: nn.Module, state: Mapping[str, Tensor], ignore: Iterable[str] 
 def read(source: Checkpoint) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, or of what it holds, without the wrappers that training scripts put around."""
     return unwrap(source) if isinstance(source, Mapping) else read_state_dict(source)
+
+
+def identify(candidates: Mapping[str, Callable[[], T]], what: str) -> tuple[str, T]:
+    """Name and result of the one candidate that accounts for every key of `what`.
+
+    A candidate that does not raises CheckpointError with the reason, or whatever another system's names and shapes lead
+    it to. Two that fit, or none, are a CheckpointError too.
+    """
+    fits: dict[str, T] = {}
+    reasons: dict[str, str] = {}
+    for name, attempt in candidates.items():
+        try:
+            fits[name] = attempt()
+        except CheckpointError as error:
+            reasons[name] = str(error)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reasons[name] = f"{type(error).__name__}: {error}"
+    if len(fits) > 1:
+        raise CheckpointError(f"{what}: fits {' and '.join(fits)} alike; say which one it is")
+    if fits:
+        return next(iter(fits.items()))
+    if len(reasons) == 1:
+        raise CheckpointError(f"{what}: {next(iter(reasons.values()))}")
+    listed = [f"  {name}: {reason}" for name, reason in sorted(reasons.items(), key=lambda item: "\n" in item[1])]
+    raise CheckpointError(f"{what}: is none of {len(reasons)} known:\n" + "\n".join(listed))
 
 
 def rename(state: Mapping[str, Tensor], rules: Iterable[Rule], *, anywhere: bool = False) -> dict[str, Tensor]:

@@ -1,11 +1,5 @@
 """Motor-imagery EEG: recordings, preprocessing, electrode graphs, AGTCNet, baselines and honest protocols."""
 
-import warnings
+from nearfar.core.lazy import offer
 
-import matplotlib as mpl
-import mne
-
-# importing braindecode prints warnings about montage names and changes matplotlib's settings
-with mne.use_log_level("ERROR"), warnings.catch_warnings(), mpl.rc_context():
-    warnings.simplefilter("ignore")
-    import braindecode.models  # noqa: F401
+__all__, __getattr__, __dir__ = offer(__name__, __file__)

@@ -1,6 +1,6 @@
 """The states of a language model: constant in size for recurrent mixers, kept in a file where wanted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
+from nearfar.language.packing import Layout
 from nearfar.ops.common.streaming import State
+
+
+def digest(ids: Tensor, before: Tensor | None = None) -> Tensor:
+    """A number `(B, 1)` per row that tells texts apart, continued from that of the text `before` it."""
+    n, factor = ids.shape[1], 6364136223846793005
+    powers = torch.full((n,), factor, dtype=torch.long, device=ids.device).cumprod(0)  # wraps round, as it may
+    weights = torch.cat([powers.flip(0)[1:], powers.new_ones(1)])
+    own = ((ids.long() + 1) * weights).sum(1, keepdim=True)
+    return own if before is None else own + before * powers[-1]
 
 
 class MixerLayerCache(CacheLayerMixin):
@@ -67,6 +77,57 @@ class MixerCache(Cache):
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[MixerLayerCache() for _ in range(num_layers)])
+
+    def advance(
+        self,
+        states: Sequence[dict[str, State] | None],
+        tokens: int,
+        ids: Tensor | None,
+        layout: Layout | None,
+    ) -> None:
+        """Take in the states after another piece of `tokens` columns; of several documents in a row, the last one's."""
+        for layer, after in zip(self.layers, states):
+            layer.states, layer.tokens = dict(after), layer.tokens + tokens
+            if layout is not None and layout.packed:
+                layer.map(lambda t: t.index_select(0, layout.last))
+        read = self.layers[0].states.pop("read", None)
+        if ids is not None and (read is not None or self.get_seq_length() == tokens):
+            self.layers[0].states["read"] = (digest(ids, None if read is None else read[0]),)
+
+    def has_read(self, ids: Tensor) -> bool:
+        """Whether `ids` `(B, N)` is a longer text that begins with what the cache has read."""
+        read, seen = self.layers[0].states.get("read"), self.get_seq_length()
+        return read is not None and ids.shape[1] > seen and torch.equal(digest(ids[:, :seen]), read[0].to(ids.device))
+
+    def copy(self) -> "MixerCache":
+        """Another cache at the same place of the text, to go on differently; states are shared, never changed."""
+        return self._with(lambda t: t)
+
+    def detach(self) -> "MixerCache":
+        """The same without its graph: the gradient of a later piece ends here (truncated backpropagation)."""
+        return self._with(Tensor.detach)
+
+    def to(self, *args: Any, **kwargs: Any) -> "MixerCache":
+        """The same on another device."""
+        return self._with(lambda t: t.to(*args, **kwargs))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "MixerCache":
+        other = MixerCache(len(self.layers))
+        for layer, own in zip(other.layers, self.layers):
+            layer.states, layer.tokens = own.states, own.tokens
+            layer.map(change)
+        return other
+
+    def crop(self, max_length: int) -> None:
+        """Only to the length that it has, or to nothing: a state cannot be taken back. Keep a `copy` to return to."""
+        if max_length < 0:
+            max_length += self.get_seq_length()
+        if max_length == 0:
+            self.reset()
+        elif max_length < self.get_seq_length():
+            raise ValueError(
+                f"a state of {self.get_seq_length()} tokens cannot be cut to {max_length}; keep a copy() made there"
+            )
 
     def save(self, path: str | Path, model: "PreTrainedModel | None" = None) -> Path:
         """Write all states to `path`, atomically; with `model`, also whose they are."""

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from nearfar.core.errors import UserError
-from nearfar.language.registry import MIXERS, NORMS, Named
+from nearfar.language.registry import MIXERS, NORMS, RESIDUALS, Named
 
 
 class MixerConfig(PreTrainedConfig):
@@ -15,10 +15,14 @@ class MixerConfig(PreTrainedConfig):
     Args:
         mixers: sequence mixers, each a name of `MIXERS` or `{"type": name, setting: value, ...}`; layer i takes
             number i modulo their count, so `["base-conv", "attention"]` alternates.
-        state_mixer: likewise, of `STATE_MIXERS`, or "none" for blocks that are a mixer alone (Mamba).
-        norm: "layernorm" or "rmsnorm", before each part and at the end.
+        state_mixer: likewise, of `STATE_MIXERS`, or "none" for blocks that are a mixer alone (Mamba); a list of such
+            choices gives layer i number i modulo their count.
+        residual: "plain", `x + f(x)`, or "attention", attention residuals over depth, also as `{"type": "attention",
+            "block_size": S, ...}` with S sub-layers per block (1: full) and the settings of `DepthAttention`.
+        norm: one of `NORMS`, before each part and at the end.
         final_norm: the one at the end, where it is another.
         norm_eps: of the norms.
+        embed_scale: factor on the embedding.
         embed_dropout: dropout after the embedding.
         dropout: dropout after each mixer.
         max_position_embeddings: longest sequence, for the mixers that have one (Hyena, long convolutions) and for
@@ -33,10 +37,12 @@ class MixerConfig(PreTrainedConfig):
     hidden_size: int = 128
     num_hidden_layers: int = 2
     mixers: list = field(default_factory=lambda: ["base-conv", "attention"])
-    state_mixer: str | dict = "mlp"
+    state_mixer: str | dict | list = "mlp"
+    residual: str | dict = "plain"
     norm: str = "layernorm"
     final_norm: str | None = None
     norm_eps: float = 1e-5
+    embed_scale: float = 1.0
     embed_dropout: float = 0.0
     dropout: float = 0.0
     max_position_embeddings: int = 2048
@@ -58,8 +64,38 @@ class MixerConfig(PreTrainedConfig):
             name = choice if isinstance(choice, str) else choice.get("type")
             if name not in MIXERS:
                 raise UserError(f"unknown mixer {name!r}; known are {', '.join(sorted(MIXERS))}")
+        if self.residual_name not in RESIDUALS:
+            raise UserError(f"unknown residual {self.residual_name!r}; known are {', '.join(RESIDUALS)}")
         super().__post_init__(**kwargs)
+
+    @property
+    def residual_name(self) -> str | None:
+        return self.residual if isinstance(self.residual, str) else self.residual.get("type")
 
     def layer_mixer(self, layer: int) -> Named:
         """The choice of mixer for `layer`."""
         return self.mixers[layer % len(self.mixers)]
+
+    def layer_state_mixer(self, layer: int) -> Named:
+        """The choice of state mixer for `layer`."""
+        choices = self.state_mixer if isinstance(self.state_mixer, list) else [self.state_mixer]
+        return choices[layer % len(choices)]
+
+
+class SequenceClassifierConfig(MixerConfig):
+    """A `MixerConfig` and the head of a `SequenceClassifier`.
+
+    Args:
+        num_labels: classes, of transformers' configs.
+        classifier_hidden: widths of the head's hidden layers.
+        classifier_dropout: behind each of them.
+        real_valued: inputs are numbers, not token ids.
+        pairs: an example is two sequences.
+    """
+
+    model_type = "nearfar-mixer-classifier"
+
+    classifier_hidden: list | int = 128
+    classifier_dropout: float = 0.0
+    real_valued: bool = False
+    pairs: bool = False

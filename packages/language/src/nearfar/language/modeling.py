@@ -6,7 +6,11 @@ Import this module once and `AutoModelForCausalLM.from_pretrained(folder)` works
 
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,59 +20,75 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from nearfar.language.cache import MixerCache, MixerLayerCache
+from nearfar.core.checkpoints import Checkpoint, identify, loaded, read
+from nearfar.core.finite import check_weights
+from nearfar.language import layouts
+from nearfar.language.cache import MixerCache
 from nearfar.language.configuration import MixerConfig
-from nearfar.language.registry import MIXERS, NORMS, STATE_MIXERS, build
-from nearfar.ops.common.streaming import StreamingMixer
-from nearfar.ops.recurrence.mamba import Mamba
-from nearfar.ops.tokens.selective_lookup import SelectiveLookup
+from nearfar.language.packing import Layout, check_arguments, document_starts
+from nearfar.language.registry import MIXERS, NORMS, RESIDUALS, STATE_MIXERS, build
+from nearfar.ops.aggregation.depth_attention import DepthResiduals
+from nearfar.ops.common.streaming import State, StreamingMixer
+
+LAYOUTS = list(iter_modules(layouts.__path__))
 
 
 class MixerBlock(GradientCheckpointingLayer):
-    """`x += drop(mixer(norm1(x)))`, then `x += drop(state_mixer(norm2(x)))`."""
+    """`x += drop(mixer(norm1(x)))`, then `x += drop(state_mixer(norm2(x)))`.
+
+    A part with `residual_included` (Mega's) is a whole layer by itself and takes the place of its line.
+    """
 
     def __init__(self, config: MixerConfig, layer: int) -> None:
         super().__init__()
         norm, dim = NORMS[config.norm], config.hidden_size
         self.layer = layer
-        self.norm1 = norm(dim, eps=config.norm_eps)
         self.mixer: StreamingMixer = build(
             config.layer_mixer(layer), MIXERS, "mixer", dim=dim, max_length=config.max_position_embeddings
         )
+        choice = config.layer_state_mixer(layer)
+        self.state_mixer = None if choice == "none" else build(choice, STATE_MIXERS, "state mixer", dim=dim)
+        self.norm1, self.norm2 = (
+            None if part is None or getattr(part, "residual_included", False) else norm(dim, eps=config.norm_eps)
+            for part in (self.mixer, self.state_mixer)
+        )
         self.dropout = nn.Dropout(config.dropout)
-        self.norm2 = self.state_mixer = None
-        if config.state_mixer != "none":
-            self.norm2 = norm(dim, eps=config.norm_eps)
-            self.state_mixer = build(config.state_mixer, STATE_MIXERS, "state mixer", dim=dim)
+        self.parts = ["mixer"] if self.state_mixer is None else ["mixer", "state_mixer"]
         for name, module in self.named_modules():
             if name.endswith(("out_proj", "fc2")):  # writes to the residual
                 module.depth_scale = (2 * config.num_hidden_layers) ** -0.5
 
     def forward(
-        self, x: Tensor, cache: MixerLayerCache | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The block's output, and the auxiliary loss of a mixer that has one while training."""
-        h, auxiliary = self.norm1(x), None
-        if cache is not None:
-            h = self.extend(self.mixer, "mixer", h, cache, lengths)
-        elif self.training and isinstance(self.mixer, SelectiveLookup):
-            h, auxiliary = self.mixer.train_pass(h)
-        else:
-            h = self.mixer(h)
-        x = x + self.dropout(h)
-        if self.state_mixer is None:
-            return x, auxiliary
-        h = self.norm2(x)
-        if cache is not None and isinstance(self.state_mixer, StreamingMixer):
-            h = self.extend(self.state_mixer, "state_mixer", h, cache, lengths)
-        else:
-            h = self.state_mixer(h)
-        return x + self.dropout(h), auxiliary
+        self, x: Tensor, states: dict[str, State] | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, dict[str, State] | None]:
+        """The block's output, the auxiliary loss of a mixer that has one while training, and the states after it.
 
-    @staticmethod
-    def extend(mixer: StreamingMixer, name: str, x: Tensor, cache: MixerLayerCache, lengths: Tensor | None) -> Tensor:
-        y, cache.states[name] = mixer.extend(x, cache.states.get(name), lengths)
-        return y
+        `states`: of its parts, {} at the beginning of a text; None: none are kept. They are not changed.
+        """
+        auxiliary = None
+        for name in self.parts:
+            branch, loss, states = self.branch(name, x, states, lengths)
+            x = x + branch
+            auxiliary = loss if auxiliary is None else auxiliary
+        return x, auxiliary, states
+
+    def branch(
+        self, name: str, x: Tensor, states: dict[str, State] | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, dict[str, State] | None]:
+        """What part `name` adds to the residual, with the auxiliary loss and the states as in `forward`."""
+        part, norm = (self.mixer, self.norm1) if name == "mixer" else (self.state_mixer, self.norm2)
+        h, loss = x if norm is None else norm(x), None
+        streaming = isinstance(part, StreamingMixer)
+        if streaming and states is not None:
+            h, after = part.extend(h, states.get(name), lengths)
+            states = states | {name: after}
+        elif streaming and self.training:
+            h, loss = part.train_pass(h)
+        elif streaming and not part.streams and lengths is not None:
+            h = part(h, torch.arange(h.shape[1], device=h.device) < lengths[:, None])
+        else:
+            h = part(h)
+        return (h - x if norm is None else self.dropout(h)), loss, states
 
     def state_size(self, length: int) -> int:
         own = self.state_mixer.state_size(length) if isinstance(self.state_mixer, StreamingMixer) else 0
@@ -97,10 +117,8 @@ class MixerPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif hasattr(module, "reset_parameters"):
             loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
-            if isinstance(module, Mamba):  # keeps torch's initial values for linear maps
-                for linear in (module.in_proj, module.x_proj, module.out_proj):
-                    linear.reset_parameters()
-                module.out_proj.weight.mul_(self.config.num_hidden_layers**-0.5)
+            if isinstance(module, StreamingMixer):
+                module.reset_linear(self.config.num_hidden_layers)
             module.reset_parameters()
             for parameter, value in loaded:
                 parameter.copy_(value)
@@ -109,9 +127,9 @@ class MixerPreTrainedModel(PreTrainedModel):
 class MixerModel(MixerPreTrainedModel):
     """Embedding, blocks, final norm: token ids to hidden states.
 
-    Padding may stand anywhere (`attention_mask` 0): the real tokens of each row are moved together, so every mixer
-    sees an unbroken text, and the states stand at the last real token. At a padded position the hidden state is that
-    of the last real token before it.
+    Padding may stand anywhere (`attention_mask` 0) and a row may hold several documents: each text is laid out in a row
+    of its own, so every mixer sees an unbroken text, nothing passes from document to document, and the states stand at
+    the last real token. At a padded position the hidden state is that of the last real token before it.
     """
 
     def __init__(self, config: MixerConfig) -> None:
@@ -123,6 +141,16 @@ class MixerModel(MixerPreTrainedModel):
         self.dropout = nn.Dropout(config.embed_dropout)
         self.layers = nn.ModuleList(MixerBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = NORMS[config.final_norm or config.norm](config.hidden_size, eps=config.norm_eps)
+        self.depth, self.block_size = None, 1
+        if config.residual_name == "attention":
+            choice = {"eps": config.norm_eps} | (config.residual if isinstance(config.residual, dict) else {})
+            self.block_size = choice.pop("block_size", 1)
+            choice["type"] = "attention"
+            count = sum(len(block.parts) for block in self.layers) + 1
+            self.depth = nn.ModuleList(
+                build(choice, RESIDUALS, "residual", dim=config.hidden_size) for _ in range(count)
+            )
+            DepthResiduals(torch.empty(0), self.depth, self.block_size)  # refuses a bad block size now
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -141,64 +169,142 @@ class MixerModel(MixerPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """input_ids `(B, N)`, or inputs_embeds `(B, N, d)`; of attention_mask `(B, >= N)` the last N columns count.
 
-        A cache is made with `use_cache=True` and continued with `past_key_values`.
+        A cache is made with `use_cache=True` and continued with `past_key_values`. Documents that share a row are told
+        apart by position_ids that restart at 0, by seq_idx, by cu_seq_lens_q, or by an attention_mask that numbers them
+        1, 2, ...; the logits are those of each document alone, and a cache holds the row's last one.
         """
+        check_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = MixerCache(len(self.layers))
-        if past_key_values is not None and not isinstance(past_key_values, MixerCache):
-            raise ValueError(f"past_key_values is a {type(past_key_values).__name__}, it must be a MixerCache")
-        lengths = restore = None
-        if attention_mask is not None:
-            if attention_mask.dim() != 2 or attention_mask.shape[1] < x.shape[1]:
-                raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, it must be (batch, length)")
-            mask = attention_mask[:, -x.shape[1] :].bool()
-            if not mask.all():
-                lengths = mask.sum(1)
-                order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
-                restore = (mask.cumsum(1) - 1).clamp(min=0)
-                x = x.gather(1, order[..., None].expand_as(x))
+        if self.config.embed_scale != 1:
+            x = x * self.config.embed_scale
+        if use_cache is None and past_key_values is None:
+            use_cache = self.config.use_cache and not self.training and self.streams
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        cache = MixerCache(len(self.layers)) if use_cache and past_key_values is None else past_key_values
+        if cache is not None and not isinstance(cache, MixerCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}, it must be a MixerCache")
+        layout = self.layout(x, attention_mask, cache, position_ids, seq_idx, cu_seq_lens_q)
+        columns = x.shape[1]
+        if layout is not None:
+            x = layout.pack(x)
+            if not self.streams:  # what looks ahead, or norms over positions, finds zeros in the padding
+                x = x * (torch.arange(x.shape[1], device=x.device) < layout.lengths[:, None])[..., None]
+        lengths = None if layout is None else layout.lengths
+        states = [None if cache is None else layer.states for layer in (self.layers if cache is None else cache.layers)]
         if self.embed_positions is not None:
-            x = x + self.embed_positions(self.positions(x, past_key_values, lengths))
+            x = x + self.embed_positions(self.positions(x, cache, lengths))
+            states[0] = None if cache is None else cache.layers[0].states
         x = self.dropout(x)
         hidden, losses = [], []
-        undo = lambda h: h if restore is None else h.gather(1, restore[..., None].expand_as(h))  # noqa: E731
+        undo = lambda h: h if layout is None else layout.undo(h)  # noqa: E731
+        residuals = None if self.depth is None else DepthResiduals(x, self.depth, self.block_size)
         for i, block in enumerate(self.layers):
-            if output_hidden_states:
+            if output_hidden_states and residuals is None:
                 hidden.append(undo(x))
-            x, loss = block(x, None if past_key_values is None else past_key_values.layers[i], lengths)
+            if residuals is None:
+                x, loss, states[i] = block(x, states[i], lengths)
+            else:
+                loss, states[i] = self.attend_over_depth(block, residuals, states[i], lengths, hidden)
             if loss is not None:
                 losses.append(loss)
-        if past_key_values is not None:
-            for layer in past_key_values.layers:
-                layer.tokens += x.shape[1]
+        if residuals is not None:
+            x = residuals.next_input()
+        if cache is not None:
+            cache.advance(states, columns, input_ids, layout)
         x = undo(self.norm(x))
         self.auxiliary_loss = sum(losses).squeeze() if losses else None
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values,
-            hidden_states=(*hidden, x) if output_hidden_states else None,
+            past_key_values=cache,
+            hidden_states=(*(undo(h) if residuals is not None else h for h in hidden), x)
+            if output_hidden_states
+            else None,
         )
         return output if return_dict is not False else output.to_tuple()
 
+    def attend_over_depth(
+        self,
+        block: MixerBlock,
+        residuals: DepthResiduals,
+        states: dict[str, State] | None,
+        lengths: Tensor | None,
+        hidden: list[Tensor],
+    ) -> tuple[Tensor | None, dict[str, State] | None]:
+        """One block whose parts read a mixture of all that came before; its inputs are added to `hidden`."""
+        loss = None
+        for name in block.parts:
+            x = residuals.next_input()
+            if name == "mixer":
+                hidden.append(x)
+            run = block.branch
+            if block.gradient_checkpointing and self.training:
+                run = partial(block._gradient_checkpointing_func, block.branch)
+            branch, auxiliary, states = run(name, x, states, lengths)
+            residuals.add(branch)
+            loss = auxiliary if loss is None else loss
+        return loss, states
+
+    @property
+    def streams(self) -> bool:
+        """Whether every mixer has a streaming form with its settings."""
+        return all(m.streams for m in self.layers.modules() if isinstance(m, StreamingMixer))
+
+    def layout(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        cache: MixerCache | None,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        cu_seq_lens_q: Tensor | None,
+    ) -> Layout | None:
+        """How the rows become texts; None where each row is one text without padding."""
+        real, shape = None, (x.shape[0], x.shape[1])
+        continued = cache is not None and cache.get_seq_length() > 0
+        if attention_mask is not None:
+            if attention_mask.dim() != 2 or attention_mask.shape[1] < x.shape[1]:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, it must be (batch, length); documents in "
+                    "one row are told apart by position_ids, seq_idx, cu_seq_lens_q or a mask that numbers them"
+                )
+            mask = attention_mask[:, -x.shape[1] :]
+            real = mask.bool()
+            if mask.dtype not in (torch.bool, torch.uint8) and not mask.is_floating_point() and (mask > 1).any():
+                seq_idx = mask if seq_idx is None else seq_idx
+            if real.all():
+                real = None
+        if continued and x.shape[1] == 1:
+            position_ids = None  # a single token goes on with its text
+        starts = document_starts(shape, real, position_ids, seq_idx, cu_seq_lens_q)
+        if starts is not None and continued:
+            raise ValueError("a piece that continues a cache cannot begin new documents; read those without the cache")
+        if real is None and starts is None:
+            return None
+        return Layout(torch.ones(shape, dtype=torch.bool, device=x.device) if real is None else real, starts)
+
     def positions(self, x: Tensor, cache: MixerCache | None, lengths: Tensor | None) -> Tensor:
-        """The position of each token `(B, N)` in its own text; the cache counts the tokens of each row."""
+        """The position of each token `(texts, N)` in its own text; the cache counts the tokens of each."""
         states = {} if cache is None else cache.layers[0].states
         new = torch.arange(x.shape[1], device=x.device)
         (seen,) = states.get("position", (torch.zeros(x.shape[0], dtype=torch.long, device=x.device),))
+        after = seen + (x.shape[1] if lengths is None else lengths)
         if cache is not None:
-            states["position"] = (seen + (x.shape[1] if lengths is None else lengths),)
+            cache.layers[0].states = states | {"position": (after,)}
         limit = self.config.max_position_embeddings
-        if (cache.get_seq_length() if cache is not None else 0) + x.shape[1] > limit:
-            longest = int((seen + (x.shape[1] if lengths is None else lengths)).max())
-            if longest > limit:
-                raise ValueError(f"a text of {longest} tokens is longer than max_position_embeddings={limit}")
+        if (cache.get_seq_length() if cache is not None else 0) + x.shape[1] > limit and int(after.max()) > limit:
+            raise ValueError(f"a text of {int(after.max())} tokens is longer than max_position_embeddings={limit}")
         return (seen[:, None] + new).clamp(max=limit - 1)
 
 
@@ -224,11 +330,17 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits `(B, N, vocab)`, or of the positions `logits_to_keep` alone (the last so many, or indices).
 
-        labels `(B, N)`: as input_ids, -100 where nothing is to be predicted; they are shifted here.
+        labels `(B, N)`: as input_ids, -100 where nothing is to be predicted; they are shifted here. Documents that
+        share a row: see `MixerModel`; what begins one is no target of the one before it only where its label is -100,
+        as packing collators set it.
         """
         output = self.model(
             input_ids,
@@ -237,18 +349,45 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
             inputs_embeds,
             use_cache,
             output_hidden_states,
+            True,
+            position_ids,
+            seq_idx,
+            cu_seq_lens_q,
+            **kwargs,
         )
+        if return_dict is None:
+            return_dict = self.config.return_dict
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            more = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **more)
             if self.model.auxiliary_loss is not None:
                 loss = loss + self.model.auxiliary_loss
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
+        """As transformers does; DivergedError where weights are not finite."""
+        check_weights(self.state_dict(), save_directory)
+        super().save_pretrained(save_directory, *args, **options)
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`. With `past_key_values` the ids may be the whole text, of which the cache has read
+        the beginning, or only what comes after that: the cache knows what it has read."""
+        cache = kwargs.get("past_key_values")
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if isinstance(cache, MixerCache) and cache.get_seq_length() and ids is not None and not cache.has_read(ids):
+            mask = kwargs.get("attention_mask")
+            if mask is None:
+                mask = torch.ones_like(ids)
+            if mask.shape[1] == ids.shape[1]:
+                read = mask.new_ones(len(mask), cache.get_seq_length())
+                kwargs["attention_mask"] = torch.cat([read, mask], 1)
+        return super().generate(inputs, **kwargs)
 
     def state_size(self, length: int) -> int:
         """Numbers that a text of `length` tokens leaves in the mixers, as the literature counts them."""
@@ -261,11 +400,29 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
         return hashlib.sha256(shapes.encode() + rows).hexdigest()[:16]
 
     @classmethod
-    def from_published(cls, checkpoint: str | Path | dict[str, Tensor], **settings: Any) -> "MixerForCausalLM":
-        """A published Zoology checkpoint, see `nearfar.language.zoology.from_published`."""
-        from nearfar.language.zoology import from_published  # imports this module
+    def from_published(cls, checkpoint: Checkpoint, **settings: Any) -> "MixerForCausalLM":
+        """A model with the weights of a published checkpoint, a file or a state dict, in eval mode.
 
-        return from_published(checkpoint, **settings)
+        `settings` give what names and shapes do not tell, see `nearfar.language.layouts`: each module there is a
+        published layout, and exactly one has to account for every tensor.
+        """
+        state = read(checkpoint)
+        known = {layout.name: import_module(f"{layouts.__name__}.{layout.name}") for layout in LAYOUTS}
+        what = "the state dict" if isinstance(checkpoint, Mapping) else str(checkpoint)
+        attempts = {name: partial(cls.translated, layout, state, settings) for name, layout in known.items()}
+        return identify(attempts, what)[1]
+
+    @classmethod
+    def translated(
+        cls,
+        layout: ModuleType,
+        state: Mapping[str, Tensor],
+        settings: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> "MixerForCausalLM":
+        """The model of a published state, read as the module `layout` says."""
+        config, ours = layout.translate(state, settings, shapes)
+        return loaded(cls(config), ours, ignore=[r".*positions$"])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:

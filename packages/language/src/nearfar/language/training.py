@@ -134,15 +134,25 @@ class LanguageModule(pl.LightningModule):
         if recipe.optimizer == "muon":
             muon = [m.weight for m in self.model.model.layers.modules() if isinstance(m, nn.Linear)]
         known = {id(p) for p in muon}
-        rest = [(n, p) for n, p in self.named_parameters() if id(p) not in known]
-        matrices = [p for n, p in rest if p.dim() > 1 and not n.endswith("A_log")]
-        vectors = [p for n, p in rest if p.dim() < 2 or n.endswith("A_log")]
+        decayed, kept = split_by_decay(self.model)
+        matrices, vectors = ([p for p in group if id(p) not in known] for group in (decayed, kept))
         options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         optimizers: list[Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.95), **options)]
         if muon:
             optimizers.append(torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **options))
         return optimizers, [warmup_cosine(o, recipe.warmup, self.steps, floor=0.02) for o in optimizers]
+
+
+def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters that weight decay is for, matrices, and the others: vectors, and what a module names in
+    `no_weight_decay` (decays, queries over depth, scales kept as matrices)."""
+    named: dict[int, tuple[nn.Parameter, bool]] = {}
+    for module in model.modules():
+        spared = (*getattr(module, "no_weight_decay", ()), "A_log")
+        for name, parameter in module.named_parameters(recurse=False):
+            named.setdefault(id(parameter), (parameter, parameter.dim() > 1 and name not in spared))
+    return [p for p, decayed in named.values() if decayed], [p for p, decayed in named.values() if not decayed]
 
 
 def train_language_model(
@@ -154,6 +164,7 @@ def train_language_model(
     accelerator: str = "auto",
     precision: str = "32-true",
     show_progress: bool = False,
+    fresh: bool = False,
 ) -> tuple[MixerForCausalLM, list[dict[str, float]]]:
     """Train in `folder/run` (an interrupted run goes on) and save model and tokenizer to `folder`.
 
@@ -182,7 +193,8 @@ def train_language_model(
         mode="min",
         seed=recipe.seed,
         folder=Path(folder) / "run",
-        settings={**dataclasses.asdict(recipe), "sources": list(sources), "tokens": len(tokens)},
+        settings=dataclasses.asdict(recipe),
+        fresh=fresh,
         show_progress=show_progress,
         accelerator=accelerator,
         precision=precision,

@@ -1,9 +1,7 @@
-"""Vision backbones that mix near and far, registered with timm when this package is imported."""
+"""Vision models that mix near and far. Once this package is imported, timm finds its backbones by name."""
 
-from importlib import import_module
-from pkgutil import iter_modules
+from nearfar.core.lazy import offer
+from nearfar.vision.waiting import register
 
-from nearfar.vision import models
-
-for _module in iter_modules(models.__path__):
-    import_module(f"{models.__name__}.{_module.name}")
+register()
+__all__, __getattr__, __dir__ = offer(__name__, __file__)

@@ -21,6 +21,14 @@ State = tuple[Tensor, ...]
 class StreamingMixer(nn.Module):
     """A causal operator on sequences: `forward` (parallel), `extend` (streaming) and `state_size`."""
 
+    residual_included = False
+    """Whether the output is the whole layer's, norm and residual included, not the branch of a residual."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether `extend` works: not with settings that need the whole sequence."""
+        return all(part.streams for part in self.modules() if part is not self and isinstance(part, StreamingMixer))
+
     def forward(self, x: Tensor) -> Tensor:
         """The whole sequence at once, from an empty state."""
         raise NotImplementedError
@@ -34,6 +42,13 @@ class StreamingMixer(nn.Module):
             lengths: `(B,)` integers 0..N, the real positions of each row (the rest is padding); None: all.
         """
         raise NotImplementedError
+
+    def train_pass(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`forward` in training, and the auxiliary loss of a mixer that has one."""
+        return self(x), None
+
+    def reset_linear(self, num_layers: int) -> None:
+        """Give linear maps their first values, where they are others than those of the model of `num_layers` around."""
 
     def state_size(self, length: int) -> int:
         """Numbers that one sequence of `length` tokens leaves behind, as the literature counts them."""

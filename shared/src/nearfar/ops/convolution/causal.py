@@ -132,6 +132,10 @@ class ExplicitLongConv(LongConv):
         self.filter = nn.Parameter(torch.empty(dim, max_length))
         self.reset_parameters()
 
+    @property
+    def streams(self) -> bool:
+        return not self.wrap
+
     def reset_parameters(self) -> None:
         nn.init.normal_(self.filter)
 

@@ -349,6 +349,13 @@ class Mamba(StreamingMixer):
         init_decay_(self.A_log)
         nn.init.ones_(self.D)
 
+    def reset_linear(self, num_layers: int) -> None:
+        """torch's usual values, the map to the residual smaller by sqrt(num_layers)."""
+        for linear in (self.in_proj, self.x_proj, self.out_proj):
+            linear.reset_parameters()
+        with torch.no_grad():
+            self.out_proj.weight.mul_(num_layers**-0.5)
+
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return self.extend(x)[0]
 

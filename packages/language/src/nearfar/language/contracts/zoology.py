@@ -9,12 +9,16 @@ from torch import Tensor, nn
 
 from nearfar.core.contracts import Contract
 from nearfar.core.errors import UserError
+from nearfar.language.layouts import zoology as layout
+from nearfar.language.layouts.zoology import load_mixer, part, recognise
+from nearfar.language.mixers.zoology import CARD, feed_forward
 from nearfar.language.modeling import MixerForCausalLM
 from nearfar.language.recall.tasks import make_examples
 from nearfar.language.registry import MIXERS, STATE_MIXERS, build
-from nearfar.language.zoology import feed_forward, load_mixer, load_model, part, recognise, recognise_state_mixer, width
 from nearfar.ops.recurrence.based import Based, taylor_features
 from nearfar.ops.tokens.selective_lookup import SelectiveLookup
+
+__all__ = ["CARD", "build_contract"]
 
 
 def build_contract(contract: Contract) -> Callable[..., Any]:
@@ -23,7 +27,9 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     if contract.variant.startswith("data-"):
         return lambda *_: data(contract)
     if "backbone.ln_f.weight" in shapes:
-        return Logits(load_model(contract.state(), shapes, settings))
+        return Logits(
+            MixerForCausalLM.translated(layout, contract.state(), {"tie_embeddings": True} | settings, shapes)
+        )
     contract.require(causal=True, rotary=False, bidirectional=False, num_blocks=1)
     about = f"{contract.variant} {settings.get('op', '')}".lower()
     if (not shapes or "proj_q.weight" in shapes) and re.search(r"[^a-z](elu|relu|performer|cosformer)", about):
@@ -31,13 +37,13 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     if not shapes:
         return taylor_features
     shapes, state = (part(values, "m.", "mixer.", "") for values in (shapes, contract.state()))
-    if feed_forward(shapes)[0] or ("time_mix_k" in shapes and "time_decay" not in shapes):
-        choice, table = recognise_state_mixer(shapes), STATE_MIXERS
-    else:
-        choice, table = recognise(shapes, {**settings, "op": about}), MIXERS
+    dim = contract.inputs[0]["shape"][-1]
+    state_mixer = feed_forward(shapes)[0] or ("time_mix_k" in shapes and "time_decay" not in shapes)
+    table = STATE_MIXERS if state_mixer else MIXERS
+    choice = recognise(shapes, {**settings, "op": about}, dim, table)
     contract.require(**{"hyena": {"num_heads": 1}, "base-conv": {"residual": True}}.get(choice["type"], {}))
-    module = build(choice, table, "mixer", dim=width(shapes))
-    load_mixer(module, state, choice["type"])
+    module = build(choice, table, "mixer", dim=dim)
+    load_mixer(module, state, table[choice["type"]])
     if isinstance(module, Based):
         module.eps = settings.get("eps", module.eps)
     if isinstance(module, SelectiveLookup) and any(o["name"] == "out.aux" for o in contract.outputs):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Checkpoint, count, loaded, read, rename
 from nearfar.core.errors import CheckpointError
 
@@ -166,6 +167,15 @@ class DuoFormer(nn.Module):
             statistics move: `freeze_statistics=False` does.
         identity: leaves both stacks out, so that the head reads the scale tokens' mean: for ablation.
     """
+
+    CARD = Card(
+        "DuoFormer",
+        "2506.12982",
+        "attention over the scales inside each patch, then over the patches, on a CNN; classifies tiles",
+        2.2e-6,
+        weights="experiment code's layout",
+        dims=(2,),
+    )
 
     size_multiple = 32
 

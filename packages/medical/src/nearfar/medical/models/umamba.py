@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Checkpoint, count, loaded, read, rename
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
@@ -103,6 +104,16 @@ class UMamba(nn.Module):
 
     `forward(x)`: logits (B, K, *S); in training a list of them, finest first, each half as large as the one before.
     """
+
+    CARD = Card(
+        "U-Mamba",
+        "2401.04722",
+        "Mamba over the voxels, or the channels, of a residual U-Net's stages; sizes of nnU-Net plans",
+        9.0e-5,
+        weights="released layout",
+        networks={"umamba_bot": {"placement": "bottleneck"}, "umamba_enc": {"placement": "encoder"}},
+        dims=(2, 3),
+    )
 
     def __init__(
         self,

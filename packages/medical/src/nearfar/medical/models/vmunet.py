@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Checkpoint, count, loaded, read, rename
 from nearfar.core.errors import CheckpointError
 from nearfar.ops.common.layers import ChannelNorm, DropPath
@@ -49,6 +50,16 @@ class VMUNet(nn.Module):
     `forward(x)`: (B, C, H, W) to logits (B, K, H, W); H and W are multiples of 32. (The released network puts a sigmoid
     on a single output and cuts odd maps, so that its mask is smaller than such an image.)
     """
+
+    CARD = Card(
+        "VM-UNet",
+        "2402.02491",
+        "a U-Net of selective scans in four directions",
+        6.9e-7,
+        weights="released layout; starts from VMamba's",
+        networks={"vmunet": {}},
+        dims=(2,),
+    )
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from nearfar.core.errors import UserError
+from nearfar.vision.waiting import SummoningDict, as_it_stands
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Variant:
     weights: tuple[Weights, ...] = field(default=(Weights("untrained"),))
 
 
-VARIANTS: dict[str, Variant] = {}
+VARIANTS: dict[str, Variant] = SummoningDict()
 """Every registered nearfar backbone by its timm name."""
 
-MODELS: dict[str, type[Any]] = {}
+MODELS: dict[str, type[Any]] = SummoningDict()
 """The class of every registered backbone."""
 
 CREATION_SETTINGS = (
@@ -85,9 +86,10 @@ def register(model: type[Any], variants: Mapping[str, Variant]) -> None:
                 "classifier": model.CLASSIFIERS if len(model.CLASSIFIERS) > 1 else model.CLASSIFIERS[0],
             }
     module.default_cfgs = {**getattr(module, "default_cfgs", {}), **generate_default_cfgs(cfgs)}
-    for name, variant in variants.items():
-        VARIANTS[name], MODELS[name] = variant, model
-        setattr(module, name, register_model(_entrypoint(name, model, variant)))
+    with as_it_stands():
+        for name, variant in variants.items():
+            VARIANTS[name], MODELS[name] = variant, model
+            setattr(module, name, register_model(_entrypoint(name, model, variant)))
 
 
 def _entrypoint(name: str, model: type[Any], variant: Variant) -> Callable[..., nn.Module]:

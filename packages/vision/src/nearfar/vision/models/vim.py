@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, rename
 from nearfar.ops.common.layers import DropPath
 from nearfar.ops.recurrence.directional_mamba import DirectionalMamba, released_mamba
@@ -60,6 +61,15 @@ class Vim(TokenModel):
         dynamic_img_pad: pad other sides with zeros instead of refusing them.
         scan: False puts the identity in the scans' place, for ablation.
     """
+
+    CARD = Card(
+        "Vim",
+        "2401.09417",
+        "selective scans of the patches forwards and backwards",
+        8.7e-6,
+        weights="released layout",
+        small={"vim_tiny": {"dim": 64, "depth": 4, "img_size": 64, "patch_size": 8, "stride": 8}},
+    )
 
     RULES = (
         (r"layers\.", "blocks."),
@@ -141,9 +151,7 @@ class Vim(TokenModel):
         dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
         _, height, width, _ = state["pos_embed.grid"].shape
         a_log = state["blocks.0.mixer.scan.A_log"]
-        stride = (
-            patch // 2 if (height, width) == (27, 27) and patch == 16 else patch
-        )  # released with overlap
+        stride = patch // 2 if (height, width) == (27, 27) and patch == 16 else patch  # released with overlap
         size = tuple((n - 1) * stride + patch for n in (height, width))
         return {
             "dim": dim,

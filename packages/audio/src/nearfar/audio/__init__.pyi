@@ -1,0 +1,15 @@
+from nearfar.audio.separation.live import LiveSeparator as LiveSeparator
+from nearfar.audio.separation.mossformer import MossFormer as MossFormer
+from nearfar.audio.separation.mossformer import MossFormer2 as MossFormer2
+from nearfar.audio.separation.training import train_separation as train_separation
+from nearfar.audio.separation.windows import model_separator as model_separator
+from nearfar.audio.separation.windows import separate_recording as separate_recording
+from nearfar.audio.separation.windows import separate_samples as separate_samples
+from nearfar.audio.sound import read_samples as read_samples
+from nearfar.audio.sound import resample as resample
+from nearfar.audio.speakers.frontends import SelfSupervised as SelfSupervised
+from nearfar.audio.speakers.ltdnn import LAP as LAP
+from nearfar.audio.speakers.ltdnn import LTDNN as LTDNN
+from nearfar.audio.speakers.ltdnn import SpeakerEncoder as SpeakerEncoder
+from nearfar.audio.speakers.system import SpeakerSystem as SpeakerSystem
+from nearfar.audio.speakers.training import train_speaker_model as train_speaker_model

@@ -1,0 +1,14 @@
+from nearfar.eeg.decoder import Decoder as Decoder
+from nearfar.eeg.decoding import NetworkClassifier as NetworkClassifier
+from nearfar.eeg.decoding import Recipe as Recipe
+from nearfar.eeg.evaluation import evaluate as evaluate
+from nearfar.eeg.live.scores import pseudo_online as pseudo_online
+from nearfar.eeg.live.stream import StreamDecoder as StreamDecoder
+from nearfar.eeg.models.agtcnet import AGTCNet as AGTCNet
+from nearfar.eeg.models.graphs import electrode_graph as electrode_graph
+from nearfar.eeg.preprocessing import Preprocessing as Preprocessing
+from nearfar.eeg.recordings import Recording as Recording
+from nearfar.eeg.recordings import find_recordings as find_recordings
+from nearfar.eeg.recordings import read_recording as read_recording
+from nearfar.eeg.trials import load_trials as load_trials
+from nearfar.eeg.trials import trials_array as trials_array

@@ -1,0 +1,11 @@
+from nearfar.language.cache import MixerCache as MixerCache
+from nearfar.language.configuration import MixerConfig as MixerConfig
+from nearfar.language.evaluation import run_tasks as run_tasks
+from nearfar.language.evaluation import score as score
+from nearfar.language.modeling import MixerForCausalLM as MixerForCausalLM
+from nearfar.language.modeling import MixerModel as MixerModel
+from nearfar.language.registry import MIXERS as MIXERS
+from nearfar.language.texts import byte_tokenizer as byte_tokenizer
+from nearfar.language.texts import load_causal_lm as load_causal_lm
+from nearfar.language.training import Recipe as Recipe
+from nearfar.language.training import train_language_model as train_language_model

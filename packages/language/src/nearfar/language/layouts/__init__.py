@@ -1,0 +1,1 @@
+"""The published layouts of whole language models, one file a layout."""

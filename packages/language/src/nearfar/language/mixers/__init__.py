@@ -1,0 +1,1 @@
+"""The mixers that configs name, one file a system."""

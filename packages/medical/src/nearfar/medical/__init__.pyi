@@ -1,0 +1,15 @@
+from nearfar.medical.bundle import write_bundle as write_bundle
+from nearfar.medical.data.layouts import find_cases as find_cases
+from nearfar.medical.data.scans import Scan as Scan
+from nearfar.medical.data.scans import read_scan as read_scan
+from nearfar.medical.data.scans import write_labels as write_labels
+from nearfar.medical.models.deeplab import DeepLabV2 as DeepLabV2
+from nearfar.medical.models.deeplab import DeepLabV3 as DeepLabV3
+from nearfar.medical.models.guided_attention import GuidedAttention as GuidedAttention
+from nearfar.medical.models.macmd import MACMD as MACMD
+from nearfar.medical.networks import create_network as create_network
+from nearfar.medical.recipe import Recipe as Recipe
+from nearfar.medical.refinement import refine as refine
+from nearfar.medical.segmenter import Segmenter as Segmenter
+from nearfar.medical.training import score_cases as score_cases
+from nearfar.medical.training import train_segmenter as train_segmenter

@@ -1,0 +1,13 @@
+from nearfar.vision.classification.classifier import Classifier as Classifier
+from nearfar.vision.classification.classifier import create_model as create_model
+from nearfar.vision.classification.training import train_classifier as train_classifier
+from nearfar.vision.data.images import Pictures as Pictures
+from nearfar.vision.explain.attention import attention_maps as attention_maps
+from nearfar.vision.explain.attention import draw_attention as draw_attention
+from nearfar.vision.generation.sit import SiT as SiT
+from nearfar.vision.models.attnet import AttNet as AttNet
+from nearfar.vision.models.convnext import ConvNeXt as ConvNeXt
+from nearfar.vision.models.hornet import HorNet as HorNet
+from nearfar.vision.models.lsnet import LSNet as LSNet
+from nearfar.vision.models.overlock import OverLoCK as OverLoCK
+from nearfar.vision.models.transxnet import TransXNet as TransXNet

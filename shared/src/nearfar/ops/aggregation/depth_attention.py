@@ -1,0 +1,260 @@
+"""Attention residuals: each sub-layer's input is a learnt mixture over depth of what came before it."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nearfar.ops.common.streaming import wide
+
+QUERIES = ("static", "input", "scalar")
+
+
+class _Mix(torch.autograd.Function):
+    """`sum_i p_i v_i`, p = softmax_i(scale_i (v_i . key)) per head, from sources that are never stacked.
+
+    key `(h, d / h)`, scales and sources `(..., h, d / h)`; p `(n, ..., h)`. Keeps no copy of a source.
+    """
+
+    @staticmethod
+    def forward(ctx, key, eps, scales, *sources):
+        logits = torch.stack([torch.einsum("...hc,hc->...h", v, key) * s[..., None] for v, s in zip(sources, scales)])
+        p = logits.softmax(0)
+        out = sources[0] * p[0, ..., None]
+        for v, weight in zip(sources[1:], p[1:]):
+            out.addcmul_(v, weight[..., None])
+        ctx.save_for_backward(key, logits, p, *scales, *sources)
+        ctx.mark_non_differentiable(p)
+        return out, p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        key, logits, p, *rest = ctx.saved_tensors
+        n = len(p)
+        scales, sources = rest[:n], rest[n:]
+        along = torch.stack([torch.einsum("...hc,...hc->...h", grad, v) for v in sources])
+        slope = p * (along - (p * along).sum(0))  # of the logits
+        size = key.numel()
+        grad_key, grads = torch.zeros_like(key), []
+        for v, s, weight, dl, logit in zip(sources, scales, p, slope, logits):
+            s = s[..., None]
+            grad_key += torch.einsum("...hc,...h->hc", v, dl * s)
+            g = grad * weight[..., None]
+            g.addcmul_((dl * s)[..., None], key)
+            shrink = (dl * logit).sum(-1, keepdim=True) * s * s / size  # the norm's own slope
+            grads.append(g.sub_(shrink[..., None] * v))
+        return grad_key, None, None, *grads
+
+
+class DepthAttention(nn.Module):
+    """One aggregation over depth: `out = sum_i p_i v_i`, `p = softmax_i(w . (g v_i / rms(v_i)))`, per token.
+
+    Sources v_i `(..., d)` are what the network has computed so far; positions do not mix. Zero queries w, the initial
+    ones, give the mean of the sources. No 1 / sqrt(d); values are not normed; in float32 or better. Attention Residuals
+    (Kimi Team 2026, arXiv 2603.15031). Cost O(n d) per token for n sources.
+
+    The paper's ablations: `query="input"` w = W v for the latest source v (which hidden state the paper means is
+    inferred), "scalar" learnt logits without a look at the sources; `sigmoid` weights instead of softmax; `norm=False`
+    keys that are not normed; `num_heads` groups of channels with weights of their own (the norm covers all channels).
+
+    Args:
+        dim: channels d. eps: of the norm.
+        num_heads, query, sigmoid, norm: see above. max_sources: of "scalar".
+    """
+
+    no_weight_decay = ("query",)
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-6,
+        num_heads: int = 1,
+        query: str = "static",
+        sigmoid: bool = False,
+        norm: bool = True,
+        max_sources: int | None = None,
+    ) -> None:
+        super().__init__()
+        if query not in QUERIES or (query == "scalar") != (max_sources is not None):
+            raise ValueError(
+                f"query={query!r} must be one of {', '.join(QUERIES)}, max_sources={max_sources} set for 'scalar' alone"
+            )
+        if num_heads < 1 or dim < 1 or dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
+        self.dim, self.eps, self.num_heads, self.query_kind, self.sigmoid = dim, eps, num_heads, query, sigmoid
+        shape = {"static": (dim,), "input": (dim, dim), "scalar": (max_sources, num_heads)}[query]
+        self.query = nn.Parameter(torch.empty(shape))
+        self.norm_weight = nn.Parameter(torch.empty(dim)) if norm and query != "scalar" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Queries (and scalar logits) 0, norm weights 1."""
+        nn.init.zeros_(self.query)
+        if self.norm_weight is not None:
+            nn.init.ones_(self.norm_weight)
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the paper's form, no ablation but heads."""
+        return self.query_kind == "static" and not self.sigmoid and self.norm_weight is not None
+
+    def key(self) -> Tensor:
+        """The product of query and norm weight, which is all that counts, `(h, d / h)`, in float32 or better."""
+        weights = (t.to(wide(t)[0]) for t in (self.query, self.norm_weight))
+        return torch.mul(*weights).view(self.num_heads, -1)
+
+    def forward(
+        self, sources: Sequence[Float[Tensor, "*s d"]], scales: Sequence[Tensor] | None = None
+    ) -> Float[Tensor, "*s d"]:
+        """`scales`: 1 / rms of each source, where already known (see `inverse_rms`)."""
+        return self.mix(sources, scales)[0]
+
+    def mix(
+        self, sources: Sequence[Tensor], scales: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Float[Tensor, "n *s h"]]:
+        """The mixture, and the weight of every source for each token and head."""
+        if not sources:
+            raise ValueError("there is no source to attend to")
+        x, heads = sources[-1], (self.num_heads, -1)
+        dtype, unchanged = wide(x)
+        with unchanged:
+            parts = [v.to(dtype).unflatten(-1, heads) for v in sources]
+            if self.plain:
+                if scales is None:
+                    scales = [inverse_rms(v, self.eps) for v in sources]
+                out, p = _Mix.apply(self.key(), self.eps, scales, *parts)
+            else:
+                p = self.logits(sources, parts)
+                p = torch.sigmoid(p) if self.sigmoid else p.softmax(0)
+                out = sum(weight[..., None] * v for weight, v in zip(p, parts))
+        return out.flatten(-2).to(x.dtype), p
+
+    def logits(self, sources: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+        """`(n, ..., h)`, of the ablations."""
+        dtype = parts[-1].dtype
+        if self.query_kind == "scalar":
+            if len(sources) > len(self.query):
+                raise ValueError(f"{len(sources)} sources are more than max_sources={len(self.query)}")
+            logits = self.query[: len(sources)].to(dtype)
+            shape = (len(sources), *(1,) * (parts[-1].dim() - 2), self.num_heads)
+            return logits.view(shape).expand(-1, *parts[-1].shape[:-1])
+        w = self.query.to(dtype)
+        w = F.linear(sources[-1].to(dtype), w) if self.query_kind == "input" else w
+        w = w.unflatten(-1, (self.num_heads, -1))
+        keys = parts
+        if self.norm_weight is not None:
+            weight = self.norm_weight.to(dtype)
+            keys = (F.rms_norm(v.flatten(-2), (self.dim,), weight, self.eps).unflatten(-1, w.shape[-2:]) for v in parts)
+        return torch.stack([(w * k).sum(-1) for k in keys])
+
+
+@torch.no_grad()
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """`1 / sqrt(mean(x^2) + eps)` over the last axis, in float32 or better; a source's never changes."""
+    x = x.to(wide(x)[0])
+    return torch.rsqrt(torch.linalg.vecdot(x, x) / x.shape[-1] + eps)
+
+
+class DepthResiduals:
+    """The residual stream of a network whose sub-layers attend over depth; it takes the place of `x = x + f(x)`:
+
+        residuals = DepthResiduals(embedding, attends, block_size)
+        for f in sublayers:
+            residuals.add(f(residuals.next_input()))
+        output = residuals.next_input()
+
+    `attends` has one `DepthAttention` per sub-layer and one for the output. Sources are the embedding and the sum of
+    each finished block of `block_size` sub-layers, and within a block also the sum so far; `block_size=1` keeps every
+    sub-layer's output (full attention residuals). A block is finished before the sub-layer after it chooses, the last
+    one may be short.
+
+    Queries do not depend on data, so `two_phase` computes what all sub-layers of a block take from the finished
+    blocks at once, and adds the sum so far to each by an online softmax: the same numbers, each finished source read
+    once per block. `window`: only the last so many sources and the embedding (an ablation).
+    """
+
+    def __init__(
+        self,
+        embedding: Tensor,
+        attends: Iterable[nn.Module],
+        block_size: int = 1,
+        two_phase: bool = True,
+        window: int | None = None,
+    ) -> None:
+        if block_size < 1 or (block_size > 1 and block_size % 2):
+            raise ValueError(f"block_size={block_size} must be 1 or an even number of sub-layers")
+        if window is not None and window < 1:
+            raise ValueError(f"window={window} must be at least 1, or None for all sources")
+        self.attends, self.block_size, self.window = list(attends), block_size, window
+        self.two_phase = two_phase and block_size > 1 and window is None and all(a.plain for a in self.attends)
+        self.blocks: list[Tensor] = []
+        self.scales: list[Tensor] = []
+        self.partial: Tensor | None = embedding
+        self.number = 0
+        self.weights: list[Tensor] | None = None
+        """Set to a list to collect the weights `(n, ..., h)` of each aggregation (without two phases)."""
+        self.prepared: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def next_input(self) -> Tensor:
+        """What the next sub-layer reads, or after the last one the output."""
+        if self.number >= len(self.attends):
+            raise ValueError(f"there are {len(self.attends)} aggregations and all have been made")
+        attend, place = self.attends[self.number], self.number % self.block_size
+        if place == 0:
+            self.blocks.append(self.partial)
+            if attend.plain:
+                self.scales.append(inverse_rms(self.partial, attend.eps))
+            self.partial = None
+        self.number += 1
+        if self.two_phase and self.weights is None:
+            if place == 0:
+                self.prepare(self.attends[self.number - 1 : self.number - 1 + self.block_size])
+            return self.merge(place, attend)
+        sources, scales = [*self.blocks], [*self.scales]
+        if self.partial is not None:
+            sources.append(self.partial)
+            if attend.plain:
+                scales.append(inverse_rms(self.partial, attend.eps))
+        if self.window is not None and len(sources) > self.window + 1:
+            sources, scales = ([t[0], *t[-self.window :]] if t else t for t in (sources, scales))
+        out, p = attend.mix(sources, scales or None)
+        if self.weights is not None:
+            self.weights.append(p)
+        return out
+
+    def add(self, y: Tensor) -> None:
+        """Take in what a sub-layer computed."""
+        self.partial = y if self.partial is None else self.partial + y
+
+    def prepare(self, attends: Sequence[DepthAttention]) -> None:
+        """Phase one: all queries of a block over the finished sources: unnormalised sums, totals and maxima."""
+        dtype, unchanged = wide(self.blocks[0])
+        with unchanged:
+            keys = torch.stack([attend.key().to(dtype) for attend in attends])
+            values = torch.stack([v.to(dtype) for v in self.blocks]).unflatten(-1, keys.shape[1:])
+            scales = torch.rsqrt(values.square().mean((-2, -1)) + attends[0].eps) if values.requires_grad else None
+            scales = torch.stack(self.scales) if scales is None else scales
+            logits = torch.einsum("shc,n...hc->sn...h", keys, values) * scales[..., None]
+            top = logits.amax(1).detach()
+            weights = torch.exp(logits - top[:, None])
+            self.prepared = torch.einsum("sn...h,n...hc->s...hc", weights, values), weights.sum(1), top
+
+    def merge(self, place: int, attend: DepthAttention) -> Tensor:
+        """Phase two: the sum so far joins what was prepared for this sub-layer."""
+        out, total, top = (t[place] for t in self.prepared)
+        dtype = self.blocks[0].dtype
+        if self.partial is None:
+            return (out / total[..., None]).flatten(-2).to(dtype)
+        with wide(self.partial)[1]:
+            v = self.partial.to(out.dtype)
+            scale = torch.rsqrt(v.square().mean(-1, keepdim=True) + attend.eps)
+            v = v.unflatten(-1, out.shape[-2:])
+            logit = torch.einsum("...hc,hc->...h", v, attend.key().to(out.dtype)) * scale
+            highest = torch.maximum(top, logit.detach())
+            old, new = torch.exp(top - highest), torch.exp(logit - highest)
+            out = (old[..., None] * out + new[..., None] * v) / (old * total + new)[..., None]
+        return out.flatten(-2).to(dtype)

@@ -1,0 +1,180 @@
+"""Attention over depth: mixtures against the definition, blocks against a list of sources, two phases against one."""
+
+import pytest
+import torch
+
+from nearfar.ops.aggregation.depth_attention import DepthAttention, DepthResiduals
+
+D = 12
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def shaken(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.5 * torch.randn_like(parameter)
+    return module
+
+
+def slow(m, sources):
+    """Token by token would be the same: nothing but sums over channels."""
+    outs, width = [], D // m.num_heads
+    for h in range(m.num_heads):
+        part = slice(h * width, (h + 1) * width)
+        logits = []
+        for i, v in enumerate(sources):
+            if m.query_kind == "scalar":
+                logits.append(m.query[i, h] + torch.zeros_like(v[..., 0]))
+                continue
+            key = v
+            if m.norm_weight is not None:
+                key = m.norm_weight * v / torch.sqrt((v**2).mean(-1, keepdim=True) + m.eps)
+            w = m.query if m.query_kind == "static" else sources[-1] @ m.query.T
+            logits.append((w * key)[..., part].sum(-1))
+        logits = torch.stack(logits)
+        p = torch.sigmoid(logits) if m.sigmoid else torch.exp(logits) / torch.exp(logits).sum(0)
+        outs.append(sum(weight[..., None] * v[..., part] for weight, v in zip(p, sources)))
+    return torch.cat(outs, -1)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"num_heads": 3},
+        {"query": "input"},
+        {"query": "input", "num_heads": 2, "norm": False},
+        {"query": "scalar", "max_sources": 6, "num_heads": 2},
+        {"sigmoid": True},
+        {"norm": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("grid", [(), (7,), (2, 3, 4)])
+def test_mixture(how, count, grid):
+    attend = shaken(DepthAttention(D, eps=0.1, **how))
+    sources = [torch.randn(2, *grid, D, requires_grad=True) for _ in range(count)]
+    ours, theirs = attend(sources), slow(attend, sources)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    wanted, weight = [*sources, *attend.parameters()], torch.randn_like(ours)
+    a, b = (torch.autograd.grad((y * weight).sum(), wanted, allow_unused=True) for y in (ours, theirs))
+    for one, two in zip(a, b):
+        one = torch.zeros_like(two) if one is None else one
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+
+def test_new_queries_give_the_mean_and_one_source_comes_back():
+    sources = [torch.randn(3, D) for _ in range(4)]
+    torch.testing.assert_close(DepthAttention(D)(sources), torch.stack(sources).mean(0))
+    torch.testing.assert_close(shaken(DepthAttention(D))(sources[:1]), sources[0])
+
+
+def test_half_precision_mixes_in_float32():
+    attend = shaken(DepthAttention(D)).float()
+    sources = [torch.randn(3, D).bfloat16() for _ in range(5)]
+    ours = attend(sources)
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, attend([v.float() for v in sources]).bfloat16())
+
+
+def run(embedding, attends, layers, size, **how):
+    residuals = DepthResiduals(embedding, attends, size, **how)
+    for layer in layers:
+        residuals.add(torch.tanh(residuals.next_input() @ layer))
+    return residuals.next_input()
+
+
+def slow_run(embedding, attends, layers, size, window=None):  # noqa: RET503
+    """The state of the paper, spelt out."""
+    blocks, partial = [], embedding
+    for j in range(len(layers) + 1):
+        sources = blocks + ([] if partial is None else [partial])
+        if window is not None and len(sources) > window + 1:
+            sources = [sources[0], *sources[-window:]]
+        h = slow(attends[j], sources)
+        if j == len(layers):
+            return h
+        if j % size == 0:
+            blocks, partial = [*blocks, partial], None
+        y = torch.tanh(h @ layers[j])
+        partial = y if partial is None else partial + y
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 10, 12])
+@pytest.mark.parametrize("how", [{}, {"two_phase": False}, {"window": 2}], ids=str)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_blocks(size, how, heads):
+    attends = [shaken(DepthAttention(D, num_heads=heads)) for _ in range(11)]
+    layers = [torch.randn(D, D, requires_grad=True) for _ in range(10)]
+    embedding = torch.randn(2, 5, D, requires_grad=True)
+    ours = run(embedding, attends, layers, size, **how)
+    theirs = slow_run(embedding, attends, layers, size, how.get("window"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    wanted, weight = [embedding, *layers, *(p for a in attends for p in a.parameters())], torch.randn_like(ours)
+    a, b = (torch.autograd.grad((y * weight).sum(), wanted, allow_unused=True) for y in (ours, theirs))
+    for one, two in zip(a, b):
+        one, two = (torch.zeros(1) if g is None else g for g in (one, two))
+        torch.testing.assert_close(
+            one.expand_as(two) if one.numel() == 1 else one, two.expand_as(one), rtol=1e-8, atol=1e-9
+        )
+
+
+def test_without_gradients_two_phases_are_the_same():
+    attends, layers = [shaken(DepthAttention(D)) for _ in range(7)], [torch.randn(D, D) for _ in range(6)]
+    x = torch.randn(2, 5, D)
+    with torch.no_grad():
+        expected = run(x, attends, layers, 4, two_phase=False)
+        torch.testing.assert_close(run(x, attends, layers, 4), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_large_logits_do_not_overflow():
+    attends = [DepthAttention(D) for _ in range(5)]
+    with torch.no_grad():
+        for attend in attends:
+            attend.query.fill_(1e4)
+    layers = [torch.randn(D, D).float() for _ in range(4)]
+    out = run(torch.randn(2, D).float(), [a.float() for a in attends], layers, 2)
+    assert out.isfinite().all()
+
+
+def test_weights_can_be_read():
+    attends = [shaken(DepthAttention(D)) for _ in range(5)]
+    residuals = DepthResiduals(torch.randn(2, 3, D), attends, 2)
+    residuals.weights = []
+    for _ in range(4):
+        residuals.add(residuals.next_input() * 0.5)
+    residuals.next_input()
+    assert [len(p) for p in residuals.weights] == [1, 2, 2, 3, 3]
+    assert all(torch.allclose(p.sum(0), torch.ones(2, 3, 1)) for p in residuals.weights)
+    with pytest.raises(ValueError, match="all have been made"):
+        residuals.next_input()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DepthAttention(12, num_heads=5),
+        lambda: DepthAttention(12, query="dynamic"),
+        lambda: DepthAttention(12, query="scalar"),
+        lambda: DepthAttention(12, max_sources=3),
+        lambda: DepthResiduals(torch.zeros(1, D), [], 3),
+        lambda: DepthResiduals(torch.zeros(1, D), [], 0),
+        lambda: DepthResiduals(torch.zeros(1, D), [], 2, window=0),
+    ],
+)
+def test_bad_arguments_are_refused(make):
+    with pytest.raises(ValueError, match="must"):
+        make()
+
+
+def test_more_sources_than_scalars_are_refused():
+    with pytest.raises(ValueError, match="max_sources=2"):
+        DepthAttention(D, query="scalar", max_sources=2)([torch.zeros(1, D)] * 3)
