@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nearfar.ops.convolution.gated_spatial import GatedSpatialConv
 from nearfar.ops.recurrence.directional_mamba import SS2D, DirectionalMamba
-from nearfar.ops.recurrence.mamba import Mamba, selective_scan
+from nearfar.ops.recurrence.mamba import Mamba, _SelectiveScan, _traced_scan, selective_scan
 from nearfar.ops.recurrence.scan_orders import ORDERS, SETS, invert, scan_order
 from nearfar.ops.recurrence.ssd import ssd
 
@@ -70,6 +70,15 @@ def test_scan_in_an_order_is_the_scan_of_the_reordered_sequence(shared):
     agree(ours, (torch.cat(rows, 2), torch.cat(states, 1)), given)
     with pytest.raises(ValueError, match="order has shape"):
         selective_scan(u, dt, A, B, C, order=order[:2])
+
+
+@pytest.mark.parametrize(("n", "ordered"), [(1, False), (13, False), (32, True), (45, True)])
+def test_the_traced_form_is_the_same_scan(n, ordered):
+    order = torch.stack([torch.randperm(n) for _ in range(3)]) if ordered else None
+    shapes = [(2, n, 3, 4), (2, n, 3, 4), (3, 2, 4), (2, n, 3, 2), (2, n, 3, 2), (2, 3, 2, 4)]
+    u, dt, A, B, C, h = (torch.randn(s) for s in shapes)
+    given = [t.requires_grad_() for t in (u, dt.abs(), -A.abs(), B, C, h)]
+    agree(_traced_scan(*given, order), _SelectiveScan.apply(*given, order), given)
 
 
 def test_in_pieces_equals_whole():

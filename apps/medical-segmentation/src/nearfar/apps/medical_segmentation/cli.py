@@ -10,13 +10,14 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+import yaml
 
 from nearfar.apps.medical_segmentation import pages
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, table, track
 from nearfar.core.cli.options import Fresh
 from nearfar.core.errors import UserError
-from nearfar.core.files import write_csv, write_json
+from nearfar.core.files import atomic_path, write_csv, write_json
 from nearfar.core.made_from import MadeFrom, model_digest
 from nearfar.core.memory import parse_memory
 from nearfar.core.recipes import read_recipe
@@ -25,6 +26,7 @@ from nearfar.medical.bundle import write_bundle
 from nearfar.medical.data.cases import Case, Collection, check_split, make_splits
 from nearfar.medical.data.layouts import find_cases, is_series, stem
 from nearfar.medical.data.scans import read_labels, read_scan, write_dicom_seg, write_labels
+from nearfar.medical.models.umamba import PLACEMENTS, plan_recipe
 from nearfar.medical.recipe import Recipe
 from nearfar.medical.refinement import refine as refine_probabilities
 from nearfar.medical.refinement import to_bytes
@@ -148,6 +150,25 @@ def train(
     )
     console.print(table(_short(summary), "held-out cases"))
     console.print(f"model: {output}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def from_plan(
+    plans: Annotated[Path, typer.Argument(help="nnUNetPlans.json of nnU-Net v2.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write (YAML).")],
+    configuration: Annotated[str, typer.Option(help="Configuration of the plan, such as 2d.")] = "3d_fullres",
+    placement: Annotated[str, typer.Option(help="bottleneck (U-Mamba_Bot) or encoder (U-Mamba_Enc).")] = "bottleneck",
+) -> None:
+    """Write a recipe that trains the U-Mamba of an nnU-Net plan, with nnU-Net's optimiser and loss."""
+    if placement not in PLACEMENTS:
+        raise UserError(f"--placement {placement}: must be one of {', '.join(PLACEMENTS)}")
+    template = yaml.safe_load((Path(pages.__file__).parent / "recipes" / "umamba.yaml").read_text(encoding="utf-8"))
+    recipe = template | plan_recipe(plans, configuration, placement)
+    if len(recipe["roi"]) == 2:
+        recipe["augment"] = None
+    with atomic_path(output) as temporary:
+        temporary.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    console.print(f"wrote {output}: {recipe['network']}, windows of {'x'.join(map(str, recipe['roi']))}")
 
 
 @app.command()

@@ -1,15 +1,19 @@
-"""Contracts of the vision backbones among the state space models in medicine: VMamba."""
+"""Contracts of the vision backbones among the state space models in medicine: Vim and VMamba."""
 
 from collections.abc import Callable
 from typing import Any
 
 from nearfar.core.contracts import Contract
+from nearfar.vision.models.vim import Vim
 from nearfar.vision.models.vmamba import VMamba
 
 
 def build_contract(contract: Contract) -> Callable[..., Any] | None:
     """The backbone that a contract describes; None for what the medical package builds."""
     state = contract.state()
+    if "layers.0.mixer.in_proj.weight" in state and "cls_token" in state:
+        sizes = {name: contract.settings[name] for name in ("stride", "img_size") if name in contract.settings}
+        return Vim.from_published(state, **sizes)
     if any(name.startswith(("patch_embed.", "layers.0.")) for name in state) and "layers.0.blocks.0.norm.weight" in (
         name.replace("ln_1", "norm") for name in state
     ):
