@@ -108,6 +108,7 @@ class CvT(TokenModel):
         (r"classifier\.", "head.fc."),
         (r"head\.(weight|bias)$", r"head.fc.\1"),
     )
+    UNSHAPED = ("num_heads",)
     FIRST_CONV = "stages.0.patch_embed.proj"
     LAYERS = "stages"
     default_indices = (0, 1, 2)
@@ -210,7 +211,7 @@ class CvT(TokenModel):
         return {
             "depths": [count(state, rf"stages\.{i}\.blocks\.(\d+)\.") for i in stages],
             "dims": dims,
-            "num_heads": heads.get(tuple(dims), [dim // 64 for dim in dims]),
+            "num_heads": heads.get(tuple(dims)),
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": kernels[0].shape[1],
             "kernel_sizes": [kernel.shape[-1] for kernel in kernels],

@@ -128,6 +128,7 @@ class TNT(TokenModel):
         (r"head\.(weight|bias)$", r"head.fc.\1"),
     )
     IGNORE = (r"outer_tokens$",)
+    UNSHAPED = ("num_heads", "word_heads")
     FIRST_CONV = "words.proj"
 
     def __init__(
@@ -202,7 +203,7 @@ class TNT(TokenModel):
         dim, patch = len(state["norm.weight"]), 16
         _, height, width, _ = state["pos_embed.grid"].shape
         heads = {v.settings["dim"]: (v.settings["num_heads"], v.settings["word_heads"]) for v in TNTS.values()}
-        num_heads, word_heads = heads.get(dim, (dim // 64, 4))
+        num_heads, word_heads = heads.get(dim, (None, None))
         return {
             "dim": dim,
             "depth": count(state, r"blocks\.(\d+)\."),
@@ -236,22 +237,22 @@ def merged(state: Mapping[str, Tensor], within: str = "") -> dict[str, Tensor]:
 class PairPositions(Positions):
     """A table of every query cell and every pooled key cell of a grid for each head, added to the logits.
 
-    (heads, h, w, h / r, w / r); on another grid it is resized over the keys, then over the queries, as in `Positions`.
+    (heads, h, w, h / r, w / r, 1); on another grid it is resized over the keys, then the queries, as in `Positions`.
     """
 
     def __init__(self, num_heads: int, grid: tuple[int, int], reduction: int) -> None:
         super().__init__(1, grid, antialias=True)
         self.reduction = reduction
         keys = tuple(n // reduction for n in grid)
-        self.grid = nn.Parameter(torch.randn(num_heads, *grid, *keys))
+        self.grid = nn.Parameter(torch.randn(num_heads, *grid, *keys, 1))
         self.kept = Derived()
 
     def resized(self, table: Tensor, size: tuple[int, int]) -> Tensor:
         keys = tuple(n // self.reduction for n in size)
         resize = lambda x, size: F.interpolate(x, size, mode="bicubic", align_corners=False, antialias=True)  # noqa: E731
-        over_keys = resize(table.float().flatten(1, 2), keys)
+        over_keys = resize(table[..., 0].float().flatten(1, 2), keys)
         over_queries = resize(over_keys.unflatten(1, table.shape[1:3]).permute(0, 3, 4, 1, 2).flatten(1, 2), size)
-        return over_queries.unflatten(1, keys).permute(0, 3, 4, 1, 2).to(table.dtype)
+        return over_queries.unflatten(1, keys).permute(0, 3, 4, 1, 2)[..., None].to(table.dtype)
 
     def bias(self, size: tuple[int, int]) -> Tensor:
         """The table for a grid of `size`, (1, heads, N, M)."""
@@ -285,11 +286,13 @@ class PyramidBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, words: Tensor, sentences: Tensor, size: tuple[int, int], bias: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, words: Tensor, sentences: Tensor, size: tuple[int, int], pairs: PairPositions
+    ) -> tuple[Tensor, Tensor]:
         if self.inner is not None:
             words = self.inner(words)
             sentences = self.exchange(words, sentences)
-        sentences = sentences + self.drop_path(self.attn(self.norm1(sentences), size, bias))
+        sentences = sentences + self.drop_path(self.attn(self.norm1(sentences), size, bias=pairs.bias(size)))
         return words, sentences + self.drop_path(self.mlp(self.norm2(sentences)))
 
 
@@ -366,6 +369,7 @@ class PyramidTNT(TokenModel):
         (r"inner_pos$", "word_pos"),
         (r"head\.(weight|bias)$", r"head.fc.\1"),
     )
+    UNSHAPED = ("word_heads",)
     FIRST_CONV = "patch_embed.common.0"
     LAYERS = "stages"
     default_indices = (0, 1, 2, 3)
@@ -441,9 +445,8 @@ class PyramidTNT(TokenModel):
         stage = self.stages[index]
         if stage.merge_words is not None:
             words, sentences, size = stage.merge(words, sentences, size)
-        bias = stage.pairs.bias(size)
         for block in stage.blocks:
-            words, sentences = self.run(block, words, sentences, size, bias)
+            words, sentences = self.run(block, words, sentences, size, stage.pairs)
         return sentences, size, words
 
     def set_input_size(
@@ -474,7 +477,7 @@ class PyramidTNT(TokenModel):
             for _ in range(i):
                 grid = -(-grid // 2)
             keys = math.isqrt(table.shape[2])
-            state[f"stages.{i}.pairs.grid"] = table.unflatten(2, (keys, keys)).unflatten(1, (grid, grid))
+            state[f"stages.{i}.pairs.grid"] = table.unflatten(2, (keys, keys, 1)).unflatten(1, (grid, grid))
         return state
 
     @classmethod
@@ -488,7 +491,7 @@ class PyramidTNT(TokenModel):
             "dim": dim,
             "num_heads": len(pairs[0]),
             "word_dim": word_dim,
-            "word_heads": sizes.get(dim, max(1, word_dim // 4)),
+            "word_heads": sizes.get(dim),
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": state["patch_embed.common.0.weight"].shape[1],
             "reductions": [table.shape[1] // table.shape[3] for table in pairs],

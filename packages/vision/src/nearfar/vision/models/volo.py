@@ -84,6 +84,7 @@ class VOLO(TokenModel):
         (r"head\.(weight|bias)$", r"head.fc.\1"),
         (r"pos_embed$", "pos_embed.grid"),
     )
+    UNSHAPED = ("num_heads",)
     CLASSIFIERS = ("head.fc", "aux_head")
     FIRST_CONV = "patch_embed.conv.0"
     LAYERS = "stages"
@@ -223,7 +224,7 @@ class VOLO(TokenModel):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups for layer decay: stem, every block (or group), class blocks, norm and heads."""
         blocks = [(r"^stages\.(\d+)", None)] if coarse else [(r"^stages\.(\d+)\.(\d+)", None)]
-        down = (r"^(downsample|pos_embed)", (0,) if coarse else (0, 99999))
+        down = (r"^(?:downsample|pos_embed)", (0,) if coarse else (0, 99999))
         last = [(r"^class_blocks\.(\d+)", (99998,)), (r"^cls_token", (99998,)), (r"^norm", (99999,))]
         return {"stem": r"^patch_embed", "blocks": [*blocks, down, *last]}
 
@@ -233,13 +234,11 @@ class VOLO(TokenModel):
         hidden, in_chans, *_ = state["patch_embed.conv.0.weight"].shape
         dims = [len(state[f"stages.{i}.0.norm1.weight"]) for i in (0, 1)]
         _, height, width, _ = state["pos_embed.grid"].shape
-        entries, kernel = len(state["stages.0.0.attn.attn.bias"]), 3
-        size = {v.settings["dims"]: v.settings["num_heads"] for v in VOLOS.values()}
-        heads = size.get(tuple(dims), (entries // kernel**4, dims[1] // 32))
+        heads = {v.settings["dims"]: v.settings["num_heads"] for v in VOLOS.values()}
         return {
             "depths": depths,
             "dims": dims,
-            "num_heads": heads,
+            "num_heads": heads.get(tuple(dims)),
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": in_chans,
             "img_size": 16 * height if height == width else (16 * height, 16 * width),
@@ -302,15 +301,15 @@ def _size(
 # timm has models of the plain names, with the same weights
 VOLOS = dict(
     (
-        _size(1, 224, 84.2, "84.2", 26.63, 6.8, 0.96),
+        _size(1, 224, 84.2, "84.2", 26.63, None, 0.96),
         _size(1, 384, 85.2, "85.2", 26.78, None, 1.0),
-        _size(2, 224, 85.2, "85.2", 58.68, 14.1, 0.96),
+        _size(2, 224, 85.2, "85.2", 58.68, None, 0.96),
         _size(2, 384, 86.0, "86.0", 58.87, None, 1.0),
-        _size(3, 224, 85.4, "85.4", 86.33, 20.6, 0.96),
+        _size(3, 224, 85.4, "85.4", 86.33, None, 0.96),
         _size(3, 448, 86.3, "86.3", 86.63, None, 1.0),
-        _size(4, 224, 85.7, "85.7", 192.96, 43.8, 0.96),
+        _size(4, 224, 85.7, "85.7", 192.96, None, 0.96),
         _size(4, 448, 86.8, "86.79", 193.41, None, 1.15),
-        _size(5, 224, 86.1, "86.10", 295.46, 69.0, 0.96),
+        _size(5, 224, 86.1, "86.10", 295.46, None, 0.96),
         _size(5, 448, 87.0, "87.0", 295.91, None, 1.15),
         _size(5, 512, 87.1, "87.07", 296.09, 412, 1.15),
     )
