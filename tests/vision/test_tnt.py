@@ -15,7 +15,6 @@ SIZES = {"dim": 48, "num_heads": 3, "word_dim": 8, "word_heads": 2}
 
 class TestTNT(TokenTester):
     model, name = TNT, "nearfar_tnt_s_patch16_224"
-    mean = (0.5, 0.5, 0.5)
     tiny = {**SIZES, "depth": 3, "img_size": 64}
     least = {"depth": 1}
     fuses = False
@@ -75,7 +74,6 @@ class TestTNT(TokenTester):
 
 class TestPyramidTNT(TokenTester):
     model, name = PyramidTNT, "pyramid_tnt_ti_192"
-    mean = (0.5, 0.5, 0.5)
     tiny = {"depths": (1, 1, 1, 1), "dim": 16, "num_heads": 2, "word_dim": 4, "word_heads": 1, "img_size": 64}
     default_levels = 4
     prefix_of_levels = 0

@@ -16,6 +16,7 @@ class TestVOLO(TokenTester):
     model, name = VOLO, "nearfar_volo_d1_224"
     tiny = {"depths": (1, 1, 1), "dims": (24, 48), "num_heads": (2, 4), "stem_dim": 8, "img_size": 64}
     default_levels = 2
+    macs_tolerance = 0.035  # of D5 at 512, the one size whose count the paper gives
 
     def segmentation(self) -> dict[str, Any]:
         return {"encoder_depth": 4, **self.tiny, "depths": (1, 1, 1, 1, 1), "encoder_output_indices": [1, 2, 3, 4]}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.conv_projection import ConvProjectionAttention
 from nearfar.ops.common.layers import GELU, DropPath
@@ -78,6 +79,15 @@ class CvT(TokenModel):
         drop_rate: dropout before the classifier.
         global_pool: timm's pooling name, see `TokenHead`; by default the class token, or "avg" without it.
     """
+
+    CARD = Card(
+        "CvT",
+        "2103.15808",
+        "attention of convolved queries, keys and values",
+        7.5e-7,
+        weights="official, transformers",
+        small={"cvt_13": {"depths": (1, 1, 2), "dims": (32, 64, 128), "num_heads": (1, 2, 4)}},
+    )
 
     RULES = (
         (r"stage(\d)\.", r"stages.\1."),

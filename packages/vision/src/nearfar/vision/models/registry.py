@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -109,7 +110,8 @@ def _entrypoint(name: str, model: type[Any], variant: Variant) -> Callable[..., 
                 f"{name}: its published weights cannot be had here ({reason}); bring the file and "
                 f'give pretrained_cfg_overlay={{"file": FILE}}, or use {model.__name__}.from_published(FILE)'
             ) from error
-        built.created_with = {key: plain(value) for key, value in kwargs.items() if key not in TRAINING_SETTINGS}
+        recorded = signature(model).parameters.keys() - set(TRAINING_SETTINGS)
+        built.created_with = {key: plain(value) for key, value in kwargs.items() if key in recorded}
         return built
 
     create.__name__ = create.__qualname__ = name

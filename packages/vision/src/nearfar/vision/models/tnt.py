@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio, rename
 from nearfar.ops.attention.self_attention import PooledAttention, SelfAttention
 from nearfar.ops.common.layers import DropPath
@@ -32,6 +33,9 @@ from nearfar.vision.models.tokens import (
     pair,
     split_positions,
 )
+
+PATCH = 16
+"""Side of TNT's patches."""
 
 WORDS = 4
 """Words along each side of a patch."""
@@ -95,7 +99,7 @@ class TNTBlock(nn.Module):
 class TNT(TokenModel):
     """Patches as sentences of 4 x 4 words; inner and outer transformers side by side.
 
-    Input (B, in_chans, H, W) with sides that are multiples of `patch_size`.
+    Input (B, in_chans, H, W) with sides that are multiples of 16.
 
     Args:
         dim, depth, num_heads: channels, blocks and heads of sentences.
@@ -106,6 +110,17 @@ class TNT(TokenModel):
         no_embed_class: the class token has no position of its own.
         Others as in `ConViT`.
     """
+
+    CARD = Card(
+        "TNT",
+        "2103.00112",
+        "transformers of words inside every patch and of patches",
+        6.1e-7,
+        weights="official, timm, timm's first port",
+        small={
+            "nearfar_tnt_s_patch16_224": {"dim": 96, "depth": 4, "num_heads": 4, "word_dim": 12, "word_heads": 2},
+        },
+    )
 
     RULES = (
         (r"(patch_embed|pixel_embed)\.", "words."),
@@ -142,7 +157,6 @@ class TNT(TokenModel):
         in_chans: int = 3,
         *,
         img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = False,
         legacy: bool = False,
@@ -153,13 +167,13 @@ class TNT(TokenModel):
         dynamic_img_pad: bool = False,
     ) -> None:
         super().__init__()
-        self.words = WordEmbedding(in_chans, word_dim, patch_size, WORDS, isolated=not legacy)
+        self.words = WordEmbedding(in_chans, word_dim, PATCH, WORDS, isolated=not legacy)
         self.word_pos = nn.Parameter(torch.empty(1, WORDS**2, word_dim))
         self.start = WordsToSentences(dim, word_dim, WORDS**2, bias=True)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         for table in (self.word_pos, self.cls_token):
             nn.init.trunc_normal_(table, std=0.02)
-        grid = tuple(n // patch_size for n in pair(img_size))
+        grid = tuple(n // PATCH for n in pair(img_size))
         self.pos_embed = Positions(dim, grid, prefix=0 if no_embed_class else 1)
         (rates,) = drop_path_rates(drop_path_rate, (depth,))
         settings = {"qkv_bias": qkv_bias, "legacy": legacy}
@@ -169,7 +183,7 @@ class TNT(TokenModel):
         self.norm = nn.LayerNorm(dim)
         self.head = TokenHead(dim, num_classes, global_pool=global_pool, drop_rate=drop_rate, num_heads=num_heads)
         self.dynamic_img_pad = dynamic_img_pad
-        self.finish(num_classes, in_chans, img_size, patch_size, [dim] * depth)
+        self.finish(num_classes, in_chans, img_size, PATCH, [dim] * depth)
         self.apply(init_linear)
 
     def embed(self, x: Tensor) -> State:
@@ -200,7 +214,7 @@ class TNT(TokenModel):
     @classmethod
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         word_dim, in_chans, *_ = state["words.proj.weight"].shape
-        dim, patch = len(state["norm.weight"]), 16
+        dim, patch = len(state["norm.weight"]), PATCH
         _, height, width, _ = state["pos_embed.grid"].shape
         heads = {v.settings["dim"]: (v.settings["num_heads"], v.settings["word_heads"]) for v in TNTS.values()}
         num_heads, word_heads = heads.get(dim, (None, None))
@@ -354,6 +368,15 @@ class PyramidTNT(TokenModel):
         img_size: size of the pictures that the position tables are made for.
         Others as in `ConViT`.
     """
+
+    CARD = Card(
+        "PyramidTNT",
+        "2201.00978",
+        "words and sentences in four stages, keys pooled",
+        4.2e-7,
+        weights="official",
+        small={"pyramid_tnt_ti_192": {"depths": (1, 2, 1, 1), "dim": 32, "num_heads": 2, "word_dim": 4}},
+    )
 
     RULES = (
         (r"patch_embed\.common_conv\.", "patch_embed.common."),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.outlook import OutlookAttention
 from nearfar.ops.attention.self_attention import ClassAttention, SelfAttention
@@ -75,6 +76,17 @@ class VOLO(TokenModel):
         drop_path_rate: stochastic depth of the last block; grows linearly from 0 over all, but outlookers have none.
         Others as in `ConViT`.
     """
+
+    CARD = Card(
+        "VOLO",
+        "2106.13112",
+        "outlook attention: a cell predicts how its neighbours mix",
+        6.4e-7,
+        weights="official, timm",
+        small={
+            "nearfar_volo_d1_224": {"depths": (1, 2, 1), "dims": (48, 96), "num_heads": (2, 4), "stem_dim": 24},
+        },
+    )
 
     RULES = (
         (r"network\.0\.", "stages.0."),
