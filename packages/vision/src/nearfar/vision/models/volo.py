@@ -200,6 +200,10 @@ class VOLO(TokenModel):
             return logits
         return logits + 0.5 * self.aux_head(x[:, 1:]).amax(1)
 
+    def forward_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the features' class token, and of every patch in row-major order."""
+        return self.head(x), self.aux_head(x[:, 1:])
+
     def forward(self, x: Tensor) -> Any:
         """Logits; in training with `token_labels`, what `forward_train` gives."""
         return self.forward_train(x) if self.training and self.token_labels else super().forward(x)
@@ -215,8 +219,8 @@ class VOLO(TokenModel):
         box = random_box(*grid) if box is None else box
         mixed = swap(tokens.unflatten(1, size), [2 * n for n in box]).flatten(1, 2)
         features = self.conclude(self.forward_blocks((mixed, size))[0])
-        dense = self.aux_head(features[:, 1:])
-        return self.head(features), swap(dense.unflatten(1, grid), box).flatten(1, 2), box
+        logits, dense = self.forward_dense(features)
+        return logits, swap(dense.unflatten(1, grid), box).flatten(1, 2), box
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
