@@ -82,3 +82,40 @@ def test_pictures_of_a_diffusion_transformer_and_of_none() -> None:
     assert len(figure.axes) == 4  # picture, two layers, an empty place
     with pytest.raises(UserError, match="ConvNeXt: no layer of it has attention or selection maps"):
         draw_attention(timm.create_model("nearfar_convnext_atto"), torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "panels"),
+    [
+        ("nearfar_convit_tiny", {"depth": 3, "local_layers": 2, "img_size": 64}, 3),
+        ("nearfar_volo_d1_224", {"depths": (1, 1), "img_size": 64}, 4),
+        ("cvt_13", {"depths": (1, 1, 1)}, 3),
+        ("nearfar_tnt_s_patch16_224", {"depth": 1, "img_size": 64}, 1),
+        ("pyramid_tnt_ti_192", {"depths": (1, 1, 1, 1), "img_size": 64}, 4),
+    ],
+)
+def test_pictures_of_token_models(name: str, settings: dict, panels: int) -> None:
+    model, x = timm.create_model(name, **settings).eval(), torch.randn(1, 3, 64, 96)
+    for weights in attention_maps(model, x).values():
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    figure = draw_attention(model, x)
+    assert sum(bool(axes.get_title()) for axes in figure.axes) == panels + 1
+
+
+def test_prefix_tokens_may_join_late() -> None:
+    model = timm.create_model("nearfar_convit_tiny", depth=2, local_layers=1, img_size=64).eval()
+    maps = attention_maps(model, torch.randn(1, 3, 64, 64))
+    first, second = maps["blocks.0.attn"][0, 0], maps["blocks.1.attn"][0, 0]
+    assert (len(first), len(second)) == (16, 17)
+    for weights, row in ((first, first[10]), (second, second[11, 1:])):
+        found = place(weights, torch.nn.Identity(), model, (0.6, 0.6), [64, 64])
+        torch.testing.assert_close(found, row.reshape(4, 4))
+
+
+def test_outlook_weights_lie_around_their_centre() -> None:
+    model = timm.create_model("nearfar_volo_d1_224", depths=(1, 1), img_size=64).eval()
+    weights = attention_maps(model, torch.randn(1, 3, 64, 64))["stages.0.0.attn"][0].mean(0)
+    found = place(weights, model.stages[0][0].attn, model, (0.6, 0.6), [64, 64])
+    assert found.shape == (8, 8)
+    torch.testing.assert_close(found[3:6, 3:6], weights[10, 4].reshape(3, 3))
+    assert found.sum() == pytest.approx(1, rel=1e-5)

@@ -159,6 +159,33 @@ def evaluate(
     raise_failures(failures, len(pictures) + missed)
 
 
+@app.command("make-token-labels")
+def make_token_labels_command(
+    teacher: Trained,
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the label maps. Run again to go on.")],
+    split: Annotated[str | None, typer.Option(help="Folder inside the data, for example train.")] = None,
+    model: Published = None,
+    size: Annotated[int | None, typer.Option(help="Pixels that the teacher sees; by default its own.")] = None,
+    top: Annotated[int, typer.Option(help="Classes kept at every place.", min=1)] = 5,
+    device: Device = "cpu",
+    workers: Workers = 0,
+    as_json: Machine = False,
+) -> None:
+    """Let a classifier say what is where in every picture: label maps, for `train --set token_labels=FOLDER`."""
+    from nearfar.vision.classification.token_labels import make_token_labels
+
+    pictures, failures = open_pictures(data, split).readable(lambda r: track(r, "checking"))
+    if not len(pictures):
+        raise UserError(f"{data}: none of its pictures can be read")
+    written = make_token_labels(
+        open_classifier(teacher, model), pictures, output, size=size, top=top, device=device, num_workers=workers,
+        show=lambda batches: track(batches, "labelling"),
+    )  # fmt: skip
+    show([{"label maps": len(pictures), "written": written, "folder": str(output)}], as_json)
+    raise_failures(failures, len(pictures) + len(failures))
+
+
 @app.command()
 def predict(
     classifier: Trained,

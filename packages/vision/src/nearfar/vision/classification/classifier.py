@@ -81,6 +81,7 @@ def create_model(
         has_scale = form is not None or VARIANTS[base].settings.get("layer_scale", 1) is not None
         wanted["layer_scale"] = layer_scale if "layer_scale" in takes and has_scale else None
         wanted["aux_head"] = aux_head or None if "aux_head" in takes else None
+        wanted["img_size"] = size if "img_size" in takes else None
         if size < (least := MODELS[base].min_size):
             raise UserError(f"{name}: takes pictures of at least {least} pixels, its largest stride; size is {size}")
     elif timm.get_pretrained_cfg(timm_name).fixed_input_size:

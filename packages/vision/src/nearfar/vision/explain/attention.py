@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from nearfar.core.errors import UserError
 from nearfar.core.plots import new_figure, style
+from nearfar.ops.attention.outlook import OutlookAttention
+from nearfar.ops.attention.self_attention import ClassAttention
 from nearfar.ops.convolution.contmix import ContextMixer, window_index
 
 
@@ -19,13 +21,16 @@ def attention_maps(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
 
     Every module with a method `attention_map`, which takes what `forward` takes, is asked, and so is every attention
     layer of timm's. A map is (B, heads, queries, keys), with rows that sum to one; with windows, as timm's Swin has
-    them, each is a sample of its own; of a dynamic convolution the keys are the taps of the window. The model's
-    training mode is restored. A model without such layers gives an empty dict.
+    them, each is a sample of its own; of a dynamic convolution the keys are the taps of the window; of outlook
+    attention every window has a map: (B, heads, windows, places, taps). The model's training mode is restored. A model
+    without such layers gives an empty dict.
     """
     maps: dict[str, Tensor] = {}
 
-    def ask(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        return lambda module, arguments, _output: maps.__setitem__(name, module.attention_map(*arguments).cpu())
+    def ask(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+        return lambda module, arguments, named, _output: maps.__setitem__(
+            name, module.attention_map(*arguments, **named).cpu()
+        )
 
     def take(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         return lambda _module, _arguments, output: maps.__setitem__(name, output.cpu())
@@ -33,7 +38,7 @@ def attention_maps(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
     handles, fused = [], []
     for name, module in model.named_modules():
         if hasattr(module, "attention_map"):
-            handles.append(module.register_forward_hook(ask(name)))
+            handles.append(module.register_forward_hook(ask(name), with_kwargs=True))
         elif isinstance(getattr(module, "attn_drop", None), nn.Module) and hasattr(module, "fused_attn"):
             handles.append(module.attn_drop.register_forward_hook(take(name)))  # sees the weights in the plain form
             fused.append((module, module.fused_attn))
@@ -105,19 +110,38 @@ def draw_attention(
 
 
 def place(weights: Tensor, layer: nn.Module, model: nn.Module, at: tuple[float, float], size: list[int]) -> Tensor:
-    """The weights (queries, keys) of the query at `at`, on the grid of keys that covers the picture."""
+    """The weights (queries, keys) of the query at `at`, on the grid of keys that covers the picture.
+
+    Of class attention it is the class token's; of outlook attention (windows, places, taps) that of the middle place of
+    the window at `at`.
+    """
     prefix = getattr(model, "num_prefix_tokens", 0)
+    if isinstance(layer, ClassAttention):
+        return weights[0, prefix:].reshape(grid(weights.shape[1] - prefix, size))
+    prefix = min((prefix, 0), key=lambda p: misfit(len(weights) - p, size))  # it may join after this layer
     height, width = grid(len(weights) - prefix, size)
     row, column = (min(int(share * n), n - 1) for share, n in zip(at, (height, width), strict=True))
     weights = weights[prefix + row * width + column]
+    if isinstance(layer, OutlookAttention):
+        k, stride = layer.kernel_size, layer.stride
+        spread = torch.zeros(height * stride + 2 * layer.pad, width * stride + 2 * layer.pad)
+        top, left = row * stride, column * stride
+        spread[top : top + k, left : left + k] = weights[len(weights) // 2].reshape(k, k)
+        return spread[layer.pad : -layer.pad or None, layer.pad : -layer.pad or None]
     if isinstance(layer, ContextMixer):
         k = layer.kernel_size
         spread = torch.zeros(height, width)
         rows, columns = (window_index(n, k, spread.device)[i] for n, i in ((height, row), (width, column)))
         spread[rows[:, None], columns] = weights.reshape(k, k)
         return spread
-    weights = weights[prefix:] if len(weights) > prefix else weights
+    weights = weights[prefix:] if prefix else weights
     return weights.reshape(grid(len(weights), size))
+
+
+def misfit(number: int, size: list[int]) -> float:
+    """How far the shape of a grid of `number` cells is from the picture's."""
+    height, width = grid(number, size)
+    return abs(math.log(height * size[1] / (width * size[0])))
 
 
 def grid(number: int, size: list[int]) -> tuple[int, int]:
