@@ -29,7 +29,7 @@ from nearfar.vision.cost import macs, peak_memory
 from nearfar.vision.models.convnext import ConvNeXt
 
 OURS = ("nearfar_convnext_tiny", "hornet_tiny_7x7", "hornet_tiny_gf", "lsnet_t", "attnet_xxs", "attnet_t1",
-        "transxnet_t", "overlock_xt")  # fmt: skip
+        "transxnet_t", "overlock_xt", "rmt_t", "biformer_tiny", "nearfar_halonet26t")  # fmt: skip
 PEERS = ("convnext_tiny", "swin_tiny_patch4_window7_224", "efficientnet_b0", "vit_small_patch16_224")
 
 

@@ -22,7 +22,9 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     contract.require(batchnorm_eps=1e-5, qkv_bias=any(name.endswith("self_attn.q.bias") for name in state))
     found = HaloNet.published_settings(HaloNet.published_state(state))
     contract.require(depths=found["depths"], num_classes=found["num_classes"])
-    given = {ours: settings[name] for name, ours in (("block", "block_size"), ("halo", "halo_size")) if name in settings}
+    given = {
+        ours: settings[name] for name, ours in (("block", "block_size"), ("halo", "halo_size")) if name in settings
+    }
     if "activation" in settings:
         act = settings["activation"].lower().split()[0].strip(",;").replace("swish", "silu")
         if act not in ACTIVATIONS:
@@ -51,7 +53,9 @@ def _check(contract: Contract, found: Mapping[str, Any]) -> None:
     if kind == "" and named.startswith(("efficient", "squeeze")):
         kind = "eca" if named.startswith("efficient") else "se"
     if "channel_attention" in settings and kind != found["channel_attention"]:
-        raise UserError(f"{contract.path}: channel_attention is {named!r}; its state holds {found['channel_attention']!r}")
+        raise UserError(
+            f"{contract.path}: channel_attention is {named!r}; its state holds {found['channel_attention']!r}"
+        )
     group = settings.get("group_size")
     if isinstance(group, int) and group != found["group_size"]:
         raise UserError(f"{contract.path}: group_size is {group}; its state holds {found['group_size']}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.bilevel_routing import BiLevelRoutingAttention, EnhancedAttention
 from nearfar.ops.common.layers import GELU, ChannelNorm, DepthwiseConv, DropPath
@@ -102,6 +103,22 @@ class BiFormer(Backbone):
         feature_norms: each pyramid level through its own norm, as dense-prediction checkpoints have it.
         Others as in `ConvNeXt`.
     """
+
+    CARD = Card(
+        "BiFormer",
+        "2303.08810",
+        "attention of regions to the few regions nearest in meaning",
+        4.3e-7,
+        small={
+            "biformer_tiny": {
+                "depths": (1, 1, 2, 1),
+                "dims": (16, 32, 64, 96),
+                "num_heads": (1, 2, 4, 4),
+                "regions": (4, 2, 2, 1),
+                "topks": (4, 2, 2, 0),
+            },
+        },
+    )
 
     RULES = (
         (r"downsample_layers\.0\.", "stem."),

@@ -4,7 +4,6 @@ Vaswani et al., "Scaling Local Self-Attention for Parameter Efficient Visual Bac
 the paper are out; timm's networks are the accepted reading, and those it trained are here under its names.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +11,12 @@ import torch
 from timm.layers import EcaModule, SEModule
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count
 from nearfar.ops.attention.halo import HaloAttention
 from nearfar.ops.common.layers import DropPath
 from nearfar.vision.models.pyramid import Backbone, Head, Stage, drop_path_rates, init_weights
-from nearfar.vision.models.registry import Variant, Weights, register
+from nearfar.vision.models.registry import Variant, Weights, plain, register
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 STEMS = ("7x7", "tiered", "tiered_strided", "3x3")
@@ -25,7 +25,9 @@ SE_RATIOS = (1 / 16, 1 / 4)
 """Squeezed widths, by share of the channels, that timm's variants have."""
 
 
-def conv_norm(in_chans: int, out_chans: int, kernel_size: int, stride: int = 1, groups: int = 1, act: str = "") -> nn.Module:
+def conv_norm(
+    in_chans: int, out_chans: int, kernel_size: int, stride: int = 1, groups: int = 1, act: str = ""
+) -> nn.Module:
     """Convolution without bias, batch norm and, if named, activation."""
     conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_chans), *([ACTIVATIONS[act](inplace=True)] if act else []))
@@ -106,6 +108,25 @@ class HaloNet(Backbone):
         Others as in `ConvNeXt`.
     """
 
+    CARD = Card(
+        "HaloNet",
+        "2103.12731",
+        "attention of blocks to themselves and a halo around them, among convolutions",
+        3.1e-7,
+        weights="timm's",
+        small={
+            "nearfar_halonet26t": {
+                "depths": (1, 1, 2, 1),
+                "dims": (64, 128, 192, 256),
+                "mids": (16, 32, 48, 64),
+                "attention": ((), (0,), (0, 1), (0,)),
+                "num_heads": (4, 4, 4, 4),
+                "block_size": 4,
+                "stem_dim": 32,
+            },
+        },
+    )
+
     RULES = (
         (r"stem\.conv(\d)\.conv\.", lambda m: f"stem.{int(m[1]) - 1}.0."),
         (r"stem\.conv(\d)\.bn\.", lambda m: f"stem.{int(m[1]) - 1}.1."),
@@ -157,6 +178,8 @@ class HaloNet(Backbone):
         per_stage = tuple(tuple(values)[: len(depths)] for values in per_stage)
         if len({len(values) for values in per_stage}) > 1:
             raise ValueError(f"settings of the stages differ in number: {per_stage}")
+        if block_size is None or halo_size is None or act is None:
+            raise ValueError("say block_size, halo_size and act: names and shapes alone do not tell them")
         for name, value, allowed in (
             ("stem", stem, STEMS),
             ("act", act, tuple(ACTIVATIONS)),
@@ -164,8 +187,6 @@ class HaloNet(Backbone):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
-        if block_size is None or halo_size is None:
-            raise ValueError("say block_size, halo_size and act: names and shapes alone do not tell them")
         self.stem = _stem(stem, in_chans, stem_dim, act)
         self.stages = nn.ModuleList()
         before = stem_dim
@@ -228,7 +249,7 @@ class HaloNet(Backbone):
         names = [[f"stages.{i}.blocks.{j}" for j in range(depth)] for i, depth in zip(stages, depths, strict=True)]
         width = lambda name: len(state[f"{name}.weight"])  # noqa: E731
         inner = [name for stage in names for name in stage if f"{name}.self_attn.q.weight" in state]
-        plain = [name for stage in names for name in stage if f"{name}.self_attn.q.weight" not in state]
+        outer = [name for stage in names for name in stage if f"{name}.self_attn.q.weight" not in state]
         convs = count(state, r"stem\.(\d+)\.")
         changes = width(f"stem.{convs - 1}.0") != width(f"{names[0][0]}.conv3.0")
         inverted = changes and "stages.0.blocks.0.shortcut.0.weight" not in state
@@ -244,7 +265,7 @@ class HaloNet(Backbone):
             **_query_settings(state, inner),
             "stem": stem,
             "stem_dim": width(f"stem.{convs - 1}.0"),
-            **_channel_settings(state, plain),
+            **_channel_settings(state, outer),
             "inverted": inverted,
             "final_dim": width("head.norm.0") if "head.norm.0.weight" in state else 0,
             "num_classes": len(state.get("head.fc.bias", ())),
@@ -264,7 +285,7 @@ class HaloNet(Backbone):
             return found | {"stem": STEMS[stem]}
         keys = ("depths", "dims", "attention", "channel_attention", "inverted")
         for variant in HALONETS.values():
-            if all(_plain(variant.settings[key]) == _plain(settings[key]) for key in keys):
+            if all(plain(variant.settings[key]) == plain(settings[key]) for key in keys):
                 return {key: variant.settings[key] for key in ("block_size", "halo_size", "act", "stem")}
         return dict.fromkeys(("block_size", "halo_size", "act"))
 
@@ -296,10 +317,6 @@ def _init_weights(module: nn.Module) -> None:
         init_weights(module)
 
 
-def _plain(value: Any) -> Any:
-    return tuple(_plain(v) for v in value) if isinstance(value, list | tuple) else value
-
-
 def _heads(state: Mapping[str, Tensor], name: str) -> int:
     return len(state[f"{name}.self_attn.q.weight"]) // state[f"{name}.self_attn.relative.0"].shape[1]
 
@@ -323,18 +340,18 @@ def _query_settings(state: Mapping[str, Tensor], inner: Sequence[str]) -> dict[s
     return found | {"head_dim": dims.pop()}
 
 
-def _channel_settings(state: Mapping[str, Tensor], plain: Sequence[str]) -> dict[str, Any]:
+def _channel_settings(state: Mapping[str, Tensor], outer: Sequence[str]) -> dict[str, Any]:
     """Channel attention and groups of the blocks with 3x3 convolutions."""
     found: dict[str, Any] = {"channel_attention": "", "se_ratio": 1 / 16, "group_size": 0}
-    if not plain:
+    if not outer:
         return found
-    mid, group = state[f"{plain[0]}.conv2.0.weight"].shape[:2]
+    mid, group = state[f"{outer[0]}.conv2.0.weight"].shape[:2]
     found["group_size"] = group if group != mid else 0
-    if f"{plain[0]}.attn.conv.weight" in state:
+    if f"{outer[0]}.attn.conv.weight" in state:
         return found | {"channel_attention": "eca"}
-    if f"{plain[0]}.attn.fc1.weight" not in state:
+    if f"{outer[0]}.attn.fc1.weight" not in state:
         return found
-    squeezed = {len(state[f"{name}.conv2.0.weight"]): len(state[f"{name}.attn.fc1.weight"]) for name in plain}
+    squeezed = {len(state[f"{name}.conv2.0.weight"]): len(state[f"{name}.attn.fc1.weight"]) for name in outer}
     for ratio in SE_RATIOS:
         if all(max(8, int(mid * ratio + 4) // 8 * 8) == width for mid, width in squeezed.items()):
             return found | {"channel_attention": "se", "se_ratio": ratio}
