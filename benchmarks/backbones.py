@@ -30,7 +30,7 @@ from nearfar.vision.models.convnext import ConvNeXt
 from nearfar.vision.models.registry import MODELS
 
 OURS = ("nearfar_convnext_tiny", "hornet_tiny_7x7", "hornet_tiny_gf", "lsnet_t", "attnet_xxs", "attnet_t1",
-        "transxnet_t", "overlock_xt")  # fmt: skip
+        "transxnet_t", "overlock_xt", "rmt_t", "biformer_tiny", "nearfar_halonet26t")  # fmt: skip
 SAME_WEIGHTS = {
     "nearfar_volo_d1_224": "volo_d1_224",
     "nearfar_convit_tiny": "convit_tiny",

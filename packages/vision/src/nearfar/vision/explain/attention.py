@@ -134,6 +134,14 @@ def place(weights: Tensor, layer: nn.Module, model: nn.Module, at: tuple[float, 
         rows, columns = (window_index(n, k, spread.device)[i] for n, i in ((height, row), (width, column)))
         spread[rows[:, None], columns] = weights.reshape(k, k)
         return spread
+    if hasattr(layer, "window"):  # the keys are those of a window, which may reach over the edges
+        spread = torch.zeros(height * layer.stride, width * layer.stride)
+        rows, columns = layer.window((row, column))
+        index = [torch.arange(part.start, part.stop) for part in (rows, columns)]
+        inside = [(at >= 0) & (at < n) for at, n in zip(index, spread.shape, strict=True)]
+        taps = weights.reshape(len(index[0]), len(index[1]))[inside[0]][:, inside[1]]
+        spread[index[0][inside[0]][:, None], index[1][inside[1]]] = taps
+        return spread
     weights = weights[prefix:] if prefix else weights
     return weights.reshape(grid(len(weights), size))
 
@@ -148,3 +156,31 @@ def grid(number: int, size: list[int]) -> tuple[int, int]:
     """The rows and columns of `number` cells that come nearest to the shape of the picture."""
     shapes = [(rows, number // rows) for rows in range(1, number + 1) if number % rows == 0]
     return min(shapes, key=lambda shape: abs(math.log(shape[0] * size[1] / (shape[1] * size[0]))))
+
+
+def decay_ranges(model: nn.Module, weight: float = 0.5) -> dict[str, Tensor]:
+    """Layer name -> for every head the distance, in positions of its map, that alone lowers a weight to `weight`.
+
+    Of every layer with a method `decay_ranges`, as RMT's attention has; empty for a model without.
+    """
+    return {name: m.decay_ranges(weight) for name, m in model.named_modules() if hasattr(m, "decay_ranges")}
+
+
+def draw_decay_ranges(model: nn.Module, weight: float = 0.5) -> Figure:
+    """A row of points per layer, one for each head: how far it looks before its decay leaves `weight`.
+
+    Raises UserError for a model without decay.
+    """
+    ranges = decay_ranges(model, weight)
+    if not ranges:
+        raise UserError(f"{type(model).__name__}: no layer of it has a decay with distance")
+    with style():
+        figure = new_figure(5, 0.22 * len(ranges) + 1.2)
+        axes = figure.subplots()
+        for row, values in enumerate(ranges.values()):
+            axes.plot(values, [row] * len(values), "o", markersize=4)
+        axes.set_yticks(range(len(ranges)), list(ranges), fontsize=6)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlabel(f"distance at which the decay leaves {weight:g} of a weight (positions)")
+    return figure
