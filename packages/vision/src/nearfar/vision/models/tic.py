@@ -119,11 +119,11 @@ class TiCLike(Backbone):
         }
 
 
-TICS = {
-    "tic_like_tiny": Variant({"depths": (2, 2, 6, 2), "dims": (32, 64, 128, 256), "num_heads": (1, 2, 4, 8)}, 0, None),
-    "tic_like_small": Variant(
-        {"depths": (2, 2, 6, 2), "dims": (64, 128, 256, 512), "num_heads": (2, 4, 8, 16)}, 0, None
-    ),
-}
+def _size(dim: int, params: float) -> Variant:
+    dims, heads = tuple(dim * 2**i for i in range(4)), tuple(dim // 32 * 2**i for i in range(4))
+    return Variant({"depths": (2, 2, 6, 2), "dims": dims, "num_heads": heads}, params, None)
+
+
+TICS = {"tic_like_tiny": _size(32, 5.53), "tic_like_small": _size(64, 21.55)}
 
 register(TiCLike, TICS)
