@@ -118,8 +118,10 @@ def train(
     net = None if start is None else load(start)[0].train()
     _, _, history = train_forecaster(fields, chosen, out, net=net, device=device, show_progress=messages.is_terminal)
     best = min(history, key=lambda row: row["validation_loss"])
-    console.print(f"{out}: epoch {int(best['epoch']) + 1} of {len(history)}, relative error {best['validation_loss']:.4g}"
-                  " on the held part")  # fmt: skip
+    console.print(
+        f"{out}: epoch {int(best['epoch']) + 1} of {len(history)}, on the held part a relative error of "
+        f"{best['validation_loss']:.4g}"
+    )
 
 
 @app.command()
@@ -148,11 +150,9 @@ def rollout(
     shown: list[np.ndarray] = []
     with atomic_path(out) as temporary, h5netcdf.File(temporary, "w") as file, progress() as bar:
         file.dimensions = {"time": steps, "latitude": fields.size[0], "longitude": fields.size[1]}
-        hours = (fields.times[index] + fields.step * np.arange(1, steps + 1) - fields.times[index]).astype(
-            "timedelta64[s]"
-        )
+        seconds = (fields.step * np.arange(1, steps + 1)).astype("timedelta64[s]")
         origin = np.datetime_as_string(fields.times[index], "s").replace("T", " ")
-        time = file.create_variable("time", ("time",), dtype="int64", data=hours.astype("int64"))
+        time = file.create_variable("time", ("time",), dtype="int64", data=seconds.astype("int64"))
         time.attrs["units"] = f"seconds since {origin}"
         for axis in ("latitude", "longitude"):
             file.create_variable(axis, (axis,), data=fields.data[axis].values.astype("float64"))
@@ -178,7 +178,7 @@ def evaluate(
     picture: Annotated[Path | None, typer.Option(help="PNG of RMSE and ACC by lead time.")] = None,
     published: Annotated[
         bool,
-        typer.Option("--published-latitudes", help="Weights as FourCastNet's scores take them: 90 to -90 degrees."),
+        typer.Option("--published-latitudes", help="Weights as in FourCastNet's scores: 90 to -90 degrees."),
     ] = False,
     as_json: Machine = False,
     device: Device = "auto",
@@ -225,31 +225,31 @@ def load(folder: Path) -> tuple[ForecastNet, Statistics]:
 
 def draw(names: list[str], columns: list[tuple[str, np.ndarray]]) -> Figure:
     """One row of maps a channel, one column a time."""
-    figure, axes = new_figure(len(names), len(columns), size=(4 * len(columns), 2.2 * len(names)))
-    for row, name in zip(np.atleast_2d(axes), names, strict=True):
-        for axis, (title, fields) in zip(row, columns, strict=True):
-            channel = fields[names.index(name)]
-            axis.set_title(f"{name}, {title}", fontsize=9)
-            figure.colorbar(axis.imshow(channel, aspect="auto"), ax=axis)
-            axis.set_axis_off()
+    with style():
+        figure = new_figure(4 * len(columns), 2.2 * len(names))
+        axes = figure.subplots(len(names), len(columns), squeeze=False)
+        for i, name in enumerate(names):
+            for axis, (title, fields) in zip(axes[i], columns, strict=True):
+                axis.set_title(f"{name}, {title}")
+                figure.colorbar(axis.imshow(fields[i], aspect="auto"), ax=axis)
+                axis.set_axis_off()
     return figure
 
 
 def draw_scores(rows: list[dict[str, Any]]) -> Figure:
     """RMSE (above) and ACC (below) against the lead time, one column a variable."""
     variables = list(dict.fromkeys(row["variable"] for row in rows))
-    figure, axes = new_figure(2, len(variables), size=(3.5 * len(variables), 5))
-    axes = np.asarray(axes).reshape(2, -1)
-    for column, variable in enumerate(variables):
-        for measure, axis in zip(("RMSE", "ACC"), axes[:, column], strict=True):
-            for color, forecast in zip(COLORS, ("net", "persistence", "climatology"), strict=False):
-                points = [
-                    (r["lead"], r[measure]) for r in rows if (r["variable"], r["forecast"]) == (variable, forecast)
-                ]
-                axis.plot(*zip(*points, strict=True), marker="o", color=color, label=forecast)
-            axis.set(title=variable, xlabel="lead, steps", ylabel=measure)
-            style(axis)
-    axes[0, 0].legend()
+    with style():
+        figure = new_figure(3.5 * len(variables), 5)
+        axes = figure.subplots(2, len(variables), squeeze=False)
+        for column, variable in enumerate(variables):
+            for measure, axis in zip(("RMSE", "ACC"), axes[:, column], strict=True):
+                for color, forecast in zip(COLORS, ("net", "persistence", "climatology"), strict=False):
+                    found = [r for r in rows if (r["variable"], r["forecast"]) == (variable, forecast)]
+                    leads, values = [r["lead"] for r in found], [r[measure] for r in found]
+                    axis.plot(leads, values, marker="o", color=color, label=forecast)
+                axis.set(title=variable, xlabel="lead, steps", ylabel=measure)
+        axes[0, 0].legend()
     return figure
 
 

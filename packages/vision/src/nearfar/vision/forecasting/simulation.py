@@ -10,8 +10,8 @@ def shallow_water(
     """Depth anomaly h and velocities u, v of shallow water, `times` fields `spacing` time steps apart.
 
     dh/dt = -div((1 + h) U), dU/dt = -U.grad U - grad h + f rot(U), gravity and mean depth 1, f = `rotation`, on a plane
-    of height 1 and width W / H, by spectral derivatives (two thirds of the waves), Runge-Kutta of order 4 and a filter of
-    the shortest waves, from a random flow in balance. Simulated, not observed: latitudes from -30 to 30 degrees and
+    of height 1 and width W / H, by spectral derivatives (two thirds of the waves), Runge-Kutta of order 4 and a filter
+    of the shortest waves, from a random flow in balance. Simulated, not observed: latitudes from -30 to 30 degrees and
     six-hour steps only label the axes.
     """
     height, width = size
