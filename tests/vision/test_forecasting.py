@@ -65,7 +65,7 @@ def test_what_is_refused(water: Path, tmp_path: Path) -> None:
     uneven = data.assign_coords(latitude=np.sort(np.random.default_rng(0).uniform(-80, 80, 16)))
     with pytest.raises(UserError, match="latitudes are not evenly spaced"):
         open_fields(write(tmp_path / "gauss.nc", uneven))
-    with pytest.raises(UserError, match="has no variable t2m .* it has h, u, v"):
+    with pytest.raises(UserError, match=r"has no variable t2m .* it has h, u, v"):
         open_fields(water, ["t2m"])
     with pytest.raises(UserError, match="h has no levels"):
         open_fields(water, ["h@500"])
@@ -230,8 +230,8 @@ def test_the_app(tmp_path: Path) -> None:
     )  # fmt: skip
     assert len(rows) == 2 * 3 * 3
     assert (tmp_path / "s.csv").read_text().splitlines()[0] == "lead,variable,forecast,RMSE,ACC"
-    run("rollout", tmp_path / "run", later, "--out", tmp_path / "ahead.nc", "--steps", 3, "--animation", tmp_path / "a.gif",
-        "--device", "cpu")  # fmt: skip
+    out = ("--out", tmp_path / "ahead.nc", "--animation", tmp_path / "a.gif")
+    run("rollout", tmp_path / "run", later, *out, "--steps", 3, "--device", "cpu")
     ahead = open_fields(tmp_path / "ahead.nc")
     assert len(ahead) == 3
     assert ahead.times[0] == data["time"].values[-1] + np.timedelta64(6, "h")

@@ -30,17 +30,23 @@ def shallow_water(
     state = np.stack((wave, -1j * ky * wave / rotation, 1j * kx * wave / rotation))
 
     def change(s: np.ndarray) -> np.ndarray:
-        h, u, v = (back(z) for z in s)
-        hx, hy, ux, uy, vx, vy = (back(1j * k * z) for z in s for k in (kx, ky))
-        dh = -1j * kx * to((1 + h) * u) - 1j * ky * to((1 + h) * v)
-        du = to(rotation * v - hx - u * ux - v * uy)
-        dv = to(-rotation * u - hy - u * vx - v * vy)
-        return np.stack((dh, du, dv)) * keep
+        h, u, v, hx, ux, vx, hy, uy, vy = back(np.concatenate((s, 1j * kx * s, 1j * ky * s)))
+        depth_u, depth_v, du, dv = to(
+            np.stack(
+                (
+                    (1 + h) * u,
+                    (1 + h) * v,
+                    rotation * v - hx - u * ux - v * uy,
+                    -rotation * u - hy - u * vx - v * vy,
+                )
+            )
+        )
+        return np.stack((-1j * (kx * depth_u + ky * depth_v), du, dv)) * keep
 
     dt = 0.4 / height
     fields = np.empty((times, 3, *size), np.float32)
     for i in range(times):
-        fields[i] = [back(z) for z in state]
+        fields[i] = back(state)
         for _ in range(spacing):
             k1 = change(state)
             k2 = change(state + dt / 2 * k1)
