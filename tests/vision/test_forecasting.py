@@ -171,7 +171,7 @@ def test_rollout_keeps_nothing_and_stops_where_it_fails() -> None:
     next(steps)
     assert len(alive) == 1  # each step is computed when it is asked for
     assert sum(1 for _ in steps) == 999
-    with pytest.raises(UserError, match="not finite after 129 steps"):
+    with pytest.raises(UserError, match="not finite after 128 steps"):
         net = Shift()
         net.gain.data.fill_(2.0)
         list(rollout(net, torch.ones(1, 1, 2, 2), 200))
