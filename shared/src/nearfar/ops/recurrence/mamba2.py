@@ -17,8 +17,8 @@ class Mamba2(StreamingMixer):
 
     (z, xBC, dt) = W_in u; (x, B, C) = silu(short causal convolution of xBC); dt = softplus(dt + b), A = -exp(A_log),
     one number per head; `y = SSD(x, dt, A, B, C) + D x`; out = W_out RMSNorm(y silu(z)), the norm weighted and over all
-    channels. Cost O(N d (d + S + chunk)). State: h heads of head_dim x S numbers, E S in all, and the last inputs of the
-    convolution, which the literature does not count.
+    channels. Cost O(N d (d + S + chunk)). State: h heads of head_dim x S numbers, E S in all, and the last inputs of
+    the convolution, which the literature does not count.
 
     Args:
         dim: channels d. d_state: S. d_conv: taps of the convolution. expand: E / d.

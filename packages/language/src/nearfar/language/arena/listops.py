@@ -141,7 +141,7 @@ def sequences(
     """
     if count < 1 or not 0 <= min_length < max_length - 1 or max_depth < 2:
         raise ValueError(
-            f"count={count} must be at least 1, min_length={min_length} from 0 and below max_length={max_length} by two "
+            f"count={count} must be at least 1, min_length={min_length} from 0 and two below max_length={max_length} "
             f"at least, max_depth={max_depth} at least 2"
         )
     rng = np.random.default_rng(seed)
