@@ -49,7 +49,7 @@ def test_decoding_with_the_cache_over_chunk_boundaries():
 
 def published(model):
     """Our weights under the names of fairseq's checkpoints."""
-    names = {"mixer.": "mega_layer.", "state_mixer.": "nffn."}
+    names = {".state_mixer.": ".nffn.", ".mixer.": ".mega_layer."}
     state = {}
     for name, value in model.state_dict().items():
         for ours, theirs in (

@@ -388,6 +388,12 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
             if mask.shape[1] == ids.shape[1]:
                 read = mask.new_ones(len(mask), cache.get_seq_length())
                 kwargs["attention_mask"] = torch.cat([read, mask], 1)
+        if isinstance(cache, MixerCache) and cache.get_seq_length():
+            chosen = kwargs.get("generation_config") or self.generation_config
+            wanted = [kwargs.get(n) or getattr(chosen, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
+            if max(wanted) > 1:  # every beam goes on from the state, which stays as it was
+                cache = kwargs["past_key_values"] = cache.copy()
+                cache.batch_repeat_interleave(max(wanted))
         return super().generate(inputs, **kwargs)
 
     def state_size(self, length: int) -> int:
