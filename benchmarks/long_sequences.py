@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="two lengths, two repeats")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--overhead", action="store_true", help="only that of attention residuals")
     chosen = parser.parse_args()
     device, repeats = chosen.device, 2 if chosen.short else chosen.repeats
     lengths = [2048, 8192] if chosen.short else [2048, 4096, 8192, 16384, 32768]
@@ -136,6 +137,9 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32, d = {DIM}, batch 1")
+    if chosen.overhead:
+        overhead(repeats, device)
+        return
     tcn = TCNMixer(DIM, KERNEL, KERNEL, 3)
     print(f"the average sees everything; the convolutions see {tcn.receptive_field} positions")
     memories = {"average by FFT": DampedEMA(DIM), "average by scan": DampedEMA(DIM, form="scan"), "convolutions": tcn}
