@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from nearfar.apps.image_classification.cli import app, run_comparison
-from nearfar.apps.image_classification.tour import SMALL, chapter, digits
+from nearfar.apps.image_classification.cli import app
+from nearfar.apps.image_classification.tour import MODELS, chapter, digits
 from nearfar.core.cli.batch import BatchError
 from nearfar.core.errors import UserError
 from nearfar.core.report import Report
 from nearfar.vision.classification.classifier import Classifier, evaluate_scores
+from nearfar.vision.classification.comparison import compare
 from nearfar.vision.classification.training import Recipe, train_classifier
 from nearfar.vision.data.images import open_pictures, split_pictures
 
@@ -117,13 +118,13 @@ def test_tour_chapter_learns(tmp_path: Path) -> None:
     chapter(report, tmp_path)
     report.write(tmp_path / "index.html")
     rows = (tmp_path / "table.csv").read_text().splitlines()[1:]
-    assert [row.split(",")[0] for row in rows] == list(SMALL)
+    assert [row.split(",")[0] for row in rows] == MODELS
     for row in rows:
         assert float(row.split(",")[1]) > 0.7, row  # a tenth would be chance
     # what was saved gives the same predictions
     every = digits()
     held = every.subset(split_pictures(every, 0.3, 0)[1][:40])
-    loaded = Classifier.load(tmp_path / "attnet_xxs")
+    loaded = Classifier.load(tmp_path / "small-attnet_xxs")
     assert evaluate_scores(loaded.scores(held), held.labels)["accuracy"] > 0.7
 
 
@@ -196,6 +197,6 @@ def test_small_network_beats_the_pixels_on_photographs(shared_data: Callable[[st
         pictures.subset([i for i, label in enumerate(pictures.labels) if two[label]][::step])
         for pictures, step in ((every, 4), (held, 2))
     )
-    rows = run_comparison(["linear", "small-attnet_xxs"], learn, hold, recipe, tmp_path)
+    rows = compare(["linear", "small-attnet_xxs"], learn, hold, recipe, tmp_path)
     assert rows[1]["accuracy"] > 0.75  # half would be chance
     assert rows[1]["accuracy"] >= rows[0]["accuracy"]

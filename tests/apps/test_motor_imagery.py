@@ -170,7 +170,7 @@ def test_evaluate_writes_tables_pictures_and_a_page(folder, tmp_path, capsys):
 
 
 def test_published_protocol_is_named_as_such(folder, tmp_path, capsys):
-    arguments = ["--models", "EEGNet", "--protocol", "published", "--set", "max_epochs=21", *TRAINING[2:]]
+    arguments = ["--models", "EEGNet", "--published", "--set", "max_epochs=21", *TRAINING[2:]]
     assert run("evaluate", folder / "sub-01", "-o", tmp_path / "out", *arguments) == 0
     assert "published cross-session (test-set selection)" in capsys.readouterr().out
     assert pd.read_csv(tmp_path / "out" / "results.csv")["sma20"].notna().all()
@@ -246,7 +246,7 @@ def test_bad_input_is_one_line_and_status_2(kind, command, tmp_path, capsys):
     make(tmp_path / "data")
     capsys.readouterr()
     window = [] if "--window" in options else ["--window", "0", "2"]
-    extra = ["--split", "within-session", "--models", "AGTCNet"] if command == "evaluate" else []
+    extra = ["--protocol", "within-session", "--models", "AGTCNet"] if command == "evaluate" else []
     status = run(command, tmp_path / "data", "-o", tmp_path / "out", *window, *extra, "--set", "max_epochs=1", *options)
     error = capsys.readouterr().err
     assert status == 2, error

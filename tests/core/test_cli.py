@@ -1,11 +1,16 @@
 """The root command: apps, errors, exit statuses, batches, the tour."""
 
+import os
+import signal
 import sys
+import time
 
 import pytest
 import typer
 
 from nearfar.core.cli import root as cli
+from nearfar.core.cli import tour as tours
+from nearfar.core.cli.batch import BatchError, raise_failures, run_batch
 from nearfar.core.errors import UserError
 from nearfar.core.report import Report
 
@@ -30,7 +35,8 @@ def install(monkeypatch):
 
     def do(groups):
         points = {group: [Point(*item) for item in content.items()] for group, content in groups.items()}
-        monkeypatch.setattr(cli, "entry_points", lambda group: points.get(group, []))
+        for module in (cli, tours):
+            monkeypatch.setattr(module, "entry_points", lambda group: points.get(group, []))
 
     return do
 
@@ -62,7 +68,7 @@ def test_app_that_cannot_be_imported_is_one_line(install, capsys):
     ("error", "status", "text"),
     [
         (UserError("a.edf: truncated; copy it again"), 2, "error: a.edf: truncated; copy it again"),
-        (cli.BatchError("1 of 2 failed"), 1, "error: 1 of 2 failed"),
+        (BatchError("1 of 2 failed"), 1, "error: 1 of 2 failed"),
         (RuntimeError("boom"), 1, "unexpected error: RuntimeError: boom (--debug shows where)"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -92,15 +98,15 @@ def test_batch_goes_on_and_lists_failures():
             raise UserError(f"item {item}: odd")
         return item * 10
 
-    results, failures = cli.run_batch(range(4), action, "numbers")
+    results, failures = run_batch(range(4), action, "numbers")
     assert results == [0, 20]
     assert failures == ["item 1: odd", "item 3: odd"]
-    cli.raise_failures([], 4)
-    with pytest.raises(cli.BatchError, match=r"2 of 4 failed:\n  item 1: odd\n  item 3: odd"):
-        cli.raise_failures(failures, 4)
+    raise_failures([], 4)
+    with pytest.raises(BatchError, match=r"2 of 4 failed:\n  item 1: odd\n  item 3: odd"):
+        raise_failures(failures, 4)
     with pytest.raises(UserError, match=r"^item 1: odd$") as error:
-        cli.raise_failures(failures[:1], 1)
-    assert not isinstance(error.value, cli.BatchError)
+        raise_failures(failures[:1], 1)
+    assert not isinstance(error.value, BatchError)
 
 
 def test_tour_runs_chapters_and_writes_one_page(install, tmp_path, capsys):
@@ -139,3 +145,20 @@ def test_main_ends_with_the_status(monkeypatch):
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_command_in_order(install, capsys, tmp_path, number, status):
+    def go():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            (tmp_path / "tidied").touch()
+
+    install({"nearfar.apps": {"thing": make_app(go)}})
+    before = signal.getsignal(number)
+    assert cli.run(["thing", "go"]) == status
+    assert (tmp_path / "tidied").exists()
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(number) == before

@@ -2,11 +2,17 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
-from nearfar.core.files import atomic_path, file_digest, write_csv, write_json
+from nearfar.core.errors import UserError
+from nearfar.core.files import atomic_path, file_digest, locked, sweep, write_csv, write_json
 
 
 def test_error_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -48,3 +54,70 @@ def test_csv_has_the_columns_of_all_rows(tmp_path):
 def test_digest_is_that_of_the_content(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert file_digest(tmp_path / "a").startswith("ba7816bf")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from nearfar.core.files import atomic_path, locked
+with locked(sys.argv[1], "trains"), atomic_path(Path(sys.argv[1]) / "model") as temporary:
+    temporary.mkdir()
+    (temporary / "patient.npy").write_text("secret")
+    print("ready", flush=True)
+    if len(sys.argv) > 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+
+
+def start(folder, *more):
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder), *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_what_a_killed_process_left_is_swept_and_its_lock_is_gone(tmp_path):
+    killed = start(tmp_path, "kill")
+    assert killed.wait() == -signal.SIGKILL
+    assert list(tmp_path.rglob("patient.npy"))
+    with locked(tmp_path):
+        write_json(tmp_path / "a.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_process_that_lives_keeps_its_lock_and_its_files(tmp_path):
+    alive = start(tmp_path)
+    assert alive.stdout.readline() == "ready\n"
+    with pytest.raises(UserError, match="another process trains in this folder"), locked(tmp_path, "trains"):
+        pass
+    write_json(tmp_path / "a.json", {})
+    sweep(tmp_path)
+    assert list(tmp_path.rglob("patient.npy"))
+    alive.communicate("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "model"]
+    with locked(tmp_path), locked(tmp_path):  # the same thread may come again
+        pass
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    seen, tell = os.pipe()
+    with locked(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.write(tell, b"!")
+            time.sleep(30)
+            os._exit(0)
+        os.read(seen, 1)
+    try:
+        with locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_permissions_are_those_of_the_umask(tmp_path):
+    with atomic_path(tmp_path / "private") as temporary:
+        os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "private").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -1,6 +1,10 @@
 """Run folders: exact resume, best weights, refusals."""
 
 import dataclasses
+import json
+import math
+import subprocess
+import sys
 
 import lightning.pytorch as pl
 import pytest
@@ -9,7 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from nearfar.core.errors import UserError
+from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
+from nearfar.core.errors import DivergedError, UserError
 from nearfar.core.recipes import read_recipe
 from nearfar.core.training import data_loader, train, warmup_cosine
 
@@ -48,11 +53,11 @@ class StopAt(Callback):
             raise KeyboardInterrupt
 
 
-def run(folder, callbacks=(), epochs=8, settings=None, monitor="val_loss"):
+def run(folder, callbacks=(), epochs=8, settings=None, monitor="val_loss", module=None):
     torch.manual_seed(3)
     x = torch.randn(64, 6)
     y = (x[:, 0] * x[:, 1] > 0).long()
-    module = Classifier()
+    module = module or Classifier()
     history = train(
         module,
         data_loader(TensorDataset(x[:48], y[:48]), 16, shuffle=True, seed=5),
@@ -112,6 +117,72 @@ def test_settings_of_every_plain_kind_are_recognised(tmp_path):
     settings = {"lr": 1e-5, "shape": (1, 2), "path": tmp_path, "on": True, "none": None}
     for _ in range(2):
         run(tmp_path / "run", epochs=1, settings=settings)
+
+
+class Diverging(Classifier):
+    """A loss or a validation loss that is not finite from one epoch on; the weights stay as they are."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def spoil(self, name, loss):
+        return loss * (math.nan if self.name == name and self.current_epoch == 2 else 1.0)
+
+    def training_step(self, batch):
+        return self.spoil("train", super().training_step(batch))
+
+    def validation_step(self, batch):
+        self.log("other_loss", self.spoil("validation", nn.functional.cross_entropy(self.model(batch[0]), batch[1])))
+        super().validation_step(batch)
+
+    def on_train_epoch_end(self):
+        if self.name == "weights" and self.current_epoch == 2:
+            self.model[0].weight.data[0, 0] = math.inf
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("train", "the loss of epoch 3, batch [1-3] is not finite"),
+        ("validation", "other_loss of epoch 3 is nan"),
+        ("weights", r"before epoch 4.*model\.0\.weight"),
+    ],
+)
+def test_diverged_run_is_refused_and_never_saved(tmp_path, name, message):
+    with pytest.raises(DivergedError, match=message):
+        run(tmp_path, module=Diverging(name))
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert not record["finished"]
+    for path in (tmp_path / "best.safetensors", tmp_path / "last.ckpt"):
+        assert all(torch.isfinite(value).all() for value in read_state_dict(path).values())
+    with (tmp_path / "metrics.csv").open() as stream:
+        assert sum(1 for _ in stream) in (3, 4)
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
+    model = nn.Linear(2, 2)
+    good = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(DivergedError, match=r"Linear: 1 of 2 tensors hold numbers that are not finite \(bias"):
+        load_state_dict(model, good | {"bias": torch.tensor([1.0, math.nan])})
+    assert torch.equal(model.bias, good["bias"])
+    model.weight.data[0, 0] = math.inf
+    with pytest.raises(DivergedError, match="weight"):
+        save_state_dict(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_process_per_run_folder(tmp_path):
+    code = "import sys; from nearfar.core.files import locked\nwith locked(sys.argv[1]): print(flush=True), input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    other.stdout.readline()
+    with pytest.raises(UserError, match="another process trains in this folder"):
+        run(tmp_path, epochs=1)
+    other.kill()
+    other.wait()
+    run(tmp_path, epochs=1)
 
 
 def test_unknown_monitor_is_named():

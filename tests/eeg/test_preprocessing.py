@@ -20,7 +20,7 @@ from nearfar.eeg.preprocessing import PRESETS, Preprocessing
 EVENTS = {"left_hand": "T1", "right_hand": "T2"}
 SETTINGS = [
     Preprocessing(),
-    Preprocessing.preset("bciciv2a-long", protocol="published"),
+    Preprocessing.preset("bciciv2a-long", order="published"),
     Preprocessing(l_freq=4, h_freq=38, notch=50, sfreq=125, reference=("M1", "M2"), standardization="trial"),
 ]
 
@@ -38,9 +38,9 @@ def test_settings_go_through_json(preprocessing):
         ({"l_freq": 30, "h_freq": 8}, "must be below h_freq"),
         ({"reference": "avg"}, "reference must be"),
         ({"standardization": "z"}, "standardization must be"),
-        ({"protocol": "paper"}, "protocol must be"),
-        ({"protocol": "published", "l_freq": 4.0}, "published protocol has no l_freq"),
-        ({"protocol": "published", "reference": ("Cz",)}, "published protocol has no named reference"),
+        ({"order": "paper"}, "order must be"),
+        ({"order": "published", "l_freq": 4.0}, "published order has no l_freq"),
+        ({"order": "published", "reference": ("Cz",)}, "published order has no named reference"),
     ],
 )
 def test_bad_settings_are_refused(arguments, message):
@@ -55,12 +55,12 @@ def test_unknown_names_are_refused():
         Preprocessing.preset("bci")
 
 
-@pytest.mark.parametrize("protocol", ["continuous", "published"])
+@pytest.mark.parametrize("order", ["continuous", "published"])
 @pytest.mark.parametrize(
     ("name", "rate", "n_times"), [("bciciv2a", 250, 375), ("bciciv2a-long", 250, 562), ("eegmmidb", 160, 640)]
 )
-def test_presets_give_the_published_lengths(make_raw, name, rate, n_times, protocol):
-    preprocessing = Preprocessing.preset(name, protocol=protocol)
+def test_presets_give_the_published_lengths(make_raw, name, rate, n_times, order):
+    preprocessing = Preprocessing.preset(name, order=order)
     raw = make_raw(sfreq=rate)
     epochs = preprocessing.cut(preprocessing.apply(raw), EVENTS)
     assert epochs.get_data().shape == (6, 9, n_times)
@@ -75,7 +75,7 @@ def test_presets_give_the_published_lengths(make_raw, name, rate, n_times, proto
 
 def test_published_is_the_papers_order_trial_by_trial(make_raw):
     raw = make_raw(sfreq=250.0)
-    preprocessing = Preprocessing.preset("bciciv2a", protocol="published")
+    preprocessing = Preprocessing.preset("bciciv2a", order="published")
     epochs = preprocessing.cut(preprocessing.apply(raw), EVENTS)
     b, a = butter(12, 62.5, fs=250)
     for trial, onset in zip(epochs.get_data(), [5.0, 12.0, 20.0, 27.0, 35.0, 42.0]):
@@ -100,8 +100,8 @@ def test_published_sees_nothing_outside_the_trial_and_continuous_does(make_raw):
     raw = make_raw(sfreq=250.0, cues={"T1": [10.0], "T2": [20.0]})
     changed = raw.copy()
     changed._data[0, 10 * 250 - 5] += 1e-3  # 20 ms before the first window
-    for protocol, same in (("published", True), ("continuous", False)):
-        preprocessing = Preprocessing.preset("bciciv2a", protocol=protocol)
+    for order, same in (("published", True), ("continuous", False)):
+        preprocessing = Preprocessing.preset("bciciv2a", order=order)
         first, second = (preprocessing.cut(preprocessing.apply(each), EVENTS).get_data() for each in (raw, changed))
         assert np.array_equal(first, second) is same
 
@@ -178,7 +178,7 @@ def test_a_higher_rate_is_fine_where_the_filter_leaves_nothing_to_miss(make_raw)
 def test_what_cannot_be_filtered_is_refused(make_raw):
     with pytest.raises(UserError, match=r"6\.0 s are too short for l_freq 0\.5 Hz, whose filter spans 6\.6 s"):
         Preprocessing(l_freq=0.5).apply(make_raw(seconds=6, cues={}))
-    preprocessing = Preprocessing(sfreq=20, protocol="published")
+    preprocessing = Preprocessing(sfreq=20, order="published")
     with pytest.raises(UserError, match="unstable from 1000 to 20 Hz"):
         preprocessing.cut(preprocessing.apply(make_raw(sfreq=1000.0, cues={"T1": [5.0]})), {"left_hand": "T1"})
     raw = make_raw()

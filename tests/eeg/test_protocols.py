@@ -16,7 +16,7 @@ from sklearn.preprocessing import FunctionTransformer
 from nearfar.core import fingerprint
 from nearfar.core.errors import UserError
 from nearfar.core.fingerprint import code_digest
-from nearfar.eeg import metrics, protocols
+from nearfar.eeg import evaluation, leakage, metrics, protocols
 from nearfar.eeg.alignment import EuclideanAlignment
 from nearfar.eeg.evaluation import evaluate
 from nearfar.eeg.leakage import LeakageError, check_split
@@ -255,7 +255,7 @@ def test_overlap_is_found_exactly_where_the_slow_way_finds_it(trials):
         for b in sides[1]
         if metadata["file"][a] == metadata["file"][b] and abs(metadata["onset"][a] - metadata["onset"][b]) < 2 - 1e-9
     }
-    found = protocols._overlap(metadata, *sides, 2.0)
+    found = leakage._overlap(metadata, *sides, 2.0)
     assert (found in slow) if slow else found is None
 
 
@@ -270,10 +270,10 @@ def test_check_refuses_trials_that_overlap_in_time(example):
 def test_check_refuses_the_same_signal_under_two_names(example):
     split, metadata, y = example
     X = signals(y, metadata)
-    check_split(split, metadata, trial_seconds=SECONDS, digests=protocols.trial_digests(X))
+    check_split(split, metadata, trial_seconds=SECONDS, digests=leakage.trial_digests(X))
     X[split.train[3]] = X[split.test[5]]
     with pytest.raises(LeakageError, match="hold the same signal"):
-        check_split(split, metadata, trial_seconds=SECONDS, digests=protocols.trial_digests(X))
+        check_split(split, metadata, trial_seconds=SECONDS, digests=leakage.trial_digests(X))
 
 
 def test_check_refuses_recorded_statistics_of_test_trials(example):
@@ -283,7 +283,7 @@ def test_check_refuses_recorded_statistics_of_test_trials(example):
         alignment = EuclideanAlignment().fit(X[rows])
         with pytest.raises(LeakageError, match="EuclideanAlignment does not record"):
             check_split(split, metadata, trial_seconds=SECONDS, fitted=[alignment])
-        alignment.fitted_on_ = protocols.trial_ids(metadata.iloc[rows])
+        alignment.fitted_on_ = leakage.trial_ids(metadata.iloc[rows])
         if clean:
             check_split(split, metadata, trial_seconds=SECONDS, fitted=[alignment])
         else:
@@ -308,7 +308,7 @@ def test_check_sees_statistics_of_test_trials_in_the_data(example):
         ),
     }
     for message, data in leaks.items():
-        treated = protocols.treatments(data, metadata)
+        treated = leakage.treatments(data, metadata)
         assert message in [how for how, _ in treated]
         with pytest.raises(LeakageError, match="test trials included"):
             check_split(split, metadata, trial_seconds=SECONDS, treated=treated)
@@ -318,7 +318,7 @@ def test_check_sees_statistics_of_test_trials_in_the_data(example):
     honest = [X, X - X.mean(1, keepdims=True), each, standardised(X, split.train)]
     honest.append(EuclideanAlignment().fit(X[split.train]).transform(X))
     for data in honest:
-        check_split(split, metadata, trial_seconds=SECONDS, treated=protocols.treatments(data, metadata))
+        check_split(split, metadata, trial_seconds=SECONDS, treated=leakage.treatments(data, metadata))
 
 
 def test_statistics_that_only_training_subjects_share_are_no_leak(example):
@@ -326,7 +326,7 @@ def test_statistics_that_only_training_subjects_share_are_no_leak(example):
     X = signals(y, metadata)
     others = np.isin(metadata["subject"], [2])
     X[others] = standardised(X, others)[others]
-    treated = protocols.treatments(X, metadata)
+    treated = leakage.treatments(X, metadata)
     assert [how for how, _ in treated] == ["standardised over subject 2"]
     check_split(split, metadata, trial_seconds=SECONDS, treated=treated)
 
@@ -334,21 +334,21 @@ def test_statistics_that_only_training_subjects_share_are_no_leak(example):
 def test_metadata_must_be_complete():
     metadata, y = table()
     with pytest.raises(UserError, match="lack the columns"):
-        protocols.check_metadata(metadata.drop(columns="onset"), len(y))
+        leakage.check_metadata(metadata.drop(columns="onset"), len(y))
     with pytest.raises(UserError, match="rows of metadata"):
-        protocols.check_metadata(metadata, len(y) + 1)
+        leakage.check_metadata(metadata, len(y) + 1)
     with pytest.raises(UserError, match="stands twice"):
-        protocols.check_metadata(pd.concat([metadata.iloc[:1], metadata.iloc[:-1]]), len(y))
+        leakage.check_metadata(pd.concat([metadata.iloc[:1], metadata.iloc[:-1]]), len(y))
     with pytest.raises(UserError, match="gaps in"):
-        protocols.check_metadata(metadata.assign(session=None), len(y))
+        leakage.check_metadata(metadata.assign(session=None), len(y))
 
 
 def test_trials_of_unknown_time_are_taken_in_the_order_of_rows_and_told(caplog):
     metadata, y = table(subjects=1, sessions=1)
     metadata = metadata.assign(onset=np.nan, file="all", run="1").reset_index(drop=True)
-    protocols.check_metadata(metadata, len(y))
+    leakage.check_metadata(metadata, len(y))
     assert "20 of 20 trials have no onset" in caplog.text
-    assert len(set(protocols.trial_ids(metadata))) == 20
+    assert len(set(leakage.trial_ids(metadata))) == 20
     splits = list(protocols.within_session(metadata, y))
     for split in splits:
         check_split(split, metadata, trial_seconds=SECONDS)
@@ -489,12 +489,12 @@ def test_within_session_rows_pool_the_folds(experiment):
 def test_alignment_makes_subjects_alike_without_test_statistics(experiment):
     X, y, metadata = experiment
     split = next(iter(protocols.leave_one_subject_out(metadata, y)))
-    aligned = protocols.align(X, metadata, split)
+    aligned = evaluation.align(X, metadata, split)
     again = X.copy()
     last = protocols._in_time(metadata, split.test)[-1]
     again[last] = 1e3 * np.random.default_rng(0).normal(size=X.shape[1:])
     kept = np.setdiff1d(np.arange(len(y)), [last])
-    np.testing.assert_array_equal(protocols.align(again, metadata, split)[kept], aligned[kept])
+    np.testing.assert_array_equal(evaluation.align(again, metadata, split)[kept], aligned[kept])
     learnt = np.concatenate([split.train, split.validation])
     own = learnt[(metadata["subject"].iloc[learnt] == 5) & (metadata["session"].iloc[learnt] == "0")]
     reference = EuclideanAlignment(shrinkage=0.1).fit(X[own]).transform(X[own])

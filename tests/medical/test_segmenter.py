@@ -228,7 +228,7 @@ def test_bad_settings() -> None:
         Recipe(roi=(3,))
     with pytest.raises(UserError, match="unknown"):
         create_network("resnet", 2, 1, 2, {})
-    with pytest.raises(UserError, match="2-D"):
+    with pytest.raises(UserError, match="takes 2 axes, roi has 3"):
         create_network("macmd", 2, 1, 3, {})
     with pytest.raises(UserError, match="no trained model"):
         Segmenter.load("/nonexistent")

@@ -46,7 +46,7 @@ def oracle(layer: ManhattanAttention, x: torch.Tensor) -> torch.Tensor:
         elif layer.decomposed:
             rest = lambda a, axis: a[:axis] + a[axis + 1 :]  # noqa: E731
             passes = [
-                weights(layer, sample, lambda a, b, axis=axis: rest(a, axis) == rest(b, axis))
+                weights(layer, sample, lambda a, b, axis=axis, rest=rest: rest(a, axis) == rest(b, axis))
                 for axis in range(len(size))
             ]
         else:
@@ -124,7 +124,7 @@ def test_decay_alone() -> None:
     ranges = layer.decay_ranges(0.5).double()
     torch.testing.assert_close(first[:, 20] / first[:, 0], 0.5 ** (20 / ranges), atol=1e-6, rtol=1e-5)
     assert (ranges.diff() > 0).all()
-    with pytest.raises(ValueError, match="weight is 1.0"):
+    with pytest.raises(ValueError, match=r"weight is 1\.0"):
         layer.decay_ranges(1.0)
 
 

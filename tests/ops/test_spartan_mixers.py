@@ -84,7 +84,7 @@ def test_channel_mixer_is_its_formula(size: tuple[int, ...], grouped: bool) -> N
     for b, *place in itertools.product(range(2), *map(range, size)):
         at = (b, slice(None), *place)
         channel = int(x[at].argmax())
-        mixed[at] = p[at] * t[at][channel] + p[at][channel] * t[at]
+        mixed[at] = p[at] * t[at] + p[at][channel] * t[at][channel]
     turned = torch.view_as_complex(mixed.movedim(1, -1).unflatten(-1, (-1, 2)).contiguous())
     turned = torch.view_as_real(turned * torch.view_as_complex(op.complex)).flatten(-2).movedim(-1, 1)
     groups = dim if grouped else dim * ratio

@@ -13,7 +13,7 @@ from PIL import Image
 
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.core.recipes import read_recipe
-from nearfar.vision.classification.classifier import LINEAR, SMALL, Classifier, identify
+from nearfar.vision.classification.classifier import LINEAR, Classifier, identify, small_forms
 from nearfar.vision.classification.training import (
     RECIPES,
     ClassifierModule,
@@ -83,7 +83,7 @@ def test_learning_rate_follows_the_number_of_pictures_a_step() -> None:
 def test_every_small_model_learns_a_step_and_comes_back(tmp_path: Path) -> None:
     recipe = Recipe(size=64, epochs=1, batch_size=4, warmup_epochs=0)
     held = shades(4, 100)
-    for name in [LINEAR, *SMALL]:
+    for name in [LINEAR, *small_forms()]:
         classifier, _ = train_classifier(name, shades(8), held, recipe, tmp_path / name)
         loaded = Classifier.load(tmp_path / name)
         torch.testing.assert_close(loaded.scores(held), classifier.scores(held))
@@ -104,7 +104,7 @@ def test_repeated_augmentation_shows_every_view_of_a_share(monkeypatch: pytest.M
 
 SCRIPT = """
 import sys, torch
-from nearfar.vision.training import Recipe, train_classifier
+from nearfar.vision.classification.training import Recipe, train_classifier
 from tests.vision.test_classification import shades
 torch.set_num_threads(1)
 learn, held = shades(16), shades(5, 100)
@@ -153,10 +153,23 @@ def test_a_published_checkpoint_is_a_classifier_of_imagenet(hornet: Path) -> Non
         UserError, match=r"has 1000 classes; published weights of hornet_tiny_7x7: in1k \(1000 classes\)"
     ):
         Classifier.from_published(hornet, "hornet_tiny_7x7.in22k")
-    tagged = {"stem_dim": None, "depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)}
-    with torch.device("meta"):
-        state = ConvNeXt(**tagged, num_classes=21841).state_dict()
-    assert identify(state) == (ConvNeXt, "nearfar_convnext_tiny")
+    assert ConvNeXt.variant({"stem_dim": None, "depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)}) == (
+        "nearfar_convnext_tiny"
+    )
+
+
+def test_exactly_one_class_accounts_for_every_tensor() -> None:
+    for name, form in small_forms().items():
+        model = timm.create_model(name.removeprefix("small-"), num_classes=3, **form)
+        found = identify(model.state_dict())
+        assert type(found) is type(model)
+        assert found.num_classes == 3
+    state = model.state_dict()
+    state["surprise.weight"] = torch.zeros(2)
+    with pytest.raises(CheckpointError, match=r"(?s)TransXNet: .*unexpected surprise\.weight") as refused:
+        identify(state, "odd.pth")
+    assert str(refused.value).startswith("odd.pth: is none of ")
+    assert "HorNet: is no checkpoint" in str(refused.value).replace("the state dict: ", "")
 
 
 def test_checkpoints_that_do_not_fit_are_said_in_a_line(hornet: Path, tmp_path: Path) -> None:
@@ -164,7 +177,7 @@ def test_checkpoints_that_do_not_fit_are_said_in_a_line(hornet: Path, tmp_path: 
     with pytest.raises(UserError, match=r"hornet\.pth: is a checkpoint of HorNet, not of AttNet$"):
         start_from(new_model("small-attnet_xxs", 2, recipe), hornet)
     torch.save(new_model("test_resnet", 5, recipe).state_dict(), tmp_path / "resnet.pth")
-    with pytest.raises(UserError, match=r"resnet\.pth: is no checkpoint of a nearfar model"):
+    with pytest.raises(UserError, match=r"(?s)resnet\.pth: is none of .*known:.*AttNet: "):
         start_from(new_model("small-attnet_xxs", 2, recipe), tmp_path / "resnet.pth")
     # of a timm model only the classifier may differ
     start_from(new_model("test_resnet", 2, recipe), tmp_path / "resnet.pth")

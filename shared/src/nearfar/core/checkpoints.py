@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nearfar.core.errors import CheckpointError
 from nearfar.core.files import atomic_path
+from nearfar.core.finite import check_weights
 
 T = TypeVar("T")
 
@@ -100,7 +101,8 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, ignore: It
     `ignore`: regular expressions (matched from the start of the name) of keys that may be missing in `state` or
     superfluous in it, such as tables that the model computes. BatchNorm's `num_batches_tracked` may always be absent.
 
-    Raises CheckpointError that lists every missing, unexpected and misshapen key; the model is then unchanged.
+    Raises CheckpointError that lists every missing, unexpected and misshapen key, DivergedError for numbers that are
+    not finite; the model is then unchanged.
     """
     patterns = [re.compile(pattern) for pattern in (*ignore, r".*\bnum_batches_tracked$")]
     ignored = lambda name: any(pattern.match(name) for pattern in patterns)  # noqa: E731
@@ -117,11 +119,17 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, ignore: It
             f"the checkpoint does not fit {type(model).__name__}, {len(problems)} of its tensors differ:\n  "
             + "\n  ".join(problems)
         )
-    model.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+    taken = {name: value for name, value in state.items() if name in own}
+    check_weights(taken, type(model).__name__)
+    model.load_state_dict(taken, strict=False)
 
 
 def save_state_dict(model: nn.Module, path: str | Path) -> Path:
-    """Write the model's parameters and buffers to `path` as safetensors, atomically."""
+    """Write the model's parameters and buffers to `path` as safetensors, atomically.
+
+    Raises DivergedError, and writes nothing, where they are not finite.
+    """
+    check_weights(model.state_dict(), path)
     with atomic_path(path) as temporary:
         state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
         safetensors.torch.save_file(state, temporary)
@@ -161,7 +169,8 @@ def read(source: Checkpoint) -> dict[str, Tensor]:
 def identify(candidates: Mapping[str, Callable[[], T]], what: str) -> tuple[str, T]:
     """Name and result of the one candidate that accounts for every key of `what`.
 
-    A candidate that does not raises CheckpointError with the reason. Two that fit, or none, are a CheckpointError too.
+    A candidate that does not raises CheckpointError with the reason, or whatever another system's names and shapes lead
+    it to. Two that fit, or none, are a CheckpointError too.
     """
     fits: dict[str, T] = {}
     reasons: dict[str, str] = {}
@@ -170,6 +179,8 @@ def identify(candidates: Mapping[str, Callable[[], T]], what: str) -> tuple[str,
             fits[name] = attempt()
         except CheckpointError as error:
             reasons[name] = str(error)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reasons[name] = f"{type(error).__name__}: {error}"
     if len(fits) > 1:
         raise CheckpointError(f"{what}: fits {' and '.join(fits)} alike; say which one it is")
     if fits:

@@ -15,6 +15,10 @@ class CheckpointError(UserError):
     """A checkpoint that does not fit the model: missing, unexpected or misshapen tensors, or an unsafe file."""
 
 
+class DivergedError(UserError):
+    """Numbers that are not finite where a result was to be: a training that diverged, damaged weights, a bad input."""
+
+
 def some(names: Iterable[Any], limit: int = 5) -> str:
     """The first `limit` names of a list for a message, and how many more there are; "nothing" for none."""
     names = [str(name) for name in names]

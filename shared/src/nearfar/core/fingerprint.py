@@ -1,9 +1,10 @@
-"""A digest of an object's settings and of the code behind it, to tell whether a stored result is still true."""
+"""Digests of settings, data and the code behind them, to tell whether a stored result is still true."""
 
 import ast
 import functools
 import hashlib
 import importlib.util
+import re
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,51 @@ from typing import Any
 import numpy as np
 
 from nearfar.core.errors import UserError
+from nearfar.core.files import file_digest
+
+
+def data_digest(*values: Any) -> str:
+    """A digest of what data hold: numbers of arrays and tensors, contents of files, texts, and attributes of objects.
+
+    A path stands for the content of its file, wherever the file lies; an object with a method `content_digest` for what
+    that returns. Files are read once per process while their size and time stay.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for value in values:
+        _describe(value, digest, set(), {}, contents=True)
+    return digest.hexdigest()
+
+
+def source_digest(*kinds: type) -> str:
+    """A digest of the source of the modules that define `kinds`, and of all of nearfar or the user's that these import.
+
+    What stands in no file, such as a class typed into a notebook, and installed libraries do not count.
+    """
+    return _source_digest(frozenset(kind.__module__ for kind in kinds))
+
+
+@functools.lru_cache(maxsize=64)
+def _source_digest(modules: frozenset[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    sources, _ = _sources(modules)
+    for name in sorted(sources):
+        digest.update(name.encode() + b"\0" + sources[name])
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=2**20)
+def _file_digest(path: Path, size: int, changed: int) -> str:
+    return file_digest(path)
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file, or of the files of a folder; kept for the process while size and time stay."""
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        lines = "".join(f"{p.relative_to(path)}\0{content_digest(p)}\n" for p in inside)
+        return hashlib.sha256(lines.encode()).hexdigest()
+    status = path.stat()
+    return _file_digest(path.absolute(), status.st_size, status.st_mtime_ns)
 
 
 def code_digest(value: Any) -> str:
@@ -33,22 +79,33 @@ def code_digest(value: Any) -> str:
     return digest.hexdigest()
 
 
-def _describe(value: Any, digest: Any, modules: set[str], seen: dict[int, tuple[int, Any]]) -> None:
-    """Add `value` to the digest, whatever it is, and the modules of its classes and functions to `modules`."""
+def _describe(
+    value: Any, digest: Any, modules: set[str], seen: dict[int, tuple[int, Any]], contents: bool = False
+) -> None:
+    """Add `value` to the digest, whatever it is, and the modules of its classes and functions to `modules`.
+
+    contents: paths are files whose content counts, and addresses of objects do not.
+    """
 
     def text(*parts: Any) -> None:
         digest.update("\0".join(map(str, (*parts, ""))).encode())
 
+    if contents and isinstance(value, Path) and value.exists():
+        return text("file", content_digest(value))
     if value is None or isinstance(value, int | float | complex | str | bytes | np.generic | Path | range | slice):
         return text(type(value).__name__, repr(value))
     if id(value) in seen:
         return text("again", seen[id(value)][0])
     seen[id(value)] = (len(seen), value)  # holding the value keeps its id from being given to another
+    if contents and hasattr(value, "content_digest"):
+        return text(type(value).__name__, value.content_digest())
+    if contents and isinstance(getattr(value, "_fingerprint", None), str):  # a table of the package datasets
+        return text("table", value._fingerprint)
     if hasattr(value, "detach"):  # a torch tensor
         value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray) and value.dtype != object:
         text("array", value.dtype, value.shape)
-        return digest.update(np.ascontiguousarray(value).tobytes())
+        return digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
     if isinstance(value, Mapping):
         parts: Iterable[Any] = [part for item in value.items() for part in item]
     elif isinstance(value, list | tuple | np.ndarray):
@@ -66,24 +123,34 @@ def _describe(value: Any, digest: Any, modules: set[str], seen: dict[int, tuple[
     elif hasattr(value, "__dict__"):
         parts = [*type(value).__mro__, vars(value)]
     else:
-        parts = [*type(value).__mro__, repr(value)]
+        parts = [*type(value).__mro__, re.sub(" at 0x[0-9a-f]+", "", repr(value)) if contents else repr(value)]
     text(type(value).__name__, len(parts))
     for part in parts:
-        _describe(part, digest, modules, seen)
+        _describe(part, digest, modules, seen, contents)
     return None
 
 
 def _code(modules: set[str]) -> list[bytes]:
     """What stands for the code of `modules` and all they import: sources (ours, the user's) and library versions."""
-    sources: dict[str, bytes] = {}
-    libraries: set[str] = set()
-    waiting = sorted(modules)
     homeless = [name for name in modules if _is_ours(name.partition(".")[0]) and _source(name) is None]
     if homeless:
         raise UserError(
             f"the code of module {homeless[0]} is in no file, so nothing tells whether stored results still hold; "
             "move it to a Python file or do without a cache"
         )
+    sources, libraries = _sources(modules)
+    distributions = _distributions()
+    found = sorted({d for top in libraries for d in distributions.get(top, [])})
+    return [f"python {sys.version}".encode(), *(f"{name} {version(name)}".encode() for name in found)] + [
+        part for name in sorted(sources) for part in (name.encode(), sources[name])
+    ]
+
+
+def _sources(modules: Iterable[str]) -> tuple[dict[str, bytes], set[str]]:
+    """The sources, by name, of `modules` and of all of ours or the user's that they import; libraries that they use."""
+    sources: dict[str, bytes] = {}
+    libraries: set[str] = set()
+    waiting = sorted(modules)
     while waiting:
         name = waiting.pop()
         top = name.partition(".")[0]
@@ -92,11 +159,7 @@ def _code(modules: set[str]) -> list[bytes]:
         elif name not in sources and (path := _source(name)) is not None:
             sources[name] = path.read_bytes()
             waiting += _imports(name, path.name == "__init__.py", sources[name])
-    distributions = _distributions()
-    found = sorted({d for top in libraries for d in distributions.get(top, [])})
-    return [f"python {sys.version}".encode(), *(f"{name} {version(name)}".encode() for name in found)] + [
-        part for name in sorted(sources) for part in (name.encode(), sources[name])
-    ]
+    return sources, libraries
 
 
 _distributions = functools.cache(packages_distributions)

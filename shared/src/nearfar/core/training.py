@@ -16,6 +16,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,8 +33,10 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
-from nearfar.core.errors import UserError
-from nearfar.core.files import atomic_path, write_csv, write_json
+from nearfar.core.errors import DivergedError, UserError
+from nearfar.core.files import atomic_path, locked, sweep, write_csv, write_json
+from nearfar.core.fingerprint import data_digest, source_digest
+from nearfar.core.finite import check_weights
 from nearfar.core.recipes import _Loader
 
 _Loader.add_implicit_resolver(
@@ -106,6 +109,8 @@ def train(
     seed: int = 0,
     folder: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    data: Mapping[str, str] | None = None,
+    fresh: bool = False,
     callbacks: Iterable[Callback] = (),
     show_progress: bool = False,
     **trainer_options: Any,
@@ -118,18 +123,43 @@ def train(
 
     With `folder`, the run can be interrupted and called again with the same arguments to go on. The folder holds
     `run.json` (settings, versions, git revision), `metrics.csv`, `last.ckpt` (for resuming) and `best.safetensors`.
-    A finished run is not trained again. Raises UserError if the folder holds a run with other `settings`.
+    A finished run is not trained again. What a run is made from stands in `run.json`: `settings` and seed, digests of
+    the content of training and validation data (see `data_digest`) and of what else `data` names, such as starting
+    weights, and a digest of the code. Raises UserError that names what differs from that, or if another process trains
+    there; `fresh` forgets the run that is there and starts anew. Raises DivergedError, at the step, when the loss is not
+    finite, and where weights or the monitored metric come out so: what has diverged is never saved.
 
     `trainer_options` go to Lightning's Trainer: `accelerator`, `devices`, `precision`, `accumulate_grad_batches`,
     `gradient_clip_val`, `strategy` ...
     """
     run = _Run(monitor, mode, seed, None if folder is None else Path(folder), dict(settings or {}))
-    if run.open(module):
-        return run.history
+    with nullcontext() if folder is None else locked(folder, "trains"):
+        if folder is not None:
+            run.made_from = {"data": _content(train_data), "validation data": _content(validation_data)}
+            run.made_from |= data or {}
+            run.made_from["code"] = source_digest(*{type(part) for part in module.modules()})
+            if fresh:
+                run.forget()
+        if not run.open(module):
+            trainer_options |= {"max_epochs": max_epochs, "enable_progress_bar": show_progress}
+            _fit(module, train_data, validation_data, run, patience, callbacks, trainer_options)
+            run.close(module)
+    return run.history
+
+
+def _fit(
+    module: pl.LightningModule,
+    train_data: DataLoader,
+    validation_data: DataLoader | list[DataLoader] | None,
+    run: "_Run",
+    patience: int | None,
+    callbacks: Iterable[Callback],
+    trainer_options: dict[str, Any],
+) -> None:
     extra: list[Callback] = [run, *callbacks]
-    if patience is not None and monitor is not None:
-        extra.append(EarlyStopping(monitor, patience=patience, mode=mode, check_finite=False))
-    if show_progress:
+    if patience is not None and run.monitor is not None:
+        extra.append(EarlyStopping(run.monitor, patience=patience, mode=run.mode, check_finite=False))
+    if trainer_options["enable_progress_bar"]:
         extra.append(RichProgressBar(leave=False))
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
@@ -139,28 +169,30 @@ def train(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             # Lightning resets the generators' states at no point of its own, so the first epoch's are set before it
-            seed_epoch(seed, 0)
+            seed_epoch(run.seed, 0)
             trainer = pl.Trainer(
-                max_epochs=max_epochs,
                 callbacks=extra,
                 logger=False,
                 enable_checkpointing=False,
                 enable_model_summary=False,
-                enable_progress_bar=show_progress,
                 num_sanity_val_steps=0,
                 **trainer_options,
             )
             trainer.fit(module, train_data, validation_data, ckpt_path=run.resume_from, weights_only=True)
     except SystemExit:
         # Lightning turns Ctrl-C into an exit
-        if run.interrupted:
-            raise KeyboardInterrupt from None
+        if run.interruption is not None:
+            raise run.interruption from None
         raise
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
-    run.close(module)
-    return run.history
+
+
+def _content(loaders: DataLoader | list[DataLoader] | None) -> str:
+    """A digest of the content of the loaders' data."""
+    several = loaders if isinstance(loaders, list) else [] if loaders is None else [loaders]
+    return data_digest([loader.dataset for loader in several])
 
 
 class _Run(Callback):
@@ -172,33 +204,52 @@ class _Run(Callback):
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
         self.monitor, self.mode, self.seed, self.folder, self.settings = monitor, mode, seed, folder, settings
+        self.made_from: dict[str, str] = {}
         self.history: list[dict[str, float]] = []
         self.best: float | None = None
         self.best_state: dict[str, Tensor] | None = None  # only where there is no folder
-        self.interrupted = False
+        self.interruption: KeyboardInterrupt | None = None
+        self.loss: tuple[int, int, Tensor] | None = None  # epoch and batch of the last loss, whether it is finite
         self.started = time.monotonic()
 
     def open(self, module: pl.LightningModule) -> bool:
         """Look at what the folder holds. True: a finished run, its history and weights are loaded."""
         if self.folder is None:
             return False
-        record = {"settings": self.settings, "seed": self.seed, "environment": environment(), "finished": False}
+        sweep(self.folder)
+        record = {"settings": self.settings, "seed": self.seed, "made_from": self.made_from}
+        record |= {"environment": environment(), "finished": False}
         if not (path := self.folder / "run.json").exists():
             write_json(path, record)
             return False
-        found = json.loads(path.read_text(encoding="utf-8"))
-        ours = json.loads(json.dumps(self.settings, default=str))  # as they come back: tuples are lists
-        if found["settings"] != ours or found["seed"] != self.seed:
-            different = [k for k in {*ours, *found["settings"]} if ours.get(k) != found["settings"].get(k)] or ["seed"]
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            theirs, made_from = found["settings"] | {"seed": found["seed"]}, found.get("made_from", {})
+            finished, history = found["finished"], found.get("history", [])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{self.folder}: holds a run with other settings ({', '.join(sorted(different))}); "
-                "give the same settings to go on, or another folder"
+                f"{path}: is no record of a run ({type(error).__name__}: {error}); start anew with --fresh"
+            ) from error
+        ours = json.loads(json.dumps(self.settings, default=str)) | {"seed": self.seed}  # tuples come back as lists
+        settings = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
+        different = [f"settings ({', '.join(settings)})"] if settings else []
+        different += [k for k in {**self.made_from, **made_from} if self.made_from.get(k) != made_from.get(k)]
+        if different:
+            raise UserError(
+                f"{self.folder}: holds a run with other {', '.join(different)}; "
+                "give the same to go on, name another folder, or start anew with --fresh"
             )
-        if found["finished"]:
-            self.history = [{k: float(v) for k, v in row.items()} for row in found["history"]]
+        if finished:
+            self.history = [{k: float(v) for k, v in row.items()} for row in history]
             load_state_dict(module, read_state_dict(self.folder / "best.safetensors"))
             return True
         return False
+
+    def forget(self) -> None:
+        """Remove the run that the folder holds."""
+        assert self.folder is not None
+        for name in ("run.json", "last.ckpt", "best.safetensors", "metrics.csv"):
+            (self.folder / name).unlink(missing_ok=True)
 
     @property
     def resume_from(self) -> Path | None:
@@ -207,9 +258,11 @@ class _Run(Callback):
 
     def close(self, module: pl.LightningModule) -> None:
         if self.folder is not None:
-            if self.best is None:
+            if self.monitor is None:
                 save_state_dict(module, self.folder / "best.safetensors")
             load_state_dict(module, read_state_dict(self.folder / "best.safetensors"))
+            if not (self.folder / "run.json").exists():
+                raise UserError(f"{self.folder}: was removed while the training ran; run it again")
             record = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
             write_json(self.folder / "run.json", {**record, "finished": True, "history": self.history})
         elif self.best_state is not None:
@@ -218,6 +271,7 @@ class _Run(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # saved here and not at the end of an epoch, because Lightning steps the schedulers after that hook
         if self.folder is not None and trainer.current_epoch > 0:
+            check_weights(pl_module.state_dict(), f"training diverged before epoch {trainer.current_epoch + 1}")
             with atomic_path(self.folder / "last.ckpt") as temporary:
                 trainer.save_checkpoint(temporary)
         # a resumed epoch is a whole one: without this Lightning takes up the counters of the epoch before and skips the
@@ -226,17 +280,43 @@ class _Run(Callback):
         seed_epoch(self.seed, trainer.current_epoch)
         self.started = time.monotonic()
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self.check_loss()
+        # looked at before the next step only, so that an accelerator is not made to wait for each step
+        batch = trainer.fit_loop.epoch_loop.batch_idx
+        self.loss = trainer.current_epoch, batch, torch.isfinite(loss.detach()).all()
+
+    def check_loss(self) -> None:
+        if self.loss is not None and not bool(self.loss[2]):
+            epoch, batch, _ = self.loss
+            raise DivergedError(
+                f"training diverged: the loss of epoch {epoch + 1}, batch {batch + 1} is not finite; nothing of this "
+                "epoch is kept. Lower the learning rate, clip gradients or look for bad values in the data"
+            )
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check_loss()
+        check_weights(pl_module.state_dict(), f"training diverged in epoch {trainer.current_epoch + 1}")
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check_loss()
+        check_weights(pl_module.state_dict(), f"training diverged in epoch {trainer.current_epoch + 1}")
         row = {"epoch": float(trainer.current_epoch)}
         row |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         row["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         row["seconds"] = round(time.monotonic() - self.started, 3)
+        for name, value in row.items():
+            if (name == self.monitor or "loss" in name) and not math.isfinite(value):
+                raise DivergedError(
+                    f"training diverged: {name} of epoch {trainer.current_epoch + 1} is {value}; "
+                    "lower the learning rate or clip gradients"
+                )
         self.history.append(row)
         if self.monitor is not None:
             if self.monitor not in row:
                 raise ValueError(f"the module logs no {self.monitor!r}; it logs {', '.join(row)}")
             value = row[self.monitor] if self.mode == "max" else -row[self.monitor]
-            if not math.isnan(value) and (self.best is None or value > self.best):
+            if self.best is None or value > self.best:
                 self.best = value
                 if self.folder is not None:
                     save_state_dict(pl_module, self.folder / "best.safetensors")
@@ -246,7 +326,7 @@ class _Run(Callback):
             write_csv(self.folder / "metrics.csv", self.history)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.interrupted = isinstance(exception, KeyboardInterrupt)
+        self.interruption = exception if isinstance(exception, KeyboardInterrupt) else None
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history, "best": self.best}

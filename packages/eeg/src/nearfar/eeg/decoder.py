@@ -13,6 +13,7 @@ from torch import nn
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.files import file_digest, write_json
+from nearfar.core.finite import check_finite
 from nearfar.core.training import environment
 from nearfar.eeg.conventions import standard_montage
 from nearfar.eeg.models.baselines import network_class
@@ -111,4 +112,5 @@ class Decoder:
                 f"the decoder takes {len(self.ch_names)} channels x {self.network.n_times} samples, "
                 f"these trials have {X.shape[1]} x {X.shape[2]}"
             )
-        return torch.from_numpy(predict_logits(self.network, X)).softmax(1).numpy()
+        logits = check_finite(predict_logits(self.network, X), "the decoder's scores")
+        return torch.from_numpy(logits).softmax(1).numpy()

@@ -1,6 +1,5 @@
 """Training a network on trials, and the decoder folder that predicts from recordings on its own."""
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from nearfar.core.errors import UserError
+from nearfar.core.fingerprint import data_digest
+from nearfar.core.finite import check_finite
 from nearfar.core.training import data_loader, train
 from nearfar.eeg.decoder import predict_logits
 from nearfar.eeg.models.baselines import network
@@ -58,6 +59,7 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
     info: the trials' `mne.Info`; gives channel names, positions and the sampling rate to networks that use them.
     folder: where the run is kept, so that an interrupted `fit` goes on where it was. Default: nowhere.
     accelerator: "auto", "cpu", "cuda" or "mps".
+    fresh: forget what `folder` holds.
 
     Attributes after `fit`: `network_`, `classes_`, `history_` (per epoch: losses, accuracies, learning rate).
     """
@@ -71,12 +73,14 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
         folder: str | Path | None = None,
         accelerator: str = "auto",
         show_progress: bool = False,
+        fresh: bool = False,
     ) -> None:
         self.recipe = recipe
         self.info = info
         self.folder = folder
         self.accelerator = accelerator
         self.show_progress = show_progress
+        self.fresh = fresh
 
     def fit(
         self,
@@ -104,7 +108,7 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
             sfreq=None if self.info is None else float(self.info["sfreq"]),
             chs_info=None if self.info is None else self.info["chs"],
         )
-        return self._train(self.recipe.lr, X, y, X_val, y_val, monitor)
+        return self._train(self.recipe.lr, X, y, X_val, y_val, monitor, {})
 
     def fine_tune(
         self,
@@ -116,7 +120,8 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
     ) -> Self:
         """Like `fit`, but all weights start from what they are and the learning rate is `recipe.fine_tune_lr`."""
         check_is_fitted(self, "network_")
-        return self._train(self.recipe.fine_tune_lr, X, y, X_val, y_val, monitor)
+        start = {"starting weights": data_digest(self.network_.state_dict())}
+        return self._train(self.recipe.fine_tune_lr, X, y, X_val, y_val, monitor, start)
 
     def _train(
         self,
@@ -126,6 +131,7 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
         X_val: np.ndarray | None,
         y_val: np.ndarray | None,
         monitor: tuple[np.ndarray, np.ndarray] | None,
+        data: dict[str, str],
     ) -> Self:
         recipe = self.recipe
         trials = self._trials(X, y)
@@ -148,12 +154,15 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
             patience=recipe.patience,
             seed=recipe.seed,
             folder=self.folder,
-            settings={**asdict(recipe), "data": _digest(X, y, X_val, y_val)},
+            settings=asdict(recipe),
+            data=data,
+            fresh=self.fresh,
             show_progress=self.show_progress,
             accelerator=self.accelerator,
             devices=1,
         )
         self.network_.cpu().eval()
+        check_finite(predict_logits(self.network_, X[: recipe.batch_size]), "training diverged: the trained scores")
         return self
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
@@ -215,10 +224,3 @@ class _Training(pl.LightningModule):
             optimizer, factor=recipe.lr_factor, patience=recipe.lr_patience, min_lr=recipe.min_lr
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
-
-
-def _digest(*arrays: np.ndarray | None) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()

@@ -42,7 +42,7 @@ class Preprocessing:
     standardization: "exponential-moving" (causal, over the recording, see `alignment`), "trial" (each channel of each
         trial to mean 0 and deviation 1) or None. A standard deviation is stored as 1 microvolt, so that
         `trials_array` gives unit variance.
-    protocol: "continuous" filters the whole recording and cuts afterwards. "published" is AGTCNet's own order, trial by
+    order: "continuous" filters the whole recording and cuts afterwards. "published" is AGTCNet's own order, trial by
         trial: cut; where the rate changes, low-pass at the new Nyquist frequency (Butterworth, order 12, forward and
         backward, in transfer-function form) and FFT resampling; average reference. It has neither band-pass, notch nor
         standardisation, and the ends of each trial carry the filter's transients.
@@ -56,7 +56,7 @@ class Preprocessing:
     sfreq: float | None = None
     reference: Literal["average"] | tuple[str, ...] | None = "average"
     standardization: Literal["exponential-moving", "trial"] | None = None
-    protocol: Literal["continuous", "published"] = "continuous"
+    order: Literal["continuous", "published"] = "continuous"
 
     def __post_init__(self) -> None:
         if isinstance(self.reference, list):  # as JSON gives a tuple back
@@ -75,16 +75,16 @@ class Preprocessing:
             raise UserError(
                 f"standardization must be 'exponential-moving', 'trial' or None, not {self.standardization!r}"
             )
-        if self.protocol not in ("continuous", "published"):
-            raise UserError(f"protocol must be 'continuous' or 'published', not {self.protocol!r}")
-        if self.protocol == "published":
+        if self.order not in ("continuous", "published"):
+            raise UserError(f"order must be 'continuous' or 'published', not {self.order!r}")
+        if self.order == "published":
             extra = [
                 name for name in ("l_freq", "h_freq", "notch", "standardization") if getattr(self, name) is not None
             ]
             if extra or self.reference not in ("average", None):
                 raise UserError(
-                    f"the published protocol has no {', '.join(extra) or 'named reference'}; "
-                    "leave that out or use protocol='continuous'"
+                    f"the published order has no {', '.join(extra) or 'named reference'}; "
+                    "leave that out or use order='continuous'"
                 )
 
     @classmethod
@@ -114,7 +114,7 @@ class Preprocessing:
         return int((self.tmax - self.tmin) * rate + 1e-6)
 
     def apply(self, raw: mne.io.BaseRaw) -> mne.io.BaseRaw:
-        """A preprocessed copy of a recording, EEG channels only; with the published protocol only gaps are filled.
+        """A preprocessed copy of a recording, EEG channels only; in the published order only gaps are filled.
 
         Raises `UserError` for channels with NaN, for a sampling rate too low for the settings and for a recording
         shorter than the filter.
@@ -123,7 +123,7 @@ class Preprocessing:
         self._check_rate(raw)
         with quiet():
             fill_gaps(raw)
-            if self.protocol == "published":
+            if self.order == "published":
                 return raw
             rate = raw.info["sfreq"]
             if self.notch:
@@ -157,7 +157,7 @@ class Preprocessing:
         left, listing the names that exist.
         """
         rate = raw.info["sfreq"]
-        if self.protocol == "continuous" and self.sfreq not in (None, rate):
+        if self.order == "continuous" and self.sfreq not in (None, rate):
             raise ValueError(f"the recording has {rate:g} Hz, not {self.sfreq:g}: put it through apply first")
         names = event_classes(events)
         onsets, durations, descriptions = annotations(raw)
@@ -192,7 +192,7 @@ class Preprocessing:
         data = raw.get_data(verbose="ERROR")[:, windows].transpose(1, 0, 2)
         marks = np.stack([windows[:, 0], np.zeros(len(windows), int), [codes[cls] for cls in classes[order]]], axis=1)
         return self._epochs(
-            self._per_trial(data, rate, source_name(raw)) if self.protocol == "published" else data,
+            self._per_trial(data, rate, source_name(raw)) if self.order == "published" else data,
             raw,
             marks,
             {cls: code for cls, code in codes.items() if cls in classes},
@@ -248,12 +248,12 @@ class Preprocessing:
 
     def _per_trial(self, data: np.ndarray, rate: float, name: str) -> np.ndarray:
         if self.sfreq not in (None, rate):
-            if self.protocol == "published" and self.sfreq < rate:
+            if self.order == "published" and self.sfreq < rate:
                 b, a = signal.butter(12, self.sfreq / rate)
                 if abs(np.roots(a)).max() >= 1 or abs(b.sum() / a.sum() - 1) > 1e-3:
                     raise UserError(
                         f"{name}: the published filter is unstable from {rate:g} to {self.sfreq:g} Hz (it was made for "
-                        "250 to 125); use protocol='continuous'"
+                        "250 to 125); use order='continuous'"
                     )
                 data = signal.filtfilt(b, a, data, axis=-1)
             data = mne.filter.resample(data, up=self.sfreq, down=rate, npad="auto", window="boxcar", verbose="ERROR")

@@ -362,3 +362,8 @@ def _interpolate(raw: mne.io.BaseRaw, missing: list[str], bad: list[str], total:
         raw.add_channels([empty], force_update_info=True)
     raw.info["bads"] = missing + bad
     raw.interpolate_bads(reset_bads=True)
+
+
+def eeg_channels(info: mne.Info) -> list[int]:
+    """Places of the EEG channels, bad ones included."""
+    return list(mne.pick_types(info, eeg=True, exclude=()))

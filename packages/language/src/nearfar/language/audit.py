@@ -6,6 +6,7 @@ logits: one text alone, unpadded, in one piece, in float32.
 
 import copy
 import inspect
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nearfar.core.finite import check_finite
 from nearfar.language.cache import MixerCache
 from nearfar.language.evaluation import cache_argument, read_on
 
@@ -33,6 +35,8 @@ def audit(model: PreTrainedModel, texts: list[Tensor], device: str = "cpu") -> l
         raise ValueError("an audit needs at least three texts of different lengths, each of 8 tokens or more")
     model = model.to(device).float().eval()
     bench = Bench(model, [t.to(device) for t in texts])
+    for reference in bench.reference:
+        check_finite(reference, "the model's logits")
     rows = []
     for name, check in CHECKS.items():
         limit = HALF_LIMIT if "precision" in name else LIMIT
@@ -83,7 +87,7 @@ class Bench:
             start = starts[row] if starts else 0
             reference = self.reference[row][start : start + len(logits)]
             errors.append(((logits.float() - reference).norm() / reference.norm()).item())
-        return max(errors)
+        return max(errors) if all(map(math.isfinite, errors)) else math.nan  # which max() would pass over
 
 
 def padding(side: str) -> Callable[[Bench], float]:

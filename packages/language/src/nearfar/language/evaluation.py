@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nearfar.core.cli.console import track
 from nearfar.core.errors import UserError
+from nearfar.core.finite import check_finite
 from nearfar.language.texts import token_bytes
 
 
@@ -58,11 +59,12 @@ def score(
         else:
             logits = model(part[None, :-1]).logits
         total += torch.nn.functional.cross_entropy(logits[0].float(), part[1:], reduction="sum").item()
+    check_finite(total, "the model's loss on the text")
     count, size = len(tokens) - 1, max(1, sum(token_bytes(part, tokenizer) for part in tokens[1:].split(2**22)))
     return {
         "tokens": count,
         "bytes": size,
-        "perplexity": math.exp(total / count),
+        "perplexity": math.exp(total / count) if total / count < 700 else math.inf,
         "bits_per_token": total / count / math.log(2),
         "bits_per_byte": total / size / math.log(2),
         "context": "all of the text, state carried" if carry else f"pieces of {piece} tokens",
@@ -88,7 +90,7 @@ def write_on(
     generator = torch.Generator(ids.device).manual_seed(seed)
     for _ in range(max_new_tokens):
         logits, state = read_on(model, ids, state)
-        logits = logits[0, -1].float()
+        logits = check_finite(logits[0, -1].float(), "the model's next token")
         if temperature == 0:
             token = logits.argmax()
         else:

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from nearfar.core.checkpoints import Checkpoint, identify, loaded, read
+from nearfar.core.finite import check_weights
 from nearfar.language import layouts
 from nearfar.language.cache import MixerCache
 from nearfar.language.configuration import MixerConfig
@@ -375,6 +376,11 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
+        """As transformers does; DivergedError where weights are not finite."""
+        check_weights(self.state_dict(), save_directory)
+        super().save_pretrained(save_directory, *args, **options)
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`. With `past_key_values` the ids may be the whole text, of which the cache has read

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Pre
 import nearfar.language.modeling  # noqa: F401 - registers MixerForCausalLM with the Auto classes
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path
+from nearfar.core.finite import check_weights
 
 TEXT_ENDINGS = (".txt", ".raw", ".md", ".rst", ".py", ".html", ".csv", ".tex", "")
 TABLE_ENDINGS = (".jsonl", ".json", ".parquet")
@@ -55,6 +56,7 @@ def load_causal_lm(name: str, device: str = "cpu", dtype: torch.dtype | None = N
         if model.config.vocab_size != len(byte_tokenizer()):
             raise UserError(f"{name}: the model comes without a tokenizer ({first_line(error)})") from error
         tokenizer = byte_tokenizer()
+    check_weights(model.state_dict(), name)
     return model.to(device).eval(), tokenizer
 
 

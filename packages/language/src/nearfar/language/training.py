@@ -169,6 +169,7 @@ def train_language_model(
     accelerator: str = "auto",
     precision: str = "32-true",
     show_progress: bool = False,
+    fresh: bool = False,
 ) -> tuple[MixerForCausalLM, list[dict[str, float]]]:
     """Train in `folder/run` (an interrupted run goes on) and save model and tokenizer to `folder`.
 
@@ -197,7 +198,8 @@ def train_language_model(
         mode="min",
         seed=recipe.seed,
         folder=Path(folder) / "run",
-        settings={**dataclasses.asdict(recipe), "sources": list(sources), "tokens": len(tokens)},
+        settings=dataclasses.asdict(recipe),
+        fresh=fresh,
         show_progress=show_progress,
         accelerator=accelerator,
         precision=precision,

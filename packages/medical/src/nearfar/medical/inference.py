@@ -1,8 +1,8 @@
 """Segmenting images of any size by overlapping windows in bounded memory: classes are decided as the windows go by."""
 
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from monai.data.utils import compute_importance_map
 from torch import Tensor
+
+from nearfar.core.files import temporary_folder
+from nearfar.core.finite import check_finite
 
 Predictor = Callable[[Tensor], Any]
 Region = tuple[slice, ...]
@@ -79,6 +82,7 @@ def window_scores(
 
     Raises:
         ValueError: for sizes, overlap, mode or flips out of range, or a predictor that changes the window's size.
+        DivergedError: where the predictor's scores are not finite.
     """
     size, dims = list(image.shape[1:]), image.ndim - 1
     if len(roi_size) != dims or min(roi_size) < 1:
@@ -120,7 +124,7 @@ def window_scores(
             numbers = range(first, min(first + batch_size, len(windows)))
             places = [tuple(slice(a, a + r) for a, r in zip(windows[i], roi_size)) for i in numbers]
             batch = torch.stack([image[(slice(None), *place)] for place in places]).to(device)
-            scores = _predict(predictor, batch, flips)
+            scores = check_finite(_predict(predictor, batch, flips), "the network's scores")
             if scores.shape[0] != len(batch) or scores.shape[2:] != batch.shape[2:]:
                 raise ValueError(f"the predictor made {tuple(scores.shape)} of {tuple(batch.shape)}; sizes must agree")
             scores = scores.float() * weights if scores.dtype != torch.float32 else scores.mul_(weights)
@@ -202,15 +206,15 @@ class _CellStore:
         self.memory = memory
         self.kept: dict[tuple[int, ...], tuple[int, Tensor]] = {}
         self.bytes = 0
-        self.folder: tempfile.TemporaryDirectory[str] | None = None
+        self.stack = ExitStack()
+        self.folder: Path | None = None
         self.files: dict[tuple[int, ...], tuple[Path, torch.Size]] = {}
 
     def __enter__(self) -> "_CellStore":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.folder is not None:
-            self.folder.cleanup()
+        self.stack.close()
 
     def pop(self, cell: tuple[int, ...]) -> Tensor | None:
         if cell in self.files:
@@ -232,7 +236,7 @@ class _CellStore:
             out = self.pop(late)
             assert out is not None
             if self.folder is None:
-                self.folder = tempfile.TemporaryDirectory(prefix="nearfar-")
-            path = Path(self.folder.name) / "-".join(map(str, late))
+                self.folder = self.stack.enter_context(temporary_folder())
+            path = self.folder / "-".join(map(str, late))
             out.contiguous().cpu().numpy().tofile(path)
             self.files[late] = (path, out.shape)

@@ -1,24 +1,20 @@
 """The networks that can be trained and used by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import monai.networks.nets
 import segmentation_models_pytorch as smp
 from torch import nn
 
+from nearfar.core.cards import Card, models
 from nearfar.core.errors import UserError
-from nearfar.medical.models.deeplab import DeepLabV2, DeepLabV3
-from nearfar.medical.models.guided_attention import GuidedAttention
-from nearfar.medical.models.macmd import MACMD
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "deeplab_v2": DeepLabV2,
-    "deeplab_v3": DeepLabV3,
-    "deeplab_v3plus": lambda *a, **k: DeepLabV3(*a, decoder=True, **k),
-    "guided_attention": GuidedAttention,
-    "macmd": MACMD,
-}
+
+def networks() -> dict[str, tuple[type[nn.Module], Card]]:
+    """Name -> class and card of nearfar's own networks."""
+    return {name: (kind, kind.CARD) for kind in models("nearfar.medical.models") for name in kind.CARD.networks}  # type: ignore[attr-defined]
+
 
 MONAI_DEFAULTS: dict[str, dict[str, Any]] = {
     "DynUNet": {"kernel_size": [3] * 4, "strides": [1, 2, 2, 2], "upsample_kernel_size": [2] * 3},
@@ -28,17 +24,18 @@ MONAI_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def create_network(name: str, num_classes: int, in_channels: int, dims: int, settings: Mapping[str, Any]) -> nn.Module:
-    """A network by name: ours (`NETWORKS`), `smp.Unet` ... (2-D), or `monai.DynUNet`, `monai.SwinUNETR` ...
+    """A network by name: ours (`networks`), `smp.Unet` ... (2-D), or `monai.DynUNet`, `monai.SwinUNETR` ...
 
     `settings` go to its constructor, before them those of `MONAI_DEFAULTS`.
     Raises UserError for an unknown name or settings that the network refuses.
     """
     try:
-        if name in NETWORKS:
-            extra = {"dims": dims} if name != "macmd" else {}
-            if name == "macmd" and dims != 2:
-                raise ValueError("macmd is 2-D")
-            return NETWORKS[name](num_classes, in_channels, **extra, **settings)
+        if name in (own := networks()):
+            kind, card = own[name]
+            if dims not in card.dims:
+                raise ValueError(f"takes {' or '.join(map(str, card.dims))} axes, roi has {dims}")
+            axes = {"dims": dims} if len(card.dims) > 1 else {}
+            return kind(num_classes, in_channels, **axes, **card.networks[name], **settings)
         library, _, kind = name.partition(".")
         if library == "smp" and hasattr(smp, kind):
             if dims != 2:
@@ -51,4 +48,4 @@ def create_network(name: str, num_classes: int, in_channels: int, dims: int, set
             return build(spatial_dims=dims, in_channels=in_channels, out_channels=num_classes, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"network {name}: {str(error).splitlines()[0]}") from error
-    raise UserError(f"network {name}: unknown; there are {', '.join(NETWORKS)}, smp.<architecture>, monai.<network>")
+    raise UserError(f"network {name}: unknown; there are {', '.join(networks())}, smp.<architecture>, monai.<network>")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import UserError
-from nearfar.core.files import write_json
+from nearfar.core.files import temporary_folder, write_json
 from nearfar.medical.data.scans import Scan
 from nearfar.medical.inference import WINDOW_MEMORY, segment, window_scores
 from nearfar.medical.networks import create_network
@@ -107,11 +106,11 @@ class Segmenter:
         """Probabilities (K, *S) of a prepared image, while in use in memory or in a temporary file."""
         predictor, roi, settings = self._windows(image, **options)
         shape = (len(self.values), *image.shape[1:])
-        with tempfile.TemporaryDirectory(prefix="nearfar-") as folder:
+        with temporary_folder() as folder:
             if in_memory:
                 whole = np.empty(shape, np.float32)
             else:
-                whole = np.memmap(Path(folder) / "scores", np.float32, "w+", shape=shape)
+                whole = np.memmap(folder / "scores", np.float32, "w+", shape=shape)
             for region, scores in window_scores(image, predictor, roi, **settings):
                 if self.recipe.binary:
                     scores = F.pad(scores, (0, 0) * (scores.ndim - 1) + (1, 0))  # sigmoid(s) = softmax((0, s))

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import random
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nearfar.core.errors import UserError
-from nearfar.core.files import write_json
+from nearfar.core.files import locked, temporary_folder, write_json
+from nearfar.core.finite import check_finite
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.medical.data.cases import Case, Collection, check_split
+from nearfar.medical.inference import _predict
 from nearfar.medical.losses import SegmentationLoss
 from nearfar.medical.metrics import score_case, summarise
 from nearfar.medical.preparation import Preparation
@@ -165,9 +166,8 @@ def train_segmenter(
     check_split(collection.cases, [c.name for c in train_cases], [c.name for c in validation_cases])
     if not collection.labels:
         raise UserError("the data do not say what their label values mean; declare them")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepared-", dir=folder) as cache:
-        items, channels, spacing = _prepare(collection, train_cases, recipe, Path(cache))
+    with locked(folder, "trains"), temporary_folder(folder, "prepared") as cache:
+        items, channels, spacing = _prepare(collection, train_cases, recipe, cache)
         pl.seed_everything(recipe.seed, verbose=False)
         segmenter = Segmenter.create(recipe, collection.labels, channels)
         segmenter.spacing_seen = spacing
@@ -185,8 +185,11 @@ def train_segmenter(
             accumulate_grad_batches=recipe.accumulate,
             **trainer_options,
         )
-    segmenter.network.cpu().eval()
-    segmenter.save(folder)
+        segmenter.network.cpu().eval()
+        with torch.inference_mode():
+            first, _ = patches[0]
+            check_finite(_predict(segmenter.network, first[None], ()), "training diverged: the trained scores")
+        segmenter.save(folder)
     summary = score_cases(segmenter, collection, validation_cases)
     write_json(folder / "validation.json", summary)
     return segmenter, summary

@@ -93,7 +93,7 @@ class SummoningDict(_Summoning, dict):
         return self.setdefault(key, self.make())
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401
 
     def keys(self) -> Any:
         summon()

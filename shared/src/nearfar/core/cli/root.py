@@ -5,9 +5,13 @@ An app registers its typer application in the entry-point group `nearfar.apps` a
 bad items ends in a list of them and exit status 1; `--debug`, anywhere on the line, shows the traceback instead.
 """
 
+import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import entry_points, version
 from typing import Annotated
 
@@ -20,6 +24,7 @@ from nearfar.core.cli.tour import tour
 from nearfar.core.cli.verify import verify
 from nearfar.core.entry_points import load_entry_point
 from nearfar.core.errors import UserError
+from nearfar.core.files import new_start
 
 
 def root(arguments: Sequence[str]) -> typer.Typer:
@@ -50,19 +55,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]
+    new_start()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), stop_signals():
             if not debug:
                 warnings.simplefilter("ignore")  # libraries' advice to programmers
             root(arguments)(arguments, prog_name="nearfar")
     except SystemExit as end:
-        cause = end.__context__
+        cause: BaseException | None = end
         while cause is not None and not isinstance(cause, KeyboardInterrupt):  # typer turns Ctrl-C into an exit
             cause = cause.__context__
         if cause is not None:
-            messages.print("interrupted; finished outputs are kept, run the same command again to go on")
-            return 130
+            return interrupted(cause)
         return end.code if isinstance(end.code, int) else 0
+    except KeyboardInterrupt as stop:
+        return interrupted(stop)
     except UserError as error:
         if debug:
             raise
@@ -77,6 +84,45 @@ def run(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return 0
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the process to end: as Ctrl-C does, with the signal's own exit status."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """While the block runs, SIGTERM and SIGHUP raise `Stopped`, so that what is begun is left in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def stop(number: int, _frame: object) -> None:
+        if os.getpid() != process:  # a forked worker ends as it would have
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise Stopped(number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ours = [n for n in (getattr(signal, name) for name in names) if signal.getsignal(n) == signal.SIG_DFL]
+    for number in ours:  # one that is ignored, as by nohup, stays ignored
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def interrupted(stop: KeyboardInterrupt) -> int:
+    """Say that the command was stopped; its exit status."""
+    messages.print("interrupted; finished outputs are kept, run the same command again to go on")
+    return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
 
 
 def main() -> None:

@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import DepthwiseConv, cached_table, check_dims, full_precision
+from nearfar.ops.common.dims import check_dims
+from nearfar.ops.common.layers import DepthwiseConv
+from nearfar.ops.common.precision import full_precision
+from nearfar.ops.common.tables import cached_table
 
 PADDINGS = ("input", "values", "none")
 
@@ -16,7 +19,7 @@ MASKED_RATIO = 4
 
 
 class BiLevelRoutingAttention(nn.Module):
-    """y = Wo(softmax(q K_I^T / sqrt(C)) V_I + DW_k(v)), K_I and V_I the keys and values of the regions I that q's region keeps.
+    """y = Wo(softmax(q K_I^T / sqrt(C)) V_I + DW_k(v)) over the regions I that the region of q keeps.
 
     The grid is cut into p regions along each axis. Q_r, K_r are the means of q and k over region r, all heads together
     and without gradient; region r keeps the `topk` regions s with the largest Q_r . K_s. Heads attend apart, but scale

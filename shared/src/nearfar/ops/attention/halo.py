@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.attention.places import attend, extend, places
-from nearfar.ops.convolution.layers import CONVOLUTIONS, cached_table, check_dims
+from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
+from nearfar.ops.common.tables import cached_table
 
 NEVER = -1e4
 """A logit whose weight is zero in every precision, and whose gradient stays finite."""

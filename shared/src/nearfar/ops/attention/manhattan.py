@@ -1,4 +1,4 @@
-"""Manhattan attention: attention whose logits fall with the distance between positions, at a pace of each head's own."""
+"""Manhattan attention: logits that fall with the distance between positions, at a pace of each head's own."""
 
 import math
 
@@ -7,7 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.attention.places import attend, extend, places
-from nearfar.ops.convolution.layers import DepthwiseConv, cached_table, check_dims
+from nearfar.ops.common.dims import check_dims
+from nearfar.ops.common.layers import DepthwiseConv
+from nearfar.ops.common.tables import cached_table
 
 
 class ManhattanAttention(nn.Module):
@@ -16,8 +18,8 @@ class ManhattanAttention(nn.Module):
     g_h = ln(1 - 2^(-initial - range h / heads)) < 0 for head h = 0 ... heads - 1. R turns the channel pairs
     (2c, 2c + 1) of a head by t 10000^(-c / (d / 2 - 1)), t the row-major index of the position in the whole grid (so
     the turn between vertical neighbours depends on the width). DW_k is a depthwise convolution of the values.
-    Fan et al., RMT (2024, arXiv 2309.11523), section 3.2. The paper multiplies the softmax by exp(g_h |.|); its code, as
-    this one, adds the logarithm before it. The paper does not count R in.
+    Fan et al., RMT (2024, arXiv 2309.11523), section 3.2. The paper multiplies the softmax by exp(g_h |.|); its code,
+    as this one, adds the logarithm before it. The paper does not count R in.
 
     `decomposed`: the axes one after another, the last first, each with all other coordinates held, the same q and k,
     and its own part of the bias: y = Wo(A_1 ... A_dims v + DW_k(v)). `causal` (dims=1) attends to the past alone.
@@ -124,10 +126,10 @@ class ManhattanAttention(nn.Module):
         """The Manhattan distance in positions at which the decay alone lowers a weight to `weight`, for every head."""
         if not 0 < weight < 1:
             raise ValueError(f"weight is {weight}; it must lie between 0 and 1")
-        return math.log(weight) / _rates(self.num_heads, self.decay_initial, self.decay_range).float()
+        return math.log(weight) / decay_rates(self.num_heads, self.decay_initial, self.decay_range).float()
 
 
-def _rates(heads: int, initial: float | int, span: float | int) -> Float[Tensor, " h"]:
+def decay_rates(heads: int, initial: float | int = 2.0, span: float | int = 4.0) -> Float[Tensor, " h"]:
     """g_h of every head, in float64."""
     return torch.log1p(-(2.0 ** (-initial - span * torch.arange(heads, dtype=torch.float64) / heads)))
 
@@ -143,7 +145,7 @@ def _decay(
     dtype: torch.dtype,
 ) -> Float[Tensor, "h n n"]:
     index = torch.arange(length, dtype=torch.float64)
-    table = _rates(heads, initial, span)[:, None, None] * (index[:, None] - index).abs()
+    table = decay_rates(heads, initial, span)[:, None, None] * (index[:, None] - index).abs()
     if causal:
         table = table.masked_fill(index > index[:, None], -math.inf)
     return table.to(device, dtype)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.ops.convolution.layers import cached_table
+from nearfar.ops.common.tables import cached_table
 
 
 @cached_table

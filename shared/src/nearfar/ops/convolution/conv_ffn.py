@@ -3,7 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.convolution.layers import GELU, DepthwiseConv, check_dims
+from nearfar.ops.common.dims import check_dims
+from nearfar.ops.common.layers import GELU, DepthwiseConv
 
 
 class ConvFFN(nn.Module):

@@ -1,6 +1,7 @@
 """SpaRTAN's channel mixer: an expansion whose channel pairs are turned and stretched like complex numbers."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ def first_argmax(x: Float[Tensor, "b c *s"]) -> Int[Tensor, "b 1 *s"]:
 
 
 class WaveMixer(nn.Module):
-    """Wo SE(GELU(BN(conv3(z . f)))), f = p t_j + p_j t, t = GELU(Wt x), p = Wp x, j the largest channel of x.
+    """Wo SE(GELU(BN(conv3(z . f)))), f = p t + p_j t_j, t = GELU(Wt x), p = Wp x, j the largest channel of x.
 
     The wave channel mixer of SpaRTAN (arXiv 2507.10999). t and p have n = r C channels, and t_j, p_j are channel j of
     them at each position, j in 0..C-1 as the published code reads it. z . f takes the channels (2i, 2i + 1) of f as
@@ -71,6 +72,6 @@ class WaveMixer(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         channel = first_argmax(x.detach())
-        t, p = torch.nn.functional.gelu(self.theta(x)), self.proj(x)
-        mixed = torch.addcmul(p * t.gather(1, channel), p.gather(1, channel), t)
+        t, p = F.gelu(self.theta(x)), self.proj(x)
+        mixed = torch.addcmul(p.gather(1, channel) * t.gather(1, channel), p, t)
         return self.proj_out(self.attn(self.conv(self.turn(mixed))))

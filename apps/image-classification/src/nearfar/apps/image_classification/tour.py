@@ -6,16 +6,12 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from nearfar.apps.image_classification.cli import PLOT, run_comparison
 from nearfar.core.report import Report
+from nearfar.vision.classification.comparison import PLOT, compare
 from nearfar.vision.classification.training import Recipe
 from nearfar.vision.data.images import Pictures, split_pictures
 
-SMALL = {
-    "nearfar_convnext_atto": {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64), "layer_scale": 1.0},
-    "attnet_xxs": {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64)},
-    "hornet_tiny_7x7": {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64), "layer_scale": 1.0},
-}
+MODELS = ["small-nearfar_convnext_atto", "small-attnet_xxs", "small-hornet_tiny_7x7"]
 """Reduced variants that learn in seconds."""
 
 
@@ -32,13 +28,10 @@ def digits() -> Pictures:
 
 def chapter(report: Report, folder: Path) -> None:
     """Tell handwritten digits apart with small networks, on pictures that come with scikit-learn."""
-    import timm
-
     every = digits()
     learn, hold = split_pictures(every, 0.3, 0)
     recipe = Recipe(size=32, epochs=5, batch_size=64, lr=2e-3, warmup_epochs=1, crop_scale=0.7, smoothing=0.0)
-    models = {name: timm.create_model(name, num_classes=10, **settings) for name, settings in SMALL.items()}
-    rows = run_comparison(list(SMALL), every.subset(learn), every.subset(hold), recipe, folder, models=models)
+    rows = compare(MODELS, every.subset(learn), every.subset(hold), recipe, folder)
     report.section("Image classification: handwritten digits")
     report.text(
         f"{len(learn)} digits to learn from, five epochs from nothing, three reduced networks; half of the other "

@@ -1,13 +1,11 @@
 """`nearfar motor-imagery`: inspect recordings, train a decoder, evaluate decoders fairly, predict, report."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import mne
 import numpy as np
 import pandas as pd
 import typer
@@ -17,18 +15,27 @@ from nearfar.apps.motor_imagery import pages
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, progress, table
 from nearfar.core.errors import UserError
-from nearfar.core.files import atomic_path, write_json
+from nearfar.core.files import atomic_path
 from nearfar.core.recipes import read_recipe
-from nearfar.eeg import metrics, online, plots, protocols
+from nearfar.eeg import metrics, plots
 from nearfar.eeg.annotations import Events, event_classes, event_counts
+from nearfar.eeg.comparison import compare
 from nearfar.eeg.conventions import EEGMMIDB_FILE, is_bciciv2a_file
 from nearfar.eeg.decoder import Decoder
 from nearfar.eeg.decoding import NetworkClassifier, Recipe
-from nearfar.eeg.models import baselines
+from nearfar.eeg.evaluation import Results
+from nearfar.eeg.leakage import check_split, trial_digests
+from nearfar.eeg.live.scores import pseudo_online, stream_error
+from nearfar.eeg.live.stream import Rule, decode
 from nearfar.eeg.models.agtcnet import AGTCNet
 from nearfar.eeg.preprocessing import PRESETS, Preprocessing
-from nearfar.eeg.recordings import SAMPLE, Recording, bad_channels, find_recordings, select_channels
+from nearfar.eeg.protocols import PROTOCOLS, Split, validation_split
+from nearfar.eeg.recordings import SAMPLE, Recording, bad_channels, eeg_channels, find_recordings, select_channels
 from nearfar.eeg.trials import load_trials, trials_array
+
+if TYPE_CHECKING:
+    from mne import BaseEpochs
+    from mne.io import BaseRaw
 
 app = typer.Typer(
     help="Decode imagined movements from EEG. Start with `inspect FOLDER` to see what your files hold, compare "
@@ -37,13 +44,6 @@ app = typer.Typer(
     "Competition IV 2a are known by name; for others say what the events mean: `--event left_hand=769`.",
     no_args_is_help=True,
 )
-
-
-class Protocol(StrEnum):
-    """Honest: filter the continuous recording, select on training data. Published: exactly what the paper did."""
-
-    honest = "honest"
-    published = "published"
 
 
 class Standardization(StrEnum):
@@ -87,11 +87,13 @@ Band = Annotated[tuple[float, float] | None, typer.Option(help="Band-pass in Hz,
 Notch = Annotated[float | None, typer.Option(help="Remove this mains frequency and its harmonics, in Hz.")]
 Resample = Annotated[float | None, typer.Option("--resample", help="Resample to this rate, in Hz.")]
 Standardize = Annotated[Standardization | None, typer.Option(help="Standardise each channel. (default: no)")]
-ProtocolOption = Annotated[
-    Protocol,
+Published = Annotated[
+    bool,
     typer.Option(
-        help="honest: filter the continuous recording; choose nothing on test data. published: the paper's order "
-        "(per trial) and, in `evaluate`, its choice of weights on the test set; results are labelled so."
+        "--published",
+        help="What the paper did: preprocessing trial by trial and, in `evaluate`, the choice of weights on the test "
+        "set; results are labelled so. Without it the continuous recording is filtered, and nothing is chosen on test "
+        "data.",
     ),
 ]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file with training settings.")]
@@ -111,7 +113,7 @@ def inspect(paths: Paths, unit: Unit = None, as_json: JsonOutput = False) -> Non
         if recording.trials is not None:
             return _look_at_trials(recording, as_json)
         raw = recording.read(unit=unit)
-        eeg = mne.pick_types(raw.info, eeg=True, exclude=())
+        eeg = eeg_channels(raw.info)
         placed = sum(not np.isnan(raw.info["chs"][pick]["loc"][:3]).any() for pick in eeg)
         problems = [f"{name} {why}" for name, why in bad_channels(raw).items()]
         if placed < len(eeg):
@@ -167,7 +169,7 @@ def train(
     notch: Notch = None,
     resample: Resample = None,
     standardize: Standardize = None,
-    protocol: ProtocolOption = Protocol.honest,
+    published: Published = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
     accelerator: Accelerator = "auto",
@@ -183,7 +185,7 @@ def train(
     if test_runs:
         held_out += [recording for recording in recordings if recording.run in test_runs.split(",")]
         recordings = [recording for recording in recordings if recording.run not in test_runs.split(",")]
-    preprocessing = _preprocessing(recordings, window, band, notch, resample, standardize, protocol)
+    preprocessing = _preprocessing(recordings, window, band, notch, resample, standardize, published)
     options = {
         "events": _events(event),
         "interpolate": interpolate,
@@ -193,16 +195,16 @@ def train(
     }
     epochs = _trials(recordings, classes, channels=_channels(channels), **options)
     X, y, names = trials_array(epochs)
-    learn, choose = protocols.validation_split(epochs.metadata, y, np.arange(len(y)), validation, training.seed)
+    learn, choose = validation_split(epochs.metadata, y, np.arange(len(y)), validation, training.seed)
     tested = None
     if held_out:
         tested = _trials(held_out, ",".join(names), channels=epochs.ch_names, **options)
         X_test, y_test, _ = trials_array(tested)
-        protocols.check_split(
-            protocols.Split("train", "the test recordings", learn, choose, np.arange(len(y_test)) + len(y), (), ()),
+        check_split(
+            Split("train", "the test recordings", learn, choose, np.arange(len(y_test)) + len(y), (), ()),
             pd.concat([epochs.metadata, tested.metadata], ignore_index=True),
             trial_seconds=X.shape[2] / epochs.info["sfreq"],
-            digests=protocols.trial_digests(np.concatenate([X, X_test])),
+            digests=trial_digests(np.concatenate([X, X_test])),
         )
     classifier = NetworkClassifier(
         training, epochs.info, output / "training", accelerator=accelerator, show_progress=messages.is_terminal
@@ -250,9 +252,7 @@ def train(
 def evaluate(
     paths: Paths,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables, pictures and the report.")],
-    split: Annotated[
-        str, typer.Option(help=f"What is kept apart: {', '.join(protocols.PROTOCOLS)}.")
-    ] = "cross-session",
+    protocol: Annotated[str, typer.Option(help=f"What is kept apart: {', '.join(PROTOCOLS)}.")] = "cross-session",
     models: Annotated[
         str,
         typer.Option(help="Decoders to compare: AGTCNet, CSP+LDA, FBCSP, TangentSpace, MDM, any braindecode model."),
@@ -277,7 +277,7 @@ def evaluate(
     notch: Notch = None,
     resample: Resample = None,
     standardize: Standardize = None,
-    protocol: ProtocolOption = Protocol.honest,
+    published: Published = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
     accelerator: Accelerator = "auto",
@@ -289,7 +289,7 @@ def evaluate(
     """
     training = read_recipe(Recipe, recipe, settings or ())
     recordings = _select(find_recordings(paths), runs, subjects)
-    preprocessing = _preprocessing(recordings, window, band, notch, resample, standardize, protocol)
+    preprocessing = _preprocessing(recordings, window, band, notch, resample, standardize, published)
     epochs = _trials(
         recordings,
         classes,
@@ -302,95 +302,42 @@ def evaluate(
     )
     wide = None
     if all(recording.trials is None for recording in recordings):
-        settings_of_maps = replace(preprocessing, tmin=-1.0, protocol="continuous", standardization=None)
+        settings_of_maps = replace(preprocessing, tmin=-1.0, order="continuous", standardization=None)
         wide = load_trials(
             recordings, preprocessing=settings_of_maps, events=_events(event), channels="common", unit=unit, failures=[]
         )
         wide = wide[list(epochs.event_id)]
-    options: dict[str, Any] = {"published": protocol is Protocol.published, "alignment": align}
+    options: dict[str, Any] = {"published": published, "alignment": align}
     if test_session is not None:
-        if split != "cross-session":
-            raise UserError("--test-session goes with --split cross-session")
+        if protocol != "cross-session":
+            raise UserError("--test-session goes with --protocol cross-session")
         options["test"] = test_session.split(",")
-    run_evaluation(
-        epochs,
-        output,
-        split,
-        models.split(","),
-        training,
-        seeds=range(training.seed, training.seed + repeats),
-        accelerator=accelerator,
-        wide=wide,
-        **options,
-    )
-
-
-def run_evaluation(
-    epochs: mne.BaseEpochs,
-    output: Path,
-    split: str,
-    models: Sequence[str],
-    recipe: Recipe,
-    *,
-    seeds: Sequence[int] = (0,),
-    accelerator: str = "auto",
-    wide: mne.BaseEpochs | None = None,
-    **options: Any,
-) -> protocols.Results:
-    """Run a protocol on trials, print the table, write tables, pictures and the report to `output`.
-
-    wide: the trials from before the cue on, for the maps of desynchronisation.
-    """
-    X, y, names = trials_array(epochs)
-    classical = baselines.classical(epochs.info["sfreq"])
-    fitted: dict[str, Any] = {}
-
-    def make(name: str) -> Any:
-        def build(seed: int) -> Any:
-            if name in classical:
-                fitted[name] = classical[name](seed)
-            else:
-                fitted[name] = NetworkClassifier(
-                    replace(recipe, network=name, seed=seed), epochs.info, accelerator=accelerator
-                )
-            return fitted[name]
-
-        return build
-
-    for name in models:
-        if name not in classical:
-            baselines.network_class(name)  # refuse an unknown name before the first training
     with progress() as bar:
         task = bar.add_task("evaluating", total=None)
-
-        def show(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
-        results = protocols.evaluate(
-            {name: make(name) for name in models},
-            X,
-            y,
-            epochs.metadata,
-            split,
-            sfreq=epochs.info["sfreq"],
-            seeds=list(seeds),
-            classes=names,
-            cache_dir=output / "cache",
-            progress=show,
+        results = compare(
+            epochs,
+            output,
+            protocol,
+            models.split(","),
+            training,
+            seeds=range(training.seed, training.seed + repeats),
+            device=accelerator,
+            wide=wide,
+            progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
             **options,
         )
-    results.write(output)
-    pages.draw(results, epochs, wide, fitted, output / "figures")
-    write_json(
-        output / "evaluation.json",
-        {"split": split, "classes": names, "trials": len(y), "seeds": list(seeds), "recipe": vars(recipe), **options},
-    )
+    show_results(results, output)
+
+
+def show_results(results: Results, output: Path) -> None:
+    """Print the table, where the rest is, and what failed."""
     page = pages.evaluation_page(output).write(output / "report.html")
     console.print(pages.score_table(results))
     console.print(f"tables and pictures: {output}, the report: {page}", soft_wrap=True)
     for row in results.failures.itertuples():
-        messages.print(f"counted as chance: {row.model}, subject {row.subject}: {row.failure}", highlight=False)
-    return results
+        messages.print(
+            f"counted as chance: {row.model}, subject {row.subject}: {row.failure}", highlight=False, markup=False
+        )
 
 
 @app.command()
@@ -424,9 +371,9 @@ def predict(
     model = Decoder.load(decoder)
     found = find_recordings(paths)
     targets = _targets(found, output)
-    rule = online.Rule(threshold=threshold, smoothing=smoothing, dwell=dwell)
+    rule = Rule(threshold=threshold, smoothing=smoothing, dwell=dwell)
 
-    def decode(recording: Recording) -> dict[str, Any] | None:
+    def read_out(recording: Recording) -> dict[str, Any] | None:
         target = targets[recording.path, recording.session]
         if target.exists():
             return None
@@ -449,12 +396,12 @@ def predict(
         if check:
             raw = raw if every is not None else _continuous(model, recording, interpolate, unit)
             step = max(1, round((every or 0.5) * model.sfreq))
-            line["streamed - whole"] = online.stream_error(
+            line["streamed - whole"] = stream_error(
                 model, raw.get_data() * 1e6, model.network.n_times, step, model.sfreq, rule=rule
             )
         return line
 
-    lines, failures = run_batch(found, decode, "decoding", name=lambda recording: str(recording.path))
+    lines, failures = run_batch(found, read_out, "decoding", name=lambda recording: str(recording.path))
     if done := [line for line in lines if line]:
         console.print(table(done))
     if skipped := len(lines) - len(done):
@@ -524,7 +471,7 @@ def _preprocessing(
     notch: float | None,
     resample: float | None,
     standardize: Standardization | None,
-    protocol: Protocol,
+    published: bool,
 ) -> Preprocessing:
     """The preset of a known set, or a window of 3 s, with what the options change."""
     values: dict[str, Any] = {}
@@ -545,12 +492,12 @@ def _preprocessing(
         values["sfreq"] = resample
     if standardize is not None:
         values["standardization"] = standardize.value
-    if protocol is Protocol.published:
-        values["protocol"] = "published"
+    if published:
+        values["order"] = "published"
     return Preprocessing(**values)
 
 
-def _trials(recordings: list[Recording], classes: str | None, *, skip_bad: bool, **options: Any) -> mne.BaseEpochs:
+def _trials(recordings: list[Recording], classes: str | None, *, skip_bad: bool, **options: Any) -> "BaseEpochs":
     """Trials of all recordings, of the classes asked for; says how many there are."""
     if classes is not None and options["events"] is None:
         # a run whose known events are all of other classes has nothing to give
@@ -579,7 +526,7 @@ def _trials(recordings: list[Recording], classes: str | None, *, skip_bad: bool,
     return epochs
 
 
-def _start(path: Path, epochs: mne.BaseEpochs, classes: list[str], recipe: Recipe) -> Any:
+def _start(path: Path, epochs: "BaseEpochs", classes: list[str], recipe: Recipe) -> Any:
     """The network to fine-tune, checked against the trials it is to learn from."""
     if path.is_dir():
         decoder = Decoder.load(path)
@@ -657,11 +604,9 @@ def _decode_trials(
     return rows
 
 
-def _continuous(model: Decoder, recording: Recording, interpolate: bool, unit: str | None) -> mne.io.BaseRaw:
-    if model.preprocessing.protocol == "published":
-        raise UserError(
-            "the decoder preprocesses trial by trial (published protocol), which needs events: drop --every"
-        )
+def _continuous(model: Decoder, recording: Recording, interpolate: bool, unit: str | None) -> "BaseRaw":
+    if model.preprocessing.order == "published":
+        raise UserError("the decoder preprocesses trial by trial (published order), which needs events: drop --every")
     if model.preprocessing.standardization == "trial":
         raise UserError("the decoder standardises each trial by itself, which needs events; drop --every")
     return model.preprocessing.apply(select_channels(recording.read(unit=unit), model.ch_names, interpolate))
@@ -670,10 +615,10 @@ def _continuous(model: Decoder, recording: Recording, interpolate: bool, unit: s
 def _decode_all_along(
     model: Decoder,
     recording: Recording,
-    raw: mne.io.BaseRaw,
+    raw: "BaseRaw",
     events: Events | None,
     step: int,
-    rule: online.Rule,
+    rule: Rule,
     target: Path,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Decisions for the table; scores and a picture where the events' classes are known."""
@@ -683,7 +628,7 @@ def _decode_all_along(
     there = set(event_counts(raw))
     scores: dict[str, float] = {}
     if there & set(marks):
-        decisions, scores, found = online.pseudo_online(
+        decisions, scores, found = pseudo_online(
             model,
             raw,
             marks,
@@ -696,7 +641,7 @@ def _decode_all_along(
         with atomic_path(target.with_name(target.name.replace(".tsv", ".png"))) as temporary:
             plots.online_timeline(decisions, found, model.classes).savefig(temporary, dpi=120, bbox_inches="tight")
     else:
-        decisions = online.decode(model, raw.get_data() * 1e6, n_times, step, sfreq, rule=rule)
+        decisions = decode(model, raw.get_data() * 1e6, n_times, step, sfreq, rule=rule)
     rows = _rows(model, decisions.times - n_times / sfreq, decisions.probabilities, rule.threshold)
     rows["command"] = [model.classes[k] if k != metrics.NO_DECISION else "n/a" for k in decisions.commands]
     return rows, scores

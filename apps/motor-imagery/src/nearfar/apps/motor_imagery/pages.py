@@ -1,27 +1,21 @@
 """Pictures, tables and pages of the app."""
 
 import json
-from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mne
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from rich.table import Table
-from sklearn.pipeline import Pipeline
 
 from nearfar.core.cli.console import table
 from nearfar.core.errors import UserError
-from nearfar.core.files import atomic_path
 from nearfar.core.report import Report
 from nearfar.eeg import plots
+from nearfar.eeg.comparison import spatial_weights
 from nearfar.eeg.decoder import Decoder
 from nearfar.eeg.decoding import NetworkClassifier
 from nearfar.eeg.evaluation import Results
-from nearfar.eeg.models import baselines
 from nearfar.eeg.models.agtcnet import AGTCNet
 
 CAPTIONS = {
@@ -66,41 +60,6 @@ def summary_rows(summary: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, An
     return [{column: line.get(column, "") for column in columns} for line in lines]
 
 
-def draw(
-    results: Results, epochs: mne.BaseEpochs, wide: mne.BaseEpochs | None, fitted: Mapping[str, Any], folder: Path
-) -> None:
-    """Write the pictures of an evaluation as PNG files.
-
-    wide: trials that begin before the cue, for the maps of desynchronisation. fitted: the last estimator of each
-    decoder, where it was fitted in this run (not taken from the cache).
-    """
-    _save(plots.subject_accuracies(results.rows), folder / "subjects.png")
-    for model in results.rows["model"].unique():
-        _save(plots.confusion(results.confusion(model), results.classes, model), folder / f"confusion-{model}.png")
-        if not results.history.empty and (history := results.history[results.history["model"] == model]).size:
-            _save(plots.training_curves(history), folder / f"training-{model}.png")
-        weights, label = spatial_weights(fitted.get(model))
-        if weights is not None:
-            _save_if_possible(
-                lambda w=weights, n=label: plots.topographic_maps(w, epochs.info, label=n), folder, f"spatial-{model}"
-            )
-    if wide is not None and (names := _over_motor_cortex(wide)):
-        _save_if_possible(partial(plots.desynchronisation, wide, names), folder, "desynchronisation")
-
-
-def spatial_weights(estimator: Any) -> tuple[np.ndarray | None, str]:
-    """(maps, channels) of a fitted estimator, at most 12, the strongest first; None where it has no such weights."""
-    try:
-        if isinstance(estimator, Pipeline):
-            return baselines.csp_patterns(estimator), "CSP pattern"
-        if isinstance(estimator, NetworkClassifier) and isinstance(estimator.network_, AGTCNet):
-            weights = estimator.network_.gcap.weight.detach().flatten(0, -2).numpy()
-            return weights[np.argsort(-np.linalg.norm(weights, axis=1))[:12]], "GCAP weight"
-    except (AttributeError, KeyError):  # not fitted here, or a pipeline without CSP
-        pass
-    return None, ""
-
-
 def evaluation_page(folder: Path, report: Report | None = None, level: int = 2) -> Report:
     """The page of an evaluation from what `evaluate` wrote to `folder`; appended to `report` if one is given."""
     try:
@@ -131,9 +90,7 @@ def evaluation_page(folder: Path, report: Report | None = None, level: int = 2) 
     return report
 
 
-def decoder_page(
-    decoder: Decoder, info: mne.Info | None = None, report: Report | None = None, level: int = 2
-) -> Report:
+def decoder_page(decoder: Decoder, report: Report | None = None, level: int = 2) -> Report:
     """The page of a decoder: what it takes, how it was trained, what it is worth, its spatial weights."""
     report = report or Report("Motor imagery: a decoder")
     network, history = decoder.network, pd.DataFrame(decoder.training["history"])
@@ -172,24 +129,6 @@ def combined_page(folders: list[Path]) -> Report:
         else:
             raise UserError(f"{folder}: holds neither a finished evaluation nor a decoder")
     return report
-
-
-def _over_motor_cortex(epochs: mne.BaseEpochs) -> list[str]:
-    return [name for name in ("C3", "C4") if name in epochs.ch_names]
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, bbox_inches="tight")
-
-
-def _save_if_possible(make: Callable[[], Figure], folder: Path, name: str) -> None:
-    """Draw a picture for which positions or time before the cue may be missing; then a text says so."""
-    try:
-        _save(make(), folder / f"{name}.png")
-    except UserError as error:
-        with atomic_path(folder / f"{name}.txt") as temporary:
-            temporary.write_text(str(error), encoding="utf-8")
 
 
 def _figures(report: Report, folder: Path, *kinds: str) -> None:

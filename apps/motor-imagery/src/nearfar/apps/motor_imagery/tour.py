@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from nearfar.apps.motor_imagery import pages
-from nearfar.apps.motor_imagery.cli import run_evaluation
 from nearfar.core.report import Report
+from nearfar.eeg.comparison import compare
 from nearfar.eeg.decoding import Recipe
 from nearfar.eeg.preprocessing import Preprocessing
 from nearfar.eeg.recordings import SAMPLE
@@ -14,13 +14,13 @@ from nearfar.eeg.trials import load_trials
 def chapter(report: Report, folder: Path) -> None:
     """Decode the hand of real key presses from EEG that is installed with nearfar-eeg[samples]."""
     epochs = load_trials(SAMPLE, preprocessing=Preprocessing.preset(SAMPLE))
-    run_evaluation(
+    compare(
         epochs,
         folder,
         "cross-session",
         ["AGTCNet", "CSP+LDA"],
         Recipe(max_epochs=40, batch_size=32),
-        accelerator="cpu",
+        device="cpu",
         test=["test"],
     )
     report.section("Motor imagery: which hand will press the key?")

@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, unwrap
 from nearfar.core.errors import CheckpointError, UserError
+from nearfar.core.finite import check_weights
 from nearfar.ops.attention.joint import GatedAttentionBlock
 from nearfar.ops.attention.rotary import rotary_table
 from nearfar.ops.common.sequence_norms import TimeNorm
@@ -52,6 +54,14 @@ class MossFormer(nn.Module, PyTorchModelHubMixin):
 
     Raises ValueError for an odd kernel_size, an odd dim, or numbers below 1.
     """
+
+    CARD = Card(
+        "MossFormer, MossFormer2",
+        "2302.11824",
+        "gated attention in chunks and linear attention over all; MossFormer2: with feed-forward sequential memory",
+        1.9e-6,
+        weights="ModelScope's and Hugging Face's releases",
+    )
 
     def __init__(
         self,
@@ -226,6 +236,10 @@ class MossFormer(nn.Module, PyTorchModelHubMixin):
         model = found(**{**kwargs, **settings}, sample_rate=sample_rate, masking=masking)
         load_state_dict(model, state)
         return model.eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        check_weights(self.state_dict(), save_directory)
+        super()._save_pretrained(save_directory)
 
 
 class MossFormer2(MossFormer):

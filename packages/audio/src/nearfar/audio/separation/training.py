@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from nearfar.audio.separation.mixtures import pad_batch
 from nearfar.audio.separation.mossformer import MossFormer, create_model
 from nearfar.audio.separation.pit import pit_si_sdr, training_loss
+from nearfar.core.fingerprint import data_digest
 from nearfar.core.training import data_loader, train
 
 
@@ -129,6 +130,7 @@ def train_separation(
         seed=recipe.seed,
         folder=folder,
         settings=asdict(recipe),
+        data={} if start is None else {"starting weights": data_digest(start.state_dict())},
         show_progress=show_progress,
         accelerator=accelerator,
         devices=1,

@@ -23,6 +23,8 @@ from torch import nn
 from nearfar.audio.separation.tracking import Embedder, VoicePrint, Window, describe, track_speakers
 from nearfar.audio.sound import Samples, resample
 from nearfar.core.errors import UserError
+from nearfar.core.files import temporary_folder
+from nearfar.core.finite import check_finite
 
 Separator = Callable[[Samples], Samples]
 """(n,) samples of a mixture to (K, n) samples of voices, in any order."""
@@ -293,7 +295,7 @@ def separate_samples(
     samples: Samples, rate: int, separate: Separator, model_rate: int, **options: Any
 ) -> tuple[Samples, Report]:
     """`separate_recording` on samples in memory: (n,) to (voices, n), with the report."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         separation = separate_recording(ArraySource(samples, rate), separate, model_rate, scratch, **options)
         tracks = np.concatenate(list(separation.blocks()), axis=1)
     assert separation.report is not None
@@ -347,6 +349,4 @@ def run_separator(separate: Separator, mix: Samples) -> Samples:
     outputs = np.asarray(separate(mix), dtype=np.float32)
     if outputs.ndim != 2 or outputs.shape[1] != len(mix):
         raise ValueError(f"the separator made {outputs.shape} of {len(mix)} samples; it must return (voices, samples)")
-    if not np.isfinite(outputs).all():
-        raise ValueError("the separator returned values that are no numbers")
-    return outputs
+    return check_finite(outputs, "the separator's output")

@@ -14,6 +14,7 @@ from nearfar.audio.speakers.ltdnn import SpeakerEncoder
 from nearfar.audio.speakers.quality import Gate, Quality, measure_quality
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, file_digest
+from nearfar.core.finite import check_finite
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,10 @@ class Embedder:
         self.device = next(model.parameters()).device
 
     def embed_samples(self, samples: Samples) -> NDArray[np.float32]:
-        """Samples `(n,)` at the model's rate to an embedding `(E,)`. Raises UserError where they are too few."""
+        """Samples `(n,)` at the model's rate to an embedding `(E,)`. Raises UserError where they are too few.
+
+        Raises DivergedError where the embedding is not finite.
+        """
         least = self.model.frontend.min_samples
         if len(samples) < least:
             raise UserError(f"{len(samples)} samples are too few, the model needs {least}")
@@ -74,6 +78,7 @@ class Embedder:
             found = [
                 self.model(torch.from_numpy(part)[None].to(self.device))[0].float().cpu().numpy() for part in parts
             ]
+        check_finite(np.stack(found), "the model's embedding")
         if len(found) == 1:
             return found[0]
         return np.mean([embedding / np.linalg.norm(embedding) for embedding in found], 0)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfar.audio.speakers.frontends import KaldiFbank, SelfSupervised
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict, unwrap
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.core.files import write_json
@@ -124,6 +125,14 @@ class LTDNN(SpeakerHead):
     With D = 768 and L = 13 the ECAPA form has 5.717 M parameters and the D3Net form 6.481 M; at 50 frames per second
     they cost about 2.98 and 3.47 GMAC per second of speech.
     """
+
+    CARD = Card(
+        "L-TDNN, LAP",
+        "2409.07770",
+        "time-delay network over all layers of a speech model; attentive pooling over layers and time",
+        8.7e-7,
+        weights="training checkpoints of L-TDNN in the published layout",
+    )
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from nearfar.audio.speakers.scoring.backend import pair_scores
 from nearfar.audio.speakers.scoring.calibration import draw_trials
 from nearfar.audio.speakers.scoring.rates import eer
 from nearfar.core.errors import UserError
+from nearfar.core.finite import check_finite
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.ops.losses.margin_softmax import AAMSoftmax, margin_ramp
 
@@ -211,7 +212,8 @@ class SpeakerTraining(pl.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         waveforms, index = batch
-        self.embeddings[int(index[0])] = self.model(waveforms)[0].float().cpu()
+        embedding = self.model(waveforms)[0].float().cpu()
+        self.embeddings[int(index[0])] = check_finite(embedding, "training diverged: the validation embeddings")
 
     def on_validation_epoch_end(self) -> None:
         left, right, labels = self.trials
@@ -315,4 +317,7 @@ def train_speaker_model(
         **trainer_options,
     )
     model.eval()
+    with torch.inference_mode():
+        samples = crops[0][0][None].to(next(model.parameters()).device)
+        check_finite(model(samples), "training diverged: the trained model's embedding")
     return history

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import load_state_dict, read_state_dict
 from nearfar.core.errors import CheckpointError
 from nearfar.eeg.models.agtcnet_weights import _check_channels, keras_state, published_sizes, published_state
@@ -152,6 +153,14 @@ class AGTCNet(
     Per trial: O(N T) convolutions and O(E T) attention for N channels and E edges. Batch norms as in Keras (eps 1e-3,
     momentum 0.01), Glorot-uniform weights with Keras' fans, biases zero.
     """
+
+    CARD = Card(
+        "AGTCNet",
+        "2506.21338",
+        "graph convolution with attention over electrodes, temporal convolution with attention",
+        4.6e-7,
+        weights="the authors' Keras files",
+    )
 
     _HUB_NOTES_TEMPLATE = ""  # braindecode's text shows imports from braindecode
 

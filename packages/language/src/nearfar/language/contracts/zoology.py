@@ -11,12 +11,14 @@ from nearfar.core.contracts import Contract
 from nearfar.core.errors import UserError
 from nearfar.language.layouts import zoology as layout
 from nearfar.language.layouts.zoology import load_mixer, part, recognise
-from nearfar.language.mixers.zoology import feed_forward
+from nearfar.language.mixers.zoology import CARD, feed_forward
 from nearfar.language.modeling import MixerForCausalLM
 from nearfar.language.recall.tasks import make_examples
 from nearfar.language.registry import MIXERS, STATE_MIXERS, build
 from nearfar.ops.recurrence.based import Based, taylor_features
 from nearfar.ops.tokens.selective_lookup import SelectiveLookup
+
+__all__ = ["CARD", "build_contract"]
 
 
 def build_contract(contract: Contract) -> Callable[..., Any]:

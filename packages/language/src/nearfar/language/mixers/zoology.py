@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nearfar.core.cards import Card
 from nearfar.core.errors import CheckpointError
 from nearfar.language.blocks import GLU, MLP, Identity
 from nearfar.language.cards import Mixer, Published, Shapes, Told
@@ -23,6 +24,14 @@ from nearfar.ops.recurrence.mamba import Mamba
 from nearfar.ops.recurrence.retnet import Retention
 from nearfar.ops.recurrence.rwkv4 import RWKV4ChannelMix, RWKV4TimeMix
 from nearfar.ops.tokens.selective_lookup import SelectiveLookup
+
+CARD = Card(
+    "Zoology's mixers",
+    "2312.04927",
+    "attention, convolutions and recurrences side by side: what each recalls",
+    4.3e-7,
+    weights="checkpoints of the released code",
+)
 
 # attention
 
@@ -129,13 +138,13 @@ MIXERS = {
     ),
     "sliding-attention": Mixer(
         CausalAttention,
-        "2 d w",
+        "2 d w, w: `window`",
         required={"window": 64},
         published={"zoology": Published(("Wqkv.weight",), sliding, ((r"Wqkv", "qkv"),))},
     ),
     "base-conv": Mixer(
         BaseConv,
-        "d K; long: d N",
+        "d K (`kernel_size`); -1, long: d N",
         "constant; long: every input",
         published={
             "zoology": Published(
@@ -153,7 +162,7 @@ MIXERS = {
     ),
     "based": Mixer(
         Based,
-        "h (1 + f + f (f + 1) / 2) (d / h + 1)",
+        "h (1 + f + f (f + 1) / 2) (d / h + 1), f: `feature_dim`",
         published={
             "zoology": Published(
                 ("proj_q.weight",),
@@ -185,7 +194,7 @@ MIXERS = {
     ),
     "h3": Mixer(
         H3,
-        "d S",
+        "d S, S: `d_state`",
         published={
             "zoology": Published(
                 ("ssm_k_D", "ssm_k_kernel.kernel.B", "D"),
@@ -203,7 +212,7 @@ MIXERS = {
     ),
     "mamba": Mixer(
         Mamba,
-        "2 d S",
+        "2 d S, S: `d_state`",
         published={
             "zoology": Published(
                 ("A_log", "dt_proj.weight", "conv1d.weight", "out_proj.weight"), mamba, ((r"conv1d", "conv"),)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nearfar.core import plots
-from nearfar.core.errors import UserError
+from nearfar.core.errors import DivergedError, UserError
 from nearfar.core.files import write_csv
 from nearfar.core.training import train
 from nearfar.language.configuration import MixerConfig
@@ -247,6 +247,7 @@ def run_point(point: Point, folder: Path, accelerator: str = "auto") -> dict[str
     threads = torch.get_num_threads()
     if point.dim <= 64:
         torch.set_num_threads(1)  # on so small a model several would mostly wait for each other
+    failure = ""
     try:
         history = train(
             module,
@@ -260,6 +261,8 @@ def run_point(point: Point, folder: Path, accelerator: str = "auto") -> dict[str
             accelerator=accelerator,
             devices=1,
         )
+    except DivergedError as error:  # a rate of the grid that is too high: no right answer, and no end of the sweep
+        history, failure = [{"accuracy": 0.0, "seconds": 0.0}], str(error)
     finally:
         torch.set_num_threads(threads)
     length = max(s.get("input_seq_len", 64) for s in recipe.data[point.data]["test"])
@@ -268,10 +271,11 @@ def run_point(point: Point, folder: Path, accelerator: str = "auto") -> dict[str
         "accuracy": last["accuracy"],
         "state_size": model.state_size(length),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "epochs": len(history),
+        "epochs": 0 if failure else len(history),
         "seconds": round(sum(epoch["seconds"] for epoch in history) or time.monotonic() - started, 1),
         "key": point.key,
     }
+    row |= {"failure": failure} if failure else {}
     for weights in ("last.ckpt", "best.safetensors"):  # the numbers are what a sweep is for
         (folder / weights).unlink(missing_ok=True)
     return row | {name: value for name, value in last.items() if name.startswith("accuracy ")}

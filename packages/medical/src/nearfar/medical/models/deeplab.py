@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Checkpoint, count, loaded, read, rename
 from nearfar.core.errors import CheckpointError
 from nearfar.medical.models.caffe import read_caffemodel
@@ -153,6 +154,16 @@ class DeepLabV2(_DeepLab):
     cross-entropies. Any input size works. With 21 classes 44,048,532 parameters.
     """
 
+    CARD = Card(
+        "DeepLab v2 with dense CRF",
+        "1606.00915",
+        "parallel dilated convolutions over a dilated residual network; a fully connected CRF after it",
+        7.2e-6,
+        weights="PyTorch reproduction, `.caffemodel`",
+        networks={"deeplab_v2": {}},
+        dims=(1, 2, 3),
+    )
+
     head_names = ("aspp",)
 
     def __init__(
@@ -228,6 +239,16 @@ class DeepLabV3(_DeepLab):
 
     With 21 classes 58,040,661 parameters, v3+ 59,344,309.
     """
+
+    CARD = Card(
+        "DeepLab v3, v3+",
+        "1706.05587",
+        "dilated convolutions beside image pooling; v3+: with a decoder",
+        7.2e-6,
+        weights="PyTorch reproduction",
+        networks={"deeplab_v3": {}, "deeplab_v3plus": {"decoder": True}},
+        dims=(1, 2, 3),
+    )
 
     head_names = ("aspp", "project", "classifier", "reduce", "refine")
     STAGES = {16: ((1, 2, 2, 1), (1, 1, 1, 2)), 8: ((1, 2, 1, 1), (1, 1, 2, 4))}

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Checkpoint, count, loaded, read, rename
 from nearfar.core.errors import CheckpointError
 from nearfar.ops.attention.guided import GuidedStack, PyramidFusion
@@ -46,6 +47,16 @@ class GuidedAttention(nn.Module):
     pixels, time with their square: a map of 64 x 64 positions is attended 8 times.
     The published network has 103,556,063 used parameters; its state dict holds 955,412 more that nothing reads.
     """
+
+    CARD = Card(
+        "Multi-scale self-guided attention",
+        "1906.02849",
+        "position and channel attention at every scale, guided by an autoencoder's code",
+        1.8e-5,
+        weights="released layout",
+        networks={"guided_attention": {}},
+        dims=(2, 3),
+    )
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Checkpoint, count, loaded, read, rename
 from nearfar.core.errors import CheckpointError
 from nearfar.ops.aggregation.attention_pooling import AttentionPooledModulation
@@ -109,6 +110,16 @@ class MACMD(nn.Module):
     With PVT-v2-B2 and 9 classes 34,617,576 parameters for the published network's 1-channel input, of which 3,072 in
     layers that nothing reads are left out here.
     """
+
+    CARD = Card(
+        "MACMD",
+        "2511.05803",
+        "multi-dilated gated convolution, attention pooling and a channel mix in the decoder of a PVT v2",
+        7.3e-7,
+        weights="released layout",
+        networks={"macmd": {}},
+        dims=(2,),
+    )
 
     size_multiple = 32
 

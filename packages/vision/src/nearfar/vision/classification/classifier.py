@@ -4,6 +4,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from timm.data import ImageNetInfo, create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nearfar.core.cards import Card
+from nearfar.core.checkpoints import identify as identify_one
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_json
@@ -24,27 +27,16 @@ from nearfar.vision.models.registry import MODELS, VARIANTS
 LINEAR = "linear"
 """Name of `PixelLinear`, which comparisons take as their floor."""
 
-SMALL: dict[str, dict[str, Any]] = {
-    "small-nearfar_convnext_atto": {"depths": (1, 1, 2, 1), "dims": (32, 48, 96, 128)},
-    "small-hornet_tiny_7x7": {"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 128)},
-    "small-attnet_xxs": {"depths": (1, 1, 2, 1), "dims": (24, 32, 64, 96), "expansions": (4, 4, 4, 4)},
-    "small-overlock_xt": {
-        "depths": (1, 1, 1, 1),
-        "dims": (16, 32, 64, 96),
-        "focus_depths": (1, 1),
-        "focus_heads": (2, 2),
-        "kernel_sizes": (7, 7, 5, 5),
-        "head_dim": 256,
-    },
-    "small-transxnet_t": {
-        "depths": (1, 1, 2, 1),
-        "dims": (16, 32, 64, 96),
-        "num_heads": (1, 2, 4, 4),
-        "table_size": 64,
-    },
-    "small-lsnet_t": {"depths": (1, 1, 2, 2), "dims": (32, 64, 96, 128), "resolution": 1},
-}
-"""Reduced variants of the six systems, for pictures of 64 pixels and minutes on a CPU: timm name and settings."""
+
+def small_forms() -> dict[str, dict[str, Any]]:
+    """Reduced variants for pictures of 64 pixels and minutes on a CPU: `small-NAME` -> settings, of every system."""
+    kinds = sorted(set(MODELS.values()), key=lambda kind: kind.__name__)
+    return {f"small-{name}": dict(form) for kind in kinds for name, form in card_of(kind).small.items()}
+
+
+def card_of(kind: type) -> Card:
+    """A model's card, an empty one where it has none."""
+    return getattr(kind, "CARD", None) or Card(kind.__name__, "", "", 0.0)
 
 
 def evaluation_transform(size: int, crop_pct: float = 0.875, crop_mode: str = "center") -> Callable:
@@ -72,21 +64,21 @@ def create_model(
     layer_scale: float | None = None,
     aux_head: bool = False,
 ) -> nn.Module:
-    """A classifier of pictures of `size` pixels by name: of timm's registry (ours or any other), `SMALL` or `LINEAR`.
+    """A classifier of pictures of `size` pixels by name: of timm's registry (any), `small-...` or `LINEAR`.
 
     `layer_scale` (None: the model's own) and `aux_head` count for those of our models that have them. Raises UserError
     for an unknown name, a size below the model's stride, and `drop_path` where the model (LSNet) has none.
     """
     if name == LINEAR:
         return PixelLinear(num_classes)
-    timm_name = name.removeprefix("small-") if name in SMALL else name
-    base = timm_name.partition(".")[0]
-    if not timm.is_model(timm_name):
+    timm_name, base = name.removeprefix("small-"), name.removeprefix("small-").partition(".")[0]
+    form = card_of(MODELS[base]).small.get(base) if timm_name != name and base in MODELS else None
+    if not timm.is_model(timm_name) or (timm_name != name and form is None):
         raise UserError(f"{name}: no such model; `nearfar image-classification models` lists ours, timm's serve too")
     wanted: dict[str, Any] = {"drop_path_rate": drop_path}
     if base in VARIANTS:
         takes = inspect.signature(MODELS[base]).parameters
-        has_scale = name in SMALL or VARIANTS[base].settings.get("layer_scale", 1) is not None
+        has_scale = form is not None or VARIANTS[base].settings.get("layer_scale", 1) is not None
         wanted["layer_scale"] = layer_scale if "layer_scale" in takes and has_scale else None
         wanted["aux_head"] = aux_head or None if "aux_head" in takes else None
         if size < (least := MODELS[base].min_size):
@@ -95,23 +87,18 @@ def create_model(
         wanted["img_size"] = size
     wanted = {key: value for key, value in wanted.items() if value is not None}
     try:
-        return timm.create_model(timm_name, num_classes=num_classes, **SMALL.get(name, {}), **wanted)
+        return timm.create_model(timm_name, num_classes=num_classes, **(form or {}), **wanted)
     except (TypeError, AssertionError) as error:  # what models of timm say to settings that they do not take
         raise UserError(f"{name}: cannot be made with {wanted} ({error})") from error
 
 
-def identify(state: Mapping[str, Tensor]) -> tuple[type[Backbone], str | None]:
-    """Class and, if it is a published one, variant of the nearfar model that a checkpoint holds, in any known layout.
+def identify(state: Mapping[str, Tensor], what: str = "the state dict") -> Backbone:
+    """The nearfar model that a checkpoint holds, in any known layout, with its weights.
 
-    Raises UserError where it is of none.
+    Exactly one class has to account for every tensor; else a CheckpointError says the reason of each.
     """
-    for kind in dict.fromkeys(MODELS.values()):
-        try:
-            return kind, kind.variant(kind.published_settings(kind.published_state(state)))
-        except (KeyError, IndexError, ValueError):
-            continue
-    known = ", ".join(kind.__name__ for kind in dict.fromkeys(MODELS.values()))
-    raise UserError(f"is no checkpoint of a nearfar model ({known})")
+    kinds = {kind.__name__: kind for kind in MODELS.values()}
+    return identify_one({name: partial(kind.from_published, state) for name, kind in kinds.items()}, what)[1]
 
 
 @dataclass
@@ -128,7 +115,7 @@ class Classifier:
 
     @torch.inference_mode()
     def scores(self, pictures: Pictures, batch_size: int = 64, device: str = "cpu", num_workers: int = 0) -> Tensor:
-        """Class probabilities, (pictures, classes)."""
+        """Class probabilities, (pictures, classes); a row of NaN where the model gives no finite scores."""
         data = pictures.subset(range(len(pictures)), evaluation_transform(self.size, self.crop_pct, self.crop_mode))
         model = self.model.to(device).eval()
         batches = DataLoader(data, batch_size, num_workers=num_workers)
@@ -165,16 +152,14 @@ class Classifier:
         a name the variant is read from the checkpoint; without a tag the first weights of as many classes count.
         """
         state = read_state_dict(path)
-        try:
-            kind, found = identify(state)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+        model = identify(state, str(path))
+        kind = type(model)
+        found = kind.variant(kind.published_settings(kind.published_state(state)))
         base, _, tag = (name or found or "").partition(".")
         if MODELS.get(base) is not kind:
             raise UserError(
                 f"{path}: is a checkpoint of {kind.__name__}, {f'not of {base}' if base else 'of no published size'}"
             )
-        model = kind.from_published(state)
         published = [weights for weights in VARIANTS[base].weights if weights.tag != "untrained"]
         for weights in published:
             if weights.num_classes == model.num_classes and tag in ("", weights.tag):
@@ -193,11 +178,16 @@ class Classifier:
 
 
 def evaluate_scores(scores: Tensor, labels: Sequence[int], seed: int = 0) -> dict[str, float]:
-    """Accuracy, its 95 % bootstrap interval, top-5 of more than five classes, the mean of the classes' accuracies."""
+    """Accuracy, its 95 % bootstrap interval, top-5 of more than five classes, the mean of the classes' accuracies.
+
+    A row of `scores` that is not finite is a wrong answer.
+    """
     truth = torch.as_tensor(labels)
     order = scores.argsort(dim=1, descending=True)
-    first = (order[:, 0] == truth).double().numpy()
-    top5 = {"top5": float((order[:, :5] == truth[:, None]).any(1).double().mean())} if scores.shape[1] > 5 else {}
+    answered = torch.isfinite(scores).all(1)
+    first = ((order[:, 0] == truth) & answered).double().numpy()
+    among = (order[:, :5] == truth[:, None]).any(1) & answered
+    top5 = {"top5": float(among.double().mean())} if scores.shape[1] > 5 else {}
     drawn = np.random.default_rng(seed).integers(len(first), size=(2000, len(first)))
     low, high = np.quantile(first[drawn].mean(1), (0.025, 0.975))
     per_class = [first[(truth == c).numpy()].mean() for c in sorted(set(labels))]

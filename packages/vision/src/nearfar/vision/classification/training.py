@@ -29,6 +29,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict
 from nearfar.core.errors import UserError
+from nearfar.core.fingerprint import content_digest
+from nearfar.core.finite import check_finite
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.vision.classification.classifier import Classifier, create_model, evaluation_transform, identify
 from nearfar.vision.data.images import Pictures
@@ -203,7 +205,8 @@ class ClassifierModule(pl.LightningModule):
         first = index * self.trainer.val_dataloaders.batch_size
         place = (first + torch.arange(len(x), device=x.device)) * self.trainer.world_size + self.global_rank
         real = place < self.validation_pictures  # later places repeat pictures so that every process has as many
-        right = (self.kept(x).argmax(1) == target) & real
+        scores = check_finite(self.kept(x), "training diverged: the scores of the validation pictures")
+        right = (scores.argmax(1) == target) & real
         self.counts.append(torch.stack((right.sum(), real.sum())))
 
     def on_validation_epoch_end(self) -> None:
@@ -290,10 +293,10 @@ def train_classifier(
         folder=folder,
         settings={
             "model": name,
-            "weights": None if weights is None else str(weights),
             "classes": pictures.classes,
             **asdict(recipe),
         },
+        data={} if weights is None else {"starting weights": content_digest(Path(weights))},
         show_progress=show_progress,
         accumulate_grad_batches=recipe.accumulate,
         use_distributed_sampler=False,
@@ -335,12 +338,8 @@ def start_from(model: nn.Module, weights: str | Path) -> None:
     path = Path(weights) / "model.safetensors" if Path(weights).is_dir() else Path(weights)
     state: Mapping[str, Tensor] = read_state_dict(path)
     if isinstance(model, Backbone):
-        try:
-            kind, _ = identify(state)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-        if not isinstance(model, kind):
-            raise UserError(f"{path}: is a checkpoint of {kind.__name__}, not of {type(model).__name__}")
+        if type(found := identify(state, str(path))) is not type(model):
+            raise UserError(f"{path}: is a checkpoint of {type(found).__name__}, not of {type(model).__name__}")
         load_state_dict(model, model.fit_state(model.published_state(state)), ignore=model.IGNORE)
         return
     own = model.state_dict()

@@ -12,6 +12,7 @@ from nearfar.core.contracts import Contract
 from nearfar.core.errors import UserError
 from nearfar.ops.spectral.adaptive import AFNO
 from nearfar.vision.forecasting.forecastnet import ForecastNet
+from nearfar.vision.models.afno import AFNOTransformer
 
 
 class OnTokens(nn.Module):
@@ -42,7 +43,13 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         size = settings.get("image_size") or contract.inputs[0]["shape"][2:]
         modes = settings.get("modes", "fourcastnet")
         return ForecastNet.from_published(state, image_size=pair(size), modes=modes, **given)
-    raise UserError(f"{contract.path}: the classifier is not there yet")
+    found = AFNOTransformer.published_settings(AFNOTransformer.published_state(state))
+    names = {"image_size": "img_size", "patch_size": "patch_size", "embed_dim": "dim", "depth": "depth"}
+    names |= {"num_blocks": "num_blocks", "num_classes": "num_classes"}
+    contract.require(**{theirs: found[ours] for theirs, ours in names.items()})
+    double_skip = settings.get("double_skip", False)
+    modes = settings.get("modes", "afno")
+    return AFNOTransformer.from_published(state, double_skip=double_skip, modes=modes, **given)
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

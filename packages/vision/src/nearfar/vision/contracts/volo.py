@@ -68,7 +68,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         return loaded(ClassBlock(dim, settings["heads"], mlp_ratio, "attn.q.bias" in state), state)
     outlook = {"kernel": 3, "stride": 2, "padding": 1, "block_index": 0, **settings.get("outlook", {})}
     if outlook["padding"] != outlook["kernel"] // 2 or outlook["block_index"] or settings.get("downsample_after_block"):
-        raise UserError(f"{contract.path}: outlook attention is built in the first group alone, before the downsampling")
+        raise UserError(f"{contract.path}: outlook attention stands in the first group, before the downsampling")
     heads = settings.get("heads")
     model = VOLO.from_published(
         state,

@@ -1,5 +1,6 @@
 """Labelled pictures from folders, zip files, WebDataset tars and Hugging Face data sets on disk."""
 
+import hashlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nearfar.core.errors import UserError, some
+from nearfar.core.fingerprint import content_digest, data_digest
 
 
 class MissingSplit(UserError):
@@ -105,6 +107,14 @@ class Pictures(Dataset):
             transform or self.transform,
         )
 
+    def digests(self) -> list[str]:
+        """A digest of the content of each picture's file."""
+        return [_content_digest(self.read, index) for index in range(len(self))]
+
+    def content_digest(self) -> str:
+        """A digest of all pictures and their labels, wherever they lie."""
+        return data_digest(self.digests(), self.labels, self.classes)
+
     def readable(self, show: Callable[[Sequence[int]], Any] = iter) -> tuple["Pictures", list[str]]:
         """The pictures that can be decoded, and one line for each that cannot."""
         good, failures = [], []
@@ -115,6 +125,26 @@ class Pictures(Dataset):
             except UserError as error:
                 failures.append(str(error))
         return self.subset(good), failures
+
+
+def _content_digest(read: Callable[[int], Image.Image], index: int) -> str:
+    kind, given = getattr(read, "func", None), getattr(read, "args", ())
+    if kind is _read_chosen:
+        return _content_digest(given[0], given[1][index])
+    if kind is _read_file:
+        return content_digest(given[0][index])
+    if kind is _read_member:
+        content = _archive(given[0], os.getpid()).read(given[1][index])
+    elif kind is _read_part:
+        path, offset, size, _ = given[0][index]
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            content = stream.read(size)
+    elif kind is _read_row and (entry := given[0][index][given[1]])["bytes"]:
+        content = entry["bytes"]
+    else:
+        content = read(index).tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _read_chosen(read: Callable[[int], Image.Image], chosen: Sequence[int], index: int) -> Image.Image:
@@ -318,3 +348,32 @@ def split_pictures(pictures: Pictures, share: float, seed: int) -> tuple[list[in
         held += members[:number].tolist()
     chosen = set(held)
     return [i for i in range(len(labels)) if i not in chosen], sorted(held)
+
+
+def training_pictures(
+    data: Path, share: float, seed: int, track: Callable[..., Any] = lambda items: items
+) -> tuple[Pictures, Pictures, list[str]]:
+    """Pictures to learn from, pictures to choose the epoch by, and a line for each that cannot be read.
+
+    The latter are the validation split of `data`, or its test split where it has no other, or else a `share` of all.
+    """
+    try:
+        learn = open_pictures(data, "train")
+        whole = False
+    except MissingSplit:
+        learn, whole = open_pictures(data), True
+    hold = None
+    for name in () if whole else ("val", "validation", "valid", "test"):
+        try:
+            hold = open_pictures(data, name)
+            break
+        except MissingSplit:
+            continue
+    if hold is None:
+        first, second = split_pictures(learn, share, seed)
+        learn, hold = learn.subset(first), learn.subset(second)
+    learn, bad = learn.readable(track)
+    hold, also = hold.readable(track)
+    if not len(learn) or not len(hold):
+        raise UserError(f"{data}: too few readable pictures to learn from")
+    return learn, hold, [*bad, *also]

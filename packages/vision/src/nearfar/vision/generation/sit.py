@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, fit_shapes, load_state_dict, read
 from nearfar.core.errors import CheckpointError
 from nearfar.ops.convolution.atconv import TokenATConv
@@ -162,6 +163,13 @@ class SiT(nn.Module, PyTorchModelHubMixin):
         ValueError: an unknown mixer, heads that do not divide `dim`, a width that 4 does not divide, a size that the
             patch does not divide.
     """
+
+    CARD = Card(
+        "SiT with attentive convolution",
+        "2510.20092",
+        "diffusion transformer with attention, attentive convolution or both; ODE and SDE samplers",
+        6.1e-7,
+    )
 
     def __init__(
         self,

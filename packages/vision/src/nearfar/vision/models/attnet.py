@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count
 from nearfar.ops.common.layers import ChannelNorm, DropPath
 from nearfar.ops.convolution.atconv import ATConv, GatedConvMLP
@@ -71,6 +72,16 @@ class AttNet(Backbone):
         layer_scale: initial gammas; None for none.
         Others as in `ConvNeXt`.
     """
+
+    CARD = Card(
+        "AttNet",
+        "2510.20092",
+        "attentive convolution: a kernel per sample from a global summary",
+        6.1e-7,
+        small={
+            "attnet_xxs": {"depths": (1, 1, 2, 1), "dims": (24, 32, 64, 96), "expansions": (4, 4, 4, 4)},
+        },
+    )
 
     RULES = (
         (r"downsample_layers\.0\.", "stem."),

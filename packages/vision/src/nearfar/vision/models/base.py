@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nearfar.core.checkpoints import Rule, fit_shapes, load_state_dict, read, rename, save_state_dict
 from nearfar.core.errors import CheckpointError
+from nearfar.core.finite import check_weights
 from nearfar.ops.common.fused import FusedConv2d, FusedLinear
 from nearfar.vision.models.fusing import fuse_sequence
 from nearfar.vision.models.registry import MODELS, VARIANTS, plain
@@ -152,6 +153,7 @@ class PictureModel(nn.Module):
         `from_pretrained` reads it back, and so does `timm.create_model("local-dir:FOLDER", pretrained=True)`.
         Save before `fuse`: the fused form has other tensors.
         """
+        check_weights(self.state_dict(), folder)
         if hasattr(self, "pretrained_cfg"):
             timm.models.save_for_hf(self, str(folder), model_args=self.created_with, safe_serialization=True)
         else:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio, read
 from nearfar.ops.common.layers import ChannelNorm
 from nearfar.ops.convolution.convnext import ConvNeXtBlock
@@ -41,6 +42,14 @@ class ConvNeXt(Backbone):
         feature_norms: each pyramid level through its own channel norm instead of a norm in the head, as
             dense-prediction checkpoints have it.
     """
+
+    CARD = Card(
+        "ConvNeXt",
+        "2201.03545",
+        "depthwise 7x7 convolution",
+        5.1e-7,
+        small={"nearfar_convnext_atto": {"depths": (1, 1, 2, 1), "dims": (32, 48, 96, 128)}},
+    )
 
     RULES = (
         # timm, as a feature extractor

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.common.fused import FusedLinear
 from nearfar.ops.common.layers import GELU, ChannelNorm, DropPath
@@ -86,6 +87,14 @@ class HorNet(Backbone):
         feature_norms: each pyramid level through its own channel norm instead of a norm in the head.
         Others as in `ConvNeXt`.
     """
+
+    CARD = Card(
+        "HorNet",
+        "2207.14284",
+        "recursive gated convolution; GF: with a global Fourier filter",
+        4.7e-7,
+        small={"hornet_tiny_7x7": {"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 128)}},
+    )
 
     RULES = (
         (r"downsample_layers\.0\.", "stem."),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import SEModule
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count
 from nearfar.ops.attention.offset_bias import OffsetBiasAttention
 from nearfar.ops.common.fused import FusedConv2d
@@ -79,6 +80,14 @@ class LSNet(Backbone):
         distillation: a second head for a teacher's labels; training then returns both heads' logits, eval the mean.
         drop_rate, global_pool: as in `ConvNeXt`. The published code drops no paths.
     """
+
+    CARD = Card(
+        "LSNet",
+        "2503.23135",
+        "LS convolution: a wide look predicts small kernels; attention at the top",
+        4.0e-6,
+        small={"lsnet_t": {"depths": (1, 1, 2, 2), "dims": (32, 64, 96, 128), "resolution": 1}},
+    )
 
     RULES = (
         (r"patch_embed\.", "stem."),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.common.layers import ChannelNorm, DropPath, LayerScale
 from nearfar.ops.convolution.contmix import (
@@ -157,6 +158,23 @@ class OverLoCK(Backbone):
         merged: large kernels in their merged form from the start.
         Others as in `ConvNeXt`.
     """
+
+    CARD = Card(
+        "OverLoCK",
+        "2502.20087",
+        "re-parameterised large kernels; context-mixing dynamic convolution",
+        4.8e-7,
+        small={
+            "overlock_xt": {
+                "depths": (1, 1, 1, 1),
+                "dims": (16, 32, 64, 96),
+                "focus_depths": (1, 1),
+                "focus_heads": (2, 2),
+                "kernel_sizes": (7, 7, 5, 5),
+                "head_dim": 256,
+            }
+        },
+    )
 
     RULES = (
         (r"backbone\.", ""),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.common.layers import DepthwiseConv, DropPath, LayerScale
 from nearfar.ops.common.tables import Derived
@@ -100,6 +101,21 @@ class TransXNet(Backbone):
             checkpoints have it.
         Others as in `ConvNeXt`.
     """
+
+    CARD = Card(
+        "TransXNet",
+        "2310.19380",
+        "input-dependent convolution beside attention over a coarse map",
+        3.7e-7,
+        small={
+            "transxnet_t": {
+                "depths": (1, 1, 2, 1),
+                "dims": (16, 32, 64, 96),
+                "num_heads": (1, 2, 4, 4),
+                "table_size": 64,
+            }
+        },
+    )
 
     RULES = (
         (r"patch_embed\.proj\.", "stem.0."),

@@ -1,0 +1,143 @@
+"""Several models on the same pictures under one budget."""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from torch import nn
+
+from nearfar.core.errors import UserError
+from nearfar.core.files import atomic_path, write_csv
+from nearfar.core.plots import COLORS, new_figure, style
+from nearfar.core.report import Report
+from nearfar.vision.classification.classifier import evaluate_scores
+from nearfar.vision.classification.training import Recipe, loaders, new_model, train_classifier
+from nearfar.vision.cost import cost
+from nearfar.vision.data.images import Pictures, split_pictures
+
+Track = Callable[[Iterable[str], str], Iterable[str]]
+
+
+def compare(
+    names: list[str],
+    learn: Pictures,
+    hold: Pictures,
+    recipe: Recipe,
+    output: Path,
+    *,
+    device: str = "cpu",
+    workers: int = 0,
+    seconds: float | None = None,
+    models: dict[str, nn.Module] | None = None,
+    refused: list[str] | None = None,
+    track: Track = lambda items, what: items,
+) -> list[dict[str, Any]]:
+    """One row per model; table.csv, plot.png and page.html in `output`. Half of `hold` chooses epochs, half scores.
+
+    Args:
+        names: as in `create_model`.
+        learn, hold: pictures to learn from, and others.
+        seconds: training time of each model: as many epochs as fit, at most the recipe's.
+        models: models that are built already, by name.
+        refused: takes a line for each model that the pictures do not suit, and the others go on; None: it is an error.
+        track: shows progress.
+    """
+    choose, score = split_pictures(hold, 0.5, recipe.seed)
+    chooser, scorer = hold.subset(choose), hold.subset(score)
+    rows = []
+    for name in track(names, "training"):
+        try:
+            budget = within(seconds, name, learn, recipe, output / name, device, workers) if seconds else recipe
+            classifier, history = train_classifier(
+                name, learn, chooser, budget, output / name, num_workers=workers, accelerator=device,
+                model=(models or {}).get(name),
+            )  # fmt: skip
+        except (UserError, RuntimeError) as error:
+            if refused is None:
+                raise
+            refused.append(str(error) if name in str(error) else f"{name}: {error}")
+            continue
+        scores = classifier.scores(scorer, device=device)
+        result = evaluate_scores(scores, scorer.labels)
+        rows.append(
+            {
+                "model": name,
+                "accuracy": result["accuracy"],
+                "low": result["low"],
+                "high": result["high"],
+                "params (M)": sum(p.numel() for p in classifier.model.parameters()) / 1e6,
+                **cost(classifier.model, recipe.size, device),
+                "epochs": len(history),
+                "training (s)": round(sum(row["seconds"] for row in history), 1),
+            }
+        )
+    if not rows:
+        raise UserError("; ".join(refused or ()))
+    write_csv(output / "table.csv", rows)
+    figure = plot(rows, device)
+    with atomic_path(output / "plot.png") as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    report = Report("Models compared", f"{len(learn)} pictures to learn from, {len(scorer)} to score on.")
+    report.table(rows).figure(figure, PLOT).write(output / "page.html")
+    return rows
+
+
+PLOT = (
+    "Accuracy, with its 95 % bootstrap interval, against pictures a second and against memory, weights included, of a "
+    "forward pass with 16 pictures. Up and right, and up and left, is better."
+)
+
+
+def plot(rows: list[dict[str, Any]], device: str) -> Figure:
+    """Accuracy against throughput and against memory, one mark per model."""
+    with style():
+        figure = new_figure(10, 4.2)
+        fast, small = figure.subplots(1, 2, sharey=True)
+        for i, row in enumerate(rows):
+            error = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
+            look = {
+                "fmt": "osD^vP*X"[i % len(COLORS)],
+                "color": COLORS[i % len(COLORS)],
+                "capsize": 3,
+                "label": row["model"],
+            }
+            fast.errorbar(row["pictures/s"], row["accuracy"], yerr=error, **look)
+            small.errorbar(row["memory (MiB)"], row["accuracy"], yerr=error, **look)
+        fast.set(ylabel="accuracy")
+        for axes, column in ((fast, "pictures/s"), (small, "memory (MiB)")):
+            values = [row[column] for row in rows]
+            axes.set(xscale="log", xlabel=f"{column}, forward pass of 16 ({device})")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
+            axes.xaxis.set_minor_formatter("{x:g}" if max(values) < 30 * min(values) else "")
+        figure.legend(*fast.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
+
+
+def within(
+    seconds: float, name: str, learn: Pictures, recipe: Recipe, folder: Path, device: str, workers: int
+) -> Recipe:
+    """`recipe` with as many epochs as fit into `seconds`, by the time of a few steps; those of a run already begun."""
+    if (folder / "run.json").is_file():
+        begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+        return replace(recipe, epochs=begun["epochs"], warmup_epochs=begun["warmup_epochs"])
+    model = new_model(name, len(learn.classes), recipe).to(device)
+    loader, _ = loaders(learn, learn, recipe, workers)
+    times = []
+    for _, (x, labels) in zip(range(6), loader, strict=False):
+        start = time.perf_counter() if not times else before
+        out = model(x.to(device))
+        nn.functional.cross_entropy(out[0] if isinstance(out, tuple) else out, labels.to(device)).backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        before = time.perf_counter()
+        times.append(before - start)
+    epochs = int(seconds / (sorted(times)[len(times) // 2] * len(loader)))
+    epochs = max(1, min(epochs, recipe.epochs))
+    return replace(recipe, epochs=epochs, warmup_epochs=min(recipe.warmup_epochs, epochs / 5))

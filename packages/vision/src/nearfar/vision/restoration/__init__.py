@@ -1,0 +1,1 @@
+"""Restoring pictures: super-resolution models, degradations, metrics and inference of any size."""
