@@ -14,6 +14,7 @@ from nearfar.ops.recurrence.delta import (
     chunked_recurrence,
     decayed_products,
 )
+from nearfar.ops.recurrence.mamba2 import Mamba2
 from nearfar.ops.recurrence.rwkv7 import RWKV7TimeMix
 
 DIM = 12
@@ -162,9 +163,32 @@ def slow_rwkv7(m, x):
     return torch.stack(out, 1)
 
 
+def slow_mamba2(m, x):
+    shared = m.groups * m.d_state
+    z, xbc, dt = m.in_proj(x).split([m.inner, m.inner + 2 * shared, m.heads], -1)
+    taps = m.conv.weight[:, 0]
+    padded = F.pad(xbc, (0, 0, taps.shape[1] - 1, 0))
+    xbc = F.silu(sum(padded[:, i : i + x.shape[1]] * taps[:, i] for i in range(taps.shape[1])) + m.conv.bias)
+    out = []
+    for h in range(m.heads):
+        own, group = slice(h * m.head_dim, (h + 1) * m.head_dim), h // (m.heads // m.groups)
+        state, rows = torch.zeros(len(x), m.head_dim, m.d_state), []
+        for t in range(x.shape[1]):
+            u = xbc[:, t, own]
+            b, c = (xbc[:, t, m.inner + i * shared :][:, group * m.d_state :][:, : m.d_state] for i in (0, 1))
+            step = F.softplus(dt[:, t, h] + m.dt_bias[h])[:, None]
+            decay = torch.exp(-step * torch.exp(m.A_log[h]))[..., None]
+            state = decay * state + (step * u)[:, :, None] * b[:, None]
+            rows.append((state * c[:, None]).sum(-1) + m.D[h] * u)
+        out.append(torch.stack(rows, 1))
+    y = torch.cat(out, -1) * F.silu(z)
+    return m.out_proj(m.norm.weight * y / torch.sqrt((y**2).mean(-1, keepdim=True) + m.norm.eps))
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: Mamba2(DIM, d_state=5, head_dim=6, groups=2, chunk=8),
         lambda: DeltaNet(DIM, 2, chunk=8),
         lambda: DeltaNet(DIM, 3, conv_size=0, negative=True, chunk=8),
         lambda: GatedDeltaNet(DIM, 2, chunk=8),
@@ -183,7 +207,7 @@ def test_mixers_equal_their_formulas(make):
         for parameter in mixer.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     x = torch.randn(2, 21, DIM, requires_grad=True)
-    slow = slow_rwkv7 if isinstance(mixer, RWKV7TimeMix) else slow_memory
+    slow = {RWKV7TimeMix: slow_rwkv7, Mamba2: slow_mamba2}.get(type(mixer), slow_memory)
     same([mixer(x)], [slow(mixer, x)], [x, *mixer.parameters()])
 
 
@@ -199,6 +223,7 @@ def test_mixers_equal_their_formulas(make):
         lambda: GatedLinearAttention(12, 4, expand_k=0.6),
         lambda: GatedLinearAttention(12, 4, rank=0),
         lambda: RWKV7TimeMix(12, 5),
+        lambda: Mamba2(12, head_dim=5),
         lambda: RWKV7TimeMix(12, 2, rank=0),
     ],
 )

@@ -17,6 +17,7 @@ from nearfar.ops.recurrence.delta import DeltaNet, GatedDeltaNet, GatedLinearAtt
 from nearfar.ops.recurrence.ema import DampedEMA
 from nearfar.ops.recurrence.h3 import H3
 from nearfar.ops.recurrence.mamba import Mamba
+from nearfar.ops.recurrence.mamba2 import Mamba2
 from nearfar.ops.recurrence.retnet import Retention
 from nearfar.ops.recurrence.rwkv4 import RWKV4ChannelMix, RWKV4TimeMix
 from nearfar.ops.recurrence.rwkv7 import RWKV7TimeMix
@@ -43,6 +44,7 @@ MIXERS = {
     "h3": lambda: H3(DIM, d_state=10, head_dim=3),
     "mamba": lambda: Mamba(DIM, d_state=5),
     "selective-lookup": lambda: SelectiveLookup(DIM, num_heads=2, threshold=0.5),
+    "mamba2": lambda: Mamba2(DIM, d_state=5, head_dim=6, groups=2, chunk=16),
     "deltanet": lambda: DeltaNet(DIM, 2, chunk=16),
     "gated-deltanet": lambda: GatedDeltaNet(DIM, 2, chunk=16),
     "kda": lambda: KimiDeltaAttention(DIM, 2, chunk=16),
@@ -60,7 +62,7 @@ MIXERS = {
     "tcnca-simple": lambda: MemoryAttention(DIM, TCNMixer(DIM, 3, 3, 2), 6, chunk=16, norm="rmsnorm"),
 }
 CONSTANT_STATE = {
-    "window", "short-conv", "base-conv", "based", "retention", "rwkv4-time-mix", "h3", "mamba", "deltanet",
+    "window", "short-conv", "base-conv", "based", "retention", "rwkv4-time-mix", "h3", "mamba", "mamba2", "deltanet",
     "gated-deltanet", "kda", "gla", "rwkv7-time-mix", "ema", "ema-scan", "ema-truncated", "tcn", "tcn-dense",
 }  # fmt: skip
 

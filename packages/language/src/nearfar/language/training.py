@@ -135,8 +135,13 @@ class LanguageModule(pl.LightningModule):
         self.automatic_optimization = False  # Lightning steps one optimizer by itself, not two
 
     def loss(self, batch: Tensor) -> Tensor:
-        logits = self.model(batch[:, :-1]).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        inputs, targets, documents = batch[:, :-1], batch[:, 1:], None
+        end = self.model.config.eos_token_id
+        if end is not None and (inputs == end).any():  # nothing passes from a document to the one behind it
+            ended = inputs == end
+            documents, targets = ended.cumsum(1) - ended.long(), targets.masked_fill(ended, -100)
+        logits = self.model(inputs, seq_idx=documents).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def training_step(self, batch: Tensor) -> None:
         loss = self.loss(batch)

@@ -10,6 +10,7 @@ import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
+from nearfar.apps.language_model import lra
 from nearfar.core.cli.console import console, messages, table
 from nearfar.core.cli.options import Fresh
 from nearfar.core.errors import UserError
@@ -32,6 +33,8 @@ app = typer.Typer(
     "`text`, or `hub:NAME[:CONFIG[:SPLIT]]`, a datasets corpus that is streamed.",
     no_args_is_help=True,
 )
+
+app.add_typer(lra.app, name="lra")
 
 Model = Annotated[str, typer.Argument(help="Folder or transformers id of a causal language model.")]
 Texts = Annotated[list[str], typer.Argument(help="Text files, folders, tables, or hub:NAME[:CONFIG[:SPLIT]].")]

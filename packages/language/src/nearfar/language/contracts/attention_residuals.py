@@ -13,6 +13,7 @@ from nearfar.core.contracts import Contract
 from nearfar.core.errors import UserError
 from nearfar.language.contracts.tcnca import Logits
 from nearfar.language.layouts import attention_residuals as layout
+from nearfar.language.layouts.attention_residuals import CARD as CARD
 from nearfar.language.modeling import MixerForCausalLM
 from nearfar.language.registry import MIXERS, STATE_MIXERS, build
 from nearfar.ops.aggregation.depth_attention import DepthAttention
