@@ -294,11 +294,8 @@ def train_classifier(
     `validation` chooses the epoch and must share no picture with `pictures`. `weights`: a checkpoint to start from, in
     a published layout for our models. `folder`: see `nearfar.core.training.train`; the classifier is saved there.
     """
-    sides = (
-        Side(f"the {name} pictures", part.names, part.digests())
-        for name, part in (("training", pictures), ("validation", validation))
-    )
-    check_apart(*sides)
+    parts = (("the training", pictures), ("the validation pictures", validation))
+    check_apart(*(Side(name, part.names, part.digests()) for name, part in parts))
     if pictures.classes != validation.classes:
         raise UserError(f"classes differ: training has {len(pictures.classes)}, validation {len(validation.classes)}")
     classes = len(pictures.classes)
