@@ -15,7 +15,7 @@ RUN = "import sys; from nearfar.core.cli.root import run; sys.exit(run(sys.argv[
 
 def start(text: Path, out: Path, epochs: int, *more: str) -> subprocess.Popen:
     settings = [word for setting in (*SMALL, f"epochs={epochs}") for word in ("--set", setting)]
-    command = ["language-model", "train", str(text), "--out", str(out), "--accelerator", "cpu", *settings, *more]
+    command = ["language-model", "train", str(text), "--output", str(out), "--device", "cpu", *settings, *more]
     return subprocess.Popen([sys.executable, "-c", RUN, *command], stderr=subprocess.PIPE, text=True)
 
 

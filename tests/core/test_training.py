@@ -255,7 +255,7 @@ class Numbers(TensorDataset):
 def run_on(folder, train_data, validation_data, **options):
     torch.manual_seed(3)
     loaders = [data_loader(part, 16, shuffle=n == 0) for n, part in enumerate((train_data, validation_data))]
-    return train(Classifier(), *loaders, max_epochs=1, folder=folder, settings={}, accelerator="cpu", **options)
+    return train(Classifier(), *loaders, epochs=1, folder=folder, settings={}, device="cpu", **options)
 
 
 def test_a_run_answers_only_for_what_it_was_made_from(tmp_path, monkeypatch):

@@ -223,14 +223,14 @@ def test_the_app(tmp_path: Path) -> None:
     assert facts["times"] == 30
     assert [c["channel"] for c in facts["channels"]] == ["h", "u", "v"]
     small = [f"--set={s}" for s in ("epochs=1", "dim=16", "depth=1", "num_blocks=2", "batch_size=8")]
-    run("train", past, "--out", tmp_path / "run", "--device", "cpu", *small)
+    run("train", past, "--output", tmp_path / "run", "--device", "cpu", *small)
     rows = json.loads(
         run("evaluate", tmp_path / "run", later, "--leads", "1,3", "--csv", tmp_path / "s.csv", "--picture",
             tmp_path / "s.png", "--json", "--device", "cpu")
     )  # fmt: skip
     assert len(rows) == 2 * 3 * 3
     assert (tmp_path / "s.csv").read_text().splitlines()[0] == "lead,variable,forecast,RMSE,ACC"
-    out = ("--out", tmp_path / "ahead.nc", "--animation", tmp_path / "a.gif")
+    out = ("--output", tmp_path / "ahead.nc", "--animation", tmp_path / "a.gif")
     run("rollout", tmp_path / "run", later, *out, "--steps", 3, "--device", "cpu")
     ahead = open_fields(tmp_path / "ahead.nc")
     assert len(ahead) == 3

@@ -48,7 +48,7 @@ Machine = Annotated[bool, typer.Option("--json", help="Print JSON instead of a t
 
 @app.command()
 def simulate(
-    out: Annotated[Path, typer.Argument(help="netCDF file to write.")],
+    output: Annotated[Path, typer.Argument(help="netCDF file to write.")],
     times: Annotated[int, typer.Option(help="Fields.", min=2)] = 300,
     height: Annotated[int, typer.Option(help="Rows.", min=8)] = 32,
     width: Annotated[int, typer.Option(help="Columns.", min=8)] = 64,
@@ -58,9 +58,9 @@ def simulate(
     from nearfar.vision.forecasting.simulation import shallow_water
 
     data = shallow_water(times, (height, width), seed=seed)
-    with atomic_path(out) as temporary:
+    with atomic_path(output) as temporary:
         data.to_netcdf(temporary, engine="h5netcdf")
-    console.print(f"{out}: {times} simulated fields of {', '.join(map(str, data.data_vars))} on {height} x {width}")
+    console.print(f"{output}: {times} simulated fields of {', '.join(map(str, data.data_vars))} on {height} x {width}")
 
 
 @app.command()
@@ -102,7 +102,9 @@ def inspect(
 @app.command()
 def train(
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder for the network; an interrupted run goes on there.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the network; an interrupted run goes on there.")
+    ],
     variable: Variables = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
     settings: Settings = None,
@@ -110,16 +112,16 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Learn the next field from the one before; the epoch is chosen on the last part of the series."""
-    from nearfar.core.training import read_recipe
+    from nearfar.core.recipes import read_recipe
     from nearfar.vision.forecasting.training import Recipe, train_forecaster
 
     chosen: Recipe = read_recipe(Recipe, recipe, settings or ())
     fields = open_fields(data, variable)
     net = None if start is None else load(start)[0].train()
-    _, _, history = train_forecaster(fields, chosen, out, net=net, device=device, show_progress=messages.is_terminal)
+    _, _, history = train_forecaster(fields, chosen, output, net=net, device=device, show_progress=messages.is_terminal)
     best = min(history, key=lambda row: row["validation_loss"])
     console.print(
-        f"{out}: epoch {int(best['epoch']) + 1} of {len(history)}, on the held part a relative error of "
+        f"{output}: epoch {int(best['epoch']) + 1} of {len(history)}, on the held part a relative error of "
         f"{best['validation_loss']:.4g}"
     )
 
@@ -128,7 +130,7 @@ def train(
 def rollout(
     folder: Trained,
     data: Data,
-    out: Annotated[Path, typer.Option(help="netCDF file of the forecast.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="netCDF file of the forecast.")],
     steps: Annotated[int, typer.Option(help="Steps to forecast.", min=1)] = 10,
     at: Annotated[int, typer.Option(help="Which field to start from; -1 is the last.")] = -1,
     animation: Annotated[Path | None, typer.Option(help="GIF of the forecast of the first channel.")] = None,
@@ -148,7 +150,7 @@ def rollout(
     state = torch.from_numpy(statistics.normalise(fields.read(index)))[None].to(next(net.parameters()).device)
     names = [name.replace("@", "_") for name in statistics.names]
     shown: list[np.ndarray] = []
-    with atomic_path(out) as temporary, h5netcdf.File(temporary, "w") as file, progress() as bar:
+    with atomic_path(output) as temporary, h5netcdf.File(temporary, "w") as file, progress() as bar:
         file.dimensions = {"time": steps, "latitude": fields.size[0], "longitude": fields.size[1]}
         seconds = (fields.step * np.arange(1, steps + 1)).astype("timedelta64[s]")
         origin = np.datetime_as_string(fields.times[index], "s").replace("T", " ")
@@ -165,7 +167,7 @@ def rollout(
                 shown.append(values[0])
     if animation is not None:
         animate(statistics.names[0], [fields.read(index)[0], *shown], animation)
-    console.print(f"{out}: {steps} steps from {fields.times[index]}")
+    console.print(f"{output}: {steps} steps from {fields.times[index]}")
 
 
 @app.command()

@@ -145,14 +145,14 @@ def train_forecaster(
         module,
         loader,
         data_loader(Windows(hold, statistics, recipe.steps), recipe.batch_size),
-        max_epochs=recipe.epochs,
+        epochs=recipe.epochs,
         monitor="validation_loss",
         mode="min",
         seed=recipe.seed,
         folder=folder,
         settings={**asdict(recipe), "data": statistics.digest, "channels": fields.names},
         show_progress=show_progress,
-        accelerator=device,
+        device=device,
         devices=1,
     )
     if folder is not None:
