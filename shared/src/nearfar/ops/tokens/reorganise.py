@@ -36,7 +36,7 @@ def received_scores(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], ro
 def reorganise(
     x: Float[Tensor, "b n c"], scores: Float[Tensor, "b m"], count: int, *, fuse: bool = True, prefix: int = 1
 ) -> tuple[Float[Tensor, "b k c"], Int[Tensor, "b kept"], Int[Tensor, "b rest"]]:
-    """The `prefix` tokens, then the `count` others of the highest scores, highest first; with `fuse` one more at the end.
+    """The `prefix` tokens, then the `count` others of the highest scores, highest first; with `fuse` one more behind.
 
         fused = sum_i s_i x_i over the tokens that are not kept
 
