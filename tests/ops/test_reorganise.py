@@ -11,7 +11,7 @@ from nearfar.ops.tokens.reorganise import TokenTrail, keep_count, received_score
 def oracle(x, scores, count, fuse):
     rows = []
     for tokens, row in zip(x, scores):
-        others, order = tokens[1:], sorted(range(len(row)), key=lambda i: -float(row[i]))
+        others, order = tokens[1:], sorted(range(len(row)), key=lambda i: -row[i].item())
         parts = [tokens[:1], *(others[i : i + 1] for i in order[:count])]
         if fuse and count < len(row):
             parts.append(sum(row[i] * others[i] for i in order[count:])[None])
@@ -20,7 +20,7 @@ def oracle(x, scores, count, fuse):
 
 
 @pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("count", [1, 4, 9])
+@pytest.mark.parametrize("count", [1, 4, 8])
 def test_oracle_forward_and_gradient(count, fuse):
     x = torch.randn(2, 10, 3, dtype=torch.float64, requires_grad=True)
     scores = torch.rand(2, 9, dtype=torch.float64, requires_grad=True)
