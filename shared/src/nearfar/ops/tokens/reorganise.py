@@ -69,7 +69,7 @@ class TokenTrail:
 
     owner: Int[Tensor, "b n"]
     dropped: Float[Tensor, "b n c"] | None = None
-    kept: list[Int[Tensor, "b k"]] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def start(cls, batch: int, tokens: int, device: torch.device) -> "TokenTrail":
