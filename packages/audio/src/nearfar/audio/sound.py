@@ -178,6 +178,15 @@ def writing(paths: list[Path], rate: int, subtype: str | None = None) -> Iterato
             file.close()
 
 
+def write_samples(target: str | Path | IO[bytes], samples: NDArray, rate: int, subtype: str | None = None) -> None:
+    """Write samples (T,) or (T, channels) in [-1, 1] as a sound file; to an open file as WAV.
+
+    `subtype`: of libsndfile, such as "PCM_16"; the format's usual one by default.
+    """
+    named = isinstance(target, str | Path)
+    soundfile.write(target, samples, rate, subtype=subtype, format=None if named else "WAV")
+
+
 def resample(samples: Samples, rate: int, new_rate: int, length: int | None = None) -> Samples:
     """Change the rate along the last axis; `length` crops or pads with zeros to so many samples."""
     if rate != new_rate:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 import nearfar.language.modeling  # noqa: F401 - registers MixerForCausalLM with the Auto classes
 from nearfar.core.errors import UserError, some
@@ -230,3 +231,8 @@ def split_enwik8(path: str | Path, folder: str | Path) -> list[Path]:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
+
+
+def quiet_transformers() -> None:
+    """For command lines: transformers draws no bar of its own for each file that it reads."""
+    disable_progress_bar()

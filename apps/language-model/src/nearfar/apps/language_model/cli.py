@@ -8,7 +8,6 @@ from typing import Annotated
 
 import torch
 import typer
-from transformers.utils.logging import disable_progress_bar
 
 from nearfar.apps.language_model import lra
 from nearfar.core.cli.console import console, messages, table
@@ -22,9 +21,10 @@ from nearfar.language import evaluation, texts
 from nearfar.language.audit import audit as audit_model
 from nearfar.language.cache import MixerCache
 from nearfar.language.modeling import MixerForCausalLM
+from nearfar.language.texts import quiet_transformers
 from nearfar.language.training import Recipe, text_marks, train_language_model
 
-disable_progress_bar()  # of transformers, which draws one for each file it reads
+quiet_transformers()
 
 app = typer.Typer(
     help="Causal language models with exchangeable mixers. `train TEXT -o FOLDER` makes one, `evaluate` gives bits "

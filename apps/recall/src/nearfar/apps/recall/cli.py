@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from transformers.utils.logging import disable_progress_bar
 
 from nearfar.core.cli.console import console, messages, progress, table
 from nearfar.core.errors import UserError
@@ -14,9 +13,9 @@ from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
 from nearfar.language.recall import bench as recall
 from nearfar.language.recall.ar_slices import BigramCounts, gap_explained, slice_scores
-from nearfar.language.texts import load_causal_lm, read_tokens
+from nearfar.language.texts import load_causal_lm, quiet_transformers, read_tokens
 
-disable_progress_bar()  # of transformers, which draws one for each file it reads
+quiet_transformers()
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 
 from nearfar.audio.corpora import locate
-from nearfar.audio.sound import read_samples
+from nearfar.audio.sound import read_samples, write_samples
 from nearfar.audio.speakers import scoring
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.audio.speakers.training import Recipe
@@ -211,5 +210,5 @@ def worst_errors(trials: scoring.Trials, scores: np.ndarray, count: int = 5) -> 
 
 def _wav(path: Path) -> bytes:
     buffer = io.BytesIO()
-    soundfile.write(buffer, read_samples(path, 16000, 0.0, 15.0, mix_channels=True), 16000, format="WAV")
+    write_samples(buffer, read_samples(path, 16000, 0.0, 15.0, mix_channels=True), 16000)
     return buffer.getvalue()

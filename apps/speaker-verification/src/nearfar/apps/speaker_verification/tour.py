@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from scipy.signal import resample_poly
 
 from nearfar.apps.speaker_verification import pages
 from nearfar.audio.corpora import Utterance, find_utterances
+from nearfar.audio.sound import write_samples
 from nearfar.audio.speakers import scoring
 from nearfar.audio.speakers.embedding import Embedder
 from nearfar.audio.speakers.system import SpeakerSystem
@@ -54,7 +54,7 @@ def write_voices(folder: Path) -> list[Utterance]:
             samples = resample_poly(samples, RATE // common, rate // common)
             noise = 10 ** rng.uniform(-2.5, -1.5) * rng.standard_normal(len(samples))
             path.parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(path, (0.5 * samples + noise).clip(-1, 1), RATE)
+            write_samples(path, (0.5 * samples + noise).clip(-1, 1), RATE)
     return find_utterances(folder, "folder")
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import scipy.fft
-import soundfile
 from matplotlib.figure import Figure
 
-from nearfar.audio.sound import Recording
+from nearfar.audio.sound import Recording, write_samples
 from nearfar.core.plots import new_figure, style
 from nearfar.core.report import Report
 
@@ -52,7 +51,7 @@ def player(path: Path) -> bytes:
     """The first minute as a 16-bit WAV."""
     samples, rate = excerpt(path)
     buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(samples, -1, 1), rate, format="WAV", subtype="PCM_16")
+    write_samples(buffer, np.clip(samples, -1, 1), rate, "PCM_16")
     return buffer.getvalue()
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 
 from nearfar.apps.speech_separation import pages
@@ -11,7 +10,7 @@ from nearfar.audio.separation.metrics import evaluate_mixture
 from nearfar.audio.separation.mixtures import DrawnMixtures
 from nearfar.audio.separation.training import Recipe, train_separation
 from nearfar.audio.separation.windows import model_separator, separate_samples
-from nearfar.audio.sound import resample
+from nearfar.audio.sound import resample, write_samples
 from nearfar.audio.synthesis import synthesize
 from nearfar.core.report import Report
 
@@ -39,7 +38,7 @@ def chapter(report: Report, folder: Path) -> None:
             samples, rate = synthesize(sentence, name, pitch=pitch)
             path = folder / "voices" / name / f"{k}.wav"
             path.parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(path, resample(samples, rate, RATE), RATE)
+            write_samples(path, resample(samples, rate, RATE), RATE)
             if k < len(SENTENCES):
                 voices.setdefault(name, []).append(path)
             else:
@@ -62,10 +61,10 @@ def chapter(report: Report, folder: Path) -> None:
     scores = evaluate_mixture(mix, sources.astype(np.float32), RATE, separator, ["si_sdri"])
     tracks, found = separate_samples(mix, RATE, separator, RATE, speakers=2, consistency=True)
     parts = {"the mixture": folder / "mixture.wav"}
-    soundfile.write(parts["the mixture"], mix, RATE)
+    write_samples(parts["the mixture"], mix, RATE)
     for k, track in enumerate(tracks):
         parts[f"voice {k + 1}"] = folder / f"voice{k + 1}.wav"
-        soundfile.write(parts[f"voice {k + 1}"], track, RATE)
+        write_samples(parts[f"voice {k + 1}"], track, RATE)
     report.section("Speech separation: two voices at once")
     report.text(
         "Two synthetic voices (eSpeak NG) speak sentences at the same time that the network has not heard. A tiny "
