@@ -13,6 +13,8 @@ from nearfar.core.errors import DivergedError, some
 def is_finite(values: Any) -> bool:
     """Whether all numbers of a tensor, an array or a plain number are finite."""
     if isinstance(values, Tensor):
+        if values.is_meta:  # shapes alone
+            return True
         return not (values.is_floating_point() or values.is_complex()) or bool(torch.isfinite(values).all())
     return bool(np.isfinite(values).all())
 

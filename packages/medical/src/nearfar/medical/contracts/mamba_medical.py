@@ -137,7 +137,7 @@ def _operator(contract: Contract, state: dict[str, Tensor]) -> Callable[..., Any
             conv_bias="conv.bias" in state,
         )
         contract.require_text(gate="silu.*" if len(state["in_proj.weight"]) == 2 * inner else "none")
-        last = contract.inputs[0]["shape"][-1] == dim and not settings.get("channel_first", False)
+        last = not settings.get("channel_first", contract.inputs[0]["shape"][-1] != dim)
         model = loaded(model, state)
         return _ChannelsLast(model).eval() if last else model
     if "in_proj.weight" in state:

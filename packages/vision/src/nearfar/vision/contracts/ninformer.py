@@ -11,6 +11,8 @@ from nearfar.vision.models.ninformer import LAYOUT, NiNBlock, NiNformer
 
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, one block, a gate of either kind or the mixer, that a contract describes."""
+    contract.document("dropout")
+    contract.require_text(gate=r"real part of the unnormalised 2-D DFT.*")
     contract.require(norm_eps=1e-5, activation="exact GELU")
     published = contract.state()
     if "patcher.weight" in published:

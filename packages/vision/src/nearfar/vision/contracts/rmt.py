@@ -66,7 +66,7 @@ def build_operator(contract: Contract, state: dict[str, Tensor], settings: dict[
     if not any(name.startswith(("attn.", "norm1.")) for name in inner):
         inner = rename(inner, ((r"ffn\.", ""), (r"dwconv\.conv\.", "dwconv.")))
         hidden, dim = inner["fc1.weight"].shape[:2]
-        contract.require(dim=dim, hidden=hidden)
+        contract.require(dim=dim, hidden=hidden, kernel=inner["dwconv.weight"].shape[-1])
         return loaded(ConvFFN(dim, hidden, inner["dwconv.weight"].shape[-1]), inner)
     dim = len(inner["attn.q.weight"])
     contract.require(dim=dim)

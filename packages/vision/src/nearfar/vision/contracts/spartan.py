@@ -15,6 +15,8 @@ from nearfar.vision.models.spartan import BARE, SpaRTAN, SpaRTANBlock
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, one block or one mixer that a contract describes."""
     state, settings = rename(contract.state(), BARE, anywhere=True), contract.settings
+    contract.document("drop_path", "full_conv_stages")
+    contract.require_text(block_norm=r"GroupNorm with 1 group, eps 1e-0?6")
     eps = settings.get("bn_eps", 1e-6)
     if "theta.weight" in state:
         hidden, dim = state["theta.weight"].shape[:2]

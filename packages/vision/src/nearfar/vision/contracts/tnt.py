@@ -37,6 +37,7 @@ class Named(nn.Module):
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """TNT, PyramidTNT, one block of TNT, pooled attention or the merging of words, that a contract describes."""
     state, settings = contract.state(), contract.settings
+    contract.document("inner_blocks", "relative_position", "head", "stem")
     contract.require(layernorm_eps=1e-5, batchnorm_eps=1e-5, activation="exact GELU")
     if "conv.0.weight" in state:
         out_dim, dim = state["conv.0.weight"].shape[:2]
@@ -55,6 +56,8 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         contract.require(
             outer_dim=dim, inner_dim=word_dim, words=WORDS**2, qkv_bias="outer.attn.qkv.bias" in block, class_token=True
         )
+        sentences = contract.inputs[-1]["shape"][1] - 1
+        contract.require(mlp_ratio=ratio(len(block["outer.mlp.fc1.bias"]), dim), sentences=sentences)
         built = TNTBlock(
             dim,
             word_dim,

@@ -53,7 +53,10 @@ class Losses(nn.Module):
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network or its two classifiers, outlook attention, a class block, or the loss, that a contract describes."""
     state, settings = contract.state(), contract.settings
+    contract.document("position_embedding", "heads_out", "eval_output")
     if not state:
+        tokens, classes = contract.inputs[1]["shape"][-2:]
+        contract.require(tokens=tokens, classes=classes)
         loss = TokenLabelLoss(settings["dense_weight"], settings["cls_weight"], settings["ground_truth_mix"])
         return Losses(loss)
     if "attn.weight" in state and "v.weight" in state:
@@ -65,6 +68,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         dim = len(state["norm1.weight"])
         contract.require(dim=dim, qkv_bias="attn.q.bias" in state)
         mlp_ratio = ratio(len(state["mlp.fc1.bias"]), dim)
+        contract.require(mlp_ratio=mlp_ratio)
         return loaded(ClassBlock(dim, settings["heads"], mlp_ratio, "attn.q.bias" in state), state)
     outlook = {"kernel": 3, "stride": 2, "padding": 1, "block_index": 0, **settings.get("outlook", {})}
     if outlook["padding"] != outlook["kernel"] // 2 or outlook["block_index"] or settings.get("downsample_after_block"):
