@@ -82,8 +82,9 @@ class Settings(Mapping[str, Any]):
 
     @property
     def unread(self) -> list[str]:
-        """What nobody accounted for."""
-        return [name for name in self.values_by_name if name not in self.seen]
+        """What nobody accounted for; sentences of four words or more describe a choice for people, and may stand."""
+        prose = lambda value: isinstance(value, str) and len(value.split()) >= 4  # noqa: E731
+        return [name for name, value in self.values_by_name.items() if name not in self.seen and not prose(value)]
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,18 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
             overlap=settings.get("local_overlap", 2),
             **given,
         )
+        tokens = [stage[0] for stage in model.stages]
         contract.require(
-            upscale=model.scale, in_channels=model.in_chans, dim=model.stem.out_channels, blocks=len(model.stages)
+            upscale=model.scale,
+            in_channels=model.in_chans,
+            dim=model.stem.out_channels,
+            blocks=len(model.stages),
+            qk_dim=tokens[0].attention.q.out_features,
+            mlp_dim=tokens[0].ffn.fc1.out_features,
+            token_centres=[len(block.attention.centres) for block in tokens],
+            centre_iterations=[block.attention.iterations for block in tokens],
         )
+        contract.document("base", "input")
         return model
     prefix = "blocks.0.0." if "tab.norm.weight" in state else "blocks.0.1."
     state = rename(state, [("(tab|lrsa)\\.", prefix)])

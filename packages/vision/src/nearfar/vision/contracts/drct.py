@@ -17,6 +17,7 @@ from nearfar.vision.restoration.resize import imresize
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, a residual dense group on tokens, or the protocol."""
     if not contract.shapes:
+        contract.document("image", "down", "second_image", "values", "luma")
         return protocol
     contract.require(image_range=1.0, group_residual_scale=0.2, layer_norm_eps=1e-5, qkv_bias=True)
     state = contract.state()
@@ -24,15 +25,38 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         model = DRCT.from_published(state)
         if "rgb_mean" in contract.settings:
             model.mean.copy_(torch.tensor(contract.settings["rgb_mean"]).view(1, -1, 1, 1))
-        contract.require(upscale=model.scale, window=model.window_size, groups=len(model.groups))
+        group = model.groups[0]
+        contract.require(
+            upscale=model.scale,
+            window=model.window_size,
+            groups=len(model.groups),
+            in_channels=model.in_chans,
+            embed_dim=group.dims[0],
+            **of_group(group),
+        )
+        contract.document("heads_base", "input_size_multiple_of_window", "upsampler", "dense_activation")
         return model
     state = rename(DRCT.published_state(rename(state, [(r"rdg\.", "layers.0.")])), [(r"groups\.0\.", "")])
     dim, growth = len(state["blocks.0.norm1.weight"]), len(state["reduce.0.bias"])
     tables = [state[f"blocks.{i}.attention.bias_table"].shape for i in range(5)]
     window, ratio = (round(tables[0][0] ** 0.5) + 1) // 2, len(state["blocks.0.mlp.0.bias"]) / dim
-    contract.require(dim=dim, growth=growth, window=window)
     sides = [int(side) for side in re.findall(r"(\d+)x(\d+)", str(contract.settings.get("tokens", "")))[0]]
-    return Tokens(loaded(ResidualDenseGroup(dim, growth, [h for _, h in tables], window, ratio, 0.0), state), sides)
+    group = loaded(ResidualDenseGroup(dim, growth, [h for _, h in tables], window, ratio, 0.0), state)
+    contract.require(dim=dim, window=window, **of_group(group))
+    contract.document("heads_base")
+    return Tokens(group, sides)
+
+
+def of_group(group: ResidualDenseGroup) -> dict[str, Any]:
+    """A group's sizes by the names of the contracts' settings."""
+    attentions = [block.attention for block in group.blocks]
+    return {
+        "growth": group.dims[1] - group.dims[0],
+        "block_dims": group.dims,
+        "heads_in_group": [attention.num_heads for attention in attentions],
+        "shift": [attention.shift for attention in attentions],
+        "mlp_ratio": [block.mlp[0].out_features / dim for block, dim in zip(group.blocks, group.dims)],
+    }
 
 
 class Tokens(nn.Module):

@@ -61,5 +61,6 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     dim, hidden = len(state["norm1.weight"]), len(state["mlp.fc1.bias"])
     bias = "attn.qkv.bias" in state
     contract.require(dim=dim, mlp_ratio=hidden / dim, qkv_bias=bias)
+    contract.document("tokens")
     block = ReorganisingBlock(dim, SelfAttention(dim, settings["heads"], qkv_bias=bias), ratio(hidden, dim))
     return OneBlock(loaded(block, state), settings["keep_rate"], settings["fuse"]).eval()

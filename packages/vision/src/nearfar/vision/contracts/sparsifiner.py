@@ -11,6 +11,9 @@ from nearfar.core.contracts import Contract
 from nearfar.ops.attention.predicted_sparsity import ConnectivityPredictor, PredictedSparseAttention
 from nearfar.vision.models.sparsifiner import Sparsifiner
 
+IN_WORDS = ("reduced_tokens", "attention_budget", "attention_budget_per_row", "predictor_scale", "token_budgets")
+"""Settings that spell out what the others and the shapes say."""
+
 
 class Details(nn.Module):
     """Logits, features, what the predictors of the first and last block said, and shares of zeros.
@@ -87,12 +90,19 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
             mlp_ratio=model.blocks[0].mlp.fc1.out_features / model.embed_dim,
             qkv_bias=model.blocks[0].attn.qkv.bias is not None,
             classes=model.num_classes,
+            token_reduction_factor=model.blocks[0].attn.predictor.num_tokens
+            // model.blocks[0].attn.predictor.reduce.shape[1],
+            channel_reduction_factor=model.embed_dim
+            // model.blocks[0].attn.num_heads
+            // model.blocks[0].attn.predictor.q.out_features,
         )
+        contract.document("backbone", *IN_WORDS)
         return Details(model) if contract.outputs[0]["name"] != "out" else model
     state = rename(state, [(r"attn\.", "blocks.0.attn.")])
     state = rename(Sparsifiner.published_state(state), [(r"blocks\.0\.attn\.", "")])
     dim, bias = len(state["proj.bias"]), "qkv.bias" in state
     reduced, width = state["predictor.q.weight"].shape
     contract.require(dim=dim, heads=dim // width, qkv_bias=bias)
+    contract.document("tokens", "reduced_channels", *IN_WORDS)
     predictor = ConnectivityPredictor(width, *state["predictor.reduce"].shape, reduced, **sparse)
     return OneAttention(loaded(PredictedSparseAttention(dim, dim // width, predictor, qkv_bias=bias), state)).eval()
