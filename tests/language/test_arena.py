@@ -162,8 +162,8 @@ def test_commands_make_train_and_evaluate(tmp_path):
     made = run(app, ["lra", "make", str(tmp_path), "--train", "8", "--val", "4", "--test", "4"])
     assert made.exit_code == 0, made.output
     small = "model={hidden_size: 8, num_hidden_layers: 1}"
-    arguments = ["--out", str(tmp_path / "m"), "--set", small, "--set", "steps=2", "--set", "batch_size=4"]
-    trained = run(app, ["lra", "train", str(tmp_path), *arguments, "--accelerator", "cpu", "--json"])
+    arguments = ["--output", str(tmp_path / "m"), "--set", small, "--set", "steps=2", "--set", "batch_size=4"]
+    trained = run(app, ["lra", "train", str(tmp_path), *arguments, "--device", "cpu", "--json"])
     assert trained.exit_code == 0, trained.output
     scored = run(app, ["lra", "evaluate", str(tmp_path / "m"), str(tmp_path), "--json"])
     assert scored.exit_code == 0, scored.output

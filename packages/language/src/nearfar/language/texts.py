@@ -16,6 +16,7 @@ import nearfar.language.modeling  # noqa: F401 - registers MixerForCausalLM with
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path
 from nearfar.core.finite import check_weights
+from nearfar.core.model_folder import KINDS, NEXT, read
 
 TEXT_ENDINGS = (".txt", ".raw", ".md", ".rst", ".py", ".html", ".csv", ".tex", "")
 TABLE_ENDINGS = (".jsonl", ".json", ".parquet")
@@ -43,6 +44,8 @@ def load_causal_lm(name: str, device: str = "cpu", dtype: torch.dtype | None = N
 
     A folder without a tokenizer whose model has 256 or 259 tokens reads bytes.
     """
+    if (Path(name) / NEXT).exists() or (Path(name) / KINDS["language model"]).exists():
+        read(name, "language model")
     try:
         options = {} if dtype is None else {"dtype": dtype}
         model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)

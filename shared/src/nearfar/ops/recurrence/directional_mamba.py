@@ -242,7 +242,7 @@ def released_mamba(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     same with `_b` for the reversed one (`A_b_log`) and `_s` for the one between slices.
     """
     renamed = dict(state)
-    for name in [name for name in state if re.search(r"(^|\.)A_log$", name)]:
+    for name in [name for name in state if re.search(r"(^|(?<!scan)\.)A_log$", name)]:
         prefix = name.removesuffix("A_log")
         ends = [end for end in ("", "_b", "_s") if f"{prefix}D{end}" in state]
         take = lambda pattern, p=prefix, e=ends, s=renamed: [s.pop(p + pattern.format(end)) for end in e]  # noqa: E731

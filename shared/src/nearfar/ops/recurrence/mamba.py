@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nearfar.ops.common.kernels import kernel
+from nearfar.ops.common.precision import full_precision
 from nearfar.ops.common.streaming import State, StreamingMixer, real_positions, wide
 from nearfar.ops.convolution.causal import ShortConv
 
@@ -162,6 +163,30 @@ class _SelectiveScan(torch.autograd.Function):
         return gu, gdt, gA, gB, gC, g, None
 
 
+def _traced_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, order: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same for compiled and exported graphs: log2 N steps that join ever longer runs, all positions at a time.
+
+    As plain operations it needs no custom operator, but memory O(N E S).
+    """
+    visits, every = _Visits(order), slice(None)
+    u, dt, B, C = (visits.take(t, every) for t in (u, dt, B, C))
+    a = torch.exp(dt[..., None, :] * A)
+    x = (dt * u)[..., None, :] * B[..., None]
+    x = torch.cat([x[:, :1] + a[:, :1] * h0[:, None], x[:, 1:]], 1)
+    run = 1
+    while run < x.shape[1]:
+        x = torch.cat([x[:, :run], x[:, run:] + a[:, run:] * x[:, :-run]], 1)
+        a = torch.cat([a[:, :run], a[:, run:] * a[:, :-run]], 1)
+        run *= 2
+    y = (C[..., None] * x).sum(-2)
+    if order is not None:
+        there = order.argsort(-1).T * len(order) + torch.arange(len(order), device=order.device)
+        y = y.flatten(1, 2).index_select(1, there.reshape(-1)).unflatten(1, order.T.shape)
+    return y, x[:, -1]
+
+
 def selective_scan(
     u: Tensor,
     dt: Tensor,
@@ -199,7 +224,7 @@ def selective_scan(
     Returns:
         y `(B, N, E)` in u's type, each row at its position, and the last state `(B, E, S)`.
     """
-    dtype, unchanged = wide(u)
+    dtype = torch.promote_types(u.dtype, torch.float32)
     if B.dim() == 3:
         B, C = B[:, :, None], C[:, :, None]
     groups, s = B.shape[2:]
@@ -217,7 +242,7 @@ def selective_scan(
     if softplus:
         dt = F.softplus(dt.to(dtype))
     fused = kernel(u, "mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
-    with unchanged:
+    with full_precision(u):
         if fused is not None and state is None:  # that kernel always starts from zeros
             y, h = _fused(fused, u, dt, A, B, C, order)
         else:
@@ -228,7 +253,9 @@ def selective_scan(
             if state is None:
                 state = torch.zeros(b, e, s, dtype=dtype, device=u.device)
             state = state.to(dtype).unflatten(1, (groups, -1)).transpose(-1, -2).contiguous()
-            y, h = _SelectiveScan.apply(x, step, A, B, C, state, order)
+            traced = torch.compiler.is_compiling() or u.is_meta  # shapes alone: the fewest calls
+            scan = _traced_scan if traced else _SelectiveScan.apply
+            y, h = scan(x, step, A, B, C, state, order)
             y, h = y.flatten(2), h.transpose(-1, -2).flatten(1, 2)
     if D is not None:
         y = y + D * (u if u.shape[-1] == e else u.repeat(1, 1, groups))

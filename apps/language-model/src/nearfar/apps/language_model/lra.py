@@ -37,18 +37,20 @@ def make(
 @app.command()
 def train(
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder for the model; an interrupted run goes on there.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the model; an interrupted run goes on there.")
+    ],
     recipe: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="A setting: task=listops, steps=2000, model={num_hidden_layers: 2}."),
     ] = None,
-    accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     as_json: JsonOutput = False,
 ) -> None:
     """Train a classifier; the best validation accuracy chooses its weights."""
     chosen = read_recipe(ArenaRecipe, recipe, settings or ())
-    result = train_on_arena(chosen, data, out, accelerator, show_progress=messages.is_terminal)
+    result = train_on_arena(chosen, data, output, device, show_progress=messages.is_terminal)
     console.print(json.dumps(result, indent=2) if as_json else table([result]))
 
 

@@ -96,7 +96,7 @@ class ArenaModule(pl.LightningModule):
 
 
 def train_on_arena(
-    recipe: ArenaRecipe, data: str | Path, folder: str | Path, accelerator: str = "auto", show_progress: bool = False
+    recipe: ArenaRecipe, data: str | Path, folder: str | Path, device: str = "auto", show_progress: bool = False
 ) -> dict[str, Any]:
     """Train in `folder/run`, save the model of the best validation accuracy to `folder`; returns what came out."""
     parts = {
@@ -112,14 +112,14 @@ def train_on_arena(
     history = train(
         ArenaModule(model, recipe),
         *loaders,
-        max_epochs=epochs,
+        epochs=epochs,
         max_steps=recipe.steps,
         monitor="validation_accuracy",
         seed=recipe.seed,
         folder=Path(folder) / "run",
         settings={**dataclasses.asdict(recipe), "data": str(data)},
         show_progress=show_progress,
-        accelerator=accelerator,
+        device=device,
         gradient_clip_val=1.0,
     )
     model.save_pretrained(folder)

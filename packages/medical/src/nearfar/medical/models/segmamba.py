@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrUpBlock
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Checkpoint, count, loaded, read, rename
 from nearfar.core.errors import CheckpointError
 from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
@@ -51,6 +52,16 @@ class SegMamba(nn.Module):
     `forward(x)`: (B, C, *S) to logits (B, K, *S). Axes must be multiples of 16; with fixed `slices` these must also
     divide the positions of each stage (the published code mixes up the positions otherwise).
     """
+
+    CARD = Card(
+        "SegMamba",
+        "2401.13560",
+        "Mamba forwards, backwards and between slices in the encoder of a U-Net",
+        7.2e-6,
+        weights="released layout",
+        networks={"segmamba": {}},
+        dims=(2, 3),
+    )
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Checkpoint, count, loaded, read, rename
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
@@ -103,6 +104,16 @@ class UMamba(nn.Module):
 
     `forward(x)`: logits (B, K, *S); in training a list of them, finest first, each half as large as the one before.
     """
+
+    CARD = Card(
+        "U-Mamba",
+        "2401.04722",
+        "Mamba over the voxels, or the channels, of a residual U-Net's stages; sizes of nnU-Net plans",
+        9.0e-5,
+        weights="released layout",
+        networks={"umamba_bot": {"placement": "bottleneck"}, "umamba_enc": {"placement": "encoder"}},
+        dims=(2, 3),
+    )
 
     def __init__(
         self,
@@ -336,6 +347,35 @@ def read_plans(plans: str | Path | Mapping[str, Any], configuration: str, name: 
         "decoder_blocks_per_stage": decoder,
         "patch_size": plan["patch_size"],
     }
+
+
+def plan_recipe(path: str | Path, configuration: str, placement: str) -> dict[str, Any]:
+    """A training recipe of the app from nnU-Net's plans, with the axes as nearfar has them.
+
+    nnU-Net's arrays have the axes (z, y, x), permuted by the plan's `transpose_forward`; nearfar's are (x, y, z), and
+    its 2-D networks see planes of x and y. Raises UserError where a 2-D plan slices along another axis.
+    """
+    settings = read_plans(path, configuration, str(path))
+    plans = json.loads(Path(path).read_text(encoding="utf-8"))
+    forward, dims = plans.get("transpose_forward", [0, 1, 2]), settings.pop("dims")
+    if dims == 2 and forward[0] != 0:
+        raise UserError(f"{path}: its 2-D network sees slices across axis {forward[0]} of (z, y, x), not across z")
+    order = sorted(range(dims), key=lambda i: -forward[i + 3 - dims])  # network axes in the order x, y, z
+    turn = lambda values: [values[i] for i in order]  # noqa: E731
+    for name in ("kernel_sizes", "strides"):
+        settings[name] = [turn(each) for each in settings[name]]
+    roi = turn(settings.pop("patch_size"))
+    if placement == "encoder":
+        settings["patch_size"] = roi
+    recipe = {
+        "network": f"umamba_{ {'bottleneck': 'bot', 'encoder': 'enc'}[placement] }",
+        "settings": settings,
+        "roi": roi,
+    }
+    spacing = plans["configurations"][configuration].get("spacing")
+    if spacing is not None and len(spacing) == dims == 3:
+        recipe["spacing"] = turn(spacing)
+    return recipe
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Checkpoint, count, loaded, read, rename
 from nearfar.core.errors import CheckpointError
 from nearfar.ops.common.layers import ChannelNorm, DropPath
@@ -50,6 +51,16 @@ class VMUNet(nn.Module):
     on a single output and cuts odd maps, so that its mask is smaller than such an image.)
     """
 
+    CARD = Card(
+        "VM-UNet",
+        "2402.02491",
+        "a U-Net of selective scans in four directions",
+        6.9e-7,
+        weights="released layout; starts from VMamba's",
+        networks={"vmunet": {}},
+        dims=(2,),
+    )
+
     def __init__(
         self,
         num_classes: int = 1,
@@ -80,10 +91,10 @@ class VMUNet(nn.Module):
         self.patch_norm = ChannelNorm(widths[0], EPS)
         options = {"d_state": d_state, "scan": scan}
         stack = lambda width, rates: nn.Sequential(*(VSSBlock(width, rate, **options) for rate in rates))  # noqa: E731
-        rates = torch.linspace(0, drop_path, sum(depths)).split(list(depths))
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
         self.encoder = nn.ModuleList(stack(w, r.tolist()) for w, r in zip(widths, rates))
         self.merges = nn.ModuleList(PatchMerge(w, EPS, odd="refuse") for w in widths[:-1])
-        rates = torch.linspace(drop_path, 0, sum(decoder_depths)).split(list(decoder_depths))
+        rates = torch.linspace(drop_path, 0, sum(decoder_depths), device="cpu").split(list(decoder_depths))
         self.decoder = nn.ModuleList(stack(w, r.tolist()) for w, r in zip(widths[::-1], rates))
         self.expands = nn.ModuleList(PatchExpand(w, w // 2, 2, EPS) for w in widths[:0:-1])
         self.last_expand = PatchExpand(widths[0], widths[0] // 4, 4, EPS)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio, rename
 from nearfar.ops.common.layers import GELU, ChannelNorm, DropPath
 from nearfar.ops.recurrence.directional_mamba import SS2D, released_ss2d
@@ -65,6 +66,15 @@ class VMamba(Backbone):
         global_pool: timm's pooling name; "" for none.
         scan: False puts the identity in the scans' place, for ablation.
     """
+
+    CARD = Card(
+        "VMamba",
+        "2401.10166",
+        "selective scans of the map in four directions",
+        2.1e-6,
+        weights="released layouts of both forms",
+        small={"vmamba_tiny_s1l8": {"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 128)}},
+    )
 
     RULES = (
         (r"layers\.(\d+)\.downsample\.1\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.0."),

@@ -1,0 +1,82 @@
+"""VMamba: contracts, the surface, both forms, checkpoints under the older names, the ablation."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from nearfar.core.contracts import shipped
+from nearfar.vision.contracts.mamba_medical import build_contract
+from nearfar.vision.models.vmamba import VMamba
+from tests.vision.base import BackboneTester, check_contract, close, randomise
+
+FIRST: dict[str, Any] = {
+    "stem": "patches",
+    "d_state": 4,
+    "ssm_ratio": 2.0,
+    "conv_bias": True,
+    "gate": True,
+    "mlp_ratio": 0.0,
+}
+
+
+class TestVMamba(BackboneTester):
+    model = VMamba
+    name = "vmamba_tiny_s1l8"
+    tiny: ClassVar = {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)}
+    least: ClassVar = {"depths": (1, 1), "dims": (16, 32)}
+
+
+class TestFirstForm(BackboneTester):
+    model = VMamba
+    name = "vanilla_vmamba_tiny"
+    tiny: ClassVar = {"depths": (1, 1, 1, 1), "dims": (16, 32, 64, 128)}
+    least: ClassVar = {"depths": (1, 1), "dims": (16, 32), **FIRST}
+
+
+@pytest.mark.parametrize("path", [p for p in shipped("mamba-medical") if "--vmamba" in p.name], ids=lambda p: p.stem)
+def test_contract(path: Path) -> None:
+    check_contract(path, build_contract)
+
+
+@torch.no_grad()
+def test_older_names_and_pointwise_convolutions() -> None:
+    model = randomise(VMamba((1, 1), (8, 16), num_classes=3, **FIRST))
+    x = torch.randn(1, 3, 40, 36)
+    old = {}
+    for name, value in model.state_dict().items():
+        for new, was in (
+            ("stem.0.", "patch_embed.proj."),
+            ("stem.1.", "patch_embed.norm."),
+            ("stages.1.downsample.", "layers.0.downsample."),
+            ("stages.", "layers."),
+            (".mixer.scan.x_proj", ".self_attention.x_proj_weight"),
+            (".mixer.scan.dt_proj", ".self_attention.dt_projs_weight"),
+            (".mixer.scan.dt_bias", ".self_attention.dt_projs_bias"),
+            (".mixer.scan.A_log", ".self_attention.A_logs"),
+            (".mixer.scan.D", ".self_attention.Ds"),
+            (".mixer.conv.", ".self_attention.conv2d."),
+            (".mixer.", ".self_attention."),
+            (".blocks.0.norm.", ".blocks.0.ln_1."),
+            ("head.norm.", "norm."),
+            ("head.fc.", "head."),
+        ):
+            name = name.replace(new, was)
+        if name.endswith(("A_logs", "Ds")):
+            value = value.flatten(0, 1)
+        elif name.endswith("_proj.weight"):
+            value = value[..., None, None]
+        old[name] = value
+    close(VMamba.from_published({"model_ema": old, "model": {}})(x), model(x), 1e-6)
+
+
+def test_without_scans_a_pixel_reaches_no_further_than_the_convolutions() -> None:
+    settings = {"depths": (1,), "dims": (16,), "num_classes": 0, "global_pool": ""}
+    reach = {}
+    for scan in (True, False):
+        model = randomise(VMamba(**settings, scan=scan))
+        x = torch.randn(1, 3, 64, 64, requires_grad=True)
+        model.forward_features(x)[0, :, 0, 0].sum().backward()
+        reach[scan] = x.grad[0, :, 32:, 32:].abs().max() > 0
+    assert reach == {True: True, False: False}
