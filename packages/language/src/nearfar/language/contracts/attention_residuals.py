@@ -18,7 +18,6 @@ from nearfar.language.modeling import MixerForCausalLM
 from nearfar.language.registry import MIXERS, STATE_MIXERS, build
 from nearfar.ops.aggregation.depth_attention import DepthAttention
 
-
 KDA = {"kda_heads": "num_heads", "kda_head_dim": "head_dim", "conv_kernel": "conv_size"}
 """Setting of a contract -> what the mixer's tensors tell."""
 
