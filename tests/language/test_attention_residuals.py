@@ -49,7 +49,7 @@ def test_a_kimi_checkpoint_of_the_first_release_loads():
             split[name.replace(".mlp.", ".block_sparse_moe.")] = value
         else:
             split[name.replace("forget_gate.", "")] = value
-    settings = contract.settings | {"tie_embeddings": False}
+    settings = {**contract.settings, "tie_embeddings": False}
     models = [MixerForCausalLM.from_published(s, **settings) for s in (state, split)]
     ids = contract.input_tensors()[0]
     with torch.no_grad():

@@ -109,7 +109,7 @@ def slow_run(embedding, attends, layers, size, window=None):  # noqa: RET503
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 10, 12])
-@pytest.mark.parametrize("how", [{}, {"two_phase": False}, {"window": 2}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"two_phase": True}, {"window": 2}], ids=str)
 @pytest.mark.parametrize("heads", [1, 3])
 def test_blocks(size, how, heads):
     attends = [shaken(DepthAttention(D, num_heads=heads)) for _ in range(11)]
@@ -131,8 +131,8 @@ def test_without_gradients_two_phases_are_the_same():
     attends, layers = [shaken(DepthAttention(D)) for _ in range(7)], [torch.randn(D, D) for _ in range(6)]
     x = torch.randn(2, 5, D)
     with torch.no_grad():
-        expected = run(x, attends, layers, 4, two_phase=False)
-        torch.testing.assert_close(run(x, attends, layers, 4), expected, rtol=1e-12, atol=1e-12)
+        expected = run(x, attends, layers, 4)
+        torch.testing.assert_close(run(x, attends, layers, 4, two_phase=True), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_large_logits_do_not_overflow():

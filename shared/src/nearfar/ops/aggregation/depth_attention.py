@@ -21,7 +21,7 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, key, eps, scales, *sources):
-        logits = torch.stack([torch.einsum("...hc,hc->...h", v, key) * s[..., None] for v, s in zip(sources, scales)])
+        logits = torch.stack([project(v, key) * s[..., None] for v, s in zip(sources, scales)])
         p = logits.softmax(0)
         out = sources[0] * p[0, ..., None]
         for v, weight in zip(sources[1:], p[1:]):
@@ -36,18 +36,29 @@ class _Mix(torch.autograd.Function):
         key, logits, p, *rest = ctx.saved_tensors
         n = len(p)
         scales, sources = rest[:n], rest[n:]
-        along = torch.stack([torch.einsum("...hc,...hc->...h", grad, v) for v in sources])
+        along = torch.stack([torch.linalg.vecdot(grad, v) for v in sources])
         slope = p * (along - (p * along).sum(0))  # of the logits
         size = key.numel()
         grad_key, grads = torch.zeros_like(key), []
         for v, s, weight, dl, logit in zip(sources, scales, p, slope, logits):
             s = s[..., None]
-            grad_key += torch.einsum("...hc,...h->hc", v, dl * s)
+            step = dl * s
+            if len(key) == 1:
+                grad_key += (v.flatten(0, -3).flatten(1).mT @ step.flatten()).view(key.shape)
+            else:
+                grad_key += torch.einsum("...hc,...h->hc", v, step)
             g = grad * weight[..., None]
-            g.addcmul_((dl * s)[..., None], key)
-            shrink = (dl * logit).sum(-1, keepdim=True) * s * s / size  # the norm's own slope
-            grads.append(g.sub_(shrink[..., None] * v))
+            g.addcmul_(step[..., None], key)
+            shrink = (dl * logit).sum(-1, keepdim=True) * s * s / -size  # the norm's own slope
+            grads.append(g.addcmul_(v, shrink[..., None]))
         return grad_key, None, None, *grads
+
+
+def project(v: Tensor, key: Tensor) -> Tensor:
+    """`(..., h)`, each head's product with its key."""
+    if len(key) == 1:
+        return (v.flatten(-2) @ key.flatten())[..., None]
+    return torch.einsum("...hc,hc->...h", v, key)
 
 
 class DepthAttention(nn.Module):
@@ -174,7 +185,8 @@ class DepthResiduals:
 
     Queries do not depend on data, so `two_phase` computes what all sub-layers of a block take from the finished
     blocks at once, and adds the sum so far to each by an online softmax: the same numbers, each finished source read
-    once per block. `window`: only the last so many sources and the embedding (an ablation).
+    once per block. In plain PyTorch that does not pay on a CPU, so it is off. `window`: only the last so many sources
+    and the embedding (an ablation).
     """
 
     def __init__(
@@ -182,7 +194,7 @@ class DepthResiduals:
         embedding: Tensor,
         attends: Iterable[nn.Module],
         block_size: int = 1,
-        two_phase: bool = True,
+        two_phase: bool = False,
         window: int | None = None,
     ) -> None:
         if block_size < 1 or (block_size > 1 and block_size % 2):

@@ -18,6 +18,9 @@ from nearfar.language.modeling import MixerForCausalLM
 from nearfar.language.registry import MIXERS, STATE_MIXERS, build
 from nearfar.ops.aggregation.depth_attention import DepthAttention
 
+KDA = {"kda_heads": "num_heads", "kda_head_dim": "head_dim", "conv_kernel": "conv_size"}
+"""Setting of a contract -> what the mixer's tensors tell."""
+
 
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The model or operator of an attention-residuals contract."""
@@ -34,6 +37,9 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     dim = contract.inputs[0]["shape"][-1]
     if "o_proj.weight" in shapes:
         choice, table = layout.mixer(shapes, settings), MIXERS
+        told = {n: choice[m] for n, m in KDA.items() if m in choice and choice["type"] == "kda"}
+        contract.require(hidden=dim, l2norm_eps=1e-6, **told)
+        contract.document("op")
         require_mixer(contract, choice, dim)
         ours = layout.below(layout.layer_state({f"self_attn.{n}": v for n, v in attention.items()}), "mixer.")
         return loaded(build(choice, table, "mixer", dim=dim), ours)
@@ -66,6 +72,10 @@ class Aggregation(nn.Module):
     def __init__(self, contract: Contract) -> None:
         super().__init__()
         state, settings = contract.state(), contract.settings
+        contract.require(
+            hidden=state["query"].numel(), sources=len(contract.inputs), output_rmsnorm="out_norm.weight" in state
+        )
+        contract.document("op", "output")
         text = " ".join(str(settings.get(name, "")) for name in ("key_norm", "query"))
         eps = re.search(r"eps ([\d.e-]+)", text)
         factor = re.search(r"multiplied by ([\d.]+)", text)
