@@ -15,6 +15,7 @@ from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv
 from nearfar.core.plots import COLORS, new_figure, style
+from nearfar.core.recipes import read_recipe
 from nearfar.vision.forecasting.fields import Statistics, open_fields
 from nearfar.vision.forecasting.forecastnet import ForecastNet
 from nearfar.vision.forecasting.scores import evaluate as score
@@ -112,7 +113,6 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Learn the next field from the one before; the epoch is chosen on the last part of the series."""
-    from nearfar.core.recipes import read_recipe
     from nearfar.vision.forecasting.training import Recipe, train_forecaster
 
     chosen: Recipe = read_recipe(Recipe, recipe, settings or ())
