@@ -215,9 +215,9 @@ register(ConvShareViT, CONVSHAREVITS)
 def to_optical(model: nn.Module, *, skip: Sequence[str] = ("head",)) -> nn.Module:
     """A copy of a vision transformer whose linear layers are convolutions with shared kernels, the same function.
 
-    For models that apply their linear layers to tokens, as plain transformers do. Every `nn.Linear` becomes a `SharedConv` with kernels as large as the picture of its features (12 x 16 for 192),
-    but those whose names start with one of `skip`: a classifier sees one vector, not tokens. timm's transformers, ours
-    and any other that call their linear layers are taken.
+    For models that apply their linear layers to tokens, as plain transformers do (timm's, ours, any other). Every
+    `nn.Linear` becomes a `SharedConv` with kernels as large as the picture of its features (12 x 16 for 192), but those
+    whose names start with one of `skip`: a classifier sees one vector, not tokens.
     """
     return _replaced(
         model, lambda name, m: type(m) is nn.Linear and not name.startswith(tuple(skip)), SharedConv.from_linear
