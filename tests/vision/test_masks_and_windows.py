@@ -251,7 +251,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="allowed are qkv, proj, mlp"):
         ConvShareViT(parts=("head",))
     with pytest.raises(ValueError, match="do not divide"):
-        ConvShareViT(36, 1, 2, kernel_size=4)
+        ConvShareViT(36, 1, 2, kernel_size=2)
     with pytest.raises(ValueError, match="no layer to convert"):
         to_optical(nn.ReLU())
     with pytest.raises(ValueError, match="differ in length"):

@@ -1,6 +1,8 @@
 """`nearfar grid-forecast`: train, run and score forecasts of gridded fields."""
 
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -222,7 +224,8 @@ def load(folder: Path) -> tuple[ForecastNet, Statistics]:
     statistics = Statistics.load(folder)
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"{folder}: its training has not ended; call `train` with the same arguments to go on")
-    return ForecastNet.from_pretrained(folder).eval(), statistics
+    with redirect_stdout(sys.stderr):  # the hub's mixin prints where it loads from
+        return ForecastNet.from_pretrained(folder).eval(), statistics
 
 
 def draw(names: list[str], columns: list[tuple[str, np.ndarray]]) -> Figure:
