@@ -197,7 +197,7 @@ def test_training_beats_persistence_and_climatology(water: Path, tmp_path: Path)
     assert history[-1]["train_loss"] < 0.7 * history[0]["train_loss"]
     rows = evaluate(net, fields.part(70, 90), statistics, [1, 4])
     for lead in (1, 4):
-        error = {name: 0.0 for name in ("net", "persistence", "climatology")}
+        error = dict.fromkeys(("net", "persistence", "climatology"), 0.0)
         for row in rows:
             error[row["forecast"]] += row["RMSE"] * (row["lead"] == lead)  # over the variables, which are of one size
         assert error["net"] < min(error["persistence"], error["climatology"]), (lead, error)
