@@ -166,13 +166,17 @@ def test_tic_block_shifts_channels_and_back() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "nearfar_convit_tiny"])
-def test_there_and_back(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("vit_tiny_patch16_224", {"embed_dim": 48}),
+        ("deit_tiny_distilled_patch16_224", {"embed_dim": 48}),
+        ("dhvt_tiny_cifar_patch4", {"dim": 48}),
+    ],
+)
+def test_there_and_back(name: str, settings: dict[str, int]) -> None:
     """ViT -> convolutions -> ViT: the same logits, the same numbers, the same weights at the end."""
-    vit = timm.create_model(
-        name, img_size=32, depth=2, num_classes=4, **({"local_layers": 1} if "conv" in name else {})
-    )
-    vit = vit.eval()
+    vit = timm.create_model(name, img_size=32, depth=2, num_classes=4, **settings).eval()
     x = torch.randn(2, 3, 32, 32)
     optical = to_optical(vit)
     assert any(isinstance(m, SharedConv) for m in optical.modules())
@@ -193,7 +197,7 @@ def test_there_and_back(name: str) -> None:
 
 @torch.no_grad()
 def test_light_with_few_levels_is_near() -> None:
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4).eval()
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4, embed_dim=48).eval()
     x = torch.randn(1, 3, 32, 32)
     error = lambda bits: float((in_light(to_optical(vit), bits=bits)(x) - vit(x)).norm() / vit(x).norm())  # noqa: E731
     assert error(14) < error(6) < 1
@@ -247,7 +251,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="allowed are qkv, proj, mlp"):
         ConvShareViT(parts=("head",))
     with pytest.raises(ValueError, match="do not divide"):
-        ConvShareViT(36, 1, 2, kernel_size=4)
+        ConvShareViT(36, 1, 2, kernel_size=2)
     with pytest.raises(ValueError, match="no layer to convert"):
         to_optical(nn.ReLU())
     with pytest.raises(ValueError, match="differ in length"):

@@ -1,6 +1,8 @@
 """`nearfar grid-forecast`: train, run and score forecasts of gridded fields."""
 
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,7 @@ from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv
 from nearfar.core.plots import COLORS, new_figure, style
+from nearfar.core.recipes import read_recipe
 from nearfar.vision.forecasting.fields import Statistics, open_fields
 from nearfar.vision.forecasting.forecastnet import ForecastNet
 from nearfar.vision.forecasting.scores import evaluate as score
@@ -112,7 +115,6 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Learn the next field from the one before; the epoch is chosen on the last part of the series."""
-    from nearfar.core.recipes import read_recipe
     from nearfar.vision.forecasting.training import Recipe, train_forecaster
 
     chosen: Recipe = read_recipe(Recipe, recipe, settings or ())
@@ -222,7 +224,8 @@ def load(folder: Path) -> tuple[ForecastNet, Statistics]:
     statistics = Statistics.load(folder)
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"{folder}: its training has not ended; call `train` with the same arguments to go on")
-    return ForecastNet.from_pretrained(folder).eval(), statistics
+    with redirect_stdout(sys.stderr):  # the hub's mixin prints where it loads from
+        return ForecastNet.from_pretrained(folder).eval(), statistics
 
 
 def draw(names: list[str], columns: list[tuple[str, np.ndarray]]) -> Figure:

@@ -69,17 +69,24 @@ def relative_l2(forecast: Tensor, truth: Tensor) -> Tensor:
 
 
 class Windows(Dataset):
-    """Normalised stretches of steps + 1 fields, (steps + 1, C, H, W)."""
+    """Normalised stretches of steps + 1 fields, (steps + 1, C, H, W); a series of up to `memory` bytes is read once."""
 
-    def __init__(self, fields: Fields, statistics: Statistics, steps: int) -> None:
+    def __init__(self, fields: Fields, statistics: Statistics, steps: int, memory: int = 2**29) -> None:
         self.fields, self.statistics, self.steps = fields, statistics, steps
+        fits = 4 * len(fields) * statistics.climatology.size <= memory
+        self.held = np.stack([self.read(i) for i in range(len(fields))]) if fits else None
+
+    def read(self, index: int) -> np.ndarray:
+        return self.statistics.normalise(self.fields.read(index)).astype(np.float32)
 
     def __len__(self) -> int:
         return max(len(self.fields) - self.steps, 0)
 
     def __getitem__(self, index: int) -> Tensor:
-        fields = [self.statistics.normalise(self.fields.read(index + i)) for i in range(self.steps + 1)]
-        return torch.from_numpy(np.stack(fields))
+        times = range(index, index + self.steps + 1)
+        if self.held is not None:
+            return torch.from_numpy(self.held[times.start : times.stop])
+        return torch.from_numpy(np.stack([self.read(i) for i in times]))
 
 
 class Forecaster(pl.LightningModule):

@@ -73,9 +73,13 @@ class ConvShareBlock(nn.Module):
     def narrowing(
         hidden: int, dim: int, kernel_size: int | None, padding: str, tokens: int | None, parts: Sequence[str]
     ) -> nn.Module:
-        """The second map of the MLP: kernels that keep the size cannot narrow, so it stays linear with them."""
-        convolve = "mlp" in parts and not (padding == "same" and hidden > dim)
-        return feature_map(hidden, dim, kernel_size, padding, tokens, convolve)
+        """The second map of the MLP, with kernels as large as the picture where smaller ones cannot narrow it."""
+        if "mlp" in parts and kernel_size is not None:
+            kernel = tuple(min(kernel_size, n) for n in picture_of(hidden))
+            probe = SharedConv(picture_of(hidden), 1, kernel, padding=padding)
+            if dim % probe.out_features:
+                kernel_size, padding = None, "valid"
+        return feature_map(hidden, dim, kernel_size, padding, tokens, "mlp" in parts)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
@@ -211,9 +215,9 @@ register(ConvShareViT, CONVSHAREVITS)
 def to_optical(model: nn.Module, *, skip: Sequence[str] = ("head",)) -> nn.Module:
     """A copy of a vision transformer whose linear layers are convolutions with shared kernels, the same function.
 
-    Every `nn.Linear` becomes a `SharedConv` with kernels as large as the picture of its features (12 x 16 for 192),
-    but those whose names start with one of `skip`: a classifier sees one vector, not tokens. timm's transformers, ours
-    and any other that call their linear layers are taken.
+    For models that apply their linear layers to tokens, as plain transformers do (timm's, ours, any other). Every
+    `nn.Linear` becomes a `SharedConv` with kernels as large as the picture of its features (12 x 16 for 192), but those
+    whose names start with one of `skip`: a classifier sees one vector, not tokens.
     """
     return _replaced(
         model, lambda name, m: type(m) is nn.Linear and not name.startswith(tuple(skip)), SharedConv.from_linear
