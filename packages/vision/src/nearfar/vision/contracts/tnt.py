@@ -39,6 +39,8 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     state, settings = contract.state(), contract.settings
     contract.document("inner_blocks", "relative_position", "head", "stem")
     contract.require(layernorm_eps=1e-5, batchnorm_eps=1e-5, activation="exact GELU")
+    # shapes tell the stem's form and where words and tables are; the number of sentences is the input's
+    contract.document("stem", "inner_blocks", "relative_position", "sentences")
     if "conv.0.weight" in state:
         out_dim, dim = state["conv.0.weight"].shape[:2]
         contract.require(dim_in=dim, dim_out=out_dim, stride=2, words=[WORDS, WORDS])
@@ -54,7 +56,12 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         block = {name.removeprefix("blocks.0."): value for name, value in renamed.items()}
         dim, word_dim = len(block["outer.norm1.weight"]), len(block["inner.norm1.weight"])
         contract.require(
-            outer_dim=dim, inner_dim=word_dim, words=WORDS**2, qkv_bias="outer.attn.qkv.bias" in block, class_token=True
+            outer_dim=dim,
+            inner_dim=word_dim,
+            words=WORDS**2,
+            mlp_ratio=ratio(len(block["outer.mlp.fc1.bias"]), dim),
+            qkv_bias="outer.attn.qkv.bias" in block,
+            class_token=True,
         )
         sentences = contract.inputs[-1]["shape"][1] - 1
         contract.require(mlp_ratio=ratio(len(block["outer.mlp.fc1.bias"]), dim), sentences=sentences)
@@ -71,6 +78,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     heads = {"num_heads": settings.get("outer_heads"), "word_heads": settings.get("inner_heads")}
     heads = {name: n[0] if isinstance(n, list) else n for name, n in heads.items() if n is not None}
     if "patch_embed.common_conv.0.weight" not in state:
+        contract.require_text(head="class token")
         model = TNT.from_published(state, **heads)
         block = model.blocks[0]
         contract.require(
@@ -86,6 +94,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
             image_size=list(model.img_size),
         )
         return model
+    contract.require_text(head="mean over tokens after LayerNorm")
     model = PyramidTNT.from_published(state, **heads)
     blocks = [stage.blocks[0] for stage in model.stages]
     contract.require(
