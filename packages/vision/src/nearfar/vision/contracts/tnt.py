@@ -37,10 +37,9 @@ class Named(nn.Module):
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """TNT, PyramidTNT, one block of TNT, pooled attention or the merging of words, that a contract describes."""
     state, settings = contract.state(), contract.settings
-    contract.document("inner_blocks", "relative_position", "head", "stem")
     contract.require(layernorm_eps=1e-5, batchnorm_eps=1e-5, activation="exact GELU")
     # shapes tell the stem's form and where words and tables are; the number of sentences is the input's
-    contract.document("stem", "inner_blocks", "relative_position", "sentences")
+    contract.document("stem", "inner_blocks", "relative_position", "head", "sentences")
     if "conv.0.weight" in state:
         out_dim, dim = state["conv.0.weight"].shape[:2]
         contract.require(dim_in=dim, dim_out=out_dim, stride=2, words=[WORDS, WORDS])
@@ -78,7 +77,6 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     heads = {"num_heads": settings.get("outer_heads"), "word_heads": settings.get("inner_heads")}
     heads = {name: n[0] if isinstance(n, list) else n for name, n in heads.items() if n is not None}
     if "patch_embed.common_conv.0.weight" not in state:
-        contract.require_text(head="class token")
         model = TNT.from_published(state, **heads)
         block = model.blocks[0]
         contract.require(
@@ -94,7 +92,6 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
             image_size=list(model.img_size),
         )
         return model
-    contract.require_text(head="mean over tokens after LayerNorm")
     model = PyramidTNT.from_published(state, **heads)
     blocks = [stage.blocks[0] for stage in model.stages]
     contract.require(
