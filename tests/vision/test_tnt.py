@@ -86,7 +86,7 @@ class TestPyramidTNT(TokenTester):
     def test_tables_of_pairs_are_resized_over_both_grids(self) -> None:
         model = self.create(img_size=128)
         table = model.stages[0].pairs
-        flat = torch.linspace(0, 1, table.grid.shape[1])[None, :, None, None, None].expand_as(table.grid)
+        flat = torch.linspace(0, 1, table.grid.shape[1])[None, :, None, None, None, None].expand_as(table.grid)
         table.grid.copy_(flat)  # a ramp over the rows of queries stays one
         bias = table.bias((8, 8)).unflatten(2, (8, 8))
         assert bias.shape == (1, 2, 8, 8, 4)

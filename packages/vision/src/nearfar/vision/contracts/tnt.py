@@ -37,8 +37,9 @@ class Named(nn.Module):
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """TNT, PyramidTNT, one block of TNT, pooled attention or the merging of words, that a contract describes."""
     state, settings = contract.state(), contract.settings
-    contract.document("inner_blocks", "relative_position", "head", "stem")
     contract.require(layernorm_eps=1e-5, batchnorm_eps=1e-5, activation="exact GELU")
+    # shapes tell the stem's form and where words and tables are; the number of sentences is the input's
+    contract.document("stem", "inner_blocks", "relative_position", "head", "sentences")
     if "conv.0.weight" in state:
         out_dim, dim = state["conv.0.weight"].shape[:2]
         contract.require(dim_in=dim, dim_out=out_dim, stride=2, words=[WORDS, WORDS])
@@ -54,7 +55,12 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         block = {name.removeprefix("blocks.0."): value for name, value in renamed.items()}
         dim, word_dim = len(block["outer.norm1.weight"]), len(block["inner.norm1.weight"])
         contract.require(
-            outer_dim=dim, inner_dim=word_dim, words=WORDS**2, qkv_bias="outer.attn.qkv.bias" in block, class_token=True
+            outer_dim=dim,
+            inner_dim=word_dim,
+            words=WORDS**2,
+            mlp_ratio=ratio(len(block["outer.mlp.fc1.bias"]), dim),
+            qkv_bias="outer.attn.qkv.bias" in block,
+            class_token=True,
         )
         sentences = contract.inputs[-1]["shape"][1] - 1
         contract.require(mlp_ratio=ratio(len(block["outer.mlp.fc1.bias"]), dim), sentences=sentences)

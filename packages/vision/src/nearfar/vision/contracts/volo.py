@@ -53,10 +53,9 @@ class Losses(nn.Module):
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network or its two classifiers, outlook attention, a class block, or the loss, that a contract describes."""
     state, settings = contract.state(), contract.settings
-    contract.document("position_embedding", "heads_out", "eval_output")
     if not state:
-        tokens, classes = contract.inputs[1]["shape"][-2:]
-        contract.require(tokens=tokens, classes=classes)
+        _, patches, classes = contract.inputs[1]["shape"]
+        contract.require(tokens=patches, classes=classes)
         loss = TokenLabelLoss(settings["dense_weight"], settings["cls_weight"], settings["ground_truth_mix"])
         return Losses(loss)
     if "attn.weight" in state and "v.weight" in state:
@@ -95,4 +94,10 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         num_classes=model.num_classes,
         image_size=list(model.img_size),
     )
-    return Dense(model) if contract.outputs[0]["name"] == "out.cls" else model
+    contract.document("position_embedding", "heads_out")  # shapes and outputs tell
+    if contract.outputs[0]["name"] == "out.cls":
+        contract.document("eval_output")
+        return Dense(model)
+    if "max" not in settings.get("eval_output", "max"):
+        model.aux_head = None  # the class token's logits alone
+    return model
