@@ -43,7 +43,7 @@ class TestVMamba(VMambaTester):
 
 
 class TestFirstForm(VMambaTester):
-    name = "vanilla_vmamba_tiny"
+    name = "vmamba_tiny_v0"
     tiny: ClassVar = {"depths": (1, 1, 1, 1), "dims": (16, 32, 64, 128)}
     least: ClassVar = {"depths": (1, 1), "dims": (16, 32), **FIRST}
 
