@@ -1,6 +1,6 @@
 """Time nearfar's backbones against timm's and transformers' in one run.
 
-    python benchmarks/backbones.py [--device cuda] [--repeats 5] [--csv results.csv]
+    python benchmarks/backbones.py [--device cuda] [--repeats 5] [--models NAME ...] [--csv results.csv]
 
 Forward passes of 1 and 8 pictures at 224 in inference mode, and one training step of 8 pictures at 64 (64 for all,
 so that convolutional and attention networks share a size). Models take turns within every repeat, so that a slow
@@ -17,7 +17,7 @@ import csv
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import timm
@@ -27,9 +27,25 @@ from torch import Tensor, nn
 
 from nearfar.vision.cost import macs, peak_memory
 from nearfar.vision.models.convnext import ConvNeXt
+from nearfar.vision.models.registry import MODELS
 
 OURS = ("nearfar_convnext_tiny", "hornet_tiny_7x7", "hornet_tiny_gf", "lsnet_t", "attnet_xxs", "attnet_t1",
-        "transxnet_t", "overlock_xt")  # fmt: skip
+        "transxnet_t", "overlock_xt", "rmt_t", "biformer_tiny", "nearfar_halonet26t")  # fmt: skip
+SAME_WEIGHTS = {
+    "nearfar_volo_d1_224": "volo_d1_224",
+    "nearfar_convit_tiny": "convit_tiny",
+    "nearfar_convit_small": "convit_small",
+    "nearfar_tnt_s_patch16_224": "tnt_s_patch16_224",
+    "cvt_13": "transformers cvt",
+}
+"""Ours and the peer's model whose weights it holds."""
+
+BASE = "timm convnext_tiny"
+"""The model in whose units ratios are."""
+
+FIXED_SIZE = ("swin", "vit", "volo", "tnt")
+"""Models of timm whose size is fixed at construction."""
+
 PEERS = ("convnext_tiny", "swin_tiny_patch4_window7_224", "efficientnet_b0", "vit_small_patch16_224")
 
 
@@ -44,8 +60,8 @@ class Logits(nn.Module):
         return self.model(x).logits
 
 
-def models() -> dict[str, nn.Module]:
-    """All models; our ConvNeXt-T, plain and fused, holds the weights of timm's."""
+def models(only: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """All models, or those named; our ConvNeXt-T and `SAME_WEIGHTS`, plain and fused, hold their peers' weights."""
     torch.manual_seed(0)
     convnext = timm.create_model("convnext_tiny", ls_init_value=1.0)
     found: dict[str, nn.Module] = {"timm convnext_tiny": convnext}
@@ -58,8 +74,17 @@ def models() -> dict[str, nn.Module]:
             found[name] = ConvNeXt.from_published(convnext.state_dict())
         else:
             found[name] = timm.create_model(name)
-    found |= {f"{name} fused": copy.deepcopy(found[name]).fuse() for name in OURS}
-    return found
+    for ours, peer in SAME_WEIGHTS.items():
+        if peer == "transformers cvt":
+            theirs = transformers.CvtForImageClassification(transformers.CvtConfig(num_labels=1000))
+            found[peer] = Logits(theirs)
+            settings = {"activation": "gelu"}  # theirs, not the one that the published weights were trained with
+        else:
+            theirs, settings = timm.create_model(peer), {}
+            found[f"timm {peer}"] = theirs
+        found[ours] = MODELS[ours].from_published(theirs.state_dict(), **settings)
+    found |= {f"{name} fused": copy.deepcopy(found[name]).fuse() for name in (*OURS, *SAME_WEIGHTS)}
+    return {name: model for name, model in found.items() if not only or name in (BASE, *only)}
 
 
 def timed(action: Callable[[], object], device: str) -> float:
@@ -90,12 +115,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8))
+    parser.add_argument(
+        "--models", nargs="+", default=(), help="only these rows of the table, beside timm's ConvNeXt-T"
+    )
     parser.add_argument("--csv", help="also write the table to this file")
     options = parser.parse_args()
     device = options.device
     torch.manual_seed(0)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    entries = {name: model.to(device, memory_format=layout).eval() for name, model in models().items()}
+    entries = {name: model.to(device, memory_format=layout).eval() for name, model in models(options.models).items()}
     rows: dict[str, dict] = {}
     for name, model in entries.items():
         plain = name.removesuffix(" fused")
@@ -110,7 +138,7 @@ def main() -> None:
             for name, action in actions.items():
                 action()
                 times[name].append(timed(action, device))
-        base = statistics.median(times["timm convnext_tiny"])
+        base = statistics.median(times[BASE])
         for name, values in times.items():
             rows[name][f"{label} ms"] = statistics.median(values)
             rows[name][f"{label} ratio"] = statistics.median(values) / base
@@ -122,19 +150,19 @@ def main() -> None:
             measure(f"forward {batch}x224", {name: partial(model, x) for name, model in entries.items()}, repeats)
             for row in rows.values():
                 row[f"forward {batch}x224 GMAC/s"] = batch * row["gmacs"] / row[f"forward {batch}x224 ms"] * 1e3
-                base = rows["timm convnext_tiny"][f"forward {batch}x224 GMAC/s"]
+                base = rows[BASE][f"forward {batch}x224 GMAC/s"]
                 row[f"forward {batch}x224 MAC ratio"] = base / row[f"forward {batch}x224 GMAC/s"]
     x = torch.randn(8, 3, 64, 64, device=device).to(memory_format=layout)
     steps = {}
     for name, model in entries.items():
         if "fused" in name:
             continue
-        if "swin" in name or "vit" in name:  # their size is fixed at construction
+        if name.startswith("timm ") and any(kind in name for kind in FIXED_SIZE):
             model = timm.create_model(name.split()[1], img_size=64).to(device)
         steps[name] = training_step(model.train(), x)
     measure("train 8x64", steps, options.repeats)
 
-    columns = list(rows["nearfar_convnext_tiny"])
+    columns = list(rows[BASE])
     print(f"{torch.get_num_threads()} threads, {device}, torch {torch.__version__}, timm {timm.__version__}")
     print("\t".join(columns))
     for row in rows.values():

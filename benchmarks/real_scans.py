@@ -88,7 +88,7 @@ def main() -> None:
         train = [case for case in collection.cases if case not in (*test, *tune)]
         name, fit = "Frangi filter", frangi_baseline
     start = time.perf_counter()
-    segmenter, _ = train_segmenter(collection, recipe, options.output / "model", train_cases=train, accelerator="cpu")
+    segmenter, _ = train_segmenter(collection, recipe, options.output / "model", train_cases=train, device="cpu")
     seconds = time.perf_counter() - start
     print(
         f"{len(train)} training, {len(test)} test images; training {seconds:.0f} s, {torch.get_num_threads()} threads"

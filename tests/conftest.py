@@ -1,11 +1,13 @@
 """Fixtures for all tests."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY))  # tests import `tests.vision.base` however pytest is started
 DATA = REPOSITORY.parent / "shared" / "data"
 """Real recordings, pictures and texts that some tests use where they are there."""
 

@@ -156,7 +156,7 @@ def test_bad_input(data: Path, tmp_path: Path) -> None:
 
 
 def test_compare_under_a_time_budget(data: Path, tmp_path: Path) -> None:
-    settings = ("size=32", "batch_size=16", "epochs=4", "smoothing=0", "lr=3e-3", "warmup_epochs=0.5")
+    settings = ("size=32", "batch_size=16", "epochs=4", "smoothing=0", "learning_rate=3e-3", "warmup_epochs=0.5")
     shared = ["--json", *(word for setting in settings for word in ("--set", setting))]
     models = ["--model", "linear", "--model", "small-attnet_xxs"]
     rows = json.loads(call("compare", data, "-o", tmp_path, "--seconds", 60, *models, *shared))
@@ -190,7 +190,7 @@ def test_recipes_by_name_and_corrupt_training_pictures(data: Path, tmp_path: Pat
 
 def test_small_network_beats_the_pixels_on_photographs(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     source = shared_data("cifar10/cifar10-12k-imagefolder.zip")
-    recipe = Recipe(size=32, epochs=5, batch_size=32, lr=3e-3, warmup_epochs=0.5, crop_scale=0.7)
+    recipe = Recipe(size=32, epochs=5, batch_size=32, learning_rate=3e-3, warmup_epochs=0.5, crop_scale=0.7)
     every, held = (open_pictures(source, split) for split in ("train", "test"))
     two = [name in ("airplane", "frog") for name in every.classes]
     learn, hold = (

@@ -24,7 +24,7 @@ def run(*arguments, status=0):
 def _trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm")
     (folder / "book.txt").write_text("she sells sea shells by the sea shore. " * 120)
-    arguments = ["train", folder / "book.txt", "--out", folder / "model", "--accelerator", "cpu", "--json"]
+    arguments = ["train", folder / "book.txt", "--output", folder / "model", "--device", "cpu", "--json"]
     for setting in (
         "mixers=[base-conv,based]",
         "hidden_size=32",
@@ -97,10 +97,10 @@ def test_audit_of_ours_passes(trained):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "none.txt", "--out", "x"], "no such file"),
-        (["train", "book.txt", "--out", "x", "--set", "mixers=[atention]"], "unknown mixer 'atention'"),
-        (["train", "book.txt", "--out", "x", "--set", "width=3"], "unknown setting width"),
-        (["train", "book.txt", "--out", "x", "--set", "context=100000"], "use more text"),
+        (["train", "none.txt", "--output", "x"], "no such file"),
+        (["train", "book.txt", "--output", "x", "--set", "mixers=[atention]"], "unknown mixer 'atention'"),
+        (["train", "book.txt", "--output", "x", "--set", "width=3"], "unknown setting width"),
+        (["train", "book.txt", "--output", "x", "--set", "context=100000"], "use more text"),
         (["evaluate", "no/such/model", "book.txt"], "no/such/model: no causal language model"),
         (["evaluate", "model"], "name texts to score"),
         (["generate", "model"], "prompt"),

@@ -16,12 +16,12 @@ from nearfar.core.cli.batch import BatchError
 from nearfar.core.errors import UserError
 from nearfar.core.recipes import read_recipe
 from nearfar.core.training import data_loader
-from nearfar.medical import samples
+from nearfar.medical import refinement, samples, training
 from nearfar.medical.recipe import Recipe
 from nearfar.medical.segmenter import Segmenter
 from nearfar.medical.training import Patches, _Module
 
-SMALL = ("max_epochs=1", "patches_per_epoch=4", "roi=[16,32,32]", "settings={features: [4, 4, 8, 8, 8, 4]}")
+SMALL = ("epochs=1", "patches_per_epoch=4", "roi=[16,32,32]", "settings={features: [4, 4, 8, 8, 8, 4]}")
 
 
 def run(*arguments: object) -> None:
@@ -36,7 +36,7 @@ def brain(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model(brain: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    run("train", brain, "-o", folder, "--accelerator", "cpu", *(a for s in SMALL for a in ("--set", s)))
+    run("train", brain, "-o", folder, "--device", "cpu", *(a for s in SMALL for a in ("--set", s)))
     return folder
 
 
@@ -110,9 +110,9 @@ def test_refine_within_a_budget(brain: Path, tmp_path: Path) -> None:
 
 def test_search_sets_the_crf_that_predict_uses(brain: Path, model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     shutil.copytree(model, tmp_path / "model")
-    monkeypatch.setattr(
-        cli.itertools, "product", lambda *values: [tuple(v[0] for v in values), tuple(v[1] for v in values)]
-    )
+    whole = refinement.crf_grid(4.0)
+    assert len(whole) == 48
+    monkeypatch.setattr(training, "crf_grid", lambda unit: [whole[0], whole[-1]])
     run("search", brain, "--model", tmp_path / "model")
     rows = (tmp_path / "model/crf.csv").read_text().splitlines()
     assert len(rows) == 1 + 3
@@ -155,7 +155,13 @@ def test_one_output_pictures_and_a_second_method(tmp_path: Path) -> None:
         ):
             (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / kind / f"a.{i}.png")
-    sets = ("settings={features: [8, 8, 16, 16, 16, 8]}", "roi=[32,32]", "loss=binary", "max_epochs=6", "lr=5e-3")
+    sets = (
+        "settings={features: [8, 8, 16, 16, 16, 8]}",
+        "roi=[32,32]",
+        "loss=binary",
+        "epochs=6",
+        "learning_rate=5e-3",
+    )
     sets += ("patches_per_epoch=32", "batch_size=4")
     run(
         "train",
@@ -164,7 +170,7 @@ def test_one_output_pictures_and_a_second_method(tmp_path: Path) -> None:
         tmp_path / "m",
         "--folds",
         2,
-        "--accelerator",
+        "--device",
         "cpu",
         *(a for s in sets for a in ("--set", s)),
     )
@@ -222,7 +228,7 @@ def test_a_batch_goes_on_past_bad_scans(brain: Path, model: Path, tmp_path: Path
     assert not (tmp_path / "out/cut.nii.gz").exists()
     with pytest.raises(UserError, match="--memory"):
         run("predict", folder, "--model", model, "-o", tmp_path / "out", "--memory", "much")
-    with pytest.raises(UserError, match="no trained model"):
+    with pytest.raises(UserError, match="no trained segmenter"):
         run("predict", folder, "--model", tmp_path, "-o", tmp_path / "out")
 
 

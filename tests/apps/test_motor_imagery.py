@@ -12,7 +12,7 @@ from nearfar.core.cli import root as cli
 
 CHANNELS = ["FC3", "FC4", "C3", "Cz", "C4", "CP3", "CP4", "Pz"]
 RATE = 64.0
-TRAINING = ["--set", "max_epochs=2", "--set", "batch_size=8", "--window", "0", "2", "--accelerator", "cpu"]
+TRAINING = ["--set", "epochs=2", "--set", "batch_size=8", "--window", "0", "2", "--device", "cpu"]
 
 
 def recording(path, seed=0, channels=CHANNELS, names=("left_hand", "right_hand"), rate=RATE, change=None):
@@ -126,7 +126,7 @@ def test_predict_goes_on_past_bad_recordings(decoder, tmp_path, capsys):
     assert "2 of 3 failed" in error
     assert "b_raw.fif: no channel CP3, CP4, Pz" in error
     assert "c_raw.fif" in error
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a_raw_predictions.tsv"]
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.name[0] != "."] == ["a_raw_predictions.tsv"]
 
 
 def test_train_tests_once_and_fine_tunes(decoder, tmp_path, capsys):
@@ -170,7 +170,7 @@ def test_evaluate_writes_tables_pictures_and_a_page(folder, tmp_path, capsys):
 
 
 def test_published_protocol_is_named_as_such(folder, tmp_path, capsys):
-    arguments = ["--models", "EEGNet", "--published", "--set", "max_epochs=21", *TRAINING[2:]]
+    arguments = ["--models", "EEGNet", "--published", "--set", "epochs=21", *TRAINING[2:]]
     assert run("evaluate", folder / "sub-01", "-o", tmp_path / "out", *arguments) == 0
     assert "published cross-session (test-set selection)" in capsys.readouterr().out
     assert pd.read_csv(tmp_path / "out" / "results.csv")["sma20"].notna().all()
@@ -179,7 +179,7 @@ def test_published_protocol_is_named_as_such(folder, tmp_path, capsys):
 
 def test_interrupted_training_resumes_to_the_same_decoder(tmp_path, monkeypatch):
     file = recording(tmp_path / "a_raw.fif")
-    options = ["--set", "max_epochs=4", "--set", "batch_size=4", *TRAINING[4:]]
+    options = ["--set", "epochs=4", "--set", "batch_size=4", *TRAINING[4:]]
     assert run("train", file, "-o", tmp_path / "whole", *options) == 0
     begin = training._Run.on_train_epoch_start
 
@@ -247,7 +247,7 @@ def test_bad_input_is_one_line_and_status_2(kind, command, tmp_path, capsys):
     capsys.readouterr()
     window = [] if "--window" in options else ["--window", "0", "2"]
     extra = ["--protocol", "within-session", "--models", "AGTCNet"] if command == "evaluate" else []
-    status = run(command, tmp_path / "data", "-o", tmp_path / "out", *window, *extra, "--set", "max_epochs=1", *options)
+    status = run(command, tmp_path / "data", "-o", tmp_path / "out", *window, *extra, "--set", "epochs=1", *options)
     error = capsys.readouterr().err
     assert status == 2, error
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]

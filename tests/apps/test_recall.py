@@ -40,16 +40,16 @@ def run(*arguments):
 
 def test_a_sweep_resumes_shows_and_plots(recipe, tmp_path):
     out = tmp_path / "out"
-    first = json.loads(run("sweep", recipe, "--out", out, "--model", "attention", "--accelerator", "cpu", "--json"))
+    first = json.loads(run("sweep", recipe, "--output", out, "--model", "attention", "--device", "cpu", "--json"))
     assert [row["model"] for row in first] == ["attention"]
     assert first[0]["rates"] == 2
     table = (out / "results.csv").read_text()
-    everything = json.loads(run("sweep", recipe, "--out", out, "--accelerator", "cpu", "--json"))
+    everything = json.loads(run("sweep", recipe, "--output", out, "--device", "cpu", "--json"))
     assert (out / "results.csv").read_text().startswith(table)  # the finished runs stand, untrained again
     assert everything[0] == first[0]
     assert json.loads(run("show", out, "--json")) == everything
     for name in ("a.png", "a.html"):
-        run("plot", out, "--out", tmp_path / name, "--against", "state_size")
+        run("plot", out, "--output", tmp_path / name, "--against", "state_size")
         assert (tmp_path / name).stat().st_size > 5000
     assert not list(out.rglob("*.ckpt")) + list(out.rglob("*.safetensors"))  # numbers stay, weights do not
 
@@ -62,11 +62,11 @@ def test_the_same_point_gives_the_same_row(recipe, tmp_path):
         "attention",
         "--set",
         "learning_rates=[0.01]",
-        "--accelerator",
+        "--device",
         "cpu",
         "--json",
     )
-    rows = [json.loads(run(*arguments, "--out", tmp_path / name))[0] for name in "ab"]
+    rows = [json.loads(run(*arguments, "--output", tmp_path / name))[0] for name in "ab"]
     assert rows[0] | {"seconds": 0} == rows[1] | {"seconds": 0}
 
 

@@ -23,7 +23,7 @@ RATE = 8000
 LENIENT = ["--min-speech", "0.2", "--min-snr", "0"]
 TINY = [
     "channels=16", "num_mels=24", "sample_rate=8000", "embedding_dim=8", "crop_seconds=0.5", "crops_per_utterance=4",
-    "batch_size=24", "epochs=7", "lr=5e-3", "scale=15", "margin=0.1", "margin_epochs=3", "validation=0.3",
+    "batch_size=24", "epochs=7", "learning_rate=5e-3", "scale=15", "margin=0.1", "margin_epochs=3", "validation=0.3",
     "speeds=[1.0]",
 ]  # fmt: skip
 
@@ -81,7 +81,7 @@ def test_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    run("train", corpus, "-o", folder, "--accelerator", "cpu", *options(TINY))
+    run("train", corpus, "-o", folder, "--device", "cpu", *options(TINY))
     return folder
 
 
@@ -170,7 +170,7 @@ def test_plda_and_quality_measures_are_calibrated_and_used(model, test_folder, t
 
 def test_two_models_are_compared_on_the_same_trials(model, corpus, test_folder, tmp_path, capsys):
     """`epochs=0` is the untrained network; `evaluate --against` gives the difference with its paired interval."""
-    run("train", corpus, "-o", tmp_path / "zero", "--accelerator", "cpu", *options([*TINY, "epochs=0"]))
+    run("train", corpus, "-o", tmp_path / "zero", "--device", "cpu", *options([*TINY, "epochs=0"]))
     for name, folder in {"trained": model, "untrained": tmp_path / "zero"}.items():
         run("score", test_folder / "trials.txt", "--root", test_folder, "-o", tmp_path / name, "-m", folder)
     lines = (tmp_path / "untrained").read_text().splitlines()
@@ -355,7 +355,7 @@ def test_a_backbone_folder_drives_the_whole_path(tmp_path, head):
     WavLMModel(config).save_pretrained(backbone)
     Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(backbone)
     settings = ["epochs=1", "batch_size=6", "crop_seconds=0.3", "embedding_dim=8", "speeds=[1.0]", "validation=0.5"]
-    arguments = ["train", tmp_path / "data", "--backbone", backbone, "--accelerator", "cpu"]
+    arguments = ["train", tmp_path / "data", "--backbone", backbone, "--device", "cpu"]
     arguments += options([f"head={head}", *settings])
     run(*arguments, "--recipe", "frozen", "-o", tmp_path / "one")
     config = json.loads((tmp_path / "one/config.json").read_text())
@@ -380,7 +380,7 @@ def test_training_helps_on_people_it_has_not_heard(shared_data, tmp_path, capsys
     short = ["channels=32", "crop_seconds=1.0", "epochs=5"]
     for name, settings in {"trained": short, "untrained": [*short, "epochs=0"]}.items():
         train = ["train", tmp_path / "train", "-o", tmp_path / name / "model", "--recipe", "small"]
-        run(*train, "--accelerator", "cpu", *options(settings))
+        run(*train, "--device", "cpu", *options(settings))
         score = ["score", tmp_path / "trials.txt", "--root", tmp_path / "test"]
         run(*score, "-o", tmp_path / name / "scores", "-m", tmp_path / name / "model")
     capsys.readouterr()

@@ -1,8 +1,11 @@
 """Recordings that libsndfile cannot decode, on files that the test itself codes with PyAV."""
 
+import sys
+
 import av
 import numpy as np
 import pytest
+import soundfile
 
 from nearfar.audio.corpora import find_utterances
 from nearfar.audio.sound import Recording, read_samples
@@ -41,7 +44,7 @@ def test_lossless_m4a_is_read_to_the_sample(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.m4a", "a.mp4", "a.aac"])
 def test_pieces_in_any_order_are_the_whole(tmp_path, name, monkeypatch):
-    monkeypatch.setattr("nearfar.audio.sound._Container.KEPT", 1)  # so that going back starts again
+    monkeypatch.setattr("nearfar.audio.containers.Container.KEPT", 1)  # so that going back starts again
     sound = tone(5)
     code(tmp_path / name, sound)
     with Recording(tmp_path / name) as recording:
@@ -92,3 +95,12 @@ def test_bad_containers_are_named(tmp_path):
     path.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nhttp://localhost:9/a.aac\n#EXT-X-ENDLIST\n")
     with pytest.raises(UserError, match="cannot be read as sound"):
         Recording(path)
+
+
+def test_without_pyav_a_container_is_refused_with_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nearfar.audio.containers", None)
+    (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
+    with pytest.raises(UserError, match=r"a\.m4a: cannot be read as sound .*nearfar-audio\[containers\]"):
+        Recording(tmp_path / "a.m4a")
+    soundfile.write(tmp_path / "a.flac", np.full(800, 0.1, np.float32), 8000)
+    assert Recording(tmp_path / "a.flac").frames == 800

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
+from nearfar.core.checkpoints import identify, load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import CheckpointError
 
 
@@ -113,3 +113,19 @@ def test_ignored_keys_and_batch_counters_may_differ():
     state = ours.state_dict()
     del state["1.num_batches_tracked"], state["0.bias"]
     load_state_dict(ours, {**state, "mask": torch.ones(1)}, ignore=["0\\.bias$", "mask"])
+
+
+def test_exactly_one_candidate_has_to_fit():
+    def fails(error):
+        raise error
+
+    wrong = {"a": lambda: fails(CheckpointError("has no stem")), "b": lambda: fails(KeyError("depth"))}
+    assert identify({**wrong, "c": lambda: 3}, "x.pth") == ("c", 3)
+    with pytest.raises(CheckpointError, match=r"^x\.pth: fits c and d alike"):
+        identify({**wrong, "c": lambda: 3, "d": lambda: 4}, "x.pth")
+    with pytest.raises(
+        CheckpointError, match=r"(?s)^x\.pth: is none of 2 known:.*a: has no stem.*b: KeyError: 'depth'"
+    ):
+        identify(wrong, "x.pth")
+    with pytest.raises(CheckpointError, match=r"^x\.pth: has no stem$"):
+        identify({"a": wrong["a"]}, "x.pth")

@@ -1,6 +1,9 @@
 """The root command: apps, errors, exit statuses, batches, the tour."""
 
+import io
+import json
 import os
+import re
 import signal
 import sys
 import time
@@ -8,9 +11,12 @@ import time
 import pytest
 import typer
 
+from nearfar.core.cli import console as console_module
+from nearfar.core.cli import doctor as doctoring
 from nearfar.core.cli import root as cli
 from nearfar.core.cli import tour as tours
 from nearfar.core.cli.batch import BatchError, raise_failures, run_batch
+from nearfar.core.cli.console import PlainConsole, progress, say, table
 from nearfar.core.errors import UserError
 from nearfar.core.report import Report
 
@@ -98,7 +104,7 @@ def test_batch_goes_on_and_lists_failures():
             raise UserError(f"item {item}: odd")
         return item * 10
 
-    results, failures = run_batch(range(4), action, "numbers")
+    results, failures = run_batch(range(4), action, "numbers", name=lambda item: f"item {item}")
     assert results == [0, 20]
     assert failures == ["item 1: odd", "item 3: odd"]
     raise_failures([], 4)
@@ -107,6 +113,66 @@ def test_batch_goes_on_and_lists_failures():
     with pytest.raises(UserError, match=r"^item 1: odd$") as error:
         raise_failures(failures[:1], 1)
     assert not isinstance(error.value, BatchError)
+
+
+class Odd(Exception):
+    pass
+
+
+def fail(text):
+    raise UserError(text)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no"), MemoryError("big"), KeyError("a"), RecursionError("deep"), Odd("[/]")]
+)
+def test_a_batch_goes_on_past_any_failure_and_puts_the_name_first(error):
+    def action(item):
+        if item == "b.wav":
+            raise error
+        return item
+
+    results, failures = run_batch(["a.wav", "b.wav", "c.wav"], action, "files")
+    assert results == ["a.wav", "c.wav"]
+    assert len(failures) == 1
+    assert failures[0].startswith(f"b.wav: {type(error).__name__}: ")
+
+
+def test_the_name_stands_first_though_the_message_has_it():
+    def action(item):
+        raise UserError(f"the file {item} is odd\nand so on")
+
+    assert run_batch(["x.wav"], action, "files")[1] == ["x.wav: the file x.wav is odd\nand so on"]
+
+
+@pytest.mark.parametrize("text", ["[/]", "[red]x[/red]", ":smile:", "[link=http://a]b[/link]", "[bold", "a[/b]c"])
+def test_no_console_reads_markup(text, monkeypatch, install, capsys):
+    for shown, what in [
+        (lambda c: c.print(text), text),
+        (lambda c: c.print(table([{text: text}], title=text)), text),
+        (lambda c: say("left out:", text), text),
+    ]:
+        stream = io.StringIO()
+        plain = PlainConsole(file=stream, width=80)
+        monkeypatch.setattr(console_module, "messages", plain)
+        shown(plain)
+        assert what in stream.getvalue()
+    install({"nearfar.apps": {"thing": make_app(lambda: fail(f"{text}: odd"))}})
+    assert cli.run(["thing", "go"]) == 2
+    assert text in stream.getvalue()
+
+
+def test_control_characters_reach_no_terminal(install, capsys):
+    nasty = "a\x1b[31mred\x1b]0;title\x07\x9b2J\x08\r\u202eb"
+    stream = io.StringIO()
+    PlainConsole(file=stream, width=200, force_terminal=True, color_system=None).print(nasty, table([{"n": nasty}]))
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", stream.getvalue())
+    with progress() as bar:
+        bar.add_task("[/]")  # would raise if it were read as markup
+    assert "a[31mred]0;title2Jb" in stream.getvalue()
+    install({"nearfar.apps": {"thing": make_app(lambda: fail(nasty))}})
+    assert cli.run(["thing", "go"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_tour_runs_chapters_and_writes_one_page(install, tmp_path, capsys):
@@ -137,7 +203,7 @@ def test_tour_goes_on_past_a_chapter_that_fails(install, tmp_path, capsys):
     page = (tmp_path / "index.html").read_text()
     assert "This chapter did not finish: out of luck" in page
     assert ">Good</h2>" in page
-    assert cli.run(["tour", "--output", str(tmp_path), "--only", "a-broken"]) == 1
+    assert cli.run(["tour", "--output", str(tmp_path), "--only", "a-broken"]) == 2
 
 
 def test_main_ends_with_the_status(monkeypatch):
@@ -162,3 +228,19 @@ def test_a_signal_ends_a_command_in_order(install, capsys, tmp_path, number, sta
     assert (tmp_path / "tidied").exists()
     assert "interrupted" in capsys.readouterr().err
     assert signal.getsignal(number) == before
+
+
+def test_doctor_tells_of_the_machine_and_its_checks(install, capsys, monkeypatch):
+    install({})
+    monkeypatch.setattr(doctoring, "entry_points", lambda group: [Point("broken", ImportError("no wheels"))])
+    assert cli.run(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert {"python", "torch", "oneDNN"} <= set(found["environment"])
+    assert "cpu" in found["devices"]
+    assert found["memory"]["this process"].endswith("GB")
+    results = {row["check"]: row["result"] for row in found["checks"]}
+    assert results["bfloat16 convolutions on the CPU"].startswith("ok, error ")
+    assert results["broken imports"].startswith("FAIL")
+    monkeypatch.setattr(doctoring, "entry_points", lambda group: [])
+    assert cli.run(["doctor"]) == 0
+    assert "Fourier transforms" in capsys.readouterr().out

@@ -62,14 +62,14 @@ def run(folder, callbacks=(), epochs=8, settings=None, monitor="val_loss", modul
         module,
         data_loader(TensorDataset(x[:48], y[:48]), 16, shuffle=True, seed=5),
         data_loader(TensorDataset(x[48:], y[48:]), 16),
-        max_epochs=epochs,
+        epochs=epochs,
         monitor=monitor,
         mode="min",
         seed=5,
         folder=folder,
         settings=settings or {"epochs": epochs},
         callbacks=callbacks,
-        accelerator="cpu",
+        device="cpu",
     )
     return module, history
 
@@ -242,3 +242,50 @@ def test_worker_processes_can_be_spawned():
         TensorDataset(torch.arange(6.0)), 2, shuffle=True, num_workers=1, multiprocessing_context="spawn"
     )
     assert sorted(torch.cat([x for (x,) in loader]).tolist()) == [0, 1, 2, 3, 4, 5]
+
+
+class Numbers(TensorDataset):
+    """Numbers of a file, as data sets hold paths of what they read."""
+
+    def __init__(self, path):
+        self.path = path
+        super().__init__(torch.randn(48, 6, generator=torch.Generator().manual_seed(0)), torch.arange(48) % 2)
+
+
+def run_on(folder, train_data, validation_data, **options):
+    torch.manual_seed(3)
+    loaders = [data_loader(part, 16, shuffle=n == 0) for n, part in enumerate((train_data, validation_data))]
+    return train(Classifier(), *loaders, epochs=1, folder=folder, settings={}, device="cpu", **options)
+
+
+def test_a_run_answers_only_for_what_it_was_made_from(tmp_path, monkeypatch):
+    file, elsewhere, folder = tmp_path / "a.wav", tmp_path / "b.wav", tmp_path / "run"
+    file.write_text("one")
+    elsewhere.write_text("one")
+    other = TensorDataset(torch.zeros(48, 6), torch.arange(48) % 2)
+    history = run_on(folder, Numbers(file), Numbers(file))
+    assert run_on(folder, Numbers(elsewhere), Numbers(file)) == history, "the same content elsewhere is the same data"
+    for parts, name in (((other, Numbers(file)), "data"), ((Numbers(file), other), "validation data")):
+        with pytest.raises(UserError, match=f"a run with other {name}; give the same .* --fresh"):
+            run_on(folder, *parts)
+    labels = Numbers(file)
+    labels.tensors = (labels.tensors[0], 1 - labels.tensors[1])
+    with pytest.raises(UserError, match="other data; "):
+        run_on(folder, labels, Numbers(file))
+    with pytest.raises(UserError, match="other starting weights; "):
+        run_on(folder, Numbers(file), Numbers(file), data={"starting weights": "x"})
+    file.write_text("two")
+    with pytest.raises(UserError, match="other data, validation data; "):
+        run_on(folder, Numbers(file), Numbers(file))
+    fresh = run_on(folder, Numbers(file), Numbers(file), fresh=True)
+    assert without_time(run_on(folder, Numbers(file), Numbers(file))) == without_time(fresh)
+    monkeypatch.setattr("nearfar.core.training.source_digest", lambda *kinds: "other code")
+    with pytest.raises(UserError, match="other code; "):
+        run_on(folder, Numbers(file), Numbers(file))
+
+
+def test_damaged_record_of_a_run_is_one_line(tmp_path):
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(UserError, match=r"is no record of a run .*--fresh"):
+            run(tmp_path, epochs=1)

@@ -37,14 +37,14 @@ def info():
 
 
 def classifier(info, folder=None, **recipe):
-    settings = {"network": "EEGNet", "batch_size": 16, "max_epochs": 8} | recipe
-    return NetworkClassifier(Recipe(**settings), info, folder, accelerator="cpu")
+    settings = {"network": "EEGNet", "batch_size": 16, "epochs": 8} | recipe
+    return NetworkClassifier(Recipe(**settings), info, folder, device="cpu")
 
 
 @pytest.mark.parametrize("network", ["AGTCNet", "EEGNet"])
 def test_learns_beyond_chance(info, network):
     (X, y), (X_test, y_test) = trials(96), trials(64, seed=1)
-    model = classifier(info, network=network, max_epochs=25, lr=3e-3).fit(X[:64], y[:64], X[64:], y[64:])
+    model = classifier(info, network=network, epochs=25, learning_rate=3e-3).fit(X[:64], y[:64], X[64:], y[64:])
     accuracy = (model.predict(X_test) == y_test).mean()
     assert accuracy > 0.75  # the 99.99 % bound of guessing at 64 trials is 0.73
     assert model.predict_proba(X_test).sum(1) == pytest.approx(1)
@@ -61,14 +61,14 @@ def test_keeps_the_weights_of_the_best_validation_epoch(info):
 
 def test_the_monitored_trials_steer_nothing(info):
     (X, y), (X_val, y_val) = trials(), trials(40, 1)
-    alone = classifier(info, max_epochs=3).fit(X, y, X_val, y_val)
-    watched = classifier(info, max_epochs=3).fit(X, y, X_val, y_val, monitor=trials(40, 2))
+    alone = classifier(info, epochs=3).fit(X, y, X_val, y_val)
+    watched = classifier(info, epochs=3).fit(X, y, X_val, y_val, monitor=trials(40, 2))
     assert np.array_equal(alone.decision_function(X), watched.decision_function(X))
 
 
 def test_seed_decides_everything(info):
     X, y = trials()
-    first, same, other = (classifier(info, max_epochs=2, seed=seed).fit(X, y) for seed in (1, 1, 2))
+    first, same, other = (classifier(info, epochs=2, seed=seed).fit(X, y) for seed in (1, 1, 2))
     assert np.array_equal(first.decision_function(X), same.decision_function(X))
     assert not np.array_equal(first.decision_function(X), other.decision_function(X))
 
@@ -93,7 +93,7 @@ def test_interrupted_training_resumes_to_the_same_weights(info, tmp_path, monkey
     resumed = classifier(info, tmp_path / "cut", network=network).fit(X, y, X_val, y_val)
     for name, value in whole.network_.state_dict().items():
         assert torch.equal(value, resumed.network_.state_dict()[name]), name
-    with pytest.raises(UserError, match=r"other settings \(data\)"):
+    with pytest.raises(UserError, match="other data, validation data"):
         classifier(info, tmp_path / "cut", network=network).fit(X_val, y_val, X, y)
 
 
@@ -101,7 +101,7 @@ def test_fine_tuning_starts_from_the_weights_and_uses_its_own_rate(info):
     (X, y), (X_new, y_new) = trials(), trials(16, 3)
     model = classifier(info).fit(X, y)
     before = {name: value.clone() for name, value in model.network_.named_parameters()}
-    tuned = classifier(info, max_epochs=1, fine_tune_lr=1e-9)
+    tuned = classifier(info, epochs=1, fine_tune_learning_rate=1e-9)
     tuned.network_, tuned.classes_ = model.network_, model.classes_
     tuned.fine_tune(X_new, y_new)
     assert tuned.history_[0]["lr"] == 1e-9
@@ -115,13 +115,13 @@ def test_training_refuses_one_class_and_unknown_classes(info):
         classifier(info).fit(X, np.zeros(len(y), int))
     with pytest.raises(UserError, match="classes that the training trials lack"):
         classifier(info).fit(X, y, X, y + 1)
-    with pytest.raises(ValueError, match="max_epochs must be above 0"):
-        Recipe(max_epochs=0)
+    with pytest.raises(ValueError, match="epochs must be above 0"):
+        Recipe(epochs=0)
 
 
 def test_batches_do_not_change_the_logits(info):
     X, y = trials()
-    model = classifier(info, max_epochs=1).fit(X, y).network_
+    model = classifier(info, epochs=1).fit(X, y).network_
     assert np.allclose(predict_logits(model, X), predict_logits(model, X, batch_size=5), atol=1e-5)
     assert not model.training
 
@@ -129,7 +129,7 @@ def test_batches_do_not_change_the_logits(info):
 @pytest.fixture(params=["AGTCNet", "EEGNet"])
 def decoder(request, info):
     X, y = trials()
-    model = classifier(info, network=request.param, max_epochs=2).fit(X, y)
+    model = classifier(info, network=request.param, epochs=2).fit(X, y)
     settings = Preprocessing(tmin=0.0, tmax=2.0, l_freq=4.0, h_freq=30.0)
     return Decoder(model.network_, ["left_hand", "right_hand"], settings, CHANNELS, {"sfreq": RATE}, {"accuracy": 0.5})
 
@@ -153,7 +153,7 @@ def test_other_trials_are_refused(decoder):
 
 def test_damaged_folders_are_named(decoder, tmp_path):
     folder = decoder.save(tmp_path / "decoder")
-    with pytest.raises(UserError, match=r"is no decoder folder, it lacks decoder\.json"):
+    with pytest.raises(UserError, match=r"holds no trained decoder, it lacks decoder\.json"):
         Decoder.load(tmp_path)
     description = json.loads((folder / "decoder.json").read_text())
     (folder / "decoder.json").write_text(json.dumps({**description, "network": "Unknown"}))

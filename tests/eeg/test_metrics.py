@@ -121,5 +121,5 @@ def test_summary_takes_the_population_deviation_over_subjects_and_repeats():
     assert line["accuracy"] == pytest.approx(0.65)
     assert line["accuracy_std"] == pytest.approx(np.std([0.5, 0.7, 0.9, 0.5]))
     assert (line["subjects"], line["repeats"], line["failed"]) == (2, 2, 1)
-    assert (line["low"], line["high"]) == pytest.approx((0.6, 0.7))
+    assert np.isnan([line["low"], line["high"]]).all()  # two subjects are too few for an interval
     assert np.isnan(line["sma20"])

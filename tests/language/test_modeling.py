@@ -14,6 +14,7 @@ from nearfar.language.modeling import MixerForCausalLM, MixerModel
 from nearfar.language.registry import MIXERS
 
 VOCABULARY = 40
+MAMBA2 = {"type": "mamba2", "d_state": 4, "head_dim": 8}
 LATENT = {"rank": 8, "head_dim": 4, "shared_dim": 4, "value_dim": 8}
 LAYERS = {
     "attention hybrid": ["base-conv", {"type": "attention", "num_heads": 2}],
@@ -27,7 +28,7 @@ LAYERS = {
     "rwkv4": ["rwkv4"],
     "selective": [{"type": "selective-lookup", "threshold": 0.5}],
     "delta": [{"type": "deltanet", "num_heads": 2}, {"type": "gated-deltanet", "num_heads": 2}],
-    "linear": [{"type": "gla", "num_heads": 2}, {"type": "rwkv7", "num_heads": 2}],
+    "linear": [{"type": "gla", "num_heads": 2}, {"type": "rwkv7", "num_heads": 2}, MAMBA2],
     "kimi": [{"type": "kda", "num_heads": 2}, {"type": "latent-attention", "num_heads": 2, **LATENT}],
     "llama": [{"type": "rotary-attention", "num_heads": 4, "num_kv_heads": 2}],
     "mega": [{"type": "mega", "order": 4, "attention_dim": 8, "chunk": 8}],
@@ -188,7 +189,7 @@ def test_the_state_stays_constant_where_it_can(model, kind):
     sizes = []
     for length in (20, 40):
         sizes.append(model(tokens(length=length), use_cache=True).past_key_values.numbers())
-    grows = kind in ("attention hybrid", "long base-conv", "hyena", "selective")
+    grows = kind in ("attention hybrid", "long base-conv", "hyena", "selective", "kimi", "llama", "tcnca")
     assert (sizes[1] > sizes[0]) == grows
     assert (model.state_size(40) > model.state_size(20)) == grows
 

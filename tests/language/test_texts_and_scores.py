@@ -222,14 +222,14 @@ def test_training_beats_a_unigram_resumes_and_repeats(tmp_path, optimizer):
         optimizer=optimizer,
         learning_rate={"muon": 2e-2, "adamw": 4e-3}[optimizer],
     )
-    trained, history = train_language_model(recipe, tokens, BYTES, tmp_path / "a", accelerator="cpu")
+    trained, history = train_language_model(recipe, tokens, BYTES, tmp_path / "a", device="cpu")
     unigram = ngram_bits(tokens.numpy(), tokens.numpy(), 259, 1) * math.log(2)
     assert history[-1]["validation_loss"] < 0.8 * unigram
     again, tokenizer = texts.load_causal_lm(str(tmp_path / "a"))
     ids = tokens[None, :30]
     assert torch.equal(again(ids).logits, trained.eval()(ids).logits)
     assert len(tokenizer) == 259
-    _, same = train_language_model(recipe, tokens, BYTES, tmp_path / "b", accelerator="cpu")
+    _, same = train_language_model(recipe, tokens, BYTES, tmp_path / "b", device="cpu")
     assert [row["validation_loss"] for row in same] == [row["validation_loss"] for row in history]
     with pytest.raises(UserError, match="use more text or a shorter context"):
         train_language_model(recipe, tokens[:100], BYTES, tmp_path / "c")
@@ -264,7 +264,7 @@ def test_lm_eval_scores_a_byte_model(tmp_path, monkeypatch):
 def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     tokens = torch.from_numpy(texts.encode("a text of some words, again and again. " * 60, BYTES))
     recipe = Recipe(mixers=["base-conv"], hidden_size=16, num_hidden_layers=1, context=32, epochs=3, warmup=5)
-    whole, history = train_language_model(recipe, tokens, BYTES, tmp_path / "a", accelerator="cpu")
+    whole, history = train_language_model(recipe, tokens, BYTES, tmp_path / "a", device="cpu")
     step = LanguageModule.training_step
 
     def interrupted(module, batch):
@@ -274,9 +274,9 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypat
 
     monkeypatch.setattr(LanguageModule, "training_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_language_model(recipe, tokens, BYTES, tmp_path / "b", accelerator="cpu")
+        train_language_model(recipe, tokens, BYTES, tmp_path / "b", device="cpu")
     monkeypatch.undo()
-    resumed, again = train_language_model(recipe, tokens, BYTES, tmp_path / "b", accelerator="cpu")
+    resumed, again = train_language_model(recipe, tokens, BYTES, tmp_path / "b", device="cpu")
     assert [row["train_loss"] for row in again] == [row["train_loss"] for row in history]
     for a, b in zip(whole.parameters(), resumed.parameters()):
         assert torch.equal(a, b)

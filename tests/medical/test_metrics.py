@@ -15,7 +15,7 @@ from nearfar.medical.metrics import (
     micro_scores,
     paired_test,
     score_case,
-    summarise,
+    summarize,
     surface_dice,
     surface_distances,
 )
@@ -76,7 +76,7 @@ def test_a_missed_structure_is_the_worst_and_stays_in_the_mean() -> None:
         for row in score_case(prediction, truth, labels, (1, 1, 2))
     ]
     worst = math.sqrt(100 + 100 + 400)
-    summary = summarise(rows)[0]
+    summary = summarize(rows)[0]
     assert (summary["cases"], summary["dice"]) == (2, 0.5)
     assert summary["hd95"] == pytest.approx(worst / 2)
 

@@ -115,14 +115,14 @@ def test_learns_brain_tissue(brain: Path, tmp_path: Path) -> None:
     recipe = Recipe(
         settings={"features": [16, 16, 32, 32, 64, 16], "norm": ["group", {"num_groups": 4}]},
         roi=(32, 64),
-        max_epochs=8,
+        epochs=8,
         batch_size=8,
         patches_per_epoch=160,
-        lr=5e-3,
+        learning_rate=5e-3,
         foreground=0.3,
     )
     segmenter, summary = train_segmenter(
-        collection, recipe, tmp_path, train_cases=[right], validation_cases=[left], accelerator="cpu"
+        collection, recipe, tmp_path, train_cases=[right], validation_cases=[left], device="cpu"
     )
     (scan, truth), (other, other_truth) = collection.read(left), collection.read(right)
     chance = (scan.image[0] > 0) * np.random.default_rng(0).integers(1, 3, truth.shape)  # tissue drawn at random
@@ -143,9 +143,9 @@ def test_learns_retinal_vessels(shared_data, tmp_path: Path) -> None:
     train, test = collection.cases[2:8], collection.cases[:1]
     recipe = Recipe(
         settings={"features": [8, 8, 16, 16, 32, 8], "norm": ["group", {"num_groups": 4}]},
-        roi=(64, 64), resize=(240, 250), batch_size=8, patches_per_epoch=96, max_epochs=6, lr=1e-2,
+        roi=(64, 64), resize=(240, 250), batch_size=8, patches_per_epoch=96, epochs=6, learning_rate=1e-2,
     )  # fmt: skip
-    segmenter, _ = train_segmenter(collection, recipe, tmp_path, train_cases=train, accelerator="cpu")
+    segmenter, _ = train_segmenter(collection, recipe, tmp_path, train_cases=train, device="cpu")
     maps = [(frangi(s.image[1], sigmas=(2, 3, 4, 5)), t) for s, t in map(collection.read, (*train[:2], *test))]
     dice = lambda found, truth: 2 * (found & truth).sum() / (found.sum() + truth.sum())  # noqa: E731
     fitted = lambda q: sum(dice(m > np.quantile(m, q), t > 0) for m, t in maps[:-1])  # noqa: E731
@@ -230,5 +230,5 @@ def test_bad_settings() -> None:
         create_network("resnet", 2, 1, 2, {})
     with pytest.raises(UserError, match="takes 2 axes, roi has 3"):
         create_network("macmd", 2, 1, 3, {})
-    with pytest.raises(UserError, match="no trained model"):
+    with pytest.raises(UserError, match="no trained segmenter"):
         Segmenter.load("/nonexistent")

@@ -13,12 +13,18 @@ and ships its contract files in the folder `data` beside that module. The builde
 module in eval mode (or a plain function) that holds the published state, loaded through the system's own checkpoint
 converter, and is called with the contract's input tensors. Where two packages hold a part of one system each, both
 register a builder under its name, which returns None for what the other holds.
+
+Every setting of a contract counts. A builder reads it (`contract.settings[...]`), holds it against what the model is
+(`contract.require`, `contract.require_text`), or names it as documentation that no output depends on
+(`contract.document`); `verify` refuses a contract with settings that nobody accounted for.
 """
 
 import json
 import math
+import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -49,6 +55,35 @@ def fill(name: str, shape: tuple[int, ...]) -> Tensor:
     else:
         values = 0.1 * normal
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(shape)
+
+
+class Settings(Mapping[str, Any]):
+    """The settings of a contract, which remember what was looked up. Asking whether a name is there is no look-up."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values_by_name = dict(values)
+        self.seen: set[str] = set()
+        """Names that were read, held against the model, or named as documentation."""
+        self.documentation: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.values_by_name[name]
+        self.seen.add(name)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.values_by_name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_name)
+
+    def __len__(self) -> int:
+        return len(self.values_by_name)
+
+    @property
+    def unread(self) -> list[str]:
+        """What nobody accounted for."""
+        return [name for name in self.values_by_name if name not in self.seen]
 
 
 @dataclass(frozen=True)
@@ -87,9 +122,9 @@ class Contract:
     def variant(self) -> str:
         return self.content["variant"]
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.content["settings"]
+    @cached_property
+    def settings(self) -> Settings:
+        return Settings(self.content["settings"])
 
     @property
     def notes(self) -> str:
@@ -114,12 +149,28 @@ class Contract:
         return {tensor["name"]: tuple(tensor["shape"]) for tensor in self.content["state"]}
 
     def require(self, **built: Any) -> None:
-        """Raise UserError where a setting has another value than the model is `built` with and shapes do not tell."""
+        """Raise UserError where a setting has another value than the model is `built` with. Absent ones are no matter.
+
+        For what names and shapes tell, and for what the model always does. Lists and tuples, 4 and 4.0 are the same.
+        """
         for name, value in built.items():
-            if self.settings.get(name, value) != value:
+            if name in self.settings and _plain(self.settings[name]) != _plain(value):
                 raise UserError(
-                    f"{self.path}: {name} is {self.settings[name]!r}; {self.system} is built with {value!r}"
+                    f"{self.path}: {name} is {self.settings[name]!r}; {self.system} is built with {_plain(value)!r}"
                 )
+
+    def require_text(self, **patterns: str) -> None:
+        """Raise UserError where a setting in words does not match the regular expression of what is built, in full."""
+        for name, pattern in patterns.items():
+            if name in self.settings and not re.fullmatch(pattern, str(self.settings[name]), re.I | re.S):
+                raise UserError(
+                    f"{self.path}: {name} is {self.settings[name]!r}; {self.system} is built with {pattern!r}"
+                )
+
+    def document(self, *names: str) -> None:
+        """These settings describe training, layout or naming: no output depends on them."""
+        self.settings.documentation.update(names)
+        self.settings.seen.update(names)
 
     def state(self) -> dict[str, Tensor]:
         """The published state dict; tables that the published code computes (kind `constant`) are left out."""
@@ -204,16 +255,34 @@ def verify(
 ) -> dict[str, float]:
     """Build the contract's model, run it on the contract's inputs and return the relative error per output.
 
-    float32 means float32: on CUDA, TF32, torch's default for convolutions, is off meanwhile.
+    float32 means float32: on CUDA, TF32, torch's default for convolutions, is off meanwhile. bfloat16 and float16 mean
+    autocast, as training and inference use them: weights and inputs stay in float32.
+
+    Raises UserError where the builder accounted for less than every setting.
     """
+    contract.settings.seen.clear()
     model = build(contract)
+    half = dtype in (torch.bfloat16, torch.float16)
+    lower = torch.autocast(torch.device(device).type, dtype) if half else nullcontext()
+    dtype = torch.float32 if half else dtype
     inputs = [t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in contract.input_tensors()]
     if isinstance(model, nn.Module):
         model = model.to(device, dtype).eval()
     if compiled:
         model = torch.compile(model)
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return relative_errors(contract, model(*inputs))
+    with torch.no_grad(), lower, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        outputs = model(*inputs)
+    if unread := contract.settings.unread:
+        raise UserError(
+            f"{contract.path}: nothing of {contract.system} depends on {', '.join(unread)}; a setting must be read, "
+            "told by a shape, or be on the system's list of documentation"
+        )
+    return relative_errors(contract, outputs)
+
+
+def _plain(value: Any) -> Any:
+    """Sequences as lists, so that settings compare."""
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _random_state(name: str) -> np.random.RandomState:

@@ -150,18 +150,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     with temporary_folder(path.parent, path.name) as folder:
         temporary = folder / path.name
         yield temporary
-        _settle(temporary)
+        settle(temporary)
         if temporary.is_dir() and path.is_dir():
             os.replace(path, folder / f"{path.name}-old")
         os.replace(temporary, path)
         _sync_one(path.parent)
 
 
-def _settle(path: Path) -> None:
+def settle(path: Path) -> None:
     """Give a file, or all of a folder, the permissions that the user's umask leaves, and wait for the disk."""
     if path.is_dir():
         for inside in path.iterdir():
-            _settle(inside)
+            settle(inside)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask)
     _sync_one(path)
 

@@ -7,7 +7,7 @@ import importlib.util
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from types import FunctionType
@@ -107,7 +107,7 @@ def _describe(
         text("array", value.dtype, value.shape)
         return digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
     if isinstance(value, Mapping):
-        parts: Iterable[Any] = [part for item in value.items() for part in item]
+        parts: Sequence[Any] = [part for item in value.items() for part in item]
     elif isinstance(value, list | tuple | np.ndarray):
         parts = list(value)
     elif isinstance(value, set | frozenset):

@@ -9,16 +9,13 @@ import json
 import logging
 import math
 import os
-import platform
 import random
 import re
-import subprocess
 import time
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
+from nearfar.core.environment import environment
 from nearfar.core.errors import DivergedError, UserError
-from nearfar.core.files import atomic_path, locked, sweep, write_csv, write_json
+from nearfar.core.files import atomic_path, locked, process_rank, sweep, write_csv, write_json
 from nearfar.core.fingerprint import data_digest, source_digest
 from nearfar.core.finite import check_weights
 from nearfar.core.recipes import _Loader
@@ -102,7 +100,7 @@ def train(
     train_data: DataLoader,
     validation_data: DataLoader | list[DataLoader] | None = None,
     *,
-    max_epochs: int,
+    epochs: int,
     monitor: str | None = None,
     mode: str = "max",
     patience: int | None = None,
@@ -113,6 +111,7 @@ def train(
     fresh: bool = False,
     callbacks: Iterable[Callback] = (),
     show_progress: bool = False,
+    device: str = "auto",
     **trainer_options: Any,
 ) -> list[dict[str, float]]:
     """Train `module` and leave it with its best weights; returns one row of metrics per epoch.
@@ -126,10 +125,10 @@ def train(
     A finished run is not trained again. What a run is made from stands in `run.json`: `settings` and seed, digests of
     the content of training and validation data (see `data_digest`) and of what else `data` names, such as starting
     weights, and a digest of the code. Raises UserError that names what differs from that, or if another process trains
-    there; `fresh` forgets the run that is there and starts anew. Raises DivergedError, at the step, when the loss is not
-    finite, and where weights or the monitored metric come out so: what has diverged is never saved.
+    there; `fresh` forgets the run that is there and starts anew. What has diverged is never saved: DivergedError,
+    at the step, when the loss is not finite, and where weights or the monitored metric are not.
 
-    `trainer_options` go to Lightning's Trainer: `accelerator`, `devices`, `precision`, `accumulate_grad_batches`,
+    `trainer_options` go to Lightning's Trainer: `devices`, `precision`, `accumulate_grad_batches`,
     `gradient_clip_val`, `strategy` ...
     """
     run = _Run(monitor, mode, seed, None if folder is None else Path(folder), dict(settings or {}))
@@ -138,10 +137,10 @@ def train(
             run.made_from = {"data": _content(train_data), "validation data": _content(validation_data)}
             run.made_from |= data or {}
             run.made_from["code"] = source_digest(*{type(part) for part in module.modules()})
-            if fresh:
+            if fresh and not process_rank():
                 run.forget()
         if not run.open(module):
-            trainer_options |= {"max_epochs": max_epochs, "enable_progress_bar": show_progress}
+            trainer_options |= {"max_epochs": epochs, "enable_progress_bar": show_progress, "accelerator": device}
             _fit(module, train_data, validation_data, run, patience, callbacks, trainer_options)
             run.close(module)
     return run.history
@@ -220,6 +219,8 @@ class _Run(Callback):
         record = {"settings": self.settings, "seed": self.seed, "made_from": self.made_from}
         record |= {"environment": environment(), "finished": False}
         if not (path := self.folder / "run.json").exists():
+            if not process_rank():
+                self.forget()  # a state without its record: nothing tells what it was made from
             write_json(path, record)
             return False
         try:
@@ -333,25 +334,3 @@ class _Run(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.best = list(state_dict["history"]), state_dict["best"]
-
-
-def environment() -> dict[str, str]:
-    """Versions of what a result depends on, for the record: python, torch, nearfar, the machine, the git revision."""
-    try:
-        revision = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        revision = "unknown"
-    return {
-        "nearfar": version("nearfar-core"),
-        "revision": revision,
-        "torch": torch.__version__,
-        "lightning": pl.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-    }

@@ -1,1 +1,5 @@
 """Operators: each mixes positions of a sequence, a grid or a graph. Depends on torch, einops and jaxtyping only."""
+
+from nearfar.ops.common.precision import guard_bfloat16
+
+guard_bfloat16()  # before the first computation

@@ -1,14 +1,13 @@
 """Recordings on disk: any length read in pieces as one channel, and several files written together or not at all."""
 
 import struct
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from math import gcd
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-import av
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
@@ -59,8 +58,9 @@ class Recording:
             recording.rate, recording.frames, recording.channels
             samples = recording.read(start, stop)          # float32, (stop - start,)
 
-    What libsndfile cannot decode (m4a, aac, webm, ...) is decoded by PyAV, forwards from its beginning; of what it has
-    passed it keeps 30 s, so reading in order, with overlaps, decodes once, and only a long jump back starts again.
+    What libsndfile cannot decode (m4a, aac, webm, ...) is decoded by PyAV where it is installed (the extra
+    `containers`), forwards from its beginning; of what it has passed it keeps 30 s, so reading in order, with overlaps,
+    decodes once, and only a long jump back starts again.
 
     Raises UserError for a file that is missing, damaged, empty, shorter than its header says, or holds NaN.
     """
@@ -70,11 +70,18 @@ class Recording:
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file")
         _refuse_truncated(self.path)
-        self._file: soundfile.SoundFile | _Container
+        self._file: Any
         try:
             self._file = soundfile.SoundFile(self.path)
-        except soundfile.LibsndfileError:
-            self._file = _Container(self.path)
+        except soundfile.LibsndfileError as error:
+            try:
+                from nearfar.audio.containers import Container
+            except ImportError:
+                raise UserError(
+                    f"{self.path}: cannot be read as sound ({error}); m4a, aac, webm and the like need "
+                    "`pip install nearfar-audio[containers]`"
+                ) from error
+            self._file = Container(self.path)
         self.rate, self.channels, self.frames = self._file.samplerate, self._file.channels, self._file.frames
         if self.frames <= 0:
             self.close()
@@ -85,7 +92,7 @@ class Recording:
         try:
             self._file.seek(start)
             samples = self._file.read(stop - start, dtype="float32", always_2d=True)
-        except (soundfile.LibsndfileError, av.FFmpegError) as error:
+        except soundfile.LibsndfileError as error:
             raise UserError(f"{self.path}: damaged at {start / self.rate:.1f} s ({error})") from error
         if len(samples) < stop - start:
             raise UserError(f"{self.path}: ends at {(start + len(samples)) / self.rate:.1f} s, its header says later")
@@ -115,81 +122,6 @@ class Recording:
 
     def __exit__(self, kind: type | None, error: Exception | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-class _Container:
-    """The part of `soundfile.SoundFile` that `Recording` uses, for a file that PyAV decodes.
-
-    Coded audio cannot be entered just anywhere: a decoder's state reaches back. So it decodes forwards only, and gives
-    the same samples however they are asked for. The file is decoded once at the start to count its samples, because
-    headers are estimates.
-    """
-
-    KEPT = 30
-    """Seconds of what is passed that stay at hand."""
-
-    def __init__(self, path: Path):
-        self._path, self.frames = path, 0
-        rates, channels = {0}, {0}
-        try:
-            with self._open() as container:
-                stream = container.streams.audio[0]
-                self.subtype = stream.codec_context.name
-                for frame in container.decode(stream):
-                    rates.add(frame.sample_rate)
-                    channels.add(frame.layout.nb_channels)
-                    self.frames += frame.samples
-                promised = float(stream.duration * stream.time_base) if "mp4" in container.format.name else 0.0
-        except IndexError:
-            raise UserError(f"{path}: holds no sound") from None
-        except av.FFmpegError as error:
-            where = f"damaged at {self.frames / max(rates):.1f} s" if self.frames else "cannot be read as sound"
-            raise UserError(f"{path}: {where} ({error.strerror})") from error
-        if len(rates) > 2 or len(channels) > 2:
-            raise UserError(f"{path}: changes its sample rate or channels on the way; convert it to flac")
-        self.samplerate, self.channels = max(rates), max(channels)
-        if self.frames < (promised - 0.5) * self.samplerate:
-            raise UserError(
-                f"{path}: truncated, {self.frames / self.samplerate:.1f} of {promised:.1f} s of sound are there"
-            )
-        self._start()
-
-    def _open(self) -> av.container.InputContainer:
-        return av.open(str(self._path), options={"protocol_whitelist": "file"})  # a playlist must not reach the network
-
-    def _start(self) -> None:
-        self._container = self._open()
-        self._pieces: deque[NDArray[np.float32]] = deque()  # (n, channels) each, from sample _first on
-        self._first = self._end = self._position = 0
-        self._decoded = self._decode()
-
-    def _decode(self) -> Iterator[NDArray[np.float32]]:
-        to_float = av.AudioResampler(format="fltp")
-        for frame in self._container.decode(audio=0):
-            for piece in to_float.resample(frame):
-                yield piece.to_ndarray().T
-
-    def seek(self, position: int) -> None:
-        if position < self._first:
-            self.close()
-            self._start()
-        self._position = position
-
-    def read(self, count: int, dtype: str, always_2d: bool) -> NDArray[np.float32]:
-        stop = self._position + count
-        while self._end < stop and (piece := next(self._decoded, None)) is not None:
-            self._pieces.append(piece)
-            self._end += len(piece)
-            while self._pieces and self._first + len(self._pieces[0]) < self._position - self.KEPT * self.samplerate:
-                self._first += len(self._pieces.popleft())
-        if not self._pieces:
-            return np.empty((0, self.channels), np.float32)
-        found = np.concatenate(self._pieces)[self._position - self._first : stop - self._first]
-        self._position += len(found)
-        return found
-
-    def close(self) -> None:
-        self._container.close()
 
 
 def _refuse_truncated(path: Path) -> None:

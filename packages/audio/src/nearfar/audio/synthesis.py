@@ -65,4 +65,4 @@ def synthesize(
     library.espeak_Synchronize()
     if not pieces:
         raise UserError("eSpeak NG gave no sound for this text")
-    return np.concatenate(pieces).astype(np.float32) / 32768, rate
+    return np.concatenate(pieces).astype(np.float32) / np.float32(32768), rate

@@ -55,7 +55,7 @@ def compare(
             fitted[name] = classical[name](seed)
         else:
             settings = replace(recipe, network=name, seed=seed)
-            fitted[name] = NetworkClassifier(settings, epochs.info, accelerator=device)
+            fitted[name] = NetworkClassifier(settings, epochs.info, device=device)
         return fitted[name]
 
     for name in models:

@@ -12,9 +12,9 @@ from torch import nn
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import UserError
-from nearfar.core.files import file_digest, write_json
+from nearfar.core.files import write_json
 from nearfar.core.finite import check_finite
-from nearfar.core.training import environment
+from nearfar.core.model_folder import TrainedOn, read, trained_on, writing
 from nearfar.eeg.conventions import standard_montage
 from nearfar.eeg.models.baselines import network_class
 from nearfar.eeg.preprocessing import Preprocessing
@@ -46,6 +46,7 @@ class Decoder:
     ch_names: list[str]
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    trained_on: TrainedOn = field(default_factory=TrainedOn)
 
     @property
     def sfreq(self) -> float:
@@ -59,37 +60,27 @@ class Decoder:
         return info.set_montage(standard_montage(), on_missing="ignore", verbose="ERROR")
 
     def save(self, folder: str | Path) -> Path:
-        """Write the decoder into `folder`; what else is there stays. `decoder.json` comes last, so a folder that has
-        one is complete."""
-        folder = Path(folder)
-        (folder / "decoder.json").unlink(missing_ok=True)
-        write_json(folder / "config.json", self.network.get_config())
-        weights = save_state_dict(self.network, folder / "model.safetensors")
-        write_json(
-            folder / "decoder.json",
-            {
-                "format": 1,
-                "network": type(self.network).__name__,
-                "weights": file_digest(weights),
-                "classes": self.classes,
-                "ch_names": self.ch_names,
-                "preprocessing": self.preprocessing.to_dict(),
-                "training": self.training,
-                "metrics": self.metrics,
-                "environment": environment(),
-            },
-        )
-        return folder
+        """Write the decoder into `folder`; what else is there stays."""
+        about = {
+            "network": type(self.network).__name__,
+            "classes": self.classes,
+            "ch_names": self.ch_names,
+            "preprocessing": self.preprocessing.to_dict(),
+            "training": self.training,
+            "metrics": self.metrics,
+        }
+        with writing(folder, "decoder", about, self.trained_on) as place:
+            write_json(place / "config.json", self.network.get_config())
+            save_state_dict(self.network, place / "model.safetensors")
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Read a decoder folder. Raises UserError where it is none, or is damaged."""
         folder = Path(folder)
+        description = read(folder, "decoder")
         try:
-            description = json.loads((folder / "decoder.json").read_text(encoding="utf-8"))
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if file_digest(folder / "model.safetensors") != description["weights"]:
-                raise UserError(f"{folder}: model.safetensors is not the file that decoder.json describes")
             model = network_class(description["network"]).from_config(config)
             load_state_dict(model, read_state_dict(folder / "model.safetensors"))
             return cls(
@@ -99,9 +90,8 @@ class Decoder:
                 description["ch_names"],
                 description["training"],
                 description["metrics"],
+                trained_on(folder),
             )
-        except FileNotFoundError as error:
-            raise UserError(f"{folder}: is no decoder folder, it lacks {Path(error.filename).name}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: damaged decoder folder ({type(error).__name__}: {error})") from error
 

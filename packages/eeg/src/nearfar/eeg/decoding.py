@@ -25,29 +25,30 @@ from nearfar.eeg.models.baselines import network
 class Recipe:
     """How a network is trained. The defaults are AGTCNet's published recipe.
 
-    Adam at `lr` (`fine_tune_lr` in fine-tuning) without weight decay, batches of `batch_size`, cross-entropy; the
-    learning rate falls by `lr_factor` after `lr_patience` epochs without a better validation loss, down to `min_lr`;
-    training stops after `patience` epochs without a better validation accuracy, at the latest after `max_epochs`, and
+    Adam at `learning_rate` (`fine_tune_learning_rate` in fine-tuning) without weight decay, batches of `batch_size`,
+    cross-entropy; the learning rate falls by `factor` after `plateau` epochs without a better validation loss, down
+    to `min_learning_rate`;
+    training stops after `patience` epochs without a better validation accuracy, at the latest after `epochs`, and
     the best epoch's weights stay.
     """
 
     network: str = "AGTCNet"
-    lr: float = 1e-3
+    learning_rate: float = 1e-3
     batch_size: int = 32
-    max_epochs: int = 1000
+    epochs: int = 1000
     patience: int = 300
-    lr_factor: float = 0.9
-    lr_patience: int = 10
-    min_lr: float = 1e-4
-    fine_tune_lr: float = 5e-4
+    factor: float = 0.9
+    plateau: int = 10
+    min_learning_rate: float = 1e-4
+    fine_tune_learning_rate: float = 5e-4
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "fine_tune_lr", "batch_size", "max_epochs", "patience", "lr_patience"):
+        for name in ("learning_rate", "fine_tune_learning_rate", "batch_size", "epochs", "patience", "plateau"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 < self.lr_factor < 1:
-            raise ValueError(f"lr_factor must lie between 0 and 1, got {self.lr_factor}")
+        if not 0 < self.factor < 1:
+            raise ValueError(f"factor must lie between 0 and 1, got {self.factor}")
 
 
 class NetworkClassifier(ClassifierMixin, BaseEstimator):
@@ -58,7 +59,7 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
     recipe: how to train.
     info: the trials' `mne.Info`; gives channel names, positions and the sampling rate to networks that use them.
     folder: where the run is kept, so that an interrupted `fit` goes on where it was. Default: nowhere.
-    accelerator: "auto", "cpu", "cuda" or "mps".
+    device: "auto", "cpu", "cuda" or "mps".
     fresh: forget what `folder` holds.
 
     Attributes after `fit`: `network_`, `classes_`, `history_` (per epoch: losses, accuracies, learning rate).
@@ -71,14 +72,14 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
         recipe: Recipe = Recipe(),
         info: mne.Info | None = None,
         folder: str | Path | None = None,
-        accelerator: str = "auto",
+        device: str = "auto",
         show_progress: bool = False,
         fresh: bool = False,
     ) -> None:
         self.recipe = recipe
         self.info = info
         self.folder = folder
-        self.accelerator = accelerator
+        self.device = device
         self.show_progress = show_progress
         self.fresh = fresh
 
@@ -93,7 +94,7 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
         """Train on X (trials, channels, times) in microvolts with labels y.
 
         X_val, y_val: the validation set that steers the learning rate, the stop and the choice of weights; without
-        one, training runs for `max_epochs` and keeps the last weights. monitor: trials (X, y) whose accuracy per epoch
+        one, training runs for `epochs` and keeps the last weights. monitor: trials (X, y) whose accuracy per epoch
         is recorded in `history_` as `test_accuracy` and steers nothing.
         """
         self.classes_ = np.unique(y)
@@ -108,7 +109,7 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
             sfreq=None if self.info is None else float(self.info["sfreq"]),
             chs_info=None if self.info is None else self.info["chs"],
         )
-        return self._train(self.recipe.lr, X, y, X_val, y_val, monitor, {})
+        return self._train(self.recipe.learning_rate, X, y, X_val, y_val, monitor, {})
 
     def fine_tune(
         self,
@@ -118,14 +119,14 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
         y_val: np.ndarray | None = None,
         monitor: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Self:
-        """Like `fit`, but all weights start from what they are and the learning rate is `recipe.fine_tune_lr`."""
+        """Like `fit`, but all weights start from what they are; the learning rate is `fine_tune_learning_rate`."""
         check_is_fitted(self, "network_")
         start = {"starting weights": data_digest(self.network_.state_dict())}
-        return self._train(self.recipe.fine_tune_lr, X, y, X_val, y_val, monitor, start)
+        return self._train(self.recipe.fine_tune_learning_rate, X, y, X_val, y_val, monitor, start)
 
     def _train(
         self,
-        lr: float,
+        learning_rate: float,
         X: np.ndarray,
         y: np.ndarray,
         X_val: np.ndarray | None,
@@ -146,10 +147,10 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
             drop_last=len(trials) % recipe.batch_size == 1,  # batch norm needs more than one trial
         )
         self.history_ = train(
-            _Training(self.network_, recipe, lr, names),
+            _Training(self.network_, recipe, learning_rate, names),
             loader,
             [data_loader(part, 256) for part in (*validation, *watched)] or None,
-            max_epochs=recipe.max_epochs,
+            epochs=recipe.epochs,
             monitor="val_accuracy" if validation else None,
             patience=recipe.patience,
             seed=recipe.seed,
@@ -158,7 +159,7 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
             data=data,
             fresh=self.fresh,
             show_progress=self.show_progress,
-            accelerator=self.accelerator,
+            device=self.device,
             devices=1,
         )
         self.network_.cpu().eval()
@@ -191,9 +192,9 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
 class _Training(pl.LightningModule):
     """Cross-entropy training of one network; `names` are those of the validation loaders ("val", "test")."""
 
-    def __init__(self, network: nn.Module, recipe: Recipe, lr: float, names: list[str]) -> None:
+    def __init__(self, network: nn.Module, recipe: Recipe, learning_rate: float, names: list[str]) -> None:
         super().__init__()
-        self.network, self.recipe, self.lr, self.names = network, recipe, lr, names
+        self.network, self.recipe, self.learning_rate, self.names = network, recipe, learning_rate, names
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return self._measure(batch, "train")
@@ -217,10 +218,10 @@ class _Training(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
         if "val" not in self.names:
             return optimizer
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, factor=recipe.lr_factor, patience=recipe.lr_patience, min_lr=recipe.min_lr
+            optimizer, factor=recipe.factor, patience=recipe.plateau, min_lr=recipe.min_learning_rate
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}

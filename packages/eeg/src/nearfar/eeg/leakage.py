@@ -9,15 +9,12 @@ import numpy as np
 import pandas as pd
 
 from nearfar.core.errors import UserError
+from nearfar.core.leakage import LeakageError, Side, twin
 from nearfar.eeg.protocols import Split, _groups, _natural
 
 logger = logging.getLogger("nearfar.eeg")
 
 COLUMNS = ("subject", "session", "run", "file", "onset")
-
-
-class LeakageError(UserError):
-    """A split in which something of the test set stands among what is learnt from."""
 
 
 def trial_ids(metadata: pd.DataFrame) -> np.ndarray:
@@ -109,10 +106,10 @@ def check_split(
                 f"(each lasts {trial_seconds:g} s); cut trials that do not overlap or hold out whole sessions"
             )
         if digests is not None:
-            known = {digests[row]: row for row in rows}
-            twin = next((row for row in split.test if digests[row] in known), None)
-            if twin is not None:
-                names = f"{trial(known[digests[twin]])} of {side} and {trial(twin)} of test"
+            sides = ((side, rows), ("test", split.test))
+            parts = (Side(name, part, [digests[row] for row in part]) for name, part in sides)
+            if (places := twin(*parts)) is not None:
+                names = f"{trial(rows[places[0]])} of {side} and {trial(split.test[places[1]])} of test"
                 raise LeakageError(f"{where}: {names} hold the same signal; remove the copy")
     if not split.published:
         shared = np.intersect1d(split.train, split.validation)

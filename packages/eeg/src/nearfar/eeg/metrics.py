@@ -12,8 +12,9 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 from sklearn.metrics import confusion_matrix as _confusion_matrix
 
+from nearfar.core.statistics import bootstrap_interval, holm, paired_test
+
 NO_DECISION = -1
-FEWEST_SUBJECTS = 6  # with n pairs the smallest two-sided p of the signed-rank test is 2 / 2^n: below 0.05 from n = 6
 
 
 def accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> float:
@@ -66,18 +67,6 @@ def moving_average_accuracy(curve: ArrayLike, window: int = 20) -> float:
     return float(np.lib.stride_tricks.sliding_window_view(curve, window).mean(-1).max())
 
 
-def bootstrap_interval(
-    values: ArrayLike, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`, one value per subject; (NaN, NaN) for fewer than two."""
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[drawn].mean(-1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def wilcoxon_holm(scores: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
     """Wilcoxon's signed-rank test between all pairs of columns, paired over subjects, Holm-corrected.
 
@@ -94,14 +83,10 @@ def wilcoxon_holm(scores: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
         raise ValueError("every subject needs a score from every model; a failed one counts as chance, not as a gap")
     rows = []
     for a, b in combinations(scores.columns, 2):
-        difference = np.round(scores[a] - scores[b], 12)
-        enough = np.count_nonzero(difference) >= FEWEST_SUBJECTS
-        p = float(stats.wilcoxon(difference).pvalue) if enough else float("nan")
-        rows.append({"a": a, "b": b, "subjects": len(scores), "difference": float(difference.mean()), "p": p})
+        found = paired_test(scores[a], scores[b])
+        rows.append({"a": a, "b": b, "subjects": len(scores), "difference": found["difference"], "p": found["p"]})
     table = pd.DataFrame(rows, columns=["a", "b", "subjects", "difference", "p"])
-    tested = table["p"].dropna().sort_values()
-    steps = tested * np.arange(len(tested), 0, -1)
-    table["p_holm"] = steps.cummax().clip(upper=1.0)
+    table["p_holm"] = holm(table["p"])
     better = np.where(table["difference"] > 0, table["a"], table["b"])
     outcome = np.where(table["p_holm"] <= level, better, "no difference shown")
     table["outcome"] = np.where(table["p"].isna(), "too few subjects", outcome)

@@ -74,7 +74,9 @@ def within_session(
         for fold, (learn, test) in enumerate(StratifiedKFold(folds).split(rows, y[rows])):
             train, chosen = _latest(metadata, y, rows[learn], validation)
             split = (rows[learn], rows[test]) if published else (train, chosen)
-            yield Split(name, f"{held_out}, fold {fold + 1}", *split, rows[test], (), ("subject", "session"))
+            yield Split(
+                name, f"{held_out}, fold {fold + 1}", split[0], split[1], rows[test], (), ("subject", "session")
+            )
 
 
 def cross_session(
@@ -101,7 +103,7 @@ def cross_session(
             learn = rows[~np.isin(sessions, [session] if test is None else list(test))]
             if len(held_out) and len(learn):
                 split = (learn, held_out) if published else _latest(metadata, y, learn, validation)
-                yield Split(name, f"subject {subject}, session {session}", *split, held_out, apart, apart)
+                yield Split(name, f"subject {subject}, session {session}", split[0], split[1], held_out, apart, apart)
 
 
 def leave_one_subject_out(
@@ -112,7 +114,7 @@ def leave_one_subject_out(
     _need_subjects(subjects, 2)
     for learn, test in LeaveOneGroupOut().split(y, y, subjects):
         split = (learn, test) if published else validation_split(metadata, y, learn, validation, seed)
-        yield Split(name, f"subject {subjects[test][0]}", *split, test, ("subject",), ("subject",))
+        yield Split(name, f"subject {subjects[test][0]}", split[0], split[1], test, ("subject",), ("subject",))
 
 
 def subject_folds(
@@ -145,7 +147,7 @@ def subject_folds(
         learn, test = np.flatnonzero(present & ~inside), np.flatnonzero(present & inside)
         if len(learn) and len(test):
             split = (learn, test) if published else validation_split(metadata, y, learn, validation, seed)
-            yield Split(name, f"fold {fold + 1}", *split, test, ("subject",), ("subject",))
+            yield Split(name, f"fold {fold + 1}", split[0], split[1], test, ("subject",), ("subject",))
 
 
 def fine_tuned(

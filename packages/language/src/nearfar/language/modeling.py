@@ -308,6 +308,13 @@ class MixerModel(MixerPreTrainedModel):
         return (seen[:, None] + new).clamp(max=limit - 1)
 
 
+def bit_sums(weight: Tensor) -> tuple[int, int]:
+    """Two sums over the float32 bit patterns, plain and by place, that wrap round: the same in any order."""
+    bits = weight.float().contiguous().view(torch.int32).flatten().long()
+    place = torch.arange(1, len(bits) + 1, device=bits.device)
+    return int(bits.sum()), int((bits * place).sum())
+
+
 class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
     """`MixerModel` with a head over the vocabulary, by default tied to the embedding and without bias."""
 
@@ -387,6 +394,12 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
             if mask.shape[1] == ids.shape[1]:
                 read = mask.new_ones(len(mask), cache.get_seq_length())
                 kwargs["attention_mask"] = torch.cat([read, mask], 1)
+        if isinstance(cache, MixerCache) and cache.get_seq_length():
+            chosen = kwargs.get("generation_config") or self.generation_config
+            wanted = [kwargs.get(n) or getattr(chosen, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
+            if max(wanted) > 1:  # every beam goes on from the state, which stays as it was
+                cache = kwargs["past_key_values"] = cache.copy()
+                cache.batch_repeat_interleave(max(wanted))
         return super().generate(inputs, **kwargs)
 
     def state_size(self, length: int) -> int:
@@ -394,10 +407,9 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
         return sum(block.state_size(length) for block in self.model.layers)
 
     def fingerprint(self) -> str:
-        """Tells models apart: their parameters' names and shapes and some of their weights."""
-        shapes = json.dumps([(name, tuple(p.shape)) for name, p in self.named_parameters()])
-        rows = self.get_input_embeddings().weight[:8].detach().float().cpu().numpy().tobytes()
-        return hashlib.sha256(shapes.encode() + rows).hexdigest()[:16]
+        """Tells models apart: names and shapes of their parameters, and sums over the bits of every weight."""
+        about = [(name, tuple(p.shape), *bit_sums(p.detach())) for name, p in self.named_parameters()]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
     @classmethod
     def from_published(cls, checkpoint: Checkpoint, **settings: Any) -> "MixerForCausalLM":

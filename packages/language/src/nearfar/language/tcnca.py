@@ -165,6 +165,8 @@ def create(name: str, **overrides: Any) -> MixerForCausalLM | SequenceClassifier
     if name not in VARIANTS:
         raise UserError(f"unknown model {name!r}; known are {', '.join(VARIANTS)}")
     settings = VARIANTS[name] | overrides
+    if "embed_scale" in settings:
+        settings["embed_scale"] = overrides.get("embed_scale", math.sqrt(settings["hidden_size"]))
     if "num_labels" in settings:
         return SequenceClassifier(SequenceClassifierConfig(**settings))
     return MixerForCausalLM(MixerConfig(**settings))

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import nearfar.language.modeling  # noqa: F401 - registers MixerForCausalLM with the Auto classes
-from nearfar.core.errors import UserError
+from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path
 from nearfar.core.finite import check_weights
+from nearfar.core.model_folder import KINDS, NEXT, read
 
 TEXT_ENDINGS = (".txt", ".raw", ".md", ".rst", ".py", ".html", ".csv", ".tex", "")
 TABLE_ENDINGS = (".jsonl", ".json", ".parquet")
@@ -43,10 +44,15 @@ def load_causal_lm(name: str, device: str = "cpu", dtype: torch.dtype | None = N
 
     A folder without a tokenizer whose model has 256 or 259 tokens reads bytes.
     """
+    if (Path(name) / NEXT).exists() or (Path(name) / KINDS["language model"]).exists():
+        read(name, "language model")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
+        options = {} if dtype is None else {"dtype": dtype}
+        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name}: no causal language model there ({first_line(error)})") from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{name}: lacks {some(missing)}; the model would have random weights there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

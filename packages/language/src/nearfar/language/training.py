@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from nearfar.core.errors import UserError
+from nearfar.core.model_folder import TrainedOn, writing
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.language.configuration import MixerConfig
 from nearfar.language.modeling import MixerForCausalLM
@@ -98,6 +100,27 @@ class Windows(Dataset):
         return self.tokens[start : start + self.context + 1].long()
 
 
+def text_marks(tokens: Tensor, length: int = 32, one_in: int = 64) -> list[str]:
+    """Hashes of about one in `one_in` of the stretches of `length` tokens, chosen by what they hold.
+
+    So a text that holds a piece of another has marks in common with it, wherever in it the piece lies.
+    """
+    found: set[int] = set()
+    for start in range(0, len(tokens), 2**20):  # in pieces, so that memory does not grow with the text
+        found.update(_marks(tokens[start : start + 2**20 + length - 1], length, one_in))
+    return [f"{mark:016x}" for mark in sorted(found)]
+
+
+def _marks(tokens: Tensor, length: int, one_in: int) -> list[int]:
+    values = np.asarray(tokens).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019)
+    mixed = np.zeros(max(0, len(values) - length + 1), np.uint64)
+    with np.errstate(over="ignore"):
+        for i in range(length):
+            mixed = mixed * np.uint64(0x100000001B3) + (values[i : i + len(mixed)] ^ (values[i : i + len(mixed)] >> 29))
+        mixed ^= mixed >> np.uint64(32)
+    return np.unique(mixed[mixed % np.uint64(one_in) == 0]).tolist()
+
+
 def listed(found: Any) -> list[Any]:
     """Lightning hands over a single optimizer or schedule bare."""
     return found if isinstance(found, list) else [found]
@@ -112,8 +135,13 @@ class LanguageModule(pl.LightningModule):
         self.automatic_optimization = False  # Lightning steps one optimizer by itself, not two
 
     def loss(self, batch: Tensor) -> Tensor:
-        logits = self.model(batch[:, :-1]).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        inputs, targets, documents = batch[:, :-1], batch[:, 1:], None
+        end = self.model.config.eos_token_id
+        if end is not None and (inputs == end).any():  # nothing passes from a document to the one behind it
+            ended = inputs == end
+            documents, targets = ended.cumsum(1) - ended.long(), targets.masked_fill(ended, -100)
+        logits = self.model(inputs, seq_idx=documents).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def training_step(self, batch: Tensor) -> None:
         loss = self.loss(batch)
@@ -161,7 +189,7 @@ def train_language_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     sources: Sequence[str] = (),
-    accelerator: str = "auto",
+    device: str = "auto",
     precision: str = "32-true",
     show_progress: bool = False,
     fresh: bool = False,
@@ -188,7 +216,7 @@ def train_language_model(
         module,
         loaders[0],
         loaders[1],
-        max_epochs=recipe.epochs,
+        epochs=recipe.epochs,
         monitor="validation_loss",
         mode="min",
         seed=recipe.seed,
@@ -196,10 +224,12 @@ def train_language_model(
         settings=dataclasses.asdict(recipe),
         fresh=fresh,
         show_progress=show_progress,
-        accelerator=accelerator,
+        device=device,
         precision=precision,
     )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    about = {"recipe": dataclasses.asdict(recipe), "sources": [str(source) for source in sources]}
+    with writing(folder, "language model", about, TrainedOn.of(text_marks(tokens))) as place:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
     per_epoch = len(parts[0]) * recipe.context
     return model, [row | {"tokens_per_second": per_epoch / max(row["seconds"], 1e-9)} for row in history]

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from monai.metrics import compute_surface_dice
-from scipy import ndimage, stats
+from scipy import ndimage
+
+from nearfar.core.statistics import bootstrap_interval, holm, paired_test
 
 CONVENTIONS = ("nearfar", "synapse_legacy", "brats", "monai")
 
@@ -152,7 +154,7 @@ def micro_scores(pairs: Sequence[tuple[Array, Array]], labels: Mapping[int, str]
     return rows
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], *, level: float = 0.95, seed: int = 0) -> list[dict[str, Any]]:
+def summarize(rows: Sequence[Mapping[str, Any]], *, level: float = 0.95, seed: int = 0) -> list[dict[str, Any]]:
     """Per label, and over all (`mean of labels`: first over the labels of a case), the mean over cases of each score.
 
     `rows` are those of `score_case` with a key `case`. Each score comes with `_std` and a bootstrap interval over
@@ -174,44 +176,24 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, level: float = 0.95, seed: i
             out.setdefault("cases", len(values))
             out[name] = float(values.mean()) if len(values) else float("nan")
             out[f"{name}_std"] = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
-            out[f"{name}_low"], out[f"{name}_high"] = bootstrap_interval(values, level=level, seed=seed)
+            out[f"{name}_low"], out[f"{name}_high"] = (
+                bootstrap_interval(values, level, 2000, seed) if np.isfinite(values).all() else (np.nan, np.nan)
+            )
         result.append(out)
     return result
-
-
-def bootstrap_interval(
-    values: Array, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the mean under resampling of the cases; NaN for fewer than two."""
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    means = rng.choice(values, (resamples, len(values))).mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def compare(
     first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], score: str = "dice"
 ) -> list[dict[str, Any]]:
-    """Rows of `paired_test` for each label, of two methods' rows (see `summarise`) on the same cases."""
+    """Rows of `paired_test` for each label, of two methods' rows (see `summarize`) on the same cases."""
     result = []
     for label in dict.fromkeys(row["label"] for row in first):
         mine, other = ({r["case"]: r[score] for r in rows if r["label"] == label} for rows in (first, second))
         both = [c for c in mine if c in other and not np.isnan(mine[c]) and not np.isnan(other[c])]
         if len(both) > 1:
-            result.append({"label": label, **paired_test([mine[c] for c in both], [other[c] for c in both])})
+            found = paired_test([mine[c] for c in both], [other[c] for c in both])
+            result.append({"label": label, "cases": found.pop("items"), **found})
+    for row, p in zip(result, holm([row["p"] for row in result])):
+        row["p_holm"] = float(p)
     return result
-
-
-def paired_test(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> dict[str, float]:
-    """Compares two methods on the same cases: mean difference, its bootstrap interval, Wilcoxon signed-rank p.
-
-    Raises ValueError for other than the same number of values, at least two.
-    """
-    if len(first) != len(second) or len(first) < 2:
-        raise ValueError(f"got {len(first)} and {len(second)} values; paired cases are needed, at least two")
-    difference = np.asarray(first, float) - np.asarray(second, float)
-    low, high = bootstrap_interval(difference, seed=seed)
-    p = 1.0 if not difference.any() else float(stats.wilcoxon(difference).pvalue)
-    return {"difference": float(difference.mean()), "low": low, "high": high, "p": p, "cases": len(difference)}

@@ -17,11 +17,11 @@ class Recipe:
         network, settings: as in `create_network`.
         spacing, window, intensity, resize: as in `Preparation`.
         loss, squash: as in `losses.SegmentationLoss`. "binary" and "structure" make a network of one output.
-        optimizer, lr, weight_decay, optimizer_settings: adamw, adam or sgd, and what else it takes.
+        optimizer, learning_rate, weight_decay, optimizer_settings: adamw, adam or sgd, and what else it takes.
         schedule: "warmup_cosine", "poly" ((1 - step / steps)^0.9), "constant", or one of torch's schedulers stepped
             once per epoch, `{StepLR: {step_size: 50}}`.
         batch_size, accumulate: patches per pass, passes per step.
-        patches_per_epoch, max_epochs: how long.
+        patches_per_epoch, epochs: how long.
         scales: sizes of which one is chosen for each patch: its window is `roi / scale` and is resized to `roi`.
         augment: MONAI's dictionary transforms, `[{RandFlipd: {prob: 0.5, spatial_axis: 0}}, ...]`; keys and
             interpolation are filled in. None mirrors each axis with probability 1/2.
@@ -37,13 +37,13 @@ class Recipe:
     loss: str = "dice_ce"
     squash: bool = False
     optimizer: str = "adamw"
-    lr: float = 1e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     optimizer_settings: dict[str, Any] = field(default_factory=dict)
     schedule: str | dict[str, Any] = "warmup_cosine"
     batch_size: int = 2
     accumulate: int = 1
-    max_epochs: int = 50
+    epochs: int = 50
     patches_per_epoch: int = 100
     foreground: float = 0.5
     scales: tuple[float, ...] = ()

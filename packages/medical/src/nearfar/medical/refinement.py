@@ -1,7 +1,8 @@
 """The CRF on scans: within a memory budget by slabs, and the search for its settings on validation cases."""
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nearfar.core.errors import UserError
-from nearfar.medical.metrics import score_case, summarise
+from nearfar.medical.metrics import score_case, summarize
 from nearfar.ops.graph.dense_crf import DenseCRF, unary_from_softmax
 
 
@@ -68,9 +69,16 @@ def to_bytes(image: Tensor) -> Tensor:
     return 255 * (image - low.view(view)) / (high - low).clamp_min(1e-6).view(view)
 
 
+def crf_grid(unit: float) -> list[dict[str, Any]]:
+    """The 48 settings that `search_crf` goes over by default; `unit`: the smallest voxel side, in mm."""
+    names = ("spatial_weight", "spatial_std", "bilateral_weight", "bilateral_std", "color_std")
+    values = ((0.5, 2.0), (unit, 3 * unit), (0.5, 2.0), (3 * unit, 15 * unit), (5.0, 15.0, 40.0))
+    return [{"iterations": 5, **dict(zip(names, chosen))} for chosen in itertools.product(*values)]
+
+
 def search_crf(
     items: Sequence[tuple[Tensor, Tensor, Tensor]],
-    grid: Sequence[Mapping[str, Any]],
+    grid: Iterable[Mapping[str, Any]],
     spacings: Sequence[Sequence[float] | None] | None = None,
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """The CRF settings of `grid` with the best mean Dice over (probabilities (K, *S), image (C, *S), labels (*S)).
@@ -86,7 +94,7 @@ def search_crf(
             for i, (found, (_, _, truth)) in enumerate(zip(label_maps, items))
             for r in score_case(found, truth.numpy(), names)
         ]
-        return summarise(rows)[-1]["dice"]
+        return summarize(rows)[-1]["dice"]
 
     rows: list[dict[str, Any]] = [{"settings": None, "dice": mean_dice([p.argmax(0).numpy() for p, _, _ in items])}]
     for settings in grid:

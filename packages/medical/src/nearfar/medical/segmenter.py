@@ -1,7 +1,6 @@
 """From scans to label maps: preparation, networks by name, training, and a trained segmenter in a folder."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import UserError
-from nearfar.core.files import temporary_folder, write_json
+from nearfar.core.files import temporary_folder
+from nearfar.core.model_folder import TrainedOn, read, trained_on, writing
 from nearfar.medical.data.scans import Scan
 from nearfar.medical.inference import WINDOW_MEMORY, segment, window_scores
 from nearfar.medical.networks import create_network
@@ -40,6 +40,7 @@ class Segmenter:
         self.network, self.recipe, self.in_channels = network.eval(), recipe, in_channels
         self.crf: dict[str, Any] | None = None  # settings that `search_crf` chose
         self.spacing_seen: list[float] | None = None  # smallest and largest voxel side of the training scans, mm
+        self.trained_on = TrainedOn()
         self.labels = dict(labels)
         self.values = list(values) if values is not None else [0, *(v for v in self.labels if v)]
         self.preparation = Preparation(recipe.spacing, recipe.window, recipe.intensity, recipe.resize)
@@ -129,8 +130,6 @@ class Segmenter:
 
     def save(self, folder: str | Path) -> Path:
         """Write `model.safetensors` and `model.json` to `folder`."""
-        folder = Path(folder)
-        save_state_dict(self.network, folder / "model.safetensors")
         content = {
             "recipe": dataclasses.asdict(self.recipe),
             "labels": {str(k): v for k, v in self.labels.items()},
@@ -138,19 +137,22 @@ class Segmenter:
             "crf": self.crf,
             "spacing_seen": self.spacing_seen,
         }
-        return write_json(folder / "model.json", content)
+        with writing(folder, "segmenter", content, self.trained_on) as place:
+            save_state_dict(self.network, place / "model.safetensors")
+        return Path(folder) / "model.json"
 
     @classmethod
     def load(cls, folder: str | Path) -> "Segmenter":
         """Read what `save` wrote; raises UserError where it is not there or does not fit."""
         folder = Path(folder)
+        content = read(folder, "segmenter")
         try:
-            content = json.loads((folder / "model.json").read_text(encoding="utf-8"))
             recipe = Recipe(**content["recipe"])
             labels = {int(k): v for k, v in content["labels"].items()}
             segmenter = cls.create(recipe, labels, content["in_channels"])
             segmenter.crf, segmenter.spacing_seen = content.get("crf"), content.get("spacing_seen")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            segmenter.trained_on = trained_on(folder)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: holds no trained model ({error})") from error
         load_state_dict(segmenter.network, read_state_dict(folder / "model.safetensors"))
         return segmenter

@@ -18,14 +18,15 @@ from torch.utils.data import Dataset
 from nearfar.core.errors import UserError
 from nearfar.core.files import locked, temporary_folder, write_json
 from nearfar.core.finite import check_finite
+from nearfar.core.model_folder import TrainedOn
 from nearfar.core.training import data_loader, train, warmup_cosine
-from nearfar.medical.data.cases import Case, Collection, check_split
+from nearfar.medical.data.cases import Case, Collection, case_digest, check_split
 from nearfar.medical.inference import _predict
 from nearfar.medical.losses import SegmentationLoss
-from nearfar.medical.metrics import score_case, summarise
+from nearfar.medical.metrics import score_case, summarize
 from nearfar.medical.preparation import Preparation
 from nearfar.medical.recipe import Recipe
-from nearfar.medical.refinement import to_bytes
+from nearfar.medical.refinement import crf_grid, search_crf, to_bytes
 from nearfar.medical.segmenter import Segmenter
 
 MAX_PLACES = 20_000
@@ -127,11 +128,13 @@ class _Module(pl.LightningModule):
         recipe = self.recipe
         groups: Any = self.network.parameters()
         if hasattr(self.network, "parameter_groups"):
-            groups = list(self.network.parameter_groups(recipe.lr, recipe.weight_decay))
+            groups = list(self.network.parameter_groups(recipe.learning_rate, recipe.weight_decay))
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[recipe.optimizer]
         schedulers = torch.optim.lr_scheduler
         try:
-            optimizer = kind(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, **recipe.optimizer_settings)
+            optimizer = kind(
+                groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, **recipe.optimizer_settings
+            )
             if isinstance(recipe.schedule, Mapping):
                 ((name, settings),) = recipe.schedule.items()
                 return {"optimizer": optimizer, "lr_scheduler": getattr(schedulers, name)(optimizer, **settings)}
@@ -173,11 +176,11 @@ def train_segmenter(
         segmenter.spacing_seen = spacing
         patches = Patches(items, recipe, collection.ignore or 0)
         loader = data_loader(patches, recipe.batch_size, shuffle=True, seed=recipe.seed)
-        steps = recipe.max_epochs * -(-len(loader) // recipe.accumulate)
+        steps = recipe.epochs * -(-len(loader) // recipe.accumulate)
         train(
             _Module(segmenter, steps, collection.ignore),
             loader,
-            max_epochs=recipe.max_epochs,
+            epochs=recipe.epochs,
             seed=recipe.seed,
             folder=folder / "run",
             settings={**dataclasses.asdict(recipe), "cases": [c.name for c in train_cases]},
@@ -189,6 +192,7 @@ def train_segmenter(
         with torch.inference_mode():
             first, _ = patches[0]
             check_finite(_predict(segmenter.network, first[None], ()), "training diverged: the trained scores")
+        segmenter.trained_on = TrainedOn.of(map(case_digest, train_cases), (c.group or c.name for c in train_cases))
         segmenter.save(folder)
     summary = score_cases(segmenter, collection, validation_cases)
     write_json(folder / "validation.json", summary)
@@ -198,7 +202,7 @@ def train_segmenter(
 def score_cases(
     segment: Callable[[Any], np.ndarray], collection: Collection, cases: Sequence[Case]
 ) -> list[dict[str, Any]]:
-    """The summary (see `metrics.summarise`) of the labelled ones among `cases`, under the convention `nearfar`."""
+    """The summary (see `metrics.summarize`) of the labelled ones among `cases`, under the convention `nearfar`."""
     rows = []
     for case in cases:
         scan, labels = collection.read(case)
@@ -207,7 +211,27 @@ def score_cases(
             if collection.ignore is not None:
                 found, labels = (np.where(labels == collection.ignore, 0, m) for m in (found, labels))
             rows += [{"case": case.name, **r} for r in score_case(found, labels, collection.labels, scan.spacing)]
-    return summarise(rows) if rows else []
+    return summarize(rows) if rows else []
+
+
+def tune_crf(
+    segmenter: Segmenter,
+    collection: Collection,
+    cases: Iterable[Case],
+    device: str = "cpu",
+    track: Callable[[Sequence[Any]], Iterable[Any]] = lambda grid: grid,
+) -> tuple[list[dict[str, Any]], int]:
+    """Set the segmenter's CRF to the best of `refinement.crf_grid` on labelled validation cases, or to none.
+
+    Returns a row of settings and mean Dice for each, the first without a CRF, and the number of cases. Raises
+    UserError without any case.
+    """
+    items, spacings = crf_items(segmenter, collection, cases, device)
+    if not items:
+        raise UserError("none of the cases is here with labels")
+    grid = crf_grid(min(min(s) for s in spacings))
+    segmenter.crf, rows = search_crf(items, track(grid), spacings)
+    return rows, len(items)
 
 
 def crf_items(

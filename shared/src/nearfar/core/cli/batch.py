@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from nearfar.core.cli.console import Item, track
+from nearfar.core.cli.console import Item, clean, track
 from nearfar.core.errors import UserError
 
 Result = TypeVar("Result")
@@ -19,19 +19,27 @@ def run_batch(
     description: str,
     name: Callable[[Item], str] = str,
 ) -> tuple[list[Result], list[str]]:
-    """Apply `action` to each item with a progress bar, going on past those that raise UserError.
+    """Apply `action` to each item with a progress bar, going on past those that fail, in whatever way.
 
-    Returns the results of the good items and one line per failure that starts with the item's `name`. Write what the
-    results are for, then call `raise_failures`.
+    Returns the results of the good items and one line per failure that starts with the item's `name`; what is no
+    UserError is named by its kind (readers should say it better). Write what the results are for, then call
+    `raise_failures`.
     """
     results, failures = [], []
     for item in track(list(items), description):
         try:
             results.append(action(item))
-        except UserError as error:
-            text = str(error)
-            failures.append(text if name(item) in text else f"{name(item)}: {text}")
+        except Exception as error:
+            failures.append(failure(name(item), error))
     return results, failures
+
+
+def failure(name: str, error: Exception) -> str:
+    """What is wrong with the item `name`, which stands first."""
+    text, name = str(error).strip(), " ".join(name.split())
+    if not isinstance(error, UserError):
+        text = f"{type(error).__name__}: {text}".rstrip(": ").split("\n")[0][:300]
+    return clean(text if text.startswith(name) else f"{name}: {text}")
 
 
 def raise_failures(failures: Sequence[str], total: int) -> None:

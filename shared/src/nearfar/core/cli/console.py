@@ -1,22 +1,47 @@
-"""The console of every app: results on standard output, progress and messages on standard error."""
+"""The console of every app: results on standard output, progress and messages on standard error.
 
+What comes from a file or a user is shown as it is: no console reads markup, and control characters are left out.
+"""
+
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 Item = TypeVar("Item")
 
-console = Console(width=None if sys.stdout.isatty() else 160)
+UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but for line feed and tab: those of terminals, and those that turn the order of writing round."""
+
+
+def clean(text: str) -> str:
+    """`text` without control characters, which could forge or hide lines on a terminal."""
+    return UNSEEN.sub("", text)
+
+
+class PlainConsole(Console):
+    """A console that takes strings, in tables too, for text: no markup, no emoji codes, no control characters."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(clean(text), **options | {"markup": False, "emoji": False})
+
+
+console = PlainConsole(width=None if sys.stdout.isatty() else 160)
 """Where results go (standard output)."""
 
-messages = Console(stderr=True)
+messages = PlainConsole(stderr=True)
 """Where progress and errors go (standard error)."""
+
+
+def say(kind: str, text: str, style: str = "red") -> None:
+    """One message on standard error: its kind in colour, then the text."""
+    messages.print(Text.assemble((kind, style), " ", clean(text)), soft_wrap=True, highlight=False)
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
@@ -29,7 +54,7 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
 def progress() -> Progress:
     """A progress display in the project's style, shown only on a terminal and removed when done."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -46,5 +71,5 @@ def table(rows: Sequence[dict[str, Any]], title: str | None = None) -> Table:
     for column, value in (rows[0] if rows else {}).items():
         shown.add_column(str(column), justify="right" if isinstance(value, int | float) else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
+        shown.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
     return shown

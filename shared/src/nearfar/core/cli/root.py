@@ -16,10 +16,10 @@ from importlib.metadata import entry_points, version
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from nearfar.core.cli.batch import BatchError
-from nearfar.core.cli.console import console, messages
+from nearfar.core.cli.console import console, messages, say
+from nearfar.core.cli.doctor import doctor
 from nearfar.core.cli.tour import tour
 from nearfar.core.cli.verify import verify
 from nearfar.core.entry_points import load_entry_point
@@ -39,6 +39,7 @@ def root(arguments: Sequence[str]) -> typer.Typer:
     )
     app.callback()(_root_options)
     app.command(rich_help_panel="Checks")(verify)
+    app.command(rich_help_panel="Checks")(doctor)
     app.command(rich_help_panel="Checks")(tour)
     called = next((word for word in arguments if not word.startswith("-")), None)
     for point in sorted(entry_points(group="nearfar.apps"), key=lambda point: point.name):
@@ -73,15 +74,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        messages.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        say("error:", str(error))
         return 1 if isinstance(error, BatchError) else 2
     except Exception as error:
         if debug:
             raise
         reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-        messages.print(
-            f"[red]unexpected error:[/] {escape(reason)} (--debug shows where)", soft_wrap=True, highlight=False
-        )
+        say("unexpected error:", f"{reason} (--debug shows where)")
         return 1
     return 0
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nearfar.core.cli.console import clean
 from nearfar.core.entry_points import load_entry_point
 from nearfar.core.errors import UserError
 
@@ -17,10 +18,11 @@ def verify(
         typer.Argument(help="Contract files or folders of them. Default: those of the installed packages."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, float64; bfloat16, float16: autocast.")] = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="Run each model under torch.compile.")] = False,
     tolerance: Annotated[
-        float | None, typer.Option(help="Largest relative error allowed. (default: the file's own, else 1e-4)")
+        float | None,
+        typer.Option(help="Largest relative error allowed. (default: the file's own, 1e-4, or 0.1 in half precision)"),
     ] = None,
 ) -> None:
     """Check that each model computes what its published code computes.
@@ -31,10 +33,17 @@ def verify(
     import torch  # not at the top: printing help should not wait for it
 
     from nearfar.core import contracts
+    from nearfar.ops.common.precision import check_bfloat16
 
     dtypes = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
     if dtype not in dtypes:
         raise UserError(f"--dtype {dtype}: must be one of {', '.join(dtypes)}")
+    half = dtype in ("bfloat16", "float16")
+    if dtype == "bfloat16" and device == "cpu":
+        try:
+            check_bfloat16()
+        except RuntimeError as problem:
+            raise UserError(f"--dtype bfloat16: {problem}") from problem
     points: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group="nearfar.contracts"):
         points.setdefault(point.name, []).append(point)
@@ -48,14 +57,14 @@ def verify(
                 build = partial(contracts.first_that_builds, each)
                 errors = contracts.verify(contract, build, device, dtypes[dtype], compile)
                 output = max(errors, key=errors.__getitem__)
-                limit = tolerance or contract.tolerance or 1e-4
+                limit = tolerance or max(contract.tolerance or 1e-4, 0.1 if half else 0)
                 error, verdict = f"{errors[output]:.1e}", "ok" if errors[output] < limit else "FAIL"
             except UserError as problem:
                 error, verdict = str(problem).split("\n")[0], "FAIL"
             except Exception as problem:  # one model that cannot be built must not hide the others
                 error, verdict = f"{type(problem).__name__}: {problem}".split("\n")[0], "FAIL"
         counts[verdict] += 1
-        print(f"{contract.system}  {contract.variant}  {output}  {error}  {verdict}", flush=True)
+        print(clean(f"{contract.system}  {contract.variant}  {output}  {error}  {verdict}"), flush=True)
     print(f"{counts['ok']} ok, {counts['FAIL']} failed, {counts['unknown']} unknown")
     if counts["FAIL"] or counts["unknown"]:
         raise typer.Exit(1)

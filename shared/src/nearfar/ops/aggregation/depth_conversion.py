@@ -1,6 +1,7 @@
 """Attention residuals for a trained pre-norm transformer, whoever wrote it, without a change of what it computes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -141,14 +142,9 @@ def attend_over_depth(
     training = model.training
     model.eval()
     before = outputs(model, example)
-    widths: list[int] = []
-    handle = found[0].register_forward_pre_hook(lambda norm, args: widths.append(args[0].shape[-1]))
-    outputs(model, example)
-    handle.remove()
-    if not widths:
-        raise ValueError(f"{names[0]} was not called on the example")
+    width = check_additive(model, example, dict(zip(names, found)))
     old = [(norm, eps_name(norm), getattr(norm, eps_name(norm)), dict(norm._forward_pre_hooks)) for norm in found]
-    depth = DepthHooks(found, widths[0], block_size, **attention)
+    depth = DepthHooks(found, width, block_size, **attention)
     like = next(model.parameters())
     model.depth = depth.to(like.device, like.dtype)
     for number, (norm, name, eps, _) in enumerate(old):
@@ -172,6 +168,36 @@ def attend_over_depth(
     finally:
         model.train(training)
     return error
+
+
+def check_additive(model: nn.Module, example: Mapping[str, Any] | Sequence[Any], norms: Mapping[str, nn.Module]) -> int:
+    """The width of the residual stream; ValueError where the norms' outputs are part of it (post-norm).
+
+    With all norms silenced, sub-layers add the same to every token, so the stream at one norm differs from that at the
+    one before by a constant; where the norm's output is the stream, nothing of it is left.
+    """
+    streams: list[tuple[str, Tensor]] = []
+    handles = []
+    for name, norm in norms.items():
+        see = lambda norm, args, out, name=name: (streams.append((name, args[0].detach())), torch.zeros_like(out))[1]  # noqa: E731
+        handles.append(norm.register_forward_hook(see))
+    try:
+        outputs(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if [name for name, _ in streams] != list(norms):
+        raise ValueError(f"a forward pass does not call the norms once each in this order: {', '.join(norms)}")
+    first = streams[0][1].float()
+    for (_, before), (name, after) in pairwise(streams):
+        if before.shape != after.shape:
+            raise ValueError(f"{name} reads {tuple(after.shape)}, the norm before it {tuple(before.shape)}")
+        added = (after - before).float().flatten(0, -2)
+        if (added - added.mean(0)).norm() > 0.5 * (first.flatten(0, -2) - first.flatten(0, -2).mean(0)).norm():
+            raise ValueError(
+                f"the model is not pre-norm: what {name} reads is no sum with what the norm before it read"
+            )
+    return first.shape[-1]
 
 
 @torch.no_grad()

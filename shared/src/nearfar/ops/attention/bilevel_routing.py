@@ -110,7 +110,7 @@ class BiLevelRoutingAttention(nn.Module):
         x = x.movedim(1, -1)
         size = tuple(x.shape[1:-1])
         region, padded = self.cut(size)
-        count = math.prod(n // r for n, r in zip(padded, region, strict=True))
+        count = math.prod([n // r for n, r in zip(padded, region, strict=True)])
         chosen = self.route(x)[0] if self.topk < count else None
         if self.padding == "input":
             x = _pad(x, padded)
@@ -137,12 +137,12 @@ class BiLevelRoutingAttention(nn.Module):
             return out.transpose(1, 2).flatten(2).unflatten(1, size)
         query = _regions(qkv[..., : self.dim], region).flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         rows = _members(size, region, qkv.device)[chosen]  # (B, regions, topk, positions of a region)
-        rows = rows + torch.arange(len(qkv), device=rows.device)[:, None, None, None] * positions
+        rows = rows + torch.arange(qkv.shape[0], device=rows.device)[:, None, None, None] * positions
         kv = qkv.flatten(0, -2)[:, self.dim :].index_select(0, rows.flatten())
-        kv = kv.unflatten(0, (len(query), -1)).unflatten(-1, (2, self.num_heads, -1))
+        kv = kv.unflatten(0, (query.shape[0], -1)).unflatten(-1, (2, self.num_heads, -1))
         key, value = kv.permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
-        return _grid(out.unflatten(0, (len(qkv), -1)), size, region)
+        return _grid(out.unflatten(0, (qkv.shape[0], -1)), size, region)
 
     @staticmethod
     def mask(chosen: Int[Tensor, "b r k"], size: tuple[int, ...], region: tuple[int, ...]) -> Float[Tensor, "b 1 n n"]:
@@ -230,14 +230,18 @@ def _crop(x: Num[Tensor, "b *t c"], size: tuple[int, ...]) -> Num[Tensor, "b *s 
 def _regions(x: Num[Tensor, "b *s c"], region: tuple[int, ...]) -> Num[Tensor, "b r n c"]:
     """A channels-last grid as regions of positions, both row-major."""
     dims = len(region)
-    x = x.reshape(len(x), *(n for s, r in zip(x.shape[1:-1], region, strict=True) for n in (s // r, r)), x.shape[-1])
+    x = x.reshape(
+        x.shape[0], *(n for s, r in zip(x.shape[1:-1], region, strict=True) for n in (s // r, r)), x.shape[-1]
+    )
     x = x.permute(0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1)
     return x.flatten(1, dims).flatten(2, -2)
 
 
 def _sums(x: Float[Tensor, "b *s c"], region: tuple[int, ...]) -> Float[Tensor, "b r c"]:
     """The sums of a channels-last grid over its regions."""
-    x = x.reshape(len(x), *(n for s, r in zip(x.shape[1:-1], region, strict=True) for n in (s // r, r)), x.shape[-1])
+    x = x.reshape(
+        x.shape[0], *(n for s, r in zip(x.shape[1:-1], region, strict=True) for n in (s // r, r)), x.shape[-1]
+    )
     return x.sum(tuple(range(2, 2 * len(region) + 1, 2))).flatten(1, -2)
 
 
@@ -246,7 +250,7 @@ def _grid(x: Float[Tensor, "b r n c"], size: tuple[int, ...], region: tuple[int,
     dims = len(region)
     x = x.unflatten(2, region).unflatten(1, tuple(s // r for s, r in zip(size, region, strict=True)))
     x = x.permute(0, *(axis for a in range(1, dims + 1) for axis in (a, a + dims)), 2 * dims + 1)
-    return x.reshape(len(x), *size, x.shape[-1])
+    return x.reshape(x.shape[0], *size, x.shape[-1])
 
 
 @cached_table

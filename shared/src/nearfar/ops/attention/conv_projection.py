@@ -65,13 +65,16 @@ class ConvProjectionAttention(nn.Module):
         if self.left:
             grid = F.pad(grid, (self.left, 0))
 
-        def project(conv: nn.Module, linear: nn.Module) -> Tensor:
-            tokens = conv(grid).flatten(2).mT
-            if prefix:
-                tokens = torch.cat((x[:, :prefix], tokens), dim=1)
-            return to_heads(linear(tokens), self.num_heads)
+        parts = ((self.conv_q, self.q), (self.conv_k, self.k), (self.conv_v, self.v))
+        q, k, v = (self.project(x[:, :prefix], grid, *part) for part in parts)
+        return q, k, v, prefix
 
-        return project(self.conv_q, self.q), project(self.conv_k, self.k), project(self.conv_v, self.v), prefix
+    def project(self, prefix: Tensor, grid: Tensor, conv: nn.Module, linear: nn.Module) -> Tensor:
+        """One of queries, keys and values, (B, heads, tokens, d)."""
+        tokens = conv(grid).flatten(2).mT
+        if prefix.shape[1]:
+            tokens = torch.cat((prefix, tokens), dim=1)
+        return to_heads(linear(tokens), self.num_heads)
 
     def mask(self, q: Tensor, k: Tensor, prefix: int) -> Tensor | None:
         return causal_mask(q.shape[2], k.shape[2], prefix, *self.strides, q.device) if self.causal else None

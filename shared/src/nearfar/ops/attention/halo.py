@@ -121,8 +121,8 @@ class HaloAttention(nn.Module):
         place = places((self.window_size,) * self.dims, x.device).to(x.dtype)
         if self.border == "mask":
             outside = _outside(tuple(x.shape[2:]), blocks, self.block_size, self.halo_size, self.causal, x.device)
-            outside = outside.to(x.dtype).repeat(len(x), 1)[:, None, :, None]
-            place = torch.cat([place.expand(len(outside), 1, -1, -1), outside], -1)
+            outside = outside.to(x.dtype).repeat(x.shape[0], 1)[:, None, :, None]
+            place = torch.cat([place.expand(outside.shape[0], 1, -1, -1), outside], -1)
             bias = F.pad(bias, (0, 1), value=1.0)
         return *extend(query, key, bias, place, self.head_dim**-0.5), value
 
@@ -193,7 +193,7 @@ class HaloAttention(nn.Module):
 def _cut(x: Float[Tensor, "b *s c"], blocks: tuple[int, ...], side: int) -> Float[Tensor, "z *t c"]:
     """A channels-last grid as blocks, (B blocks, *side, C)."""
     dims = len(blocks)
-    x = x.reshape(len(x), *(n for count in blocks for n in (count, side)), x.shape[-1])
+    x = x.reshape(x.shape[0], *(n for count in blocks for n in (count, side)), x.shape[-1])
     order = [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1]
     return x.permute(order).flatten(0, dims)
 

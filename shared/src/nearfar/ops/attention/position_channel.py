@@ -17,6 +17,9 @@ class PositionAttention(nn.Module):
     padded with zeros to the width of v, which leaves the products as they are and lets the fused kernels run
     (published code makes the N x N matrix).
 
+    Unscaled products grow to 1e7 in trained networks, where float32 rounds them by whole units and the softmax turns
+    that into other positions, by processor and number of threads. So in eval mode float32 maps are attended in float64.
+
     Raises:
         ValueError: for a qk_dim outside 1..dim, or dims and causal that do not go together.
     """
@@ -34,11 +37,23 @@ class PositionAttention(nn.Module):
         self.causal = causal
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
-        q, k, v = (layer(x).flatten(2).mT[:, None] for layer in (self.query, self.key, self.value))
+        given = x
+        if x.dtype == torch.float32 and not self.training and x.device.type != "mps":
+            x = x.double()
+        q, k, v = (self.project(layer, x).flatten(2).mT[:, None] for layer in (self.query, self.key, self.value))
         missing = v.shape[-1] - q.shape[-1]
         q, k = F.pad(q, (0, missing)), F.pad(k, (0, missing))
         y = F.scaled_dot_product_attention(q, k, v.contiguous(), is_causal=self.causal, scale=1.0)
-        return self.gamma * y[:, 0].mT.reshape(x.shape) + x
+        return self.gamma * y[:, 0].mT.reshape(x.shape).to(given.dtype) + given
+
+    @staticmethod
+    def project(layer: nn.Module, x: Tensor) -> Tensor:
+        """The 1x1 convolution `layer` in the precision of `x`, under autocast too where `x` is float64."""
+        if x.dtype != torch.float64:
+            return layer(x)
+        with torch.autocast(x.device.type, enabled=False):
+            mixed = torch.einsum("oc,bcn->bon", layer.weight.flatten(1).double(), x.flatten(2))
+            return mixed + layer.bias.double()[:, None]
 
 
 class ChannelAttention(nn.Module):

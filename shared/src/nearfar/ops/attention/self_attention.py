@@ -36,6 +36,8 @@ class SelfAttention(nn.Module):
         if bias is not None and self.causal:
             raise ValueError("a causal layer takes no bias")
         q, k, v = self.heads(x)
+        if bias is not None and torch.compiler.is_exporting():  # ONNX takes apart the fused form with other strides
+            return self.proj(from_heads((q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v))
         return self.proj(from_heads(F.scaled_dot_product_attention(q, k, v, bias, is_causal=self.causal)))
 
     def attention_map(self, x: Float[Tensor, "b n c"], bias: Tensor | None = None) -> Float[Tensor, "b heads n n"]:
@@ -120,6 +122,8 @@ class PooledAttention(nn.Module):
         self, x: Float[Tensor, "b n c"], size: tuple[int, ...], bias: Tensor | None = None
     ) -> Float[Tensor, "b n c"]:
         q, k, v = self.heads(x, size)
+        if bias is not None and torch.compiler.is_exporting():  # ONNX takes apart the fused form with other strides
+            return self.proj(from_heads((q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v))
         return self.proj(from_heads(F.scaled_dot_product_attention(q, k, v, bias)))
 
     def attention_map(

@@ -2,24 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.common.conv_norm_act import ConvNormAct
 from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
 from nearfar.ops.common.precision import full_precision
 from nearfar.ops.convolution.reinforced import ChannelExcitation
-
-
-def first_argmax(x: Float[Tensor, "b c *s"]) -> Int[Tensor, "b 1 *s"]:
-    """The lowest channel that holds the largest value at each position.
-
-    Which of several equal values an argmax names is left open; the exported formats and torch's kernels differ in it.
-    """
-    channels = torch.arange(x.shape[1], device=x.device).reshape(1, -1, *(1,) * (x.ndim - 2))
-    largest = x == x.amax(1, keepdim=True)
-    # torch.where counts channels that hold the largest value, all others come behind every channel
-    return torch.where(largest, channels, x.shape[1]).amin(1, keepdim=True).clamp(max=x.shape[1] - 1)
 
 
 class WaveMixer(nn.Module):
@@ -63,15 +52,14 @@ class WaveMixer(nn.Module):
     def turn(self, x: Float[Tensor, "b n *s"]) -> Float[Tensor, "b n *s"]:
         """z . x on channel pairs."""
         with full_precision(x):
-            pairs = (x if x.dtype == torch.float64 else x.float()).unflatten(1, (-1, 2))
-            shape = (-1, *(1,) * (x.ndim - 2))
-            re, im = (part.to(pairs.dtype).reshape(shape) for part in self.complex.unbind(1))
-            first, second = pairs.unbind(2)
-            turned = torch.stack((re * first - im * second, im * first + re * second), dim=2)
-        return turned.flatten(1, 2).to(x.dtype)
+            x32 = x if x.dtype == torch.float64 else x.float()
+            re, im = self.complex.to(x32.dtype).reshape(-1, 2, *(1,) * (x.ndim - 2)).unbind(1)
+            swapped = x32.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
+            turned = torch.addcmul(x32 * re.repeat_interleave(2, 0), swapped, torch.stack((-im, im), 1).flatten(0, 1))
+        return turned.to(x.dtype)
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
-        channel = first_argmax(x.detach())
+        channel = x.detach().argmax(1, keepdim=True)  # the first of equal ones, in torch and in ONNX
         t, p = F.gelu(self.theta(x)), self.proj(x)
         mixed = torch.addcmul(p.gather(1, channel) * t.gather(1, channel), p, t)
         return self.proj_out(self.attn(self.conv(self.turn(mixed))))

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, messages, table, track
+from nearfar.core.cli.options import Fresh
 from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import write_csv, write_json
@@ -17,7 +18,7 @@ from nearfar.core.finite import is_finite
 from nearfar.core.plots import new_figure
 from nearfar.core.report import Report
 from nearfar.vision.classification.classifier import LINEAR, Classifier, card_of, evaluate_scores, small_forms
-from nearfar.vision.data.images import Pictures, is_picture, open_pictures, read_picture
+from nearfar.vision.data.images import Pictures, is_picture, open_pictures, read_picture, training_pictures
 from nearfar.vision.models.registry import MODELS, VARIANTS
 
 app = typer.Typer(
@@ -89,6 +90,7 @@ def train_command(
     weights: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     device: Device = "cpu",
     workers: Workers = 0,
+    fresh: Fresh = False,
     as_json: Machine = False,
 ) -> None:
     """Train a classifier and write it, its metrics and its settings to a folder."""
@@ -98,8 +100,8 @@ def train_command(
     resolved = read_recipe(Recipe, find_recipe(recipe), settings or ())
     learn, hold, failures = training_pictures(data, resolved.validation, resolved.seed, lambda r: track(r, "checking"))
     classifier, history = train_classifier(
-        model, learn, hold, resolved, output, weights=weights, num_workers=workers, accelerator=device,
-        show_progress=messages.is_terminal,
+        model, learn, hold, resolved, output, weights=weights, num_workers=workers, device=device,
+        show_progress=messages.is_terminal, fresh=fresh,
     )  # fmt: skip
     best = max(history, key=lambda row: row["accuracy"])
     row = {"model": model, "classes": len(classifier.classes), "pictures": len(learn)}
@@ -142,6 +144,9 @@ def evaluate(
     result = {"model": trained.name, "pixels": trained.size, "crop": trained.crop_pct}
     result |= evaluate_scores(torch.cat((scores, wrong)), [*pictures.labels, *lost])
     result["unreadable"] = missed
+    seen = trained.trained_on.seen(every.digests())
+    if any(seen):
+        result["marked"] = f"{sum(seen)} of {len(seen)} pictures seen in training"
     odd = [name for name, row in zip(pictures.names, scores, strict=True) if not is_finite(row)]
     failures += [f"{name}: the model's scores are not finite" for name in odd]
     if output is not None:
@@ -152,6 +157,33 @@ def evaluate(
         ).write(output / "page.html")
     show([result], as_json)
     raise_failures(failures, len(pictures) + missed)
+
+
+@app.command("make-token-labels")
+def make_token_labels_command(
+    teacher: Trained,
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the label maps. Run again to go on.")],
+    split: Annotated[str | None, typer.Option(help="Folder inside the data, for example train.")] = None,
+    model: Published = None,
+    size: Annotated[int | None, typer.Option(help="Pixels that the teacher sees; by default its own.")] = None,
+    top: Annotated[int, typer.Option(help="Classes kept at every place.", min=1)] = 5,
+    device: Device = "cpu",
+    workers: Workers = 0,
+    as_json: Machine = False,
+) -> None:
+    """Let a classifier say what is where in every picture: label maps, for `train --set token_labels=FOLDER`."""
+    from nearfar.vision.classification.token_labels import make_token_labels
+
+    pictures, failures = open_pictures(data, split).readable(lambda r: track(r, "checking"))
+    if not len(pictures):
+        raise UserError(f"{data}: none of its pictures can be read")
+    written = make_token_labels(
+        open_classifier(teacher, model), pictures, output, size=size, top=top, device=device, num_workers=workers,
+        show=lambda batches: track(batches, "labelling"),
+    )  # fmt: skip
+    show([{"label maps": len(pictures), "written": written, "folder": str(output)}], as_json)
+    raise_failures(failures, len(pictures) + len(failures))
 
 
 @app.command()
@@ -211,6 +243,7 @@ def compare(
     ] = None,
     device: Device = "cpu",
     workers: Workers = 0,
+    fresh: Fresh = False,
     as_json: Machine = False,
 ) -> None:
     """Train several models on your pictures under one budget: accuracy, throughput, memory, a plot."""
@@ -224,7 +257,7 @@ def compare(
     refused: list[str] = []
     rows = run_comparison(
         names, learn, hold, resolved, output, device=device, workers=workers, seconds=seconds, refused=refused,
-        track=track,
+        fresh=fresh, track=track,
     )  # fmt: skip
     show(rows, as_json)
     console.print(f"Page: {output / 'page.html'}", soft_wrap=True) if not as_json else None

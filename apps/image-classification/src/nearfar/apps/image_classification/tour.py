@@ -30,7 +30,9 @@ def chapter(report: Report, folder: Path) -> None:
     """Tell handwritten digits apart with small networks, on pictures that come with scikit-learn."""
     every = digits()
     learn, hold = split_pictures(every, 0.3, 0)
-    recipe = Recipe(size=32, epochs=5, batch_size=64, lr=2e-3, warmup_epochs=1, crop_scale=0.7, smoothing=0.0)
+    recipe = Recipe(
+        size=32, epochs=5, batch_size=64, learning_rate=2e-3, warmup_epochs=1, crop_scale=0.7, smoothing=0.0
+    )
     rows = compare(MODELS, every.subset(learn), every.subset(hold), recipe, folder)
     report.section("Image classification: handwritten digits")
     report.text(

@@ -10,26 +10,31 @@ import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
+from nearfar.apps.language_model import lra
 from nearfar.core.cli.console import console, messages, table
+from nearfar.core.cli.options import Fresh
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv
+from nearfar.core.model_folder import mark_seen
 from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
 from nearfar.language import evaluation, texts
 from nearfar.language.audit import audit as audit_model
 from nearfar.language.cache import MixerCache
 from nearfar.language.modeling import MixerForCausalLM
-from nearfar.language.training import Recipe, train_language_model
+from nearfar.language.training import Recipe, text_marks, train_language_model
 
 disable_progress_bar()  # of transformers, which draws one for each file it reads
 
 app = typer.Typer(
-    help="Causal language models with exchangeable mixers. `train TEXT --out FOLDER` makes one, `evaluate` gives bits "
+    help="Causal language models with exchangeable mixers. `train TEXT -o FOLDER` makes one, `evaluate` gives bits "
     "per byte, `generate` writes on, `audit` checks what padding, pieces and saved states do to a model's numbers.\n\n"
     "A MODEL is a folder or a transformers id. A TEXT is a file, a folder, a .jsonl or .parquet table with a column "
     "`text`, or `hub:NAME[:CONFIG[:SPLIT]]`, a datasets corpus that is streamed.",
     no_args_is_help=True,
 )
+
+app.add_typer(lra.app, name="lra")
 
 Model = Annotated[str, typer.Argument(help="Folder or transformers id of a causal language model.")]
 Texts = Annotated[list[str], typer.Argument(help="Text files, folders, tables, or hub:NAME[:CONFIG[:SPLIT]].")]
@@ -41,15 +46,18 @@ JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 @app.command()
 def train(
     sources: Texts,
-    out: Annotated[Path, typer.Option(help="Folder for the model; an interrupted run goes on there.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the model; an interrupted run goes on there.")
+    ],
     recipe: Annotated[Path | None, typer.Option(help="YAML file with settings of model and training.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="A setting: mixers=[based,mamba], hidden_size=256, epochs=10, tokenizer=gpt2 ..."),
     ] = None,
     max_tokens: MaxTokens = None,
-    accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = "32-true",
+    fresh: Fresh = False,
     as_json: JsonOutput = False,
 ) -> None:
     """Train a model on text, bytes by default; the last part of the text is held out and chooses the best epoch."""
@@ -57,11 +65,11 @@ def train(
     tokenizer = texts.load_tokenizer(chosen.tokenizer)
     tokens = texts.read_tokens(sources, tokenizer, max_tokens)
     model, history = train_language_model(
-        chosen, tokens, tokenizer, out, sources, accelerator, precision, show_progress=messages.is_terminal
+        chosen, tokens, tokenizer, output, sources, device, precision, show_progress=messages.is_terminal, fresh=fresh
     )
-    write_csv(out / "metrics.csv", history)
+    write_csv(output / "metrics.csv", history)
     result = {
-        "model": str(out),
+        "model": str(output),
         "parameters": model.num_parameters(),
         "tokens": len(tokens),
         "epochs": len(history),
@@ -101,6 +109,8 @@ def evaluate(
     if sources:
         tokens = texts.read_tokens(sources, tokenizer, max_tokens)
         result |= evaluation.score(lm, tokens, tokenizer, piece, carry)
+        if mark := mark_seen(model, text_marks(tokens)):
+            result["pieces of this text"] = mark
         if ngram:
             counted = texts.read_bytes(ngram)
             scored = texts.read_bytes(sources, texts.token_bytes(tokens, tokenizer))
@@ -200,10 +210,10 @@ def audit(
 @app.command()
 def prepare_enwik8(
     path: Annotated[Path, typer.Argument(help="The file enwik8, or enwik8.zip.")],
-    out: Annotated[Path, typer.Option(help="Folder for the three parts.")] = Path("enwik8"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the three parts.")] = Path("enwik8"),
 ) -> None:
     """Cut EnWik8 into its usual parts: 90, 5 and 5 million bytes."""
-    for written in texts.split_enwik8(path, out):
+    for written in texts.split_enwik8(path, output):
         console.print(f"{written}", soft_wrap=True, highlight=False)
 
 
@@ -217,7 +227,7 @@ def tour(report: Report, folder: Path) -> None:
     small = Recipe(hidden_size=64, num_hidden_layers=2, context=128, epochs=1)
     tokenizer = texts.load_tokenizer("bytes")
     fit, test = (texts.read_tokens(path, tokenizer) for path in (train_text, test_text))
-    model, _ = train_language_model(small, fit, tokenizer, folder / "model", accelerator="cpu")
+    model, _ = train_language_model(small, fit, tokenizer, folder / "model", device="cpu")
     model.eval()
     scores = evaluation.score(model, test, tokenizer)
     counted, scored = (texts.read_bytes(path) for path in (train_text, test_text))

@@ -1,6 +1,5 @@
 """`nearfar medical-segmentation`: inspect data, train, predict, evaluate, refine with the CRF, export."""
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -16,8 +15,10 @@ import yaml
 from nearfar.apps.medical_segmentation import pages
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, table, track
+from nearfar.core.cli.options import Fresh
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
+from nearfar.core.made_from import MadeFrom, model_digest
 from nearfar.core.memory import parse_memory
 from nearfar.core.recipes import read_recipe
 from nearfar.medical import metrics
@@ -28,9 +29,9 @@ from nearfar.medical.data.scans import read_labels, read_scan, write_dicom_seg, 
 from nearfar.medical.models.umamba import PLACEMENTS, plan_recipe
 from nearfar.medical.recipe import Recipe
 from nearfar.medical.refinement import refine as refine_probabilities
-from nearfar.medical.refinement import search_crf, to_bytes
+from nearfar.medical.refinement import to_bytes
 from nearfar.medical.segmenter import Segmenter
-from nearfar.medical.training import crf_items, train_segmenter
+from nearfar.medical.training import train_segmenter, tune_crf
 from nearfar.ops.graph.dense_crf import DenseCRF
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
@@ -119,7 +120,8 @@ def train(
     setting: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, name=value.")] = None,
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation split, by patient.")] = 5,
     fold: Annotated[int, typer.Option(help="The fold that is held out.")] = 0,
-    accelerator: Annotated[str, typer.Option(help="auto, cpu, gpu or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    fresh: Fresh = False,
 ) -> None:
     """Train a network on the labelled cases of a folder; one fold is held out and scored.
 
@@ -143,7 +145,8 @@ def train(
         train_cases=[c for c in labelled if c.name in split["train"]],
         validation_cases=[c for c in labelled if c.name in split["validation"]],
         show_progress=console.is_terminal,
-        accelerator=accelerator,
+        device=device,
+        fresh=fresh,
     )
     console.print(table(_short(summary), "held-out cases"))
     console.print(f"model: {output}", soft_wrap=True, highlight=False)
@@ -186,19 +189,15 @@ def search(
     except (OSError, ValueError, LookupError) as error:
         raise UserError(f"{model}: has no fold {fold} in its splits.json ({error})") from error
     cases = track([case for case in collection.cases if case.name in held_out], "segmenting")
-    items, spacings = crf_items(segmenter, collection, cases, device)
-    if not items:
-        raise UserError(f"{data}: holds none of the cases of fold {fold} of {model}/splits.json")
-    names = ("spatial_weight", "spatial_std", "bilateral_weight", "bilateral_std", "color_std")
-    unit = min(min(s) for s in spacings)
-    values = ((0.5, 2.0), (unit, 3 * unit), (0.5, 2.0), (3 * unit, 15 * unit), (5.0, 15.0, 40.0))
-    grid = [{"iterations": 5, **dict(zip(names, v))} for v in itertools.product(*values)]
-    segmenter.crf, rows = search_crf(items, track(grid, "searching", len(grid)), spacings)
+    try:
+        rows, number = tune_crf(segmenter, collection, cases, device, lambda grid: track(grid, "searching", len(grid)))
+    except UserError as error:
+        raise UserError(f"{data}: {error}; it needs those of fold {fold} of {model}/splits.json") from error
     segmenter.save(model)
     rows = [{"Dice": r["dice"], **(r["settings"] or {"iterations": "no CRF"})} for r in rows]
     write_csv(model / "crf.csv", rows)
     best = sorted(rows[1:], key=lambda row: -row["Dice"])[:5]
-    console.print(table([{**dict.fromkeys(best[0], "-"), **row} for row in (rows[0], *best)], f"{len(items)} cases"))
+    console.print(table([{**dict.fromkeys(best[0], "-"), **row} for row in (rows[0], *best)], f"{number} cases"))
     console.print(f"best: {segmenter.crf or 'no CRF'}", soft_wrap=True, highlight=False)
 
 
@@ -218,8 +217,11 @@ def predict(
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Also write DICOM-SEG for DICOM input.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Compare a bounded with an unbounded run; print it.")] = False,
 ) -> None:
-    """Segment scans: label maps on the input's exact grid, and overlay pictures. What is there is not done again."""
-    segmenter = Segmenter.load(model)
+    """Segment scans: label maps on the input's exact grid, and overlay pictures.
+
+    What is there is not done again, unless scan, model or options were others.
+    """
+    segmenter, of_model = Segmenter.load(model), model_digest(model)
     budget = None if memory is None else parse_memory(memory)
     if crf and segmenter.crf is None:
         console.print("no CRF settings in the model (run `search`): general ones are used", highlight=False)
@@ -233,7 +235,8 @@ def predict(
         target = base.with_name(f"{base.name}.nii.gz" if scan.affine is not None else f"{base.name}.png")
         if target.resolve() == case.images[0].resolve():
             raise UserError(f"{target}: is the scan itself; give another output folder")
-        if target.exists():
+        made = MadeFrom(target, case.images, of_model, overlap=overlap, mirror=mirror, crf=crf, dicom_seg=dicom_seg)
+        if made.done():
             return {"case": case.name, "labels": "done before", "file": str(target)}
         labels = segmenter(scan, memory=budget, **options)
         if check:
@@ -245,6 +248,7 @@ def predict(
         if dicom_seg:
             write_dicom_seg(base.with_name(f"{base.name}.dcm"), labels, scan, segmenter.labels)
         write_labels(target, labels, scan)
+        made.write()
         voxels = {v: int((labels == k).sum()) for k, v in segmenter.labels.items() if k}
         if scan.kind in ("picture", "array"):
             sizes = [f"{name} {count / labels.size:.2%}" for name, count in voxels.items()]
@@ -331,7 +335,7 @@ def evaluate(
     results, failures = run_batch(labelled, one, "scoring", lambda case: case.name)
     rows = [row for result in results for row in result]
     if rows:
-        summary = metrics.summarise(rows)
+        summary = metrics.summarize(rows)
         content = {"convention": str(convention), "summary": summary, "failures": failures}
         if against is not None:
             scored = {row["case"] for row in rows}

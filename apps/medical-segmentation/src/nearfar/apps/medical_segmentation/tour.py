@@ -21,13 +21,13 @@ def chapter(report: Report, folder: Path) -> None:
     recipe = Recipe(
         settings={"features": [16, 16, 32, 32, 64, 16], "norm": ["group", {"num_groups": 4}]},
         roi=(32, 64),
-        max_epochs=12,
+        epochs=12,
         patches_per_epoch=240,
         batch_size=8,
-        lr=5e-3,
+        learning_rate=5e-3,
         foreground=0.3,
     )
-    segmenter, _ = train_segmenter(collection, recipe, folder / "model", train_cases=[right], accelerator="cpu")
+    segmenter, _ = train_segmenter(collection, recipe, folder / "model", train_cases=[right], device="cpu")
     (scan, truth), (other, other_truth) = collection.read(left), collection.read(right)
     found = segmenter(scan)
     results = {

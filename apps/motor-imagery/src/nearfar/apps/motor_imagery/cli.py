@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
-from rich.markup import escape
 
 from nearfar.apps.motor_imagery import pages
 from nearfar.core.cli.batch import raise_failures, run_batch
-from nearfar.core.cli.console import console, messages, progress, table
+from nearfar.core.cli.console import console, messages, progress, say, table
+from nearfar.core.cli.options import Fresh
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
+from nearfar.core.made_from import MadeFrom, model_digest
+from nearfar.core.model_folder import TrainedOn
 from nearfar.core.recipes import read_recipe
 from nearfar.eeg import metrics, plots
 from nearfar.eeg.annotations import Events, event_classes, event_counts
@@ -99,9 +101,9 @@ Published = Annotated[
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file with training settings.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="A training setting: max_epochs=100, lr=0.001, batch_size=32, patience=50, seed=1 ..."),
+    typer.Option("--set", help="A training setting: epochs=100, learning_rate=0.001, patience=50, seed=1 ..."),
 ]
-Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -172,7 +174,8 @@ def train(
     published: Published = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
+    fresh: Fresh = False,
 ) -> None:
     """Train a decoder and write it to a folder that `predict` needs alone.
 
@@ -207,7 +210,12 @@ def train(
             digests=trial_digests(np.concatenate([X, X_test])),
         )
     classifier = NetworkClassifier(
-        training, epochs.info, output / "training", accelerator=accelerator, show_progress=messages.is_terminal
+        training,
+        epochs.info,
+        output / "training",
+        device=device,
+        show_progress=messages.is_terminal,
+        fresh=fresh,
     )
     messages.print(f"training {training.network} on {len(learn)} trials, {len(choose)} choose the epoch ...")
     fit = classifier.fit
@@ -242,6 +250,7 @@ def train(
             "history": classifier.history_,
         },
         scores,
+        TrainedOn.of(digest.hex() for digest in trial_digests(X)),
     )
     decoder.save(output)
     pages.decoder_page(decoder).write(output / "report.html")
@@ -280,7 +289,7 @@ def evaluate(
     published: Published = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
 ) -> None:
     """Compare decoders under one protocol: tables as CSV, pictures, and a report page.
 
@@ -321,7 +330,7 @@ def evaluate(
             models.split(","),
             training,
             seeds=range(training.seed, training.seed + repeats),
-            device=accelerator,
+            device=device,
             wide=wide,
             progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
             **options,
@@ -366,16 +375,20 @@ def predict(
 
     Writes one table per recording with onset, duration, the predicted class (trial_type) and all probabilities; where
     the events' classes are known also the true class. With --every commands are scored by the events (hits, false
-    activations, latency, bits per minute) and drawn. Recordings that have a table already are passed over.
+    activations, latency, bits per minute) and drawn. Recordings that have a table already, made by the same decoder
+    with the same options, are passed over.
     """
-    model = Decoder.load(decoder)
+    model, of_model = Decoder.load(decoder), model_digest(decoder)
+    options = {"event": event, "every": every, "threshold": threshold, "smoothing": smoothing, "dwell": dwell}
+    options |= {"interpolate": interpolate, "unit": unit}
     found = find_recordings(paths)
     targets = _targets(found, output)
     rule = Rule(threshold=threshold, smoothing=smoothing, dwell=dwell)
 
     def read_out(recording: Recording) -> dict[str, Any] | None:
         target = targets[recording.path, recording.session]
-        if target.exists():
+        made = MadeFrom(target, _files_of(recording.path), of_model, **options, session=recording.session)
+        if made.done():
             return None
         line: dict[str, Any] = {"file": str(recording.path)}
         if every is None:
@@ -387,6 +400,7 @@ def predict(
             line |= {shown: scores[name] for name, shown in SCORES.items() if name in scores}
         with atomic_path(target) as temporary:
             rows.to_csv(temporary, sep="\t", index=False, float_format="%.6g")
+        made.write()
         if every is None:
             line |= {name: int((rows["trial_type"] == name).sum()) for name in [*model.classes, "n/a"]}
         else:
@@ -408,6 +422,13 @@ def predict(
         console.print(f"{skipped} recordings had their tables already")
     console.print(f"tables: {output}", soft_wrap=True)
     raise_failures(failures, len(found))
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A recording's files: some formats keep signals, markers and events beside the one that is named."""
+    start = path.stem.removesuffix("_eeg")
+    beside = {p for p in path.parent.iterdir() if p.is_file() and p.name.startswith(start)}
+    return sorted({path, *(p for p in beside if "_predictions" not in p.name)})
 
 
 @app.command()
@@ -506,7 +527,7 @@ def _trials(recordings: list[Recording], classes: str | None, *, skip_bad: bool,
     failures: list[tuple[Recording, UserError]] | None = [] if skip_bad else None
     epochs = load_trials(recordings, failures=failures, **options)
     for _, error in failures or ():
-        messages.print(f"[yellow]left out:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        say("left out:", str(error), "yellow")
     if classes is not None:
         if unknown := [name for name in classes.split(",") if name not in epochs.event_id]:
             raise UserError(f"--classes: no trials of {', '.join(unknown)}; there are {', '.join(epochs.event_id)}")

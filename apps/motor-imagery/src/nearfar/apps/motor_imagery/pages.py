@@ -49,7 +49,7 @@ def summary_rows(summary: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, An
             "test trials": int(own[own["repeat"] == own["repeat"].min()]["n_test"].sum()),
             "seconds": float(own["seconds"].sum()),
         }
-        if line["subjects"] > 1:
+        if np.isfinite(line["low"]):  # of a few subjects there is none
             shown |= {"95 % low": float(line["low"]), "95 % high": float(line["high"])}
         if not np.isnan(line["sma20"]):
             shown["SMA20"] = float(line["sma20"])

@@ -19,7 +19,7 @@ def chapter(report: Report, folder: Path) -> None:
         folder,
         "cross-session",
         ["AGTCNet", "CSP+LDA"],
-        Recipe(max_epochs=40, batch_size=32),
+        Recipe(epochs=40, batch_size=32),
         device="cpu",
         test=["test"],
     )

@@ -21,7 +21,7 @@ disable_progress_bar()  # of transformers, which draws one for each file it read
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
 app = typer.Typer(
-    help="Measure how well sequence mixers recall. `sweep toy --out FOLDER` prints a table in minutes on a CPU; "
+    help="Measure how well sequence mixers recall. `sweep toy --output FOLDER` prints a table in minutes on a CPU; "
     "`plot FOLDER` and `show FOLDER` read the results; `text MODEL FILES` measures recall in real text.",
     no_args_is_help=True,
 )
@@ -33,15 +33,15 @@ JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 @app.command()
 def sweep(
     recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}, or a YAML file.")] = "toy",
-    out: Annotated[Path, typer.Option(help="Folder for results.csv; an interrupted sweep goes on there.")] = Path(
-        "recall"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for results.csv; an interrupted sweep goes on there.")
+    ] = Path("recall"),
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting: dims=[16,32], seeds=[0,1,2], epochs=64 ...")
     ] = None,
     model: Annotated[list[str] | None, typer.Option(help="Only this model (repeatable).")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Only these data (repeatable).")] = None,
-    accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     as_json: JsonOutput = False,
 ) -> None:
     """Train every combination of data, model, width, learning rate and seed of a recipe, and print the best of each."""
@@ -64,7 +64,7 @@ def sweep(
                 highlight=False,
             )
 
-        rows = recall.sweep(chosen, out, accelerator, wanted, report)
+        rows = recall.sweep(chosen, output, device, wanted, report)
     print_best(rows, as_json)
 
 
@@ -95,22 +95,24 @@ def show(folder: Folder, as_json: JsonOutput = False) -> None:
 def plot(
     folder: Folder,
     against: Annotated[str, typer.Option(help="dim or state_size.")] = "dim",
-    out: Annotated[Path | None, typer.Option(help=".png, .svg, .pdf or .html; else FOLDER/AGAINST.html.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help=".png, .svg, .pdf or .html; else FOLDER/AGAINST.html.")
+    ] = None,
 ) -> None:
     """Plot accuracy against the width or the state size, as a picture or as a page with the table."""
     rows = recall.read_results(folder)
     figure = recall.plot_results(rows, against)
-    out = out or folder / f"{against}.html"
-    if out.suffix == ".html":
+    output = output or folder / f"{against}.html"
+    if output.suffix == ".html":
         page = Report("Recall", f"{len(rows)} runs of {folder}: the best learning rate of each model, mean over seeds.")
         page.figure(figure, f"Accuracy against {recall.AXES[against]}; bars: standard deviation over seeds")
-        page.table(recall.best_results(rows)).write(out)
-    elif out.suffix in (".png", ".svg", ".pdf"):
-        with atomic_path(out) as temporary:
+        page.table(recall.best_results(rows)).write(output)
+    elif output.suffix in (".png", ".svg", ".pdf"):
+        with atomic_path(output) as temporary:
             figure.savefig(temporary, dpi=150)
     else:
-        raise UserError(f"{out}: the picture's name must end in .png, .svg, .pdf or .html")
-    console.print(f"{out}", soft_wrap=True, highlight=False)
+        raise UserError(f"{output}: the picture's name must end in .png, .svg, .pdf or .html")
+    console.print(f"{output}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -130,7 +132,9 @@ def text(
     context: Annotated[int, typer.Option(help="Tokens per context.")] = 1024,
     limit: Annotated[int | None, typer.Option(help="Score only so many contexts.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the numbers to this JSON file.")
+    ] = None,
     as_json: JsonOutput = False,
 ) -> None:
     """Perplexity of real text on recalled tokens and on the others.
@@ -147,8 +151,8 @@ def text(
     result: dict[str, Any] = {"models": rows}
     if against:
         result["gap_explained"] = gap_explained(*rows)
-    if out is not None:
-        write_json(out, result)
+    if output is not None:
+        write_json(output, result)
     if as_json:
         print(json.dumps(result, indent=2))
         return

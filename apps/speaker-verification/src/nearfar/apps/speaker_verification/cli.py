@@ -9,11 +9,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from nearfar.apps.speaker_verification import gallery as galleries
 from nearfar.apps.speaker_verification import lists, pages
 from nearfar.apps.speaker_verification.common import (
-    Accelerator,
     Cache,
+    Device,
     JsonOutput,
     MixChannels,
     Model,
@@ -23,6 +22,7 @@ from nearfar.apps.speaker_verification.common import (
 )
 from nearfar.audio.corpora import Utterance, find_utterances
 from nearfar.audio.sound import SUFFIXES
+from nearfar.audio.speakers import gallery as galleries
 from nearfar.audio.speakers.embedding import Embedded, Embedder
 from nearfar.audio.speakers.ltdnn import SpeakerEncoder
 from nearfar.audio.speakers.quality import Gate
@@ -30,9 +30,13 @@ from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.audio.speakers.training import Recipe, build_model, split_speakers, train_speaker_model, usable
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, messages, table
+from nearfar.core.cli.options import Fresh
 from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
+from nearfar.core.fingerprint import content_digest
+from nearfar.core.made_from import model_digest
+from nearfar.core.model_folder import TrainedOn
 from nearfar.core.recipes import read_recipe
 from nearfar.core.training import seed_epoch
 
@@ -76,7 +80,8 @@ def train(
     start: Annotated[Path | None, typer.Option(help="Model folder to start from, for the later stages.")] = None,
     layout: Layout = "auto",
     workers: Annotated[int, typer.Option(help="Processes that read recordings.")] = 0,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
+    fresh: Fresh = False,
 ) -> None:
     """Train a model and write it with its mean, cohort and calibration.
 
@@ -86,7 +91,7 @@ def train(
     path = RECIPES / f"{recipe}.yaml" if (RECIPES / f"{recipe}.yaml").is_file() else Path(recipe)
     changes = [*([] if backbone is None else [f"backbone={backbone}"]), *(settings or [])]
     chosen = read_recipe(Recipe, path, changes)
-    choose_device(accelerator)
+    choose_device(device)
     seed_epoch(chosen.seed, 0)  # the initial weights follow from the seed too
     model = build_model(chosen) if start is None else SpeakerEncoder.from_pretrained(start)
     utterances = find_utterances(data, layout)
@@ -96,6 +101,7 @@ def train(
         f"training on {len(learn)} recordings of {len({u.speaker for u in learn})} speakers, "
         f"{len({u.speaker for u in held})} speakers choose the epoch and calibrate ..."
     )
+    begun = {"starting weights": start, "backbone": chosen.backbone}
     history = train_speaker_model(
         model,
         learn,
@@ -103,10 +109,12 @@ def train(
         chosen,
         output / "training",
         workers,
-        accelerator=accelerator,
+        device=device,
         show_progress=messages.is_terminal,
+        data={name: model_digest(path) for name, path in begun.items() if path is not None},
+        fresh=fresh,
     )
-    embed_one = Embedder(model.to(choose_device(accelerator)), output / "training" / "embeddings", mix_channels=True)
+    embed_one = Embedder(model.to(choose_device(device)), output / "training" / "embeddings", mix_channels=True)
     keep = np.random.default_rng(chosen.seed).permutation(len(learn))[:20000]
     seen, lost = embed_all([learn[n] for n in sorted(keep)], embed_one)
     system = SpeakerSystem.build(model, matrix(seen), [str(u.speaker) for u, _ in seen], chosen.seed)
@@ -118,6 +126,7 @@ def train(
             system.calibrate(matrix(unseen), [str(u.speaker) for u, _ in unseen], seed=chosen.seed)
         except ValueError as error:
             messages.print(f"not calibrated: {error}. `calibrate` can do it with other trials.")
+    system.trained_on = TrainedOn.of((content_digest(u.path) for u in good), (u.speaker for u in good))
     system.save(output, trained_on={"data": str(data), "speakers": len({u.speaker for u in learn})})
     pages.training_page(system, history, chosen).write(output / "report.html")
     if held and history:
@@ -135,11 +144,11 @@ def embed(
     cache: Cache = None,
     layout: Layout = "auto",
     mix_channels: MixChannels = False,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
 ) -> None:
     """Write the embeddings of recordings, before normalisation. Nothing is gated; the qualities are written too."""
     refuse_folder(output)
-    system = SpeakerSystem.load(model, choose_device(accelerator))
+    system = SpeakerSystem.load(model, choose_device(device))
     utterances = _recordings(paths, layout)
     found, failures = embed_all(utterances, Embedder(system.model, cache, mix_channels=mix_channels))
     if found:
@@ -170,10 +179,10 @@ def enroll(
     min_snr: LeastSNR = GATE.snr,
     max_clipped: MostClipped = GATE.clipped,
     min_bandwidth: LeastBandwidth = GATE.bandwidth,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
 ) -> None:
     """Put a speaker into a gallery: the mean of the normalised embeddings of their recordings."""
-    system = SpeakerSystem.load(model, choose_device(accelerator))
+    system = SpeakerSystem.load(model, choose_device(device))
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)
     embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels)
     found = galleries.Gallery.load(gallery, system.model) if gallery.exists() else galleries.Gallery.new(system.model)
@@ -200,10 +209,10 @@ def verify(
     min_snr: LeastSNR = GATE.snr,
     max_clipped: MostClipped = GATE.clipped,
     min_bandwidth: LeastBandwidth = GATE.bandwidth,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
 ) -> None:
     """Say how strongly two recordings speak for one speaker: a log-likelihood ratio, its interval, a sentence."""
-    system = SpeakerSystem.load(model, choose_device(accelerator))
+    system = SpeakerSystem.load(model, choose_device(device))
     gate = None if no_gate else Gate(min_speech, min_snr, max_clipped, min_bandwidth)
     embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels)
     found = [embed_one(path) for path in (first, second)]
@@ -249,14 +258,14 @@ def identify(
     min_snr: LeastSNR = GATE.snr,
     max_clipped: MostClipped = GATE.clipped,
     min_bandwidth: LeastBandwidth = GATE.bandwidth,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
 ) -> None:
     """Name the speaker in a gallery, or answer "none of these".
 
     The threshold lets a stranger be taken for anyone in the gallery with a chance of at most `--far`, as far as the
     model's calibration trials are like your recordings.
     """
-    system = SpeakerSystem.load(model, choose_device(accelerator))
+    system = SpeakerSystem.load(model, choose_device(device))
     found = galleries.Gallery.load(gallery, system.model)
     limit = system.threshold(far, len(found.names))
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)

@@ -1,18 +1,16 @@
 """The commands that take trial lists: score, evaluate, calibrate."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from nearfar.apps.speaker_verification import gallery as galleries
 from nearfar.apps.speaker_verification import pages
 from nearfar.apps.speaker_verification.common import (
-    Accelerator,
     Cache,
+    Device,
     JsonOutput,
     MixChannels,
     Model,
@@ -23,6 +21,7 @@ from nearfar.apps.speaker_verification.common import (
 from nearfar.audio.corpora import Utterance, find_utterances, locate
 from nearfar.audio.speakers import scoring
 from nearfar.audio.speakers.embedding import Embedder, model_digest
+from nearfar.audio.speakers.lists import count_unscored, rows_in, score_trials, unique
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, messages, table
@@ -65,14 +64,14 @@ def score(
     ] = False,
     cache: Cache = None,
     mix_channels: MixChannels = False,
-    accelerator: Accelerator = "auto",
+    device: Device = "auto",
 ) -> None:
     """Score a trial list: each recording is embedded once, and kept (default: OUTPUT.cache), so it can go on.
 
     Trials whose recordings cannot be read are left out, listed in OUTPUT.failed, and the exit status is 1.
     """
     refuse_folder(output)
-    system = SpeakerSystem.load(model, choose_device(accelerator))
+    system = SpeakerSystem.load(model, choose_device(device))
     if average not in ("embeddings", "scores"):
         raise UserError(f"--average {average}: must be embeddings or scores")
     if llr and (backend or norm or top_n or quality or no_mean):
@@ -85,11 +84,11 @@ def score(
     system.choose(backend, norm, top_n, no_mean)
     listed = scoring.read_trials(trials, form)  # type: ignore[arg-type]
     members = scoring.read_enrollments(enrollments) if enrollments else None
-    if members is not None and (lost := [name for name in _once(listed.enroll) if name not in members]):
+    if members is not None and (lost := [name for name in unique(listed.enroll) if name not in members]):
         raise UserError(f"{enrollments}: lacks {len(lost)} models of {trials}, {lost[0]} first")
     needed = listed.names()
     if members is not None:
-        needed = list(dict.fromkeys([m for name in _once(listed.enroll) for m in members[name]] + _once(listed.test)))
+        needed = list(dict.fromkeys([m for name in unique(listed.enroll) for m in members[name]] + unique(listed.test)))
     known = find_utterances(root, "kaldi") if (root / "wav.scp").is_file() else []
     places, missing = locate(needed, root, known)
     if missing:
@@ -98,34 +97,20 @@ def score(
         )
     speakers = {u.name: str(u.speaker) for u in known}
     if not keep_speakers:
-        _leave_out(system, {part for name in needed for part in (*Path(name).parts, speakers.get(name))}, trials)
+        own = {part for name in needed for part in (*Path(name).parts, speakers.get(name))}
+        try:
+            system.leave_out(own)
+        except UserError as error:
+            raise UserError(f"{trials}: {error}; choose a lower --top-n or --keep-cohort-speakers") from error
     utterances = [Utterance(name, path) for name, path in places.items()]
     keep = cache or output.with_name(output.name + ".cache")
     seen, failures = embed_all(utterances, Embedder(system.model, keep, mix_channels=mix_channels))
     if not seen:
         raise_failures(failures, len(utterances))
-    row = {utterance.name: number for number, (utterance, _) in enumerate(seen)}
     x, seconds = matrix(seen), np.array([e.quality.seconds for _, e in seen])
-    groups = {name: [name] for name in _once(listed.enroll)} if members is None else members
-    rows = {name: [row[m] for m in groups[name] if m in row] for name in _once(listed.enroll)}
-    possible = np.array([bool(rows[e]) and t in row for e, t in zip(listed.enroll.tolist(), listed.test.tolist())])
-    kept = listed.select(possible)
-    models, number, lengths = x, row, seconds
-    if members is not None:
-        names = _once(kept.enroll)
-        models = galleries.enroll_before_mean(x, [rows[name] for name in names], system.mean)
-        number = {name: n for n, name in enumerate(names)}
-        lengths = np.array([seconds[rows[name]].sum() for name in names])
-    left = np.array([number[name] for name in kept.enroll.tolist()], int)
-    right = np.array([row[name] for name in kept.test.tolist()], int)
-    if average == "scores":
-        sizes = np.array([len(rows[name]) for name in kept.enroll.tolist()], int)
-        singles = np.concatenate([rows[name] for name in kept.enroll.tolist()])
-        single = system.score(x, x, singles, np.repeat(right, sizes))
-        values = inputs = scoring.averaged_scores(single, np.repeat(np.arange(len(kept)), sizes), len(kept))
-    else:
-        values = system.score(models, x, left, right)
-        inputs = system.inputs(values, models, x, left, right, (lengths, seconds), quality)
+    names = [utterance.name for utterance, _ in seen]
+    scored = score_trials(system, listed, names, x, seconds, members, average, quality)
+    kept, values, inputs = scored.trials, scored.scores, scored.inputs
     if llr and system.calibration is not None:
         values = system.calibration(inputs)
         if len(system.calibration.replicates) >= 20:
@@ -157,7 +142,7 @@ def score(
     write_json(_beside(output, "json"), about)
     console.print(f"{len(kept)} of {len(listed)} trials: {output}", soft_wrap=True)
     if failures:
-        lost_trials = listed.select(~possible)
+        lost_trials = listed.select(~scored.possible)
         scoring.write_trials(_beside(output, "failed"), lost_trials)
         failures.append(f"{len(lost_trials)} trials have no score: {output.name}.failed")
     raise_failures(failures, len(utterances))
@@ -183,14 +168,14 @@ def evaluate(
     calibrated = calibrated or about.get("llr", False)
     unscored = np.zeros(len(listed), bool)
     if reference is not None and len(reference) > len(listed):
-        listed, values, unscored = _count_unscored(listed, values, reference, scores)
+        listed, values, unscored = count_unscored(listed, values, reference, scores)
     speakers = pages.speakers_of(listed, speaker_pattern)
     rates, other = far or [0.01, 0.001], None
     if against is not None:
         theirs, their_values = scoring.read_scores(against)
         if len(theirs) != len(listed):
             raise UserError(f"{against}: has {len(theirs)} trials, {scores} has {len(listed)}; compare the same ones")
-        other = (against.name, their_values[_rows(listed, theirs, scores)])
+        other = (against.name, their_values[rows_in(listed, theirs, scores)])
     try:
         pages.write_evaluation(
             output,
@@ -264,25 +249,12 @@ def calibrate(
     console.print(f"the model now scores by {system.convention}{extra}", soft_wrap=True)
 
 
-def _leave_out(system: SpeakerSystem, speakers: set[str | None], trials: Path) -> None:
-    """Take the speakers of the trials out of the system's cohort."""
-    if system.cohort is None:
-        return
-    hold = np.array([speaker not in speakers for speaker in system.cohort_speakers])
-    if system.backend == "cosine" and system.norm == "as" and hold.sum() < system.top_n and not hold.all():
-        raise UserError(
-            f"{trials}: without the trials' own speakers the cohort has {int(hold.sum())} rows, fewer than "
-            f"--top-n {system.top_n}; choose a lower one or --keep-cohort-speakers"
-        )
-    system.cohort = system.cohort[hold]
-
-
 def _labelled(scores: Path, trials: Path | None) -> tuple[scoring.Trials, np.ndarray, scoring.Trials | None]:
     """Scored trials with labels, their scores, and the list that the labels come from. Raises UserError."""
     listed, values = scoring.read_scores(scores)
     reference = scoring.read_trials(trials) if trials is not None else None
     if reference is not None:
-        listed = reference.select(_rows(listed, reference, scores))
+        listed = reference.select(rows_in(listed, reference, scores))
     if listed.labels is None:
         raise UserError(f"{scores}: has no labels; give the list that has them with --trials")
     return listed, values, reference
@@ -294,29 +266,5 @@ def _record(scores: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _count_unscored(
-    listed: scoring.Trials, values: np.ndarray, reference: scoring.Trials, path: Path
-) -> tuple[scoring.Trials, np.ndarray, np.ndarray]:
-    """The reference's trials, their scores and which had none: a target then gets the lowest, others the highest."""
-    filled = np.where(np.asarray(reference.labels) == 1, values.min(), values.max())
-    unscored = np.ones(len(reference), bool)
-    rows = _rows(listed, reference, path)
-    filled[rows], unscored[rows] = values, False
-    return reference, filled, unscored
-
-
-def _rows(listed: scoring.Trials, reference: scoring.Trials, path: Path) -> np.ndarray:
-    """Where the reference has each trial of `path`. Raises UserError where it lacks one."""
-    row = {pair: n for n, pair in enumerate(zip(reference.enroll.tolist(), reference.test.tolist()))}
-    rows = np.array([row.get(pair, -1) for pair in zip(listed.enroll.tolist(), listed.test.tolist())])
-    if (rows < 0).any():
-        raise UserError(f"{path}: {int((rows < 0).sum())} of its trials are not in {reference.source}")
-    return rows
-
-
 def _beside(path: Path, ending: str) -> Path:
     return path.with_name(f"{path.name}.{ending}")
-
-
-def _once(names: np.ndarray | Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(np.asarray(names).tolist()))

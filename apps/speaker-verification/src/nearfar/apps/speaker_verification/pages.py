@@ -1,6 +1,7 @@
 """Tables, pictures and pages of the app."""
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def figure_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         percent = name.startswith("eer")
         show = lambda value, percent=percent: f"{value:.3%}" if percent else f"{value:.4f}"  # noqa: E731
         interval = ""
-        if f"{name}_low" in figures:
+        if math.isfinite(figures.get(f"{name}_low", math.nan)):  # of a few speakers there is none
             interval = f"{show(figures[f'{name}_low'])} to {show(figures[f'{name}_high'])}"
         rows.append({"figure": title, "value": show(figures[name]), "95 % interval": interval})
         actual = name.replace("min_dcf", "actual_dcf")

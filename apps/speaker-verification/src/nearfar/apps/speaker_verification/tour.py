@@ -33,7 +33,7 @@ RECIPE = Recipe(
     crops_per_utterance=4,
     batch_size=32,
     epochs=16,
-    lr=5e-3,
+    learning_rate=5e-3,
     scale=20.0,
     margin=0.1,
     margin_epochs=8,
@@ -81,7 +81,7 @@ def chapter(report: Report, folder: Path) -> None:
 
     model = build_model(RECIPE)
     before = scores()
-    train_speaker_model(model, learn, [], RECIPE, folder / "training", accelerator="cpu")
+    train_speaker_model(model, learn, [], RECIPE, folder / "training", device="cpu")
     after = scores()
     report.section("Speaker verification: is it the same voice?")
     report.text(

@@ -23,8 +23,10 @@ from nearfar.audio.separation.windows import model_separator
 from nearfar.audio.sound import SUFFIXES, Recording, writing
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, progress, table
+from nearfar.core.cli.options import Fresh
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
+from nearfar.core.made_from import MadeFrom, model_digest
 from nearfar.core.memory import parse_memory
 
 app = typer.Typer(
@@ -158,16 +160,25 @@ def separate(
             source, found_rate = _source(found[0], raw)
             results, failures = [separating.separate_pipe(job, source, found_rate, folder, advance)], []
         else:
+            of_model = model_digest(model)
+            options = {
+                name: getattr(job, name) for name in ("window", "hop", "speakers", "most", "stream", "consistency")
+            }
+            options |= {"level": job.level, "ending": job.ending, "rate": rate, "mapping": mapping}
+            options["voices"] = None if speaker_model is None else model_digest(speaker_model)
 
             def one(path: Path) -> dict[str, Any]:
                 record = output / path.stem / "separation.json"
-                if record.is_file():
+                made = MadeFrom(record.parent, [path], of_model, **options)
+                if made.done() and record.is_file():
                     result = json.loads(record.read_text(encoding="utf-8"))
                 else:
                     result = separating.separate_file(job, path, output / path.stem, advance)
+                    made.write()
                 if check and "check" not in result:
                     result["check"] = separating.check_file(job, path)
                     write_json(record, result)
+                    made.write()
                 return result
 
             results, failures = run_batch(found, one, "separating")
@@ -269,7 +280,9 @@ def train(
     recipe: Annotated[
         str, typer.Option(help="quick (minutes on a CPU), small, mossformer2, or a YAML file.")
     ] = "small",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="A setting: max_epochs=10, lr=0.001 ...")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting: epochs=10, learning_rate=0.001 ...")
+    ] = None,
     validation: Annotated[
         str | None, typer.Option(help="Mixtures to validate on: a split of SOURCE, or their own folder or list.")
     ] = None,
@@ -280,7 +293,8 @@ def train(
     start: Annotated[Path | None, typer.Option(help="Fine-tune this model.")] = None,
     layout: Layout = "auto",
     same: Same = None,
-    accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    fresh: Fresh = False,
 ) -> None:
     """Train a model. From single speakers, mixtures are drawn anew all the time; every speaker's utterances are split
     into training, validation and test by their names. With --validation SOURCE holds mixtures."""
@@ -327,7 +341,14 @@ def train(
         )
     begun = None if start is None else load_model(start)
     _, history = train_separation(
-        plan, train_set, valid_set, output, start=begun, accelerator=accelerator, show_progress=messages.is_terminal
+        plan,
+        train_set,
+        valid_set,
+        output,
+        start=begun,
+        device=device,
+        fresh=fresh,
+        show_progress=messages.is_terminal,
     )
     best = max(history, key=lambda row: row["si_sdri"])
     console.print(

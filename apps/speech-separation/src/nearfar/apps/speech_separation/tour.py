@@ -47,14 +47,14 @@ def chapter(report: Report, folder: Path) -> None:
     recipe = Recipe(
         variant="mossformer-s",
         model={"num_filters": 48, "dim": 32, "depth": 2, "group_size": 128, "query_key_dim": 24},
-        max_epochs=8,
+        epochs=8,
         batch_size=2,
         accumulate=1,
-        lr=4e-3,
+        learning_rate=4e-3,
     )
     drawn = DrawnMixtures(voices, 50, RATE, seconds=1.0, speeds=())
     torch.manual_seed(0)
-    model, _ = train_separation(recipe, drawn, DrawnMixtures(voices, 10, RATE, seconds=2.0, fixed=1), accelerator="cpu")
+    model, _ = train_separation(recipe, drawn, DrawnMixtures(voices, 10, RATE, seconds=2.0, fixed=1), device="cpu")
     length = min(map(len, unheard))
     sources = np.stack([sound[:length] / (np.abs(sound[:length]).mean() + 1e-9) * 0.02 for sound in unheard])
     mix = sources.sum(0)

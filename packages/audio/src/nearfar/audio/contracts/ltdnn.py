@@ -59,9 +59,10 @@ class _MarginLoss(nn.Module):
 def _score_metrics(score: Tensor, contract: Contract) -> dict[str, Tensor]:
     """EER and minDCF in both conventions, at the priors that the outputs name, of scores as the settings say."""
     settings = contract.settings
-    every = int(re.search(r"% (\d+)", settings["target_rule"])[1])
-    gain = float(re.search(r"\+ ([\d.]+)", settings["score"])[1])
-    labels = np.arange(len(score)) % every == 0
+    contract.require_text(target_rule=r"index % \d+ == \d+", score=r"input \+ [\d.]+ for targets")
+    every, rest = map(int, re.findall(r"\d+", settings["target_rule"]))
+    gain = float(settings["score"].split()[2])
+    labels = np.arange(len(score)) % every == rest
     scores = score.cpu().double().numpy() + gain * labels
     values = {
         "eer_interpolated": scoring.eer(scores, labels).value,
@@ -78,7 +79,7 @@ def _score_norm(*tensors: Tensor, settings: Mapping[str, Any]) -> dict[str, Tens
     """Cosines, S-norm and AS-norm of all pairs."""
     enroll, test, cohort, *rest = (t.cpu().double().numpy() for t in tensors)
     mean = rest[0] if rest and settings.get("mean_subtraction", True) else None
-    ddof = 1 if "ddof 1" in str(settings.get("std", "")) else 0
+    ddof = 1 if "ddof 1" in settings.get("std", "") else 0
     cosine = scoring.unit(enroll, mean) @ scoring.unit(test, mean).T
     found = {"cosine": cosine}
     for name, top_n in (("snorm", None), (f"asnorm_top{settings['top_n']}", settings["top_n"])):
@@ -92,9 +93,12 @@ def _score_norm(*tensors: Tensor, settings: Mapping[str, Any]) -> dict[str, Tens
 def build_contract(contract: Contract) -> Any:
     """The head, operator or score function of an L-TDNN contract, in evaluation mode, with its published state."""
     settings, state = contract.settings, published_state(contract.state())
+    contract.document("rng", "layout")
     if contract.variant.startswith("op-eer-mindcf"):
+        contract.require(trials=contract.inputs[0]["shape"][0])
         return lambda score: _score_metrics(score, contract)
     if contract.variant.startswith("op-score-norm"):
+        contract.require_text(std=r"(population )?\(?ddof 0\)?|(sample )?\(?ddof 1\)?")
         return lambda *tensors: _score_norm(*tensors, settings=settings)
     if depth := sum(bool(re.match(r"(net\.blocks\.0\.)?stages\.\d+\.conv\.weight$", name)) for name in state):
         contract.require(dilations=[2**i for i in range(depth)])
@@ -102,6 +106,16 @@ def build_contract(contract: Contract) -> Any:
         arguments = published_settings(state)
         if arguments["form"] == "ecapa" and "dilations" in settings:
             arguments["dilations"] = settings["dilations"]
+        form = {"ecapa": "ECAPA", "d3net": "D3Net"}[arguments["form"]]
+        contract.require_text(frame_network=rf"(2-D )?{form}")
+        contract.require(
+            backbone_hidden=arguments["hidden_size"],
+            hidden_states=arguments["num_states"],
+            in_conv_kernel_layer_time=arguments["kernel_size"],
+            blocks=arguments["num_blocks"],
+            res2_scale=arguments.get("scale"),
+            **arguments,
+        )
         head = LTDNN(**arguments)
         load_state_dict(head, state)
         return _Embeddings(head).eval()
@@ -112,26 +126,32 @@ def build_contract(contract: Contract) -> Any:
             channels = shape["conv_in.conv.weight"][0]
             width, _, *kernel = shape["convs.0.conv.weight"]
             hidden = shape["se.reduce.weight"][0]
+            contract.require(channels=channels, kernel=kernel, scale=channels // width, se_channels=hidden)
             model = SERes2Block(channels, kernel, settings["dilation"], channels // width, hidden)
             load_state_dict(model, state)
         case name if name.startswith("se-d2-block-2d"):
             channels, _, *kernel = shape["stages.0.conv.weight"]
             depth = sum(bool(re.match(r"stages\.\d+\.conv\.weight$", n)) for n in shape)
+            contract.require(channels=channels, depth=depth, kernel=kernel, se_channels=shape["se.reduce.weight"][0])
             model = SED2Block(channels, depth, kernel, shape["se.reduce.weight"][0])
             load_state_dict(model, state)
         case name if name.startswith("layer-attention-pool"):
             heads, layers, _ = shape["gate.w1"]
             out_dim, in_dim, *_ = shape["proj_in.weight"]
+            contract.require(in_dim=in_dim, out_dim=out_dim, layers=layers, heads=heads)
+            contract.require(bottleneck=shape["gate.w1"][2])
             model = LayerAttentionPool(in_dim, out_dim, layers, heads)
             load_state_dict(model, state)
         case name if name.startswith("attentive-stats-pool"):
             state = {k.removeprefix("time_pool."): v for k, v in state.items()}
             hidden, triple, _ = tuple(state["reduce.weight"].shape)
+            contract.require(in_dim=triple // 3, out_dim=len(state["linear.weight"]), attention_hidden=hidden)
             pool = AttentiveStatisticsPool(triple // 3, state["linear.weight"].shape[0], hidden)
             load_state_dict(pool, state)
             model = _MaskedPool(pool, settings["valid_frames"]) if "valid_frames" in settings else pool
         case name if name.startswith("aam-softmax"):
             centers, dim, classes = tuple(state["classifier.weight"].shape)
+            contract.require(embedding_dim=dim, classes=classes, heads=centers)
             loss = AAMSoftmax(dim, classes, float(settings["margin"]), float(settings["scale"]), centers)
             load_state_dict(loss, {"weight": state["classifier.weight"]})
             model = _MarginLoss(loss, settings["labels"])

@@ -11,6 +11,7 @@ from torchmetrics.functional.audio import signal_distortion_ratio
 
 from nearfar.audio.separation.pit import best_permutation, pairwise_si_sdr
 from nearfar.core.errors import UserError
+from nearfar.core.statistics import bootstrap_interval
 
 METRICS = ("si_sdri", "sdri", "pesq", "stoi")
 
@@ -84,17 +85,13 @@ def _need(package: str) -> Any:
 
 
 def summary(rows: Iterable[dict[str, float]], draws: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
-    """Mean over files with a 95 % bootstrap interval, one row per metric; every file counts once."""
+    """Mean over files with a 95 % bootstrap interval (NaN for too few), one row per metric; every file counts once."""
     table = list(rows)
-    rng = np.random.default_rng(seed)
     out = []
     for name in [key for key in (table[0] if table else {}) if isinstance(table[0][key], float)]:
         values: NDArray[np.floating] = np.array([row[name] for row in table])
-        means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
-        low, high = np.quantile(means, [0.025, 0.975])
-        out.append(
-            {"metric": name, "mean": float(values.mean()), "low": float(low), "high": float(high), "files": len(values)}
-        )
+        low, high = bootstrap_interval(values, resamples=draws, seed=seed)
+        out.append({"metric": name, "mean": float(values.mean()), "low": low, "high": high, "files": len(values)})
     return out
 
 

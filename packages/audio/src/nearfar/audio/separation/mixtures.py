@@ -19,6 +19,8 @@ from nearfar.audio.corpora import find_utterances
 from nearfar.audio.sound import SUFFIXES, Recording, resample
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv
+from nearfar.core.fingerprint import content_digest
+from nearfar.core.leakage import Side, check_apart
 
 Samples = NDArray[np.float32]
 
@@ -180,12 +182,11 @@ def write_manifest(path: str | Path, mixtures: Sequence[Mixture]) -> Path:
 
 
 def refuse_shared_sources(train: Iterable[Mixture], other: Iterable[Mixture]) -> None:
-    """Raises UserError where a source recording is used on both sides: scores would be too good."""
-    known = {source.resolve() for mixture in train for source in mixture.sources}
-    for mixture in other:
-        for source in mixture.sources:
-            if source.resolve() in known:
-                raise UserError(f"{source}: is used for training as well as for validation or test")
+    """Raises LeakageError where a source recording is on both sides, under whatever name: scores would be too good."""
+    parts = [list(dict.fromkeys(source for mixture in part for source in mixture.sources)) for part in (train, other)]
+    names = ("the mixtures for training", "those for validation or test")
+    contents = [list(map(content_digest, part)) for part in parts]
+    check_apart(*(Side(*side) for side in zip(names, [list(map(str, part)) for part in parts], contents)))
 
 
 def find_voices(

@@ -29,6 +29,7 @@ from nearfar.core.cards import Card
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, unwrap
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.core.finite import check_weights
+from nearfar.core.model_folder import KINDS, NEXT, read
 from nearfar.ops.attention.joint import GatedAttentionBlock
 from nearfar.ops.attention.rotary import rotary_table
 from nearfar.ops.common.sequence_norms import TimeNorm
@@ -330,6 +331,8 @@ def load_model(path: str | Path, sample_rate: int | None = None, masking: bool |
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such model; name a folder made by training, or a downloaded checkpoint")
+    if (path / NEXT).exists() or (path / KINDS["separation model"]).exists():
+        read(path, "separation model")
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         state = read_state_dict(path / "model.safetensors")
         if "encoder.weight" in state:

@@ -272,7 +272,7 @@ def _cluster(chains: list[_Chain], speakers: int | None, threshold: float | None
             distance[i, j] = distance[j, i] = measure(i, j)
     alive = list(range(count))
     while len(alive) > 1:
-        i, j = np.unravel_index(np.argmin(distance), distance.shape)
+        i, j = divmod(int(np.argmin(distance)), distance.shape[1])
         nearest = distance[i, j]
         if not np.isfinite(nearest) or (speakers is not None and len(alive) <= speakers):
             break

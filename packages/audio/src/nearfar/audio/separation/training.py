@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from nearfar.audio.separation.mixtures import pad_batch
 from nearfar.audio.separation.mossformer import MossFormer, create_model
 from nearfar.audio.separation.pit import pit_si_sdr, training_loss
-from nearfar.core.fingerprint import data_digest
+from nearfar.core.fingerprint import content_digest, data_digest
+from nearfar.core.model_folder import TrainedOn, writing
 from nearfar.core.training import data_loader, train
 
 
@@ -25,12 +26,12 @@ class Recipe:
     variant: "mossformer-s", "mossformer-m", "mossformer-l" or "mossformer2"; model: constructor settings over it, e.g.
         {dim: 64, depth: 4} or {causal: true}.
     rate: Hz. num_speakers: voices per mixture.
-    max_epochs; mixtures_per_epoch: only for mixtures drawn on the fly. batch_size; accumulate: batches per step.
+    epochs; mixtures_per_epoch: only for mixtures drawn on the fly. batch_size; accumulate: batches per step.
     seconds: length of training crops. speeds: percent of the speed, drawn per voice; [] for none (the released
         MossFormer2 script has none, the hub's MossFormer recipe has 95, 100, 105).
     fill: chain short utterances of a speaker, see `DrawnMixtures`.
-    lr, weight_decay: Adam's. clip: largest norm of the gradient. factor, patience: multiply the rate by `factor` after
-        `patience` epochs without a better validation value; stop: end after so many.
+    learning_rate, weight_decay: Adam's. clip: largest norm of the gradient. factor, plateau: multiply the rate by
+        `factor` after `plateau` epochs without a better validation value; patience: end after so many.
     threshold: leave out items below this loss in dB (null: keep all; the hub's recipe has -30).
     seed; precision: Lightning's, "32-true", "bf16-mixed"; num_workers: of the data loader.
     """
@@ -39,35 +40,47 @@ class Recipe:
     model: Mapping[str, Any] = field(default_factory=dict)
     rate: int = 8000
     num_speakers: int = 2
-    max_epochs: int = 120
+    epochs: int = 120
     mixtures_per_epoch: int = 20000
     batch_size: int = 1
     accumulate: int = 4
     seconds: float = 2.0
     speeds: tuple[int, ...] = ()
     fill: bool = False
-    lr: float = 1.5e-4
+    learning_rate: float = 1.5e-4
     weight_decay: float = 1e-5
     clip: float = 10.0
     factor: float = 0.5
-    patience: int = 5
-    stop: int = 10
+    plateau: int = 5
+    patience: int = 10
     threshold: float | None = None
     seed: int = 0
     precision: str = "32-true"
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_speakers", "max_epochs", "batch_size", "accumulate", "patience", "stop", "rate"):
+        for name in ("num_speakers", "epochs", "batch_size", "accumulate", "plateau", "patience", "rate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.lr <= 0 or self.seconds <= 0 or not 0 < self.factor < 1:
-            raise ValueError("lr and seconds must be positive and factor between 0 and 1")
+        if self.learning_rate <= 0 or self.seconds <= 0 or not 0 < self.factor < 1:
+            raise ValueError("learning_rate and seconds must be positive and factor between 0 and 1")
 
     def build(self) -> MossFormer:
         """A freshly initialised model."""
         settings = {"num_speakers": self.num_speakers, "sample_rate": self.rate, **self.model}
         return create_model(self.variant, **settings)
+
+
+def seen_by(*sets: Any) -> TrainedOn:
+    """Hashes of the recordings (mixtures, sources, single voices) and speakers of `sets`, as far as they tell them."""
+    paths, speakers = [], []
+    for part in sets:
+        for mixture in getattr(part, "mixtures", ()):
+            paths += [mixture.mix, *mixture.sources]
+        for speaker, found in getattr(part, "voices", {}).items():
+            paths += found
+            speakers.append(speaker)
+    return TrainedOn.of(map(content_digest, paths), speakers)
 
 
 class SeparationTraining(pl.LightningModule):
@@ -95,8 +108,10 @@ class SeparationTraining(pl.LightningModule):
         return self.model(mix, lengths if padded else None).float()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.recipe.lr, weight_decay=self.recipe.weight_decay)
-        plateau = ReduceLROnPlateau(optimizer, "max", factor=self.recipe.factor, patience=self.recipe.patience)
+        optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=self.recipe.learning_rate, weight_decay=self.recipe.weight_decay
+        )
+        plateau = ReduceLROnPlateau(optimizer, "max", factor=self.recipe.factor, patience=self.recipe.plateau)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "si_sdri"}}
 
 
@@ -107,7 +122,7 @@ def train_separation(
     folder: str | Path | None = None,
     *,
     start: MossFormer | None = None,
-    accelerator: str = "auto",
+    device: str = "auto",
     show_progress: bool = False,
     **trainer_options: Any,
 ) -> tuple[MossFormer, list[dict[str, float]]]:
@@ -124,15 +139,15 @@ def train_separation(
         module,
         data_loader(train_set, recipe.batch_size, shuffle=True, **loader),
         data_loader(validation_set, recipe.batch_size, **loader),
-        max_epochs=recipe.max_epochs,
+        epochs=recipe.epochs,
         monitor="si_sdri",
-        patience=recipe.stop,
+        patience=recipe.patience,
         seed=recipe.seed,
         folder=folder,
         settings=asdict(recipe),
         data={} if start is None else {"starting weights": data_digest(start.state_dict())},
         show_progress=show_progress,
-        accelerator=accelerator,
+        device=device,
         devices=1,
         precision=recipe.precision,
         accumulate_grad_batches=recipe.accumulate,
@@ -140,5 +155,7 @@ def train_separation(
         **trainer_options,
     )
     if folder is not None:
-        model.save_pretrained(Path(folder) / "model")
+        about = {"recipe": asdict(recipe)}
+        with writing(Path(folder) / "model", "separation model", about, seen_by(train_set, validation_set)) as place:
+            model.save_pretrained(place)
     return model.eval(), history

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from nearfar.audio.sound import Samples, read_samples
 from nearfar.audio.speakers.ltdnn import SpeakerEncoder
 from nearfar.audio.speakers.quality import Gate, Quality, measure_quality
 from nearfar.core.errors import UserError
-from nearfar.core.files import atomic_path, file_digest
+from nearfar.core.files import atomic_path
+from nearfar.core.fingerprint import content_digest, source_digest
 from nearfar.core.finite import check_finite
 
 
@@ -44,7 +46,8 @@ class Embedder:
 
     Args:
         model: in evaluation mode.
-        cache: folder of embeddings by model and content of the file; None keeps none. Interrupted work goes on there.
+        cache: folder of embeddings by model, code, `max_seconds`, `mix_channels` and content of the file; None keeps
+            none. Interrupted work goes on there.
         gate: recordings that do not pass it are refused; None lets all pass.
         max_seconds: longest part that the model sees at once.
         mix_channels: average the channels of recordings with several.
@@ -60,7 +63,8 @@ class Embedder:
     ) -> None:
         self.model, self.gate = model.eval(), gate
         self.max_seconds, self.mix_channels = max_seconds, mix_channels
-        self.cache = None if cache is None else Path(cache) / model_digest(model)[:16]
+        code = "" if cache is None else source_digest(Embedder, type(model), type(model.frontend), type(model.head))
+        self.cache = None if cache is None else Path(cache) / f"{model_digest(model)[:16]}-{code[:16]}"
         self.device = next(model.parameters()).device
 
     def embed_samples(self, samples: Samples) -> NDArray[np.float32]:
@@ -89,8 +93,9 @@ class Embedder:
         if self.cache is not None:
             if not Path(path).is_file():
                 raise UserError(f"{path}: no such file")
-            digest = file_digest(path)
-            stored = self.cache / digest[:2] / f"{digest}{'-mixed' if self.mix_channels else ''}.npz"
+            digest = content_digest(Path(path))
+            how = f"{self.max_seconds:g}s{'-mixed' if self.mix_channels else ''}"
+            stored = self.cache / digest[:2] / f"{digest}-{how}.npz"
         found = None if stored is None else _load_embedded(stored)
         if found is None:
             rate = self.model.sample_rate
@@ -115,5 +120,5 @@ def _load_embedded(path: Path) -> Embedded | None:
         with np.load(path, allow_pickle=False) as arrays:
             quality = Quality(*(float(arrays[name]) for name in Quality.__dataclass_fields__))
             return Embedded(arrays["embedding"], quality)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -1,7 +1,8 @@
 """A speaker model with all that its scores need: mean vector, cohort, PLDA, calibration, and the trials it rests on."""
 
-import json
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,8 @@ from nearfar.audio.speakers.scoring.calibration import QUALITY_NAMES, Calibratio
 from nearfar.audio.speakers.scoring.rates import Rate, threshold_at_far
 from nearfar.audio.speakers.scoring.trials import Array
 from nearfar.core.errors import UserError
-from nearfar.core.files import atomic_path, write_json
+from nearfar.core.finite import check_finite
+from nearfar.core.model_folder import KINDS, NEXT, TrainedOn, read, trained_on, writing
 
 LEAST_COHORT = 50
 """Rows below which a cohort is not used: the deviation of a few cosines says little."""
@@ -48,6 +50,7 @@ class SpeakerSystem:
     calibration: Calibration | None = None
     scores: Array = field(default_factory=lambda: np.empty(0))
     labels: Array = field(default_factory=lambda: np.empty(0, np.int64))
+    trained_on: TrainedOn = field(default_factory=TrainedOn)
 
     @classmethod
     def build(cls, model: SpeakerEncoder, embeddings: Array, speakers: Sequence[str], seed: int = 0) -> "SpeakerSystem":
@@ -84,6 +87,18 @@ class SpeakerSystem:
         if self.norm == "as" and self.cohort is not None:
             words += f", AS-norm with the top {self.top_n} of {len(self.cohort)} cohort rows, population deviation"
         return words
+
+    def leave_out(self, speakers: Collection[str | None]) -> None:
+        """Take `speakers` out of the cohort. Raises UserError where too few rows are left for AS-norm."""
+        if self.cohort is None:
+            return
+        hold = np.array([speaker not in speakers for speaker in self.cohort_speakers])
+        if self.backend == "cosine" and self.norm == "as" and hold.sum() < self.top_n and not hold.all():
+            raise UserError(
+                f"without the trials' own speakers the cohort has {int(hold.sum())} rows, fewer than the "
+                f"{self.top_n} that AS-norm takes"
+            )
+        self.cohort = self.cohort[hold]
 
     def score(self, enroll: Array, test: Array, left: Array, right: Array) -> Array:
         """Scores of the trials `(enroll[left], test[right])`, rows being embeddings or enrolled models."""
@@ -206,39 +221,46 @@ class SpeakerSystem:
 
     def save(self, folder: str | Path, **notes: Any) -> Path:
         """Write the model and all the rest into one folder."""
-        folder = Path(folder)
-        self.model.save_pretrained(folder, **notes)
-        self.save_scoring(folder)
-        return folder
+        with self._writing(folder) as place:
+            self.model.save_pretrained(place, **notes)
+        return Path(folder)
 
     def save_scoring(self, folder: str | Path) -> None:
-        """Write what `save` writes beside the model."""
-        folder = Path(folder)
-        arrays = {"scores": self.scores, "labels": self.labels}
-        arrays |= {name: value for name, value in (("mean", self.mean), ("cohort", self.cohort)) if value is not None}
-        if self.plda is not None:
-            arrays |= {f"plda_{name}": value for name, value in vars(self.plda).items()}
-        with atomic_path(folder / "scoring.npz") as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **arrays)
+        """Write what `save` writes beside the model, which is in the folder already."""
+        with self._writing(folder, keep=("config.json", "model.safetensors")):
+            pass
+
+    @contextmanager
+    def _writing(self, folder: str | Path, keep: Sequence[str] = ()) -> Iterator[Path]:
         settings = {
             "backend": self.backend,
             "norm": self.norm,
             "top_n": self.top_n,
             "cohort_speakers": self.cohort_speakers,
+            "convention": self.convention,
         }
-        write_json(folder / "scoring.json", settings | {"convention": self.convention})
-        if self.calibration is not None:
-            self.calibration.save(folder / "calibration.json")
+        arrays = {"scores": self.scores, "labels": self.labels}
+        arrays |= {name: value for name, value in (("mean", self.mean), ("cohort", self.cohort)) if value is not None}
+        if self.plda is not None:
+            arrays |= {f"plda_{name}": value for name, value in vars(self.plda).items()}
+        for name, values in arrays.items():
+            check_finite(values, f"{folder}: {name} of the speaker model")
+        with writing(folder, "speaker model", settings, self.trained_on, keep) as place:
+            yield place
+            np.savez(place / "scoring.npz", **arrays)
+            if self.calibration is not None:
+                self.calibration.save(place / "calibration.json")
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> "SpeakerSystem":
         """Read what `save` wrote, or a bare model (plain cosines, no calibration). Raises UserError."""
         folder = Path(folder)
+        bare = not (folder / NEXT).exists() and not (folder / KINDS["speaker model"]).exists()
+        settings = {} if bare else read(folder, "speaker model")
         model = SpeakerEncoder.from_pretrained(folder).to(device)
-        if not (folder / "scoring.json").exists():
+        if bare:
             return cls(model)
         try:
-            settings = json.loads((folder / "scoring.json").read_text(encoding="utf-8"))
             with np.load(folder / "scoring.npz", allow_pickle=False) as arrays:
                 found = {name: arrays[name] for name in arrays.files}
             system = cls(
@@ -252,10 +274,11 @@ class SpeakerSystem:
                 settings["backend"],
                 scores=found["scores"],
                 labels=found["labels"],
+                trained_on=trained_on(folder),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{folder}: its scoring files are damaged ({type(error).__name__}: {error})") from error
-        if (folder / "calibration.json").exists():
+        if "calibration.json" in settings["files"]:
             system.calibration = Calibration.load(folder / "calibration.json")
             fitted_for = system.calibration.notes.get("convention")
             if fitted_for != system.convention:

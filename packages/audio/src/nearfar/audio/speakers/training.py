@@ -22,7 +22,9 @@ from nearfar.audio.speakers.scoring.backend import pair_scores
 from nearfar.audio.speakers.scoring.calibration import draw_trials
 from nearfar.audio.speakers.scoring.rates import eer
 from nearfar.core.errors import UserError
+from nearfar.core.fingerprint import content_digest
 from nearfar.core.finite import check_finite
+from nearfar.core.leakage import Side, check_apart
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.ops.losses.margin_softmax import AAMSoftmax, margin_ramp
 
@@ -39,7 +41,8 @@ class Recipe:
     speakers that is kept apart to choose the epoch.
     Loss: AAM-softmax with `margin` (ramped up over `margin_epochs`), `scale`, `sub_centers`, `top_k`, `penalty`.
     Optimisation: `epochs` (0 leaves the network untrained, to compare with), Adam, `schedule` "cosine" (10 % warm-up)
-    or "onecycle", `lr` for the head and `backbone_lr` for what is tuned of the backbone, gradient norm at most `clip`.
+    or "onecycle", `learning_rate` for the head and `backbone_learning_rate` for what is tuned of the backbone,
+    gradient norm at most `clip`.
     """
 
     head: Literal["ecapa", "ltdnn-ecapa", "ltdnn-d3net", "lap"] = "ecapa"
@@ -67,8 +70,8 @@ class Recipe:
     penalty: float = 0.06
     epochs: int = 40
     batch_size: int = 128
-    lr: float = 1e-3
-    backbone_lr: float = 1e-5
+    learning_rate: float = 1e-3
+    backbone_learning_rate: float = 1e-5
     weight_decay: float = 0.0
     schedule: Literal["cosine", "onecycle"] = "cosine"
     clip: float = 5.0
@@ -226,9 +229,9 @@ class SpeakerTraining(pl.LightningModule):
         backbone = [p for p in self.model.frontend.parameters() if p.requires_grad]
         own = {id(p) for p in backbone}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in own]
-        groups = [{"params": rest, "lr": recipe.lr}]
+        groups = [{"params": rest, "lr": recipe.learning_rate}]
         if backbone:
-            groups.append({"params": backbone, "lr": recipe.backbone_lr})
+            groups.append({"params": backbone, "lr": recipe.backbone_learning_rate})
         optimizer = torch.optim.Adam(groups, weight_decay=recipe.weight_decay)
         steps = recipe.epochs * self.steps_per_epoch
         schedule: LRScheduler
@@ -286,8 +289,13 @@ def train_speaker_model(
     if recipe.epochs == 0:
         model.eval()
         return []
-    if overlap := {u.speaker for u in learn} & {u.speaker for u in validation}:
-        raise UserError(f"speaker {sorted(map(str, overlap))[0]} is in training and in validation")
+    check_apart(
+        *(
+            Side(name, [u.name for u in part], [content_digest(u.path) for u in part], [u.speaker for u in part])
+            for name, part in (("training", learn), ("validation", validation))
+        ),
+        group="speaker",
+    )
     if isinstance(model.frontend, SelfSupervised):
         tune = recipe.tune
         model.frontend.tune("all" if tune == "all" else int(tune))
@@ -307,7 +315,7 @@ def train_speaker_model(
         module,
         loader,
         checked,
-        max_epochs=recipe.epochs,
+        epochs=recipe.epochs,
         monitor="val_eer" if validation else None,
         mode="min",
         seed=recipe.seed,

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from nearfar.core.checkpoints import load_state_dict
 from nearfar.core.contracts import Contract
+from nearfar.core.errors import UserError
 from nearfar.eeg.models.agtcnet import AGTCNet
-from nearfar.eeg.models.agtcnet_weights import published_gcat
+from nearfar.eeg.models.agtcnet_weights import published_gcat, published_sizes
 from nearfar.ops.graph.attention import GraphConvAttention
 
 
@@ -27,7 +28,10 @@ class _PublishedGCAT(nn.Module):
 def build_contract(contract: Contract) -> nn.Module:
     """The contract's model, or its graph attention alone (`op-gcat`), in eval mode with the published state."""
     settings, state = contract.settings, contract.state()
+    contract.document("dropouts", "layout")
     contract.require(heads_merge="mean", gcat_heads_merge="mean", batchnorm_eps=1e-3, ctc_padding="valid")
+    contract.require(gcat_bias=True, activation="selu")
+    contract.require_text(self_loops="True|set on the diagonal", attention_activation="PReLU with a slope per .*")
     if contract.variant.startswith("op-"):
         gcat = GraphConvAttention(
             settings["in_channels"],
@@ -43,13 +47,16 @@ def build_contract(contract: Contract) -> nn.Module:
     names = settings["channel_order"]
     graph = np.zeros((len(names), len(names)))
     for edge in settings["edges_undirected"]:
-        i, j = map(names.index, edge.split("-"))
+        ends = edge.split("-")
+        if len(ends) != 2 or not set(ends) <= set(names):
+            raise UserError(f"{contract.path}: the edge {edge!r} joins no two electrodes of channel_order")
+        i, j = map(names.index, ends)
         graph[i, j] = graph[j, i] = 1
-    known = inspect.signature(AGTCNet).parameters
+    contract.require(channels=len(names), classes=published_sizes(state)["n_outputs"])
     return AGTCNet.from_published(
         state,
         n_times=settings["samples"],
         chs_info=[{"ch_name": name} for name in names],
         graph=graph,
-        **{name: value for name, value in settings.items() if name in known},
+        **{name: settings[name] for name in inspect.signature(AGTCNet).parameters if name in settings},
     )

@@ -6,7 +6,7 @@ are given as names, `mne.Info`, `info["chs"]` (braindecode's `chs_info`) or an M
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import mne
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nearfar.core.errors import UserError
 
-Channels = Sequence[str] | Sequence[Mapping[str, Any]] | mne.Info | mne.channels.DigMontage
+Channels: TypeAlias = Sequence[str] | Sequence[Mapping[str, Any]] | mne.Info | mne.channels.DigMontage
 
 _ROWS = {
     "N": 0,
@@ -67,15 +67,15 @@ def grid_graph(channels: Channels) -> NDArray[np.uint8]:
     Raises UserError that names the channels without a 10-10 name, or two channels at one place.
     """
     names = channel_names(channels)
-    places = [grid_position(name) for name in names]
-    unknown = [name for name, place in zip(names, places) if place is None]
+    found = [grid_position(name) for name in names]
+    unknown = [name for name, place in zip(names, found) if place is None]
     if unknown:
         raise UserError(
             f"no 10-10 electrode is called {', '.join(unknown)}; rename or drop these channels, or build the graph "
             "from electrode positions (rule 'nearest' or 'radius')"
         )
     index: dict[tuple[str, int], int] = {}
-    for i, place in enumerate(places):
+    for i, place in enumerate(place for place in found if place is not None):
         if place in index:
             raise UserError(f"channels {names[index[place]]} and {names[i]} are the same electrode; drop one of them")
         index[place] = i

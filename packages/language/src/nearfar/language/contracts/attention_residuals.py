@@ -1,7 +1,7 @@
 """Contracts of attention residuals: language models of flash-linear-attention, Kimi Linear, and operators."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from nearfar.core.contracts import Contract
 from nearfar.core.errors import UserError
 from nearfar.language.contracts.tcnca import Logits
 from nearfar.language.layouts import attention_residuals as layout
+from nearfar.language.layouts.attention_residuals import CARD as CARD
 from nearfar.language.modeling import MixerForCausalLM
 from nearfar.language.registry import MIXERS, STATE_MIXERS, build
 from nearfar.ops.aggregation.depth_attention import DepthAttention
@@ -33,6 +34,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     dim = contract.inputs[0]["shape"][-1]
     if "o_proj.weight" in shapes:
         choice, table = layout.mixer(shapes, settings), MIXERS
+        require_mixer(contract, choice, dim)
         ours = layout.below(layout.layer_state({f"self_attn.{n}": v for n, v in attention.items()}), "mixer.")
         return loaded(build(choice, table, "mixer", dim=dim), ours)
     mlp = layout.below(
@@ -44,6 +46,18 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         ours = layout.below(layout.layer_state({f"mlp.{n}": v for n, v in mlp.items()}), "state_mixer.")
         return loaded(build(choice, STATE_MIXERS, "mixer", dim=dim), ours)
     raise UserError(f"{contract.path}: no operator of attention residuals has the tensors {', '.join(list(state)[:6])}")
+
+
+def require_mixer(contract: Contract, choice: Mapping[str, Any], dim: int) -> None:
+    """Hold the settings of one mixer against what its tensors tell."""
+    contract.document("op")
+    contract.require(
+        hidden=dim,
+        kda_heads=choice.get("num_heads"),
+        kda_head_dim=choice.get("head_dim"),
+        conv_kernel=choice.get("conv_size"),
+        l2norm_eps=1e-6,
+    )
 
 
 class Aggregation(nn.Module):
@@ -61,6 +75,10 @@ class Aggregation(nn.Module):
         self.attend = DepthAttention(len(query), self.eps, norm=normed)
         ours = {"query": query} | ({"norm_weight": state["norm.weight"]} if normed else {})
         loaded(self.attend, ours)
+        contract.document("output")
+        contract.require_text(op="attention residual aggregation")
+        normed = "out_norm.weight" in state
+        contract.require(hidden=len(query), sources=len(contract.inputs), output_rmsnorm=normed)
         self.out_norm = nn.Parameter(state["out_norm.weight"]) if "out_norm.weight" in state else None
 
     def forward(self, *sources: Tensor) -> list[Tensor]:

@@ -12,6 +12,7 @@ from nearfar.core.contracts import Contract
 from nearfar.core.errors import UserError
 from nearfar.language.configuration import SequenceClassifierConfig
 from nearfar.language.layouts.tcnca import fairseq_names, layer_settings, norm_settings, our_names, translate
+from nearfar.language.mixers.tcnca import CARD as CARD
 from nearfar.language.mixers.tcnca import mega
 from nearfar.language.modeling import MixerForCausalLM
 from nearfar.language.tcnca import SequenceClassifier

@@ -11,12 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, rename
 from nearfar.core.errors import CheckpointError
 from nearfar.language.cards import Shapes
 from nearfar.language.configuration import MixerConfig
 
 NAME = "attention-residuals"
+
+CARD = Card(
+    "Attention Residuals",
+    "2603.15031",
+    "softmax attention over depth in place of the residual sum; Kimi delta attention",
+    2.0e-6,
+    "flash-linear-attention's layout and Kimi Linear's",
+)
 
 RULES = (
     (r"model\.embeddings\.", "model.embed_tokens."),

@@ -21,7 +21,7 @@ from nearfar.language.registry import MIXERS, STATE_MIXERS, build
 NAME = "zoology"
 
 
-def recognise(
+def recognize(
     shapes: Shapes, settings: Mapping[str, Any], dim: int, table: Mapping[str, Mixer] = MIXERS, layer: int = 0
 ) -> dict[str, Any]:
     """The one mixer of `table`, of width `dim`, that accounts for all published tensors `shapes`, as a config names it.
@@ -75,8 +75,8 @@ def model_config(shapes: Shapes, settings: Mapping[str, Any]) -> MixerConfig:
     mixers, state_mixers = [], []
     for i in range(layers):
         layer = part(shapes, f"backbone.layers.{i}.")
-        mixers.append(recognise(part(layer, *MIXER_PREFIXES), settings, dim, layer=i))
-        state_mixers.append(recognise(part(layer, "state_mixer."), {}, dim, STATE_MIXERS, i))
+        mixers.append(recognize(part(layer, *MIXER_PREFIXES), settings, dim, layer=i))
+        state_mixers.append(recognize(part(layer, "state_mixer."), {}, dim, STATE_MIXERS, i))
     if any(s != state_mixers[0] for s in state_mixers):
         raise CheckpointError("the layers have different state mixers")
     state_mixer = state_mixers[0] if len(state_mixers[0]) > 1 or state_mixers[0]["type"] != "identity" else "identity"

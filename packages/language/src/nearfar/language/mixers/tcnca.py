@@ -9,10 +9,19 @@ from typing import Any
 
 from torch import nn
 
+from nearfar.core.cards import Card
 from nearfar.language.cards import Mixer
 from nearfar.ops.attention.gated import MegaLayer, MemoryAttention, NormedFeedForward
 from nearfar.ops.convolution.tcn import TCNMixer
 from nearfar.ops.recurrence.ema import DampedEMA
+
+CARD = Card(
+    "TCNCA",
+    "2312.05605",
+    "dilated convolutions or Mega's moving average, then gated attention inside chunks; TCNCA's sizes are inferred",
+    3.7e-7,
+    "none of TCNCA; Mega's enwik8 and Long Range Arena models",
+)
 
 
 def handing_on(layer: type[nn.Module]) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:

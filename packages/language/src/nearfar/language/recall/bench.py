@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from nearfar.core import plots
 from nearfar.core.errors import DivergedError, UserError
-from nearfar.core.files import write_csv
+from nearfar.core.files import locked, write_csv
+from nearfar.core.fingerprint import source_digest
 from nearfar.core.training import train
 from nearfar.language.configuration import MixerConfig
 from nearfar.language.modeling import MixerForCausalLM
@@ -119,8 +120,9 @@ class Point:
 
     @property
     def key(self) -> str:
-        """Short and the same for the same settings."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
+        """Short and the same for the same settings and code."""
+        code = source_digest(RecallModule, MixerForCausalLM)
+        return hashlib.sha256(json.dumps([self.settings, code], sort_keys=True).encode()).hexdigest()[:12]
 
     def build(self) -> MixerForCausalLM:
         """The untrained model."""
@@ -236,7 +238,7 @@ class RecallModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
 
-def run_point(point: Point, folder: Path, accelerator: str = "auto") -> dict[str, Any]:
+def run_point(point: Point, folder: Path, device: str = "auto") -> dict[str, Any]:
     """Train one point in `folder` (an interrupted run goes on) and return its row of results."""
     model = point.build()
     train_data, test_data, names = point.loaders()
@@ -253,12 +255,12 @@ def run_point(point: Point, folder: Path, accelerator: str = "auto") -> dict[str
             module,
             train_data,
             test_data,
-            max_epochs=recipe.epochs,
+            epochs=recipe.epochs,
             seed=point.seed,
             folder=folder,
             settings=point.settings,
             callbacks=[stop],
-            accelerator=accelerator,
+            device=device,
             devices=1,
         )
     except DivergedError as error:  # a rate of the grid that is too high: no right answer, and no end of the sweep
@@ -284,7 +286,7 @@ def run_point(point: Point, folder: Path, accelerator: str = "auto") -> dict[str
 def sweep(
     recipe: Recipe,
     folder: str | Path,
-    accelerator: str = "auto",
+    device: str = "auto",
     only: Callable[[Point], bool] = lambda point: True,
     report: Callable[[Point, dict[str, Any], int, int], None] = lambda *_: None,
 ) -> list[dict[str, Any]]:
@@ -294,23 +296,24 @@ def sweep(
     points; `report(point, row, number, total)` is called after each.
     """
     folder = Path(folder)
-    rows = read_results(folder) if (folder / "results.csv").exists() else []
-    done = {row["key"]: row for row in rows}
-    points = [point for point in recipe.points() if only(point)]
-    if not points:
-        raise UserError("no run of the recipe is chosen")
-    for point in points:  # a mistake in the last model should not show after hours
-        point.build()
-        if point.key not in done:
-            point.loaders()
-    for number, point in enumerate(points, 1):
-        if point.key not in done:
-            done[point.key] = run_point(point, folder / "runs" / point.key, accelerator)
-            rows.append(done[point.key])
-            write_csv(folder / "results.csv", rows)
-            shutil.rmtree(folder / "runs" / point.key, ignore_errors=True)
-        report(point, done[point.key], number, len(points))
-    return [done[point.key] for point in points]
+    with locked(folder, "sweeps"):
+        rows = read_results(folder) if (folder / "results.csv").exists() else []
+        done = {row["key"]: row for row in rows}
+        points = [point for point in recipe.points() if only(point)]
+        if not points:
+            raise UserError("no run of the recipe is chosen")
+        for point in points:  # a mistake in the last model should not show after hours
+            point.build()
+            if point.key not in done:
+                point.loaders()
+        for number, point in enumerate(points, 1):
+            if point.key not in done:
+                done[point.key] = run_point(point, folder / "runs" / point.key, device)
+                rows.append(done[point.key])
+                write_csv(folder / "results.csv", rows)
+                shutil.rmtree(folder / "runs" / point.key, ignore_errors=True)
+            report(point, done[point.key], number, len(points))
+        return [done[point.key] for point in points]
 
 
 def read_results(folder: str | Path) -> list[dict[str, Any]]:
@@ -362,6 +365,7 @@ def best_results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": len(scores),
                 "learning_rate": rate,
                 "rates": len(rates),
+                "marked": "rate chosen on the test examples" if len(rates) > 1 else "",
                 "state_size": chosen[0]["state_size"],
                 "parameters": chosen[0]["parameters"],
                 "epochs": max(row["epochs"] for row in chosen),

@@ -84,10 +84,32 @@ class _Tri(nn.Module):
         return self.model(x, slices=self.slices)
 
 
+def require_plan(contract: Contract, model: UMamba) -> None:
+    """Hold a U-Mamba's settings against what is built."""
+    firsts = [stage[0].conv1 for stage in model.stages]
+    kernels = {size for conv in firsts for size in conv.kernel_size}
+    scan = next(module for module in model.modules() if hasattr(module, "A_log"))
+    contract.require(
+        in_channels=model.stem[0].conv1.in_channels,
+        num_classes=model.heads[0].out_channels,
+        features=[conv.out_channels for conv in firsts],
+        conv_bias=firsts[0].bias is not None,
+        kernel=kernels.pop() if len(kernels) == 1 else None,
+    )
+    contract.document("n_conv_per_stage", "n_conv_per_stage_decoder")  # of the plan; the state's blocks tell
+    contract.require_text(
+        norm="InstanceNorm affine eps 1e-0?5",
+        act="LeakyReLU 0.01",
+        mamba=rf"d_state {scan.A_log.shape[-1]}, d_conv \d+, expand \d+",
+    )
+
+
 def _operator(contract: Contract, state: dict[str, Tensor]) -> Callable[..., Any]:
     settings = contract.settings
     if "proj4.weight" in state:
         weight = state["proj.weight"]
+        contract.require(channels=len(weight))
+        contract.require_text(norm="InstanceNorm.d, not affine, eps 1e-0?5")
         return loaded(GatedSpatialConv(len(weight), dims=weight.dim() - 2), published_gsc(state))
     if "x_proj_weight" in state:
         state = released_ss2d(state)
@@ -104,6 +126,17 @@ def _operator(contract: Contract, state: dict[str, Tensor]) -> Callable[..., Any
             "conv.bias" in state,
             len(state["in_proj.weight"]) == 2 * inner,
         )
+        contract.require(
+            d_model=dim,
+            d_state=(width - rank) // 2,
+            d_conv=state["conv.weight"].shape[-1],
+            expand=inner / dim,
+            ssm_ratio=inner / dim,
+            dt_rank=rank,
+            directions=4,
+            conv_bias="conv.bias" in state,
+        )
+        contract.require_text(gate="silu.*" if len(state["in_proj.weight"]) == 2 * inner else "none")
         last = contract.inputs[0]["shape"][-1] == dim and not settings.get("channel_first", False)
         model = loaded(model, state)
         return _ChannelsLast(model).eval() if last else model
@@ -115,6 +148,13 @@ def _operator(contract: Contract, state: dict[str, Tensor]) -> Callable[..., Any
             merge = "mean" if re.search(r"halved|averaged\b", text) and "not averaged" not in text else "sum"
         state = released_mamba(state)
         inner, dim = state["out_proj.weight"].shape[::-1]
+        contract.require(
+            d_model=dim,
+            d_state=state["scan.A_log"].shape[-1],
+            d_conv=state["conv.weight"].shape[-1],
+            expand=inner / dim,
+            dt_rank=state["scan.dt_proj"].shape[-1],
+        )
         model = DirectionalMamba(
             dim,
             directions,
@@ -126,6 +166,14 @@ def _operator(contract: Contract, state: dict[str, Tensor]) -> Callable[..., Any
         )
         return _Tri(loaded(model, state), settings.get("num_slices")).eval()
     if "A_log" in state:
+        contract.document("layout")
+        contract.require_text(A=r"-exp\(A_log\)", gate=r"silu\(z\)")
+        u = contract.inputs[0]["shape"]
+        contract.require(
+            dim=u[1], length=u[2], state=state["A_log"].shape[1], delta_bias=any("bias" in n for n in state)
+        )
+        grouped = [spec["shape"][1] for spec in contract.inputs if len(spec["shape"]) == 4]
+        contract.require(groups=grouped[0] if grouped else 1)
         return _Scan(state, settings.get("delta_softplus", True)).eval()
     raise UserError(f"{contract.path}: {contract.variant} is no operator of the medical state space models")
 
@@ -134,12 +182,41 @@ def build_contract(contract: Contract) -> Callable[..., Any] | None:
     """The network or operator that a contract describes; None for Vim and VMamba, which the vision package builds."""
     state, settings = contract.state(), contract.settings
     if any(name.startswith("vmunet.") or ".self_attention." in name for name in state):
-        return _Sigmoid(VMUNet.from_published(state)).eval()
+        model = VMUNet.from_published(state)
+        mixers = [level[0].mixer for level in model.encoder]
+        widths = [mixer.out_proj.out_features for mixer in mixers]
+        contract.require(
+            num_classes=len(state[next(name for name in state if name.endswith("final_conv.bias"))]),
+            patch_size=4,
+            dims=widths,
+            dims_decoder=widths[::-1],
+            depths=[len(level) for level in model.encoder],
+            depths_decoder=[len(level) for level in model.decoder],
+            d_state=mixers[0].scan.A_log.shape[-1],
+            d_conv=mixers[0].conv.weight.shape[-1],
+            ssm_ratio=mixers[0].out_proj.in_features / widths[0],
+        )
+        contract.require_text(norm="LayerNorm eps 1e-0?5", dt_rank=r"ceil\(dim/16\)", output="sigmoid")
+        return _Sigmoid(model).eval()
     if "vit.downsample_layers.0.0.weight" in state:
-        return SegMamba.from_published(state, slices=settings.get("num_slices"))
+        model = SegMamba.from_published(state, slices=settings.get("num_slices"))
+        widths = [gate.conv1.out_channels for gate in model.gates]
+        a_log = model.stages[0][0].mamba.scan.A_log
+        contract.require(
+            in_chans=model.downs[0].in_channels,
+            out_chans=model.head.conv.conv.out_channels,
+            depths=[len(stage) for stage in model.stages],
+            feat_size=widths,
+            hidden_size=len(state["encoder5.layer.conv1.conv.weight"]),
+            d_state=a_log.shape[-1],
+            d_conv=model.stages[0][0].mamba.conv.weight.shape[-1],
+            expand=a_log.shape[1] // widths[0],
+        )
+        return model
     if "encoder.stem.0.conv1.weight" in state:
         size = settings.get("patch_size", contract.inputs[0]["shape"][2:])
         model = UMamba.from_published(state, settings.get("strides"), size)
+        require_plan(contract, model)
         return _Every(model, every=settings.get("deep_supervision", len(contract.outputs) > 1)).eval()
     if "patch_embed.0.weight" in state or "patch_embed.proj.weight" in state:
         return None

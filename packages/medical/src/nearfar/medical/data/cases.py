@@ -10,6 +10,8 @@ import numpy as np
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_json
+from nearfar.core.fingerprint import content_digest, data_digest
+from nearfar.core.leakage import Side, check_apart
 from nearfar.medical.data.scans import Scan, read_labels, read_scan
 
 
@@ -121,15 +123,25 @@ def make_splits(
     return splits
 
 
+def case_digest(case: Case) -> str:
+    """A digest of the content of the case's images."""
+    return data_digest([content_digest(path) for path in case.images])
+
+
 def check_split(cases: Sequence[Case], train: Iterable[str], validation: Iterable[str]) -> None:
-    """Raise UserError where a patient has cases on both sides, or a name is unknown."""
+    """Raise LeakageError where a patient or an image has cases on both sides, UserError where a name is unknown."""
     by_name = {case.name: case.group or case.name for case in cases}
     train, validation = list(train), list(validation)
     if unknown := [name for name in (*train, *validation) if name not in by_name]:
         raise UserError(f"the split names cases that are not there: {', '.join(unknown[:5])}")
-    both = {by_name[name] for name in train} & {by_name[name] for name in validation}
-    if both:
-        raise UserError(f"patients on both sides of the split: {', '.join(sorted(both)[:5])}; split by patient")
+    found = {case.name: case for case in cases}
+    check_apart(
+        *(
+            Side(f"the {side} cases", names, [case_digest(found[name]) for name in names], [by_name[n] for n in names])
+            for side, names in (("training", train), ("validation", validation))
+        ),
+        group="patient",
+    )
 
 
 ARRAYS = (".npz", ".h5")

@@ -97,7 +97,8 @@ class MACMD(nn.Module):
 
     Args:
         num_classes: classes, background included; 1 for a binary mask.
-        in_channels: 3 go in as they are; any other count goes through a 1x1 convolution, BN and ReLU to 3.
+        in_channels: 3 go in as they are; any other count goes through a 1x1 convolution, BN and ReLU to 3. A network
+            of one channel takes colour pictures too, as the published one does, which passes them by that layer.
         encoder: any timm network whose features come at 1/4, 1/8, 1/16, 1/32 with channels that 4 divides.
         pretrained: load timm's ImageNet weights of the encoder (from the network or timm's cache).
         out_channels: width of the finest decoder map.
@@ -137,6 +138,7 @@ class MACMD(nn.Module):
         hidden_rate: int = 2,
     ) -> None:
         super().__init__()
+        self.encoder_name, self.in_channels = encoder, in_channels
         self.adapter = nn.Identity() if in_channels == 3 else ConvNormAct(in_channels, 3, bias=True)
         options = {} if drop_path is None else {"drop_path_rate": drop_path}
         self.encoder = timm.create_model(encoder, pretrained=pretrained, features_only=True, **options)
@@ -154,7 +156,9 @@ class MACMD(nn.Module):
         """Logits of the three heads at input size, finest first."""
         if x.shape[-1] % 32 or x.shape[-2] % 32:
             raise ValueError(f"the image is {tuple(x.shape[-2:])}; height and width must be multiples of 32")
-        maps = self.encoder(self.adapter(x))
+        if x.shape[1] not in (self.in_channels, *((3,) if self.in_channels == 1 else ())):
+            raise ValueError(f"the image has {x.shape[1]} channels; the network was built for {self.in_channels}")
+        maps = self.encoder(x if x.shape[1] == 3 else self.adapter(x))
         decoded = self.decoder([maps[i] for i in self.keep])
         return [
             F.interpolate(head(d), x.shape[2:], mode="bilinear", align_corners=False)
@@ -169,6 +173,8 @@ class MACMD(nn.Module):
     def from_published(cls, source: Checkpoint, legacy_up_seed: int | None = None, **settings: Any) -> "MACMD":
         """The network of a published state dict, in eval mode; classes, channels and encoder are read from it.
 
+        Published files hold the layer for grey pictures whether they were trained on colour or not: `in_channels=3`
+        leaves it out.
         The published code makes the enlarging layers of the attention pool anew in each forward pass, so its
         checkpoint has no weights for them. `legacy_up_seed` imitates that: layers drawn once with this seed, with
         batch statistics in their batch norms. Scores are then only near the published ones. Without a seed such a
@@ -183,19 +189,20 @@ class MACMD(nn.Module):
             )
         state = published_state(state)
         try:
-            stages = [f"encoder.stages_{i}" for i in range(4)]
-            dims = tuple(len(state[f"{stage}.norm.bias"]) for stage in stages)
-            depths = tuple(count(state, rf"encoder\.stages_{i}\.blocks\.(\d+)\.") for i in range(4))
+            adapter = state.get("adapter.conv.weight")
+            if settings.get("in_channels") == 3:
+                state = {name: value for name, value in state.items() if not name.startswith("adapter.")}
+            encoder, dims = recognise_encoder(state)
             found = {
                 "num_classes": len(state["heads.0.bias"]),
-                "in_channels": state["adapter.conv.weight"].shape[1] if "adapter.conv.weight" in state else 3,
-                "encoder": ENCODERS[dims, depths],
+                "in_channels": 3 if adapter is None else adapter.shape[1],
+                "encoder": encoder,
                 "out_channels": state["heads.0.weight"].shape[1],
                 "kernel_size": state["decoder.ups.0.local.conv.weight"].shape[-1],
                 "hidden_rate": len(state["decoder.mix.mix.key_norm.bias"]) // len(state["decoder.mix.norm.bias"]),
             }
         except KeyError as error:
-            raise CheckpointError(f"no MACMD on a PVT-v2 encoder: {error} is missing or unknown") from error
+            raise CheckpointError(f"no MACMD on a PVT-v2 or ResNet encoder: {error} is missing or unknown") from error
         model = cls(**(found | settings))
         if not legacy:
             return loaded(model, state)
@@ -222,8 +229,35 @@ _PVT = {
     "pvt_v2_b5": ((64, 128, 320, 512), (3, 6, 40, 3)),
 }
 
-ENCODERS = {shape: name for name, shape in _PVT.items()}
-"""timm encoder by channels and blocks of the stages."""
+_RESNET = {
+    "resnet18": ((64, 128, 256, 512), (2, 2, 2, 2)),
+    "resnet34": ((64, 128, 256, 512), (3, 4, 6, 3)),
+    "resnet50": ((256, 512, 1024, 2048), (3, 4, 6, 3)),
+    "resnet101": ((256, 512, 1024, 2048), (3, 4, 23, 3)),
+    "resnet152": ((256, 512, 1024, 2048), (3, 8, 36, 3)),
+}
+
+ENCODERS = {(name.partition("_")[0], *shape): name for name, shape in _PVT.items()} | {
+    ("resnet", *shape): name for name, shape in _RESNET.items()
+}
+"""timm encoder by kind, channels and blocks of the stages."""
+
+
+def recognise_encoder(state: Mapping[str, Tensor]) -> tuple[str, tuple[int, ...]]:
+    """The encoder's timm name and the channels of its four maps, from a state dict under our names.
+
+    Raises KeyError where it is none that was published.
+    """
+    resnet = "encoder.layer1.0.conv1.weight" in state
+    place = r"encoder\.layer{}\.(\d+)\." if resnet else r"encoder\.stages_{}\.blocks\.(\d+)\."
+    depths = tuple(count(state, place.format(i + resnet)) for i in range(4))
+    if resnet:
+        last = 3 if "encoder.layer1.0.conv3.weight" in state else 2
+        dims = tuple(len(state[f"encoder.layer{i}.0.conv{last}.weight"]) for i in range(1, 5))
+    else:
+        dims = tuple(len(state[f"encoder.stages_{i}.norm.bias"]) for i in range(4))
+    return ENCODERS["resnet" if resnet else "pvt", dims, depths], dims
+
 
 _DILATED = ((r"dilation_(\d)\.", lambda m: f"convs.{int(m[1]) - 1}."),)
 
@@ -282,6 +316,7 @@ _ENCODER = (
     (r"^backbone\.block(\d)\.", lambda m: f"encoder.stages_{int(m[1]) - 1}.blocks."),
     (r"^backbone\.norm(\d)\.", lambda m: f"encoder.stages_{int(m[1]) - 1}.norm."),
     (r"\.dwconv\.dwconv\.", ".dwconv."),
+    (r"^backbone\.(conv1|bn1|layer\d)\.", r"encoder.\1."),
 )
 
 _PARTS = (
@@ -301,11 +336,11 @@ _PARTS = (
 
 
 def published_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names for the tensors of the published state dict, without the norms of its up blocks that nothing reads."""
+    """Our names for the tensors of the published state dict, without what nothing in it reads."""
     result: dict[str, Tensor] = {}
     for name, value in state.items():
-        if name.startswith("decoder.decoder") and ".ln1." in name:
-            continue
+        if (name.startswith("decoder.decoder") and ".ln1." in name) or name.startswith("backbone.fc."):
+            continue  # nothing reads them
         part = next((part for part in _PARTS if re.match(part[0], name)), None)
         rules = () if part is None else (part[:2], *part[2])
         result |= rename({name: value.flatten() if "spatial_mix" in name else value}, rules, anywhere=True)

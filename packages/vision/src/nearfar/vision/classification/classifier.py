@@ -1,9 +1,8 @@
 """Picture classifiers in use: models by name, evaluation as published, scores; `training` makes them."""
 
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from nearfar.core.cards import Card
 from nearfar.core.checkpoints import identify as identify_one
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import UserError
-from nearfar.core.files import write_json
+from nearfar.core.model_folder import TrainedOn, read, trained_on, writing
+from nearfar.core.statistics import bootstrap_interval
 from nearfar.vision.data.images import Pictures
 from nearfar.vision.models.pyramid import Backbone
 from nearfar.vision.models.registry import MODELS, VARIANTS
@@ -81,6 +81,7 @@ def create_model(
         has_scale = form is not None or VARIANTS[base].settings.get("layer_scale", 1) is not None
         wanted["layer_scale"] = layer_scale if "layer_scale" in takes and has_scale else None
         wanted["aux_head"] = aux_head or None if "aux_head" in takes else None
+        wanted["img_size"] = size if "img_size" in takes else None
         if size < (least := MODELS[base].min_size):
             raise UserError(f"{name}: takes pictures of at least {least} pixels, its largest stride; size is {size}")
     elif timm.get_pretrained_cfg(timm_name).fixed_input_size:
@@ -112,6 +113,7 @@ class Classifier:
     crop_pct: float
     crop_mode: str = "center"
     descriptions: dict[str, str] = field(default_factory=dict)
+    trained_on: TrainedOn = field(default_factory=TrainedOn)
 
     @torch.inference_mode()
     def scores(self, pictures: Pictures, batch_size: int = 64, device: str = "cpu", num_workers: int = 0) -> Tensor:
@@ -123,19 +125,24 @@ class Classifier:
 
     def save(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `classifier.json` to `folder`."""
-        save_state_dict(self.model, Path(folder) / "model.safetensors")
-        record = {key: value for key, value in vars(self).items() if key != "model"}
-        write_json(Path(folder) / "classifier.json", record)
+        record = {key: value for key, value in vars(self).items() if key not in ("model", "trained_on")}
+        with writing(folder, "classifier", record, self.trained_on) as place:
+            save_state_dict(self.model, place / "model.safetensors")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Classifier":
         """What `save` wrote. Raises UserError where it is no such folder, CheckpointError where the weights differ."""
-        path = Path(folder) / "classifier.json"
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            record = read(folder, "classifier")
+            record = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+            record["trained_on"] = trained_on(folder)
+            cls(nn.Identity(), **record)
+            if not (isinstance(record["name"], str) and record["size"] > 0 and 0 < record["crop_pct"] <= 1):
+                raise ValueError("name, size or crop is out of range")
+            evaluation_transform(record["size"], record["crop_pct"], record["crop_mode"])
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise UserError(
-                f"{folder}: holds no trained classifier ({error}); name a folder that train wrote"
+                f"{Path(folder) / 'classifier.json'}: damaged ({type(error).__name__}: {error}); train again"
             ) from error
         weights, name = Path(folder) / "model.safetensors", record["name"].removeprefix("small-").partition(".")[0]
         if name in MODELS:  # names and shapes tell the variant, reduced ones too
@@ -180,7 +187,7 @@ class Classifier:
 def evaluate_scores(scores: Tensor, labels: Sequence[int], seed: int = 0) -> dict[str, float]:
     """Accuracy, its 95 % bootstrap interval, top-5 of more than five classes, the mean of the classes' accuracies.
 
-    A row of `scores` that is not finite is a wrong answer.
+    A row of `scores` that is not finite is a wrong answer. The interval is NaN for fewer than six pictures.
     """
     truth = torch.as_tensor(labels)
     order = scores.argsort(dim=1, descending=True)
@@ -188,14 +195,13 @@ def evaluate_scores(scores: Tensor, labels: Sequence[int], seed: int = 0) -> dic
     first = ((order[:, 0] == truth) & answered).double().numpy()
     among = (order[:, :5] == truth[:, None]).any(1) & answered
     top5 = {"top5": float(among.double().mean())} if scores.shape[1] > 5 else {}
-    drawn = np.random.default_rng(seed).integers(len(first), size=(2000, len(first)))
-    low, high = np.quantile(first[drawn].mean(1), (0.025, 0.975))
+    low, high = bootstrap_interval(first, resamples=2000, seed=seed)
     per_class = [first[(truth == c).numpy()].mean() for c in sorted(set(labels))]
     return {
         "pictures": len(first),
         "accuracy": float(first.mean()),
-        "low": float(low),
-        "high": float(high),
+        "low": low,
+        "high": high,
         **top5,
         "balanced": float(np.mean(per_class)),
     }

@@ -14,6 +14,7 @@ from torch import nn
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv
+from nearfar.core.leakage import Side, check_apart
 from nearfar.core.plots import COLORS, new_figure, style
 from nearfar.core.report import Report
 from nearfar.vision.classification.classifier import evaluate_scores
@@ -36,6 +37,7 @@ def compare(
     seconds: float | None = None,
     models: dict[str, nn.Module] | None = None,
     refused: list[str] | None = None,
+    fresh: bool = False,
     track: Track = lambda items, what: items,
 ) -> list[dict[str, Any]]:
     """One row per model; table.csv, plot.png and page.html in `output`. Half of `hold` chooses epochs, half scores.
@@ -46,16 +48,21 @@ def compare(
         seconds: training time of each model: as many epochs as fit, at most the recipe's.
         models: models that are built already, by name.
         refused: takes a line for each model that the pictures do not suit, and the others go on; None: it is an error.
+        fresh: forget the runs that are there.
         track: shows progress.
     """
     choose, score = split_pictures(hold, 0.5, recipe.seed)
     chooser, scorer = hold.subset(choose), hold.subset(score)
+    parts = (("the pictures to learn from", learn), ("those to score on", scorer))
+    check_apart(*(Side(name, part.names, part.digests()) for name, part in parts))
     rows = []
     for name in track(names, "training"):
         try:
+            if fresh:
+                (output / name / "run.json").unlink(missing_ok=True)
             budget = within(seconds, name, learn, recipe, output / name, device, workers) if seconds else recipe
             classifier, history = train_classifier(
-                name, learn, chooser, budget, output / name, num_workers=workers, accelerator=device,
+                name, learn, chooser, budget, output / name, num_workers=workers, device=device,
                 model=(models or {}).get(name),
             )  # fmt: skip
         except (UserError, RuntimeError) as error:

@@ -31,8 +31,11 @@ from nearfar.core.checkpoints import load_state_dict, read_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.fingerprint import content_digest
 from nearfar.core.finite import check_finite
+from nearfar.core.leakage import Side, check_apart
+from nearfar.core.model_folder import TrainedOn
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.vision.classification.classifier import Classifier, create_model, evaluation_transform, identify
+from nearfar.vision.classification.token_labels import TokenLabelled, TokenLabelLoss
 from nearfar.vision.data.images import Pictures
 from nearfar.vision.models.pyramid import Backbone
 
@@ -62,16 +65,16 @@ class Recipe:
     batch_size: int = 64
     accumulate: int = 1
     """Batches per step of the optimiser."""
-    lr: float = 1e-3
+    learning_rate: float = 1e-3
     """Peak learning rate."""
-    lr_batch: int = 0
-    """Pictures per step that `lr` is meant for; with another number it is scaled in proportion. 0: never scaled."""
-    min_lr: float = 1e-6
+    learning_rate_batch: int = 0
+    """Pictures per step that `learning_rate` is meant for; with another number it is scaled in proportion. 0: never."""
+    min_learning_rate: float = 1e-6
     """Learning rate at the end."""
     weight_decay: float = 0.05
     warmup_epochs: float = 3
     cooldown_epochs: int = 0
-    """Epochs at `min_lr` after `epochs`."""
+    """Epochs at `min_learning_rate` after `epochs`."""
     layer_decay: float | None = None
     drop_path: float | None = None
     layer_scale: float | None = 1.0
@@ -97,6 +100,12 @@ class Recipe:
     """norm, or agc: adaptive clipping of every unit's gradient by the norm of its weights, the classifier left out."""
     auxiliary: float = 0.4
     """Weight of the second head's loss, in models that have one in training."""
+    token_labels: str = ""
+    """Folder of label maps (see `make-token-labels`) for models that classify patches; nothing for none."""
+    token_weight: float = 0.5
+    """Weight of the patches' loss beside the picture's."""
+    token_truth: int = 0
+    """1: the picture's soft label is blended with its true class, for fine-tuning at larger sizes."""
     interpolation: str = "bicubic"
     """Of training crops; random draws bilinear or bicubic."""
     crop_pct: float = 1.0
@@ -115,33 +124,46 @@ class Recipe:
         for name in ("size", "epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.clip_mode not in ("norm", "agc"):
             raise ValueError(f"clip_mode is {self.clip_mode!r}; allowed are norm and agc")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        if self.token_labels and (self.mixup or self.cutmix or self.repeats):
+            raise ValueError(
+                "token_labels goes with neither mixup nor cutmix nor repeats; boxes of patches change places"
+            )
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"batch_size must be even with mixup or cutmix, got {self.batch_size}")
 
 
+def augmentation(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's settings of timm's `create_transform`."""
+    return {
+        "input_size": recipe.size,
+        "scale": (recipe.crop_scale, 1.0),
+        "auto_augment": recipe.randaugment or None,
+        "color_jitter": recipe.color_jitter or None,
+        "re_prob": recipe.erasing,
+        "re_mode": "pixel",
+        "interpolation": recipe.interpolation,
+    }
+
+
 def training_transform(recipe: Recipe) -> Callable:
     """Random crop, flip, RandAugment or colour jitter, tensor, normalisation, random erasing."""
-    transform = create_transform(
-        recipe.size,
-        is_training=True,
-        scale=(recipe.crop_scale, 1.0),
-        auto_augment=recipe.randaugment or None,
-        color_jitter=recipe.color_jitter or None,
-        re_prob=recipe.erasing,
-        re_mode="pixel",
-        interpolation=recipe.interpolation,
-    )
+    transform = create_transform(is_training=True, **augmentation(recipe))
+    mend_posterize(transform)
+    return transform
+
+
+def mend_posterize(transform: Any) -> None:
+    """Let RandAugment's Posterize give black for 0 bits."""
     for step in transform.transforms:
         for operation in getattr(step, "ops", ()):
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
-    return transform
 
 
 def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
@@ -170,6 +192,8 @@ class ClassifierModule(pl.LightningModule):
             else None
         )
         self.soft_loss = SoftTargetCrossEntropy()
+        truth = bool(recipe.token_truth)
+        self.token_loss = TokenLabelLoss(recipe.token_weight, ground_truth=truth) if recipe.token_labels else None
         self.counts: list[Tensor] = []
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -182,6 +206,10 @@ class ClassifierModule(pl.LightningModule):
         if self.mix is not None and len(x) % 2 == 0:
             x, target = self.mix(x, target)
         out = self.model(x)
+        if self.token_loss is not None:
+            loss = self.token_loss(out, target)
+            self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
+            return loss
         # (logits, a second head's logits): LSNet's distillation head and OverLoCK's overview
         loss = (
             self.loss(out[0], target) + self.recipe.auxiliary * self.loss(out[1], target)
@@ -225,14 +253,14 @@ class ClassifierModule(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         recipe = self.recipe
         settings: dict[str, Any] = {"layer_decay": recipe.layer_decay} if recipe.layer_decay else {}
-        lr = recipe.lr
-        if recipe.lr_batch:
-            lr *= recipe.batch_size * recipe.accumulate * self.trainer.world_size / recipe.lr_batch
+        lr = recipe.learning_rate
+        if recipe.learning_rate_batch:
+            lr *= recipe.batch_size * recipe.accumulate * self.trainer.world_size / recipe.learning_rate_batch
         optimizer = create_optimizer_v2(self.model, opt="adamw", lr=lr, weight_decay=recipe.weight_decay, **settings)
         for group in optimizer.param_groups:  # the schedule scales the group's own rate
             group["lr"] *= group.get("lr_scale", 1.0)
         warmup, total = (round(epochs * self.steps) for epochs in (recipe.warmup_epochs, recipe.epochs))
-        schedule = warmup_cosine(optimizer, warmup, total, floor=min(1.0, recipe.min_lr / lr))
+        schedule = warmup_cosine(optimizer, warmup, total, floor=min(1.0, recipe.min_learning_rate / lr))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -266,8 +294,8 @@ def train_classifier(
     `validation` chooses the epoch and must share no picture with `pictures`. `weights`: a checkpoint to start from, in
     a published layout for our models. `folder`: see `nearfar.core.training.train`; the classifier is saved there.
     """
-    if leaked := set(pictures.names) & set(validation.names):
-        raise UserError(f"{sorted(leaked)[0]}: lies in the training and in the validation pictures")
+    parts = (("the training", pictures), ("the validation pictures", validation))
+    check_apart(*(Side(name, part.names, part.digests()) for name, part in parts))
     if pictures.classes != validation.classes:
         raise UserError(f"classes differ: training has {len(pictures.classes)}, validation {len(validation.classes)}")
     classes = len(pictures.classes)
@@ -278,7 +306,8 @@ def train_classifier(
             parameter.data.mul_(recipe.head_scale)
     if weights is not None:
         start_from(model, weights)
-    loader, held = loaders(pictures, validation, recipe, num_workers)
+    grid = token_grid(model, recipe) if recipe.token_labels else (0, 0)
+    loader, held = loaders(pictures, validation, recipe, num_workers, grid)
     module = ClassifierModule(model, recipe, classes, len(loader), len(validation))
     if processes := int(os.environ.get("WORLD_SIZE", 1)) - 1:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -287,7 +316,7 @@ def train_classifier(
         module,
         loader,
         held,
-        max_epochs=recipe.epochs + recipe.cooldown_epochs,
+        epochs=recipe.epochs + recipe.cooldown_epochs,
         monitor="accuracy",
         seed=recipe.seed,
         folder=folder,
@@ -306,16 +335,33 @@ def train_classifier(
         module.kept.eval().cpu(), name, pictures.classes, recipe.size, recipe.crop_pct, recipe.crop_mode
     )
     if folder is not None:
+        classifier.trained_on = TrainedOn.of([*pictures.digests(), *validation.digests()])
         classifier.save(folder)
     return classifier, history
 
 
+def token_grid(model: nn.Module, recipe: Recipe) -> tuple[int, int]:
+    """Sets a model to give its patches' logits in training, and says of which grid they are."""
+    if getattr(model, "aux_head", None) is None or not hasattr(model, "forward_dense"):
+        raise UserError(f"{type(model).__name__}: does not classify patches, so token_labels cannot train it")
+    model.token_labels = True
+    side = recipe.size // model.feature_info[-1]["reduction"]
+    return side, side
+
+
 def loaders(
-    pictures: Pictures, validation: Pictures, recipe: Recipe, num_workers: int = 0
+    pictures: Pictures,
+    validation: Pictures,
+    recipe: Recipe,
+    num_workers: int = 0,
+    grid: tuple[int, int] = (0, 0),
 ) -> tuple[DataLoader, DataLoader]:
     """This process's share of the training pictures, augmented, and of the validation pictures."""
     world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
-    data = pictures.subset(range(len(pictures)), training_transform(recipe))
+    data: Any = pictures.subset(range(len(pictures)), training_transform(recipe))
+    if recipe.token_labels:
+        data = TokenLabelled(pictures, recipe.token_labels, grid, recipe.smoothing, **augmentation(recipe))
+        mend_posterize(data.colours)
     held = validation.subset(
         range(len(validation)), evaluation_transform(recipe.size, recipe.crop_pct, recipe.crop_mode)
     )

@@ -13,6 +13,8 @@ from nearfar.vision.models.affnet import ACTIVATIONS, AFFBlock, AFFNet, FilterBl
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, one block of either kind, or the filter, that a contract describes."""
     state, settings = contract.state(), contract.settings
+    contract.document("mode")  # the size's name
+    contract.require_text(conv_norm="BatchNorm.* eps 1e-0?5")
     threshold = settings.get("softshrink", 0.01)
     activation = "relu" if "relu" in str(settings.get("activation", "SiLU")).lower() else "silu"
     words = str(settings.get("block_norm", "GroupNorm")).lower()
@@ -45,6 +47,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
             aff_blocks=list(found["aff_blocks"]),
             spectral_blocks=found["num_blocks"],
             num_classes=found["num_classes"],
+            last_expansion=(found["last_dim"] or min(4 * found["dims"][-1], 960)) / found["dims"][-1],
         )
         for name, ours in (("expand_ratio", "expand_ratio"), ("ffn_ratio", "ffn_ratio")):
             if abs(settings.get(name, found[ours]) - found[ours]) > 1e-6:

@@ -30,6 +30,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     """The classifier, the forecaster or the filter in one or two dimensions that a contract describes."""
     state, settings = contract.state(), contract.settings
     contract.require(norm_eps=1e-6)
+    contract.document("head", "position_embedding")
     given = {"threshold": settings.get("sparsity_threshold", 0.01)}
     given["fraction"] = settings.get("hard_thresholding_fraction", 1.0)
     if "w1" in state:
@@ -42,6 +43,10 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         contract.require(double_skip=True)
         size = settings.get("image_size") or contract.inputs[0]["shape"][2:]
         modes = settings.get("modes", "fourcastnet")
+        found = ForecastNet.published_settings(ForecastNet.published_state(state), pair(size))
+        names = {"in_channels": "in_channels", "out_channels": "out_channels", "patch_size": "patch_size"}
+        names |= {"embed_dim": "dim", "depth": "depth", "num_blocks": "num_blocks"}
+        contract.require(**{theirs: found[ours] for theirs, ours in names.items()})
         return ForecastNet.from_published(state, image_size=pair(size), modes=modes, **given)
     found = AFNOTransformer.published_settings(AFNOTransformer.published_state(state))
     names = {"image_size": "img_size", "patch_size": "patch_size", "embed_dim": "dim", "depth": "depth"}

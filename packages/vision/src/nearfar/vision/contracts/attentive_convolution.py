@@ -17,30 +17,41 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     """The classifier, the diffusion transformer, one block or one operator, that a contract describes."""
     state, settings = contract.state(), contract.settings
     contract.require(block_norm_eps=1e-6, rms_norm_eps=1e-6, rms_eps=1e-6, final_norm_eps=1e-5)
+    contract.document("layer_scale_init", "drop_path_rate", "class_dropout", "layout")
+    contract.require_text(activation="(exact )?gelu|tanh gelu|gelu tanh|silu")
     wanted = str(settings.get("activation", "")).lower()
     activation = "silu" if "silu" in wanted else "gelu_tanh" if "tanh" in wanted else "gelu"
     variance = settings.get("norm_variance", False)
     if "difference_control" in state:
         tokens = len(contract.inputs[0]["shape"]) == 3
         kernel_size = round(len(state["kernel_gen.weight"]) ** 0.5)
-        operator = (TokenATConv if tokens else ATConv)(len(state["difference_control"]), kernel_size, activation)
+        dim = len(state["difference_control"])
+        contract.require(dim=dim, kernel_size=kernel_size, bias="proj.bias" in state)
+        operator = (TokenATConv if tokens else ATConv)(dim, kernel_size, activation)
         for name in ("kernel_proj", "kernel_gen", "x_proj", "proj"):
             if f"{name}.bias" not in state:
                 getattr(operator, name).bias = None
         return loaded(operator, state)
     if "fc1.weight" in state:
         dim, hidden = state["fc2.weight"].shape[:2]
-        mlp = GatedConvMLP(dim, hidden, "dwconv.weight" in state, "norm_layer.weight" in state, variance)
-        return loaded(mlp, state)
+        depthwise, normed = "dwconv.weight" in state, "norm_layer.weight" in state
+        contract.require(dim=dim, hidden=hidden, depthwise=depthwise, rms_norm=normed)
+        contract.require_text(activation="(exact )?gelu")
+        return loaded(GatedConvMLP(dim, hidden, depthwise, normed, variance), state)
     if "norm_1.weight" in state:
         place = "stages.0.blocks.0."
         block = AttNet.published_state({place + name: value for name, value in state.items()})
         block = {name.removeprefix(place): value for name, value in block.items()}
         dim, hidden = state["channel_mixer.fc2.weight"].shape[:2]
+        kernel_size = round(len(state["token_mixer.kernel_gen.weight"]) ** 0.5)
+        contract.require(dim=dim, hidden=hidden, kernel_size=kernel_size, layer_scale="gamma_1" in block)
+        contract.require(depthwise="channel_mixer.dwconv.weight" in state)
+        contract.require(rms_norm="channel_mixer.norm_layer.weight" in state)
+        contract.require_text(activation="(exact )?gelu")
         operator = AttBlock(
             dim,
             hidden,
-            round(len(state["token_mixer.kernel_gen.weight"]) ** 0.5),
+            kernel_size,
             mlp_depthwise="channel_mixer.dwconv.weight" in state,
             mlp_norm="channel_mixer.norm_layer.weight" in state,
             norm_variance=variance,
@@ -49,6 +60,12 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         return loaded(operator, block)
     if any(name.startswith("x_embedder.") for name in state):
         return sit_contract(contract, activation if wanted else None)
+    found = AttNet.published_settings(AttNet.published_state(state))
+    contract.require(**{name: value for name, value in found.items() if name != "layer_scale"})
+    contract.require(expansion=found["expansions"], glu_depthwise=found["mlp_depthwise"], glu_norm=found["mlp_norm"])
+    contract.require(layer_scale=found["layer_scale"] is not None)
+    contract.require_text(glu_hidden=r"floor\(2/3 ?\* ?floor\(dim ?\* ?expansion\)\)")
+    contract.require_text(activation="(exact )?gelu")
     return AttNet.from_published(state, norm_variance=variance)
 
 
@@ -58,10 +75,25 @@ def sit_contract(contract: Contract, activation: str | None) -> Callable[..., An
     if "pos_embed" in contract.shapes and "pos_embed" not in state:
         _, tokens, dim = contract.shapes["pos_embed"]
         state["pos_embed"] = position_table(dim, math.isqrt(tokens))[None]
+    found = SiT.published_settings(state)
+    dropout = settings.get("class_dropout", found["label_dropout"])
+    classes = len(state["y_embedder.embedding_table.weight"]) - (dropout > 0)
     given = {"num_heads": settings.get("heads"), "activation": activation}
-    if classes := settings.get("num_classes"):
-        dropped = len(state["y_embedder.embedding_table.weight"]) > classes
-        given |= {"num_classes": classes, "label_dropout": 0.1 if dropped else 0.0}
+    given |= {"num_classes": classes, "label_dropout": dropout}
+    mixed = {
+        "atconv": "atconv.*",
+        "attention": "attention",
+        "hybrid": "hybrid|attention in blocks 1,3.*atconv in.* 2,4.*",
+    }
+    contract.require_text(token_mixer=mixed[found["mixer"]])
+    contract.require(
+        latent_size=contract.inputs[0]["shape"][-1],
+        patch=found["patch_size"],
+        latent_channels=found["in_channels"],
+        num_classes=classes,
+        position_table="pos_embed" in state,
+        **{name: found[name] for name in ("dim", "depth", "mlp_ratio", "learn_sigma")},
+    )
     model = SiT.from_published(state, **given)
     if settings.get("guidance"):
         return Guided(model, settings["guidance"], settings.get("guided_channels", 3)).eval()

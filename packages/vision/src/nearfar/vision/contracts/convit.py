@@ -26,6 +26,7 @@ class OfTokens(nn.Module):
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, gated positional attention, or its weights, that a contract describes."""
     state, settings = contract.state(), contract.settings
+    contract.document("position_embedding", "locality_strength")  # how it starts
     if "gating_param" in state:
         heads, dim = len(state["gating_param"]), len(state["proj.bias"])
         contract.require(dim=dim, heads=heads, qkv_bias="v.bias" in state)
@@ -34,6 +35,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         return OfTokens(operator, tuple(settings["grid"]), weights)
     model = ConViT.from_published(state)
     heads, depth = model.blocks[0].attn.num_heads, len(model.blocks)
+    contract.require_text(class_token=rf"prepended before block index {model.local_layers}")
     contract.require(
         patch_size=model.patch_size,
         embed_dim=model.embed_dim,

@@ -38,7 +38,11 @@ class Features(nn.Module):
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, its feature maps, or convolutional-projection attention, that a contract describes."""
     state, settings = contract.state(), contract.settings
+    contract.document("head", "qkv_projection")
+    contract.require_text(attention_scale=r"dim\*\*-0\.5 \(full stage width.*")
     if "proj_q.weight" in state:
+        tokens, grid = contract.inputs[0]["shape"][1], settings["grid"]
+        contract.require(class_token=tokens == grid[0] * grid[1] + 1)
         place = "stages.0.blocks.0.attn."
         renamed = CvT.published_state({place + name: value for name, value in state.items()})
         state = {name.removeprefix(place): value for name, value in renamed.items()}
@@ -70,5 +74,6 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         qkv_bias=first.attn.q.bias is not None,
         class_token_stages=[stage.cls_token is not None for stage in model.stages],
         num_classes=model.num_classes,
+        image_size=contract.inputs[0]["shape"][-2:],
     )
     return model if contract.outputs[0]["name"] == "out" else Features(model)

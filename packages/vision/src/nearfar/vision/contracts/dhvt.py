@@ -40,6 +40,8 @@ class Tokens(nn.Module):
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, one block, its attention or feed-forward, or the stem, that a contract describes."""
     state, settings = contract.state(), contract.settings
+    contract.document("tokens", "position_embedding")
+    contract.require(image_size=contract.inputs[0]["shape"][-1])
     contract.require(block_norm_eps=1e-6, head_token_norm_eps=1e-5, bn_eps=1e-5)
     if "conv3.weight" in state:
         dim, hidden = state["conv3.weight"].shape[:2]

@@ -52,6 +52,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     model = settings.get("model", "pit" if "layers.0.layers.0.0.norm.weight" in state else "vit")
     if model not in ("vit", "pit"):
         raise UserError(f"{contract.path}: the model is {model!r}; vit and pit are built")
+    contract.require_text(pool="class token.*" if model == "pit" else "mean.*")
     build = GMMPiT if model == "pit" else GMMViT
     found = build.published_settings(build.published_state(state))
     names = {"image_size": "img_size", "num_classes": "num_classes", "gaussian_kernels": "kernels"}

@@ -10,10 +10,29 @@ from nearfar.vision.models.vmamba import VMamba
 
 def build_contract(contract: Contract) -> Callable[..., Any] | None:
     """The backbone that a contract describes; None for what the medical package builds."""
-    names, settings = contract.shapes, contract.settings
-    if "layers.0.mixer.in_proj.weight" in names and "cls_token" in names:
-        sizes = {name: settings[name] for name in ("stride", "img_size") if name in settings}
-        return Vim.from_published(contract.state(), **sizes)
-    if any(f"layers.0.blocks.0.{norm}.weight" in names for norm in ("norm", "ln_1")):
-        return VMamba.from_published(contract.state()).contract_form(contract)
+    state = contract.state()
+    if "layers.0.mixer.in_proj.weight" in state and "cls_token" in state:
+        sizes = {name: contract.settings[name] for name in ("stride", "img_size") if name in contract.settings}
+        return Vim.from_published(state, **sizes)
+    if any(name.startswith(("patch_embed.", "layers.0.")) for name in state) and "layers.0.blocks.0.norm.weight" in (
+        name.replace("ln_1", "norm") for name in state
+    ):
+        found = VMamba.published_settings(VMamba.published_state(state))
+        contract.document("norm")  # where the channels stand
+        contract.require(
+            dims=found["dims"] if isinstance(contract.settings.get("dims"), list) else found["dims"][0],
+            **{
+                name: found[name]
+                for name in ("depths", "num_classes", "d_state", "ssm_ratio", "conv_bias", "mlp_ratio")
+            },
+        )
+        patches = "two 3x3 stride 2.*" if found["stem"] == "convolutions" else "4x4 stride 4"
+        merging = any(name.endswith("downsample.reduction.weight") for name in state)
+        contract.require_text(
+            gate="silu.*" if found["gate"] else "none",
+            dt_rank=r"auto|ceil\(dim/16\)" if found["dt_rank"] is None else str(found["dt_rank"]),
+            patch_embed=patches,
+            downsample="patch merging.*" if merging else "3x3 stride 2",
+        )
+        return VMamba.from_published(state).contract_form(contract)
     return None

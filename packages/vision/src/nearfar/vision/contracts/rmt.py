@@ -37,12 +37,20 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     contract.require(
         local_enhancement_kernel=5, position_conv_kernel=3, ffn_conv_kernel=3, layernorm_eps=1e-6, batchnorm_eps=1e-5
     )
+    contract.document("rotary")
+    contract.require_text(activation=r"exact GELU.*")
     if "stem.0.weight" not in RMT.published_state(state):
         operator = build_operator(contract, state, settings)
         return ChannelsLast(operator) if settings.get("layout", "B H W C") == "B H W C" else operator
     given = {ours: settings[name] for name, ours in PER_STAGE.items() if name in settings}
+    found = RMT.published_settings(RMT.published_state(state))
     contract.require(
-        dims=list(RMT.published_settings(RMT.published_state(state))["dims"]),
+        dims=found["dims"],
+        depths=found["depths"],
+        mlp_ratios=found["mlp_ratios"],
+        layer_scale=[bool(scale) for scale in found["layer_scale"]],
+        projection_dim=found.get("projection"),
+        image_size=contract.inputs[0]["shape"][-2:],
         num_classes=len(state.get("head.bias", ())),
         token_label_head="aux_head.weight" in state,
     )
@@ -58,8 +66,10 @@ def build_operator(contract: Contract, state: dict[str, Tensor], settings: dict[
     if not any(name.startswith(("attn.", "norm1.")) for name in inner):
         inner = rename(inner, ((r"ffn\.", ""), (r"dwconv\.conv\.", "dwconv.")))
         hidden, dim = inner["fc1.weight"].shape[:2]
+        contract.require(dim=dim, hidden=hidden)
         return loaded(ConvFFN(dim, hidden, inner["dwconv.weight"].shape[-1]), inner)
     dim = len(inner["attn.q.weight"])
+    contract.require(dim=dim)
     tables = [shape for name, shape in contract.shapes.items() if name.endswith("Relpos.decay")]
     heads = settings["heads"] if "heads" in settings else tables[0][0]
     decomposed = settings.get("decomposed_attention", "decomposed" in contract.variant)

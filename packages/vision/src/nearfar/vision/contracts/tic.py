@@ -9,6 +9,7 @@ from nearfar.core.checkpoints import loaded
 from nearfar.core.contracts import Contract
 from nearfar.core.errors import UserError
 from nearfar.ops.attention.window import MSAConv, window_products, window_sums
+from nearfar.vision.models.tic import TiCLike
 
 
 class LocalProducts(nn.Module):
@@ -26,13 +27,15 @@ class LocalProducts(nn.Module):
 
 
 def build_contract(contract: Contract) -> Callable[..., Any]:
-    """The layer, or its two local products, that a contract describes."""
+    """The layer, its two local products, or nearfar's own pyramid of it, that a contract describes."""
     state, settings = contract.state(), contract.settings
     kernel = settings.get("kernel_size", 3)
     dilation = settings.get("dilation", 1)
     if not state:
         contract.require(channels=contract.inputs[0]["shape"][1])
         return LocalProducts(pair(kernel), dilation, float(settings.get("scale", 1.0)))
+    if "stem.0.weight" in state:
+        return TiCLike.from_published(state)
     out, channels, *size = state["mlp.weight"].shape
     contract.require(in_channels=channels, out_channels=out, output_conv_bias="mlp.bias" in state)
     contract.require(softmax_scale="in_channels**-0.5")

@@ -33,8 +33,8 @@ class Dense(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        features = self.model.forward_features(x)
-        return {"cls": self.model.head(features), "dense": self.model.aux_head(features[:, 1:])}
+        logits, dense = self.model.forward_dense(self.model.forward_features(x))
+        return {"cls": logits, "dense": dense}
 
 
 class Losses(nn.Module):

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from nearfar.core.errors import UserError, some
 from nearfar.core.fingerprint import content_digest, data_digest
+from nearfar.core.leakage import keep_twins_together
 
 
 class MissingSplit(UserError):
@@ -88,6 +89,7 @@ class Pictures(Dataset):
     ) -> None:
         self.names, self.labels, self.classes = list(names), list(labels), list(classes)
         self.read, self.transform = read, transform
+        self.known: list[str] | None = None  # digests, once they are made
 
     def __len__(self) -> int:
         return len(self.names)
@@ -99,17 +101,21 @@ class Pictures(Dataset):
     def subset(self, indices: Sequence[int], transform: Callable[[Image.Image], Any] | None = None) -> "Pictures":
         """The pictures at `indices`, with their own transform."""
         chosen = list(indices)
-        return Pictures(
+        part = Pictures(
             [self.names[i] for i in chosen],
             [self.labels[i] for i in chosen],
             self.classes,
             partial(_read_chosen, self.read, chosen),
             transform or self.transform,
         )
+        part.known = None if self.known is None else [self.known[i] for i in chosen]
+        return part
 
     def digests(self) -> list[str]:
-        """A digest of the content of each picture's file."""
-        return [_content_digest(self.read, index) for index in range(len(self))]
+        """A digest of the content of each picture's file; of one from no file, of its name and what it shows."""
+        if self.known is None:
+            self.known = [_content_digest(self.read, index, self.names[index]) for index in range(len(self))]
+        return self.known
 
     def content_digest(self) -> str:
         """A digest of all pictures and their labels, wherever they lie."""
@@ -127,10 +133,10 @@ class Pictures(Dataset):
         return self.subset(good), failures
 
 
-def _content_digest(read: Callable[[int], Image.Image], index: int) -> str:
+def _content_digest(read: Callable[[int], Image.Image], index: int, name: str) -> str:
     kind, given = getattr(read, "func", None), getattr(read, "args", ())
     if kind is _read_chosen:
-        return _content_digest(given[0], given[1][index])
+        return _content_digest(given[0], given[1][index], name)
     if kind is _read_file:
         return content_digest(given[0][index])
     if kind is _read_member:
@@ -143,7 +149,7 @@ def _content_digest(read: Callable[[int], Image.Image], index: int) -> str:
     elif kind is _read_row and (entry := given[0][index][given[1]])["bytes"]:
         content = entry["bytes"]
     else:
-        content = read(index).tobytes()
+        content = name.encode() + read(index).tobytes()
     return hashlib.sha256(content).hexdigest()
 
 
@@ -346,7 +352,10 @@ def split_pictures(pictures: Pictures, share: float, seed: int) -> tuple[list[in
         members = generator.permutation(np.flatnonzero(labels == label))
         number = min(max(1, round(share * len(members))), len(members) - 1)
         held += members[:number].tolist()
-    chosen = set(held)
+    chosen = keep_twins_together(held, pictures.digests())  # copies of a picture stay on one side
+    for label in set(pictures.labels) - {pictures.labels[i] for i in range(len(labels)) if i not in chosen}:
+        if sum(pictures.labels[i] == label for i in chosen) > 1:
+            raise UserError(f"{pictures.classes[label]}: its pictures are all the same, so none is left to learn from")
     return [i for i in range(len(labels)) if i not in chosen], sorted(held)
 
 
@@ -355,7 +364,7 @@ def training_pictures(
 ) -> tuple[Pictures, Pictures, list[str]]:
     """Pictures to learn from, pictures to choose the epoch by, and a line for each that cannot be read.
 
-    The latter are the validation split of `data`, or its test split where it has no other, or else a `share` of all.
+    The latter are the validation split of `data`, or else a `share` of those to learn from. A test split is left alone.
     """
     try:
         learn = open_pictures(data, "train")
@@ -363,7 +372,7 @@ def training_pictures(
     except MissingSplit:
         learn, whole = open_pictures(data), True
     hold = None
-    for name in () if whole else ("val", "validation", "valid", "test"):
+    for name in () if whole else ("val", "validation", "valid"):
         try:
             hold = open_pictures(data, name)
             break

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from nearfar.core.errors import UserError
 from nearfar.core.plots import new_figure, style
+from nearfar.ops.attention.outlook import OutlookAttention
+from nearfar.ops.attention.self_attention import ClassAttention
 from nearfar.ops.convolution.contmix import ContextMixer, window_index
 
 
@@ -19,13 +21,16 @@ def attention_maps(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
 
     Every module with a method `attention_map`, which takes what `forward` takes, is asked, and so is every attention
     layer of timm's. A map is (B, heads, queries, keys), with rows that sum to one; with windows, as timm's Swin has
-    them, each is a sample of its own; of a dynamic convolution the keys are the taps of the window. The model's
-    training mode is restored. A model without such layers gives an empty dict.
+    them, each is a sample of its own; of a dynamic convolution the keys are the taps of the window; of outlook
+    attention every window has a map: (B, heads, windows, places, taps). The model's training mode is restored. A model
+    without such layers gives an empty dict.
     """
     maps: dict[str, Tensor] = {}
 
-    def ask(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        return lambda module, arguments, _output: maps.__setitem__(name, module.attention_map(*arguments).cpu())
+    def ask(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+        return lambda module, arguments, named, _output: maps.__setitem__(
+            name, module.attention_map(*arguments, **named).cpu()
+        )
 
     def take(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         return lambda _module, _arguments, output: maps.__setitem__(name, output.cpu())
@@ -33,7 +38,7 @@ def attention_maps(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
     handles, fused = [], []
     for name, module in model.named_modules():
         if hasattr(module, "attention_map"):
-            handles.append(module.register_forward_hook(ask(name)))
+            handles.append(module.register_forward_hook(ask(name), with_kwargs=True))
         elif isinstance(getattr(module, "attn_drop", None), nn.Module) and hasattr(module, "fused_attn"):
             handles.append(module.attn_drop.register_forward_hook(take(name)))  # sees the weights in the plain form
             fused.append((module, module.fused_attn))
@@ -105,22 +110,77 @@ def draw_attention(
 
 
 def place(weights: Tensor, layer: nn.Module, model: nn.Module, at: tuple[float, float], size: list[int]) -> Tensor:
-    """The weights (queries, keys) of the query at `at`, on the grid of keys that covers the picture."""
+    """The weights (queries, keys) of the query at `at`, on the grid of keys that covers the picture.
+
+    Of class attention it is the class token's; of outlook attention (windows, places, taps) that of the middle place of
+    the window at `at`.
+    """
     prefix = getattr(model, "num_prefix_tokens", 0)
+    if isinstance(layer, ClassAttention):
+        return weights[0, prefix:].reshape(grid(weights.shape[1] - prefix, size))
+    prefix = min((prefix, 0), key=lambda p: misfit(len(weights) - p, size))  # it may join after this layer
     height, width = grid(len(weights) - prefix, size)
     row, column = (min(int(share * n), n - 1) for share, n in zip(at, (height, width), strict=True))
     weights = weights[prefix + row * width + column]
+    if isinstance(layer, OutlookAttention):
+        k, stride = layer.kernel_size, layer.stride
+        spread = torch.zeros(height * stride + 2 * layer.pad, width * stride + 2 * layer.pad)
+        top, left = row * stride, column * stride
+        spread[top : top + k, left : left + k] = weights[len(weights) // 2].reshape(k, k)
+        return spread[layer.pad : -layer.pad or None, layer.pad : -layer.pad or None]
     if isinstance(layer, ContextMixer):
         k = layer.kernel_size
         spread = torch.zeros(height, width)
         rows, columns = (window_index(n, k, spread.device)[i] for n, i in ((height, row), (width, column)))
         spread[rows[:, None], columns] = weights.reshape(k, k)
         return spread
-    weights = weights[prefix:] if len(weights) > prefix else weights
+    if hasattr(layer, "window"):  # the keys are those of a window, which may reach over the edges
+        spread = torch.zeros(height * layer.stride, width * layer.stride)
+        rows, columns = layer.window((row, column))
+        index = [torch.arange(part.start, part.stop) for part in (rows, columns)]
+        inside = [(at >= 0) & (at < n) for at, n in zip(index, spread.shape, strict=True)]
+        taps = weights.reshape(len(index[0]), len(index[1]))[inside[0]][:, inside[1]]
+        spread[index[0][inside[0]][:, None], index[1][inside[1]]] = taps
+        return spread
+    weights = weights[prefix:] if prefix else weights
     return weights.reshape(grid(len(weights), size))
+
+
+def misfit(number: int, size: list[int]) -> float:
+    """How far the shape of a grid of `number` cells is from the picture's."""
+    height, width = grid(number, size)
+    return abs(math.log(height * size[1] / (width * size[0])))
 
 
 def grid(number: int, size: list[int]) -> tuple[int, int]:
     """The rows and columns of `number` cells that come nearest to the shape of the picture."""
     shapes = [(rows, number // rows) for rows in range(1, number + 1) if number % rows == 0]
     return min(shapes, key=lambda shape: abs(math.log(shape[0] * size[1] / (shape[1] * size[0]))))
+
+
+def decay_ranges(model: nn.Module, weight: float = 0.5) -> dict[str, Tensor]:
+    """Layer name -> for every head the distance, in positions of its map, that alone lowers a weight to `weight`.
+
+    Of every layer with a method `decay_ranges`, as RMT's attention has; empty for a model without.
+    """
+    return {name: m.decay_ranges(weight) for name, m in model.named_modules() if hasattr(m, "decay_ranges")}
+
+
+def draw_decay_ranges(model: nn.Module, weight: float = 0.5) -> Figure:
+    """A row of points per layer, one for each head: how far it looks before its decay leaves `weight`.
+
+    Raises UserError for a model without decay.
+    """
+    ranges = decay_ranges(model, weight)
+    if not ranges:
+        raise UserError(f"{type(model).__name__}: no layer of it has a decay with distance")
+    with style():
+        figure = new_figure(5, 0.22 * len(ranges) + 1.2)
+        axes = figure.subplots()
+        for row, values in enumerate(ranges.values()):
+            axes.plot(values, [row] * len(values), "o", markersize=4)
+        axes.set_yticks(range(len(ranges)), list(ranges), fontsize=6)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlabel(f"distance at which the decay leaves {weight:g} of a weight (positions)")
+    return figure

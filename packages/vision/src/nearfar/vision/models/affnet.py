@@ -11,6 +11,7 @@ import torch
 from timm.layers import make_divisible
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio, rename
 from nearfar.ops.common.conv_norm_act import ConvNormAct
 from nearfar.ops.spectral.adaptive import AdaptiveFrequencyFilter
@@ -121,6 +122,15 @@ class AFFNet(Backbone):
     Raises:
         ValueError: an unknown activation, norm or output_stride, other than five dims.
     """
+
+    CARD = Card(
+        title="AFFNet",
+        paper="2307.14008",
+        what="a filter on the spectrum that the spectrum itself makes, in the three deep stages",
+        error=3.3e-07,
+        weights="the released code's (a file of your own)",
+        small={"affnet_et": {"dims": (16, 24, 32, 48, 64), "aff_blocks": (1, 1, 1)}},
+    )
 
     RULES = (
         (r"conv_1\.", "stem.0."),

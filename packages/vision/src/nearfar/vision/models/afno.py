@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.common.layers import DropPath
 from nearfar.ops.spectral.adaptive import AFNO
@@ -83,6 +84,15 @@ class AFNOTransformer(TokenModel):
         drop_rate: dropout behind the positions, in the MLPs and before the classifier.
         global_pool, dynamic_img_pad: as in `ConViT`.
     """
+
+    CARD = Card(
+        title="AFNO",
+        paper="2111.13587",
+        what="a complex MLP shared by all frequencies, between Fourier transforms",
+        error=8e-07,
+        weights="FourCastNet's, physicsnemo's",
+        small={"afno_256_patch4": {"dim": 64, "depth": 3}},
+    )
 
     RULES = ((r"head\.(weight|bias)$", r"head.fc.\1"),)
 

@@ -1,5 +1,6 @@
 """What every nearfar picture model has, whatever its features: timm's surface and published checkpoints."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ class PictureModel(nn.Module):
     """How published names become ours, applied in order to the start of every name; our own names stay as they are."""
     IGNORE: ClassVar[tuple[str, ...]] = ()
     """Published tensors that the model computes itself."""
+    UNSHAPED: ClassVar[tuple[str, ...]] = ()
+    """Constructor arguments that a state dict's shapes do not tell, unless its widths are a published variant's."""
     CLASSIFIERS: ClassVar[tuple[str, ...]] = ("head.fc",)
     FIRST_CONV: ClassVar[str]
     min_size: ClassVar[int] = 32
@@ -122,7 +125,10 @@ class PictureModel(nn.Module):
         except (KeyError, IndexError, ValueError) as error:
             where = "the state dict" if isinstance(source, Mapping) else source
             raise CheckpointError(f"{where}: is no checkpoint of {cls.__name__} (no {error})") from error
-        model = cls(**{**found, **settings})
+        found |= settings
+        if unknown := [name for name in cls.UNSHAPED if found.get(name) is None]:
+            raise CheckpointError(f"{cls.__name__}: the shapes do not tell {' and '.join(unknown)}; give them too")
+        model = cls(**found)
         load_state_dict(model, model.fit_state(state), ignore=cls.IGNORE)
         return model.eval()
 
@@ -162,7 +168,12 @@ class PictureModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, **settings: Any) -> Self:
         """The model that `save_pretrained` wrote to `folder`, in eval mode; `settings` as in `from_published`."""
-        return cls.from_published(Path(folder) / "model.safetensors", **settings)
+        config = Path(folder) / "config.json"
+        saved = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        variant = VARIANTS.get(saved.get("architecture", ""))
+        known = {**variant.settings, **saved.get("model_args", {})} if variant else {}
+        unshaped = {name: known[name] for name in cls.UNSHAPED if name in known}
+        return cls.from_published(Path(folder) / "model.safetensors", **{**unshaped, **settings})
 
     @classmethod
     def variant(cls, settings: Mapping[str, Any]) -> str | None:

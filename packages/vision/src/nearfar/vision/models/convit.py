@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.gated_positional import GatedPositionalAttention
 from nearfar.ops.attention.self_attention import SelfAttention
@@ -46,6 +47,15 @@ class ConViT(TokenModel):
         global_pool: timm's pooling name, see `TokenHead`.
         dynamic_img_pad: pad other sides with zeros instead of refusing them.
     """
+
+    CARD = Card(
+        "ConViT",
+        "2103.10697",
+        "attention blended with looks at fixed distances by a gate a head",
+        4.9e-7,
+        weights="official, timm",
+        small={"nearfar_convit_tiny": {"dim": 96, "depth": 6, "local_layers": 4, "patch_size": 8}},
+    )
 
     RULES = ((r"head\.(weight|bias)$", r"head.fc.\1"),)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.conv_projection import ConvProjectionAttention
 from nearfar.ops.common.layers import GELU, DropPath
@@ -79,6 +80,15 @@ class CvT(TokenModel):
         global_pool: timm's pooling name, see `TokenHead`; by default the class token, or "avg" without it.
     """
 
+    CARD = Card(
+        "CvT",
+        "2103.15808",
+        "attention of convolved queries, keys and values",
+        7.5e-7,
+        weights="official, transformers",
+        small={"cvt_13": {"depths": (1, 1, 2), "dims": (32, 64, 128), "num_heads": (1, 2, 4)}},
+    )
+
     RULES = (
         (r"stage(\d)\.", r"stages.\1."),
         (r"(?:cvt\.)?encoder\.stages\.(\d)\.", r"stages.\1."),
@@ -108,6 +118,7 @@ class CvT(TokenModel):
         (r"classifier\.", "head.fc."),
         (r"head\.(weight|bias)$", r"head.fc.\1"),
     )
+    UNSHAPED = ("num_heads",)
     FIRST_CONV = "stages.0.patch_embed.proj"
     LAYERS = "stages"
     default_indices = (0, 1, 2)
@@ -210,7 +221,7 @@ class CvT(TokenModel):
         return {
             "depths": [count(state, rf"stages\.{i}\.blocks\.(\d+)\.") for i in stages],
             "dims": dims,
-            "num_heads": heads.get(tuple(dims), [dim // 64 for dim in dims]),
+            "num_heads": heads.get(tuple(dims)),
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": kernels[0].shape[1],
             "kernel_sizes": [kernel.shape[-1] for kernel in kernels],

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.head_tokens import HeadTokenAttention
 from nearfar.ops.common.layers import DropPath
@@ -56,6 +57,14 @@ class DHVT(TokenModel):
         drop_path_rate: stochastic depth of the last block; grows linearly from 0.
         drop_rate, global_pool, dynamic_img_pad: as in `ConViT`.
     """
+
+    CARD = Card(
+        title="DHVT",
+        paper="2210.05958",
+        what="attention with a token for every head, between convolutions",
+        error=3e-06,
+        small={"dhvt_tiny_cifar_patch4": {"dim": 96, "depth": 4}},
+    )
 
     RULES = ((r"head\.(weight|bias)$", r"head.fc.\1"),)
     FIRST_CONV = "patch_embed.proj.0.0"

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, rename
 from nearfar.ops.tokens.mixer_gate import FeedForward, FourierGate, MixerGate
 from nearfar.vision.models.registry import Variant, Weights, register
@@ -74,6 +75,13 @@ class NiNformer(TokenModel):
     Raises:
         ValueError: another gate, a picture that the patch does not divide.
     """
+
+    CARD = Card(
+        title="NiNformer",
+        paper="2403.02411",
+        what="a gate made by an MLP-Mixer block or a Fourier transform, on one grid",
+        error=5e-07,
+    )
 
     RULES = ((r"model\.(\d+)\.", r"blocks.\1."), (r"patcher\.", "patch_embed.proj."), (r"classifier\.", "head.fc."))
     min_size = 4

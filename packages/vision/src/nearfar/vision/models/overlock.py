@@ -162,7 +162,7 @@ class OverLoCK(Backbone):
     CARD = Card(
         "OverLoCK",
         "2502.20087",
-        "re-parameterised large kernels; context-mixing dynamic convolution",
+        "re-parameterized large kernels; context-mixing dynamic convolution",
         4.8e-7,
         small={
             "overlock_xt": {

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -51,11 +52,8 @@ VARIANTS: dict[str, Variant] = SummoningDict()
 MODELS: dict[str, type[Any]] = SummoningDict()
 """The class of every registered backbone."""
 
-CREATION_SETTINGS = (
-    "in_chans", "global_pool", "layer_scale", "kernel_size", "mlp_ratio", "depths", "dims",
-    "img_size", "patch_size", "dynamic_img_pad", "dim", "depth", "num_heads",
-)  # fmt: skip
-"""Constructor arguments that a saved model records, beside its variant's name and class count."""
+TRAINING_SETTINGS = ("num_classes", "drop_rate", "drop_path_rate")
+"""Constructor arguments that a saved model does not record beside its variant's name: they make no other network."""
 
 
 def plain(value: Any) -> Any:
@@ -112,7 +110,8 @@ def _entrypoint(name: str, model: type[Any], variant: Variant) -> Callable[..., 
                 f"{name}: its published weights cannot be had here ({reason}); bring the file and "
                 f'give pretrained_cfg_overlay={{"file": FILE}}, or use {model.__name__}.from_published(FILE)'
             ) from error
-        built.created_with = {key: value for key, value in kwargs.items() if key in CREATION_SETTINGS}
+        recorded = signature(model).parameters.keys() - set(TRAINING_SETTINGS)
+        built.created_with = {key: plain(value) for key, value in kwargs.items() if key in recorded}
         return built
 
     create.__name__ = create.__qualname__ = name

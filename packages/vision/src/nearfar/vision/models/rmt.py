@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.manhattan import ManhattanAttention
 from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv, DropPath
@@ -89,6 +90,21 @@ class RMT(Backbone):
         feature_norms: each pyramid level through its own norm (eps 1e-5), as dense-prediction checkpoints have it.
         drop_path_rate, drop_rate, global_pool: as in `ConvNeXt`.
     """
+
+    CARD = Card(
+        "RMT",
+        "2309.11523",
+        "attention that fades with Manhattan distance, in early stages axis by axis",
+        1.5e-6,
+        small={
+            "rmt_t": {
+                "depths": (1, 1, 2, 1),
+                "dims": (16, 32, 64, 96),
+                "num_heads": (2, 2, 4, 4),
+                "projection": 192,
+            },
+        },
+    )
 
     RULES = (
         (r"patch_embed\.proj\.", "stem."),

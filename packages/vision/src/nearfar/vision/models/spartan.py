@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import rename
 from nearfar.ops.common.conv_norm_act import ConvNormAct
 from nearfar.ops.common.layers import DropPath
@@ -59,6 +60,15 @@ class SpaRTAN(Backbone):
     Raises:
         ValueError: lists of different lengths, a width that 8 does not divide, a ratio below 2.
     """
+
+    CARD = Card(
+        title="SpaRTAN",
+        paper="2507.10999",
+        what="near and dilated convolutions; channel pairs turned like complex numbers",
+        error=4.5e-07,
+        weights="the author's on the hub (a file of your own)",
+        small={"spartan_tiny": {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64)}},
+    )
 
     FIRST_CONV = "stem.0.conv"
 

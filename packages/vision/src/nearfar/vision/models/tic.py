@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.window import MSAConv
 from nearfar.ops.common.layers import GELU, ChannelNorm, DropPath
@@ -68,6 +69,14 @@ class TiCLike(Backbone):
         mlp_ratio, num_classes, in_chans, drop_path_rate, drop_rate, global_pool: as in `ConvNeXt`.
     """
 
+    CARD = Card(
+        title="MSA-Conv (sizes of our own)",
+        paper="2310.04134",
+        what="attention within windows, by shifted maps",
+        error=3.7e-07,
+        small={"tic_like_tiny": {"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 96), "num_heads": (1, 1, 2, 3)}},
+    )
+
     def __init__(
         self,
         depths: Sequence[int] = (2, 2, 6, 2),
@@ -119,11 +128,11 @@ class TiCLike(Backbone):
         }
 
 
-TICS = {
-    "tic_like_tiny": Variant({"depths": (2, 2, 6, 2), "dims": (32, 64, 128, 256), "num_heads": (1, 2, 4, 8)}, 0, None),
-    "tic_like_small": Variant(
-        {"depths": (2, 2, 6, 2), "dims": (64, 128, 256, 512), "num_heads": (2, 4, 8, 16)}, 0, None
-    ),
-}
+def _size(dim: int, params: float) -> Variant:
+    dims, heads = tuple(dim * 2**i for i in range(4)), tuple(dim // 32 * 2**i for i in range(4))
+    return Variant({"depths": (2, 2, 6, 2), "dims": dims, "num_heads": heads}, params, None)
+
+
+TICS = {"tic_like_tiny": _size(32, 5.53), "tic_like_small": _size(64, 21.55)}
 
 register(TiCLike, TICS)

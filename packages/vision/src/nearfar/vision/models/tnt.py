@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio, rename
 from nearfar.ops.attention.self_attention import PooledAttention, SelfAttention
 from nearfar.ops.common.layers import DropPath
@@ -32,6 +33,9 @@ from nearfar.vision.models.tokens import (
     pair,
     split_positions,
 )
+
+PATCH = 16
+"""Side of TNT's patches."""
 
 WORDS = 4
 """Words along each side of a patch."""
@@ -95,7 +99,7 @@ class TNTBlock(nn.Module):
 class TNT(TokenModel):
     """Patches as sentences of 4 x 4 words; inner and outer transformers side by side.
 
-    Input (B, in_chans, H, W) with sides that are multiples of `patch_size`.
+    Input (B, in_chans, H, W) with sides that are multiples of 16.
 
     Args:
         dim, depth, num_heads: channels, blocks and heads of sentences.
@@ -106,6 +110,17 @@ class TNT(TokenModel):
         no_embed_class: the class token has no position of its own.
         Others as in `ConViT`.
     """
+
+    CARD = Card(
+        "TNT",
+        "2103.00112",
+        "transformers of words inside every patch and of patches",
+        6.1e-7,
+        weights="official, timm, timm's first port",
+        small={
+            "nearfar_tnt_s_patch16_224": {"dim": 96, "depth": 4, "num_heads": 4, "word_dim": 12, "word_heads": 2},
+        },
+    )
 
     RULES = (
         (r"(patch_embed|pixel_embed)\.", "words."),
@@ -128,6 +143,7 @@ class TNT(TokenModel):
         (r"head\.(weight|bias)$", r"head.fc.\1"),
     )
     IGNORE = (r"outer_tokens$",)
+    UNSHAPED = ("num_heads", "word_heads")
     FIRST_CONV = "words.proj"
 
     def __init__(
@@ -141,7 +157,6 @@ class TNT(TokenModel):
         in_chans: int = 3,
         *,
         img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = False,
         legacy: bool = False,
@@ -152,13 +167,13 @@ class TNT(TokenModel):
         dynamic_img_pad: bool = False,
     ) -> None:
         super().__init__()
-        self.words = WordEmbedding(in_chans, word_dim, patch_size, WORDS, isolated=not legacy)
+        self.words = WordEmbedding(in_chans, word_dim, PATCH, WORDS, isolated=not legacy)
         self.word_pos = nn.Parameter(torch.empty(1, WORDS**2, word_dim))
         self.start = WordsToSentences(dim, word_dim, WORDS**2, bias=True)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         for table in (self.word_pos, self.cls_token):
             nn.init.trunc_normal_(table, std=0.02)
-        grid = tuple(n // patch_size for n in pair(img_size))
+        grid = tuple(n // PATCH for n in pair(img_size))
         self.pos_embed = Positions(dim, grid, prefix=0 if no_embed_class else 1)
         (rates,) = drop_path_rates(drop_path_rate, (depth,))
         settings = {"qkv_bias": qkv_bias, "legacy": legacy}
@@ -168,7 +183,7 @@ class TNT(TokenModel):
         self.norm = nn.LayerNorm(dim)
         self.head = TokenHead(dim, num_classes, global_pool=global_pool, drop_rate=drop_rate, num_heads=num_heads)
         self.dynamic_img_pad = dynamic_img_pad
-        self.finish(num_classes, in_chans, img_size, patch_size, [dim] * depth)
+        self.finish(num_classes, in_chans, img_size, PATCH, [dim] * depth)
         self.apply(init_linear)
 
     def embed(self, x: Tensor) -> State:
@@ -199,10 +214,10 @@ class TNT(TokenModel):
     @classmethod
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         word_dim, in_chans, *_ = state["words.proj.weight"].shape
-        dim, patch = len(state["norm.weight"]), 16
+        dim, patch = len(state["norm.weight"]), PATCH
         _, height, width, _ = state["pos_embed.grid"].shape
         heads = {v.settings["dim"]: (v.settings["num_heads"], v.settings["word_heads"]) for v in TNTS.values()}
-        num_heads, word_heads = heads.get(dim, (dim // 64, 4))
+        num_heads, word_heads = heads.get(dim, (None, None))
         return {
             "dim": dim,
             "depth": count(state, r"blocks\.(\d+)\."),
@@ -236,22 +251,22 @@ def merged(state: Mapping[str, Tensor], within: str = "") -> dict[str, Tensor]:
 class PairPositions(Positions):
     """A table of every query cell and every pooled key cell of a grid for each head, added to the logits.
 
-    (heads, h, w, h / r, w / r); on another grid it is resized over the keys, then over the queries, as in `Positions`.
+    (heads, h, w, h / r, w / r, 1); on another grid it is resized over the keys, then the queries, as in `Positions`.
     """
 
     def __init__(self, num_heads: int, grid: tuple[int, int], reduction: int) -> None:
         super().__init__(1, grid, antialias=True)
         self.reduction = reduction
         keys = tuple(n // reduction for n in grid)
-        self.grid = nn.Parameter(torch.randn(num_heads, *grid, *keys))
+        self.grid = nn.Parameter(torch.randn(num_heads, *grid, *keys, 1))
         self.kept = Derived()
 
     def resized(self, table: Tensor, size: tuple[int, int]) -> Tensor:
         keys = tuple(n // self.reduction for n in size)
         resize = lambda x, size: F.interpolate(x, size, mode="bicubic", align_corners=False, antialias=True)  # noqa: E731
-        over_keys = resize(table.float().flatten(1, 2), keys)
+        over_keys = resize(table[..., 0].float().flatten(1, 2), keys)
         over_queries = resize(over_keys.unflatten(1, table.shape[1:3]).permute(0, 3, 4, 1, 2).flatten(1, 2), size)
-        return over_queries.unflatten(1, keys).permute(0, 3, 4, 1, 2).to(table.dtype)
+        return over_queries.unflatten(1, keys).permute(0, 3, 4, 1, 2)[..., None].to(table.dtype)
 
     def bias(self, size: tuple[int, int]) -> Tensor:
         """The table for a grid of `size`, (1, heads, N, M)."""
@@ -285,11 +300,13 @@ class PyramidBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, words: Tensor, sentences: Tensor, size: tuple[int, int], bias: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, words: Tensor, sentences: Tensor, size: tuple[int, int], pairs: PairPositions
+    ) -> tuple[Tensor, Tensor]:
         if self.inner is not None:
             words = self.inner(words)
             sentences = self.exchange(words, sentences)
-        sentences = sentences + self.drop_path(self.attn(self.norm1(sentences), size, bias))
+        sentences = sentences + self.drop_path(self.attn(self.norm1(sentences), size, bias=pairs.bias(size)))
         return words, sentences + self.drop_path(self.mlp(self.norm2(sentences)))
 
 
@@ -352,6 +369,15 @@ class PyramidTNT(TokenModel):
         Others as in `ConViT`.
     """
 
+    CARD = Card(
+        "PyramidTNT",
+        "2201.00978",
+        "words and sentences in four stages, keys pooled",
+        4.2e-7,
+        weights="official",
+        small={"pyramid_tnt_ti_192": {"depths": (1, 2, 1, 1), "dim": 32, "num_heads": 2, "word_dim": 4}},
+    )
+
     RULES = (
         (r"patch_embed\.common_conv\.", "patch_embed.common."),
         (r"patch_embed\.(inner|outer)_convs\.", r"patch_embed.\1."),
@@ -366,6 +392,7 @@ class PyramidTNT(TokenModel):
         (r"inner_pos$", "word_pos"),
         (r"head\.(weight|bias)$", r"head.fc.\1"),
     )
+    UNSHAPED = ("word_heads",)
     FIRST_CONV = "patch_embed.common.0"
     LAYERS = "stages"
     default_indices = (0, 1, 2, 3)
@@ -441,9 +468,8 @@ class PyramidTNT(TokenModel):
         stage = self.stages[index]
         if stage.merge_words is not None:
             words, sentences, size = stage.merge(words, sentences, size)
-        bias = stage.pairs.bias(size)
         for block in stage.blocks:
-            words, sentences = self.run(block, words, sentences, size, bias)
+            words, sentences = self.run(block, words, sentences, size, stage.pairs)
         return sentences, size, words
 
     def set_input_size(
@@ -474,7 +500,7 @@ class PyramidTNT(TokenModel):
             for _ in range(i):
                 grid = -(-grid // 2)
             keys = math.isqrt(table.shape[2])
-            state[f"stages.{i}.pairs.grid"] = table.unflatten(2, (keys, keys)).unflatten(1, (grid, grid))
+            state[f"stages.{i}.pairs.grid"] = table.unflatten(2, (keys, keys, 1)).unflatten(1, (grid, grid))
         return state
 
     @classmethod
@@ -488,7 +514,7 @@ class PyramidTNT(TokenModel):
             "dim": dim,
             "num_heads": len(pairs[0]),
             "word_dim": word_dim,
-            "word_heads": sizes.get(dim, max(1, word_dim // 4)),
+            "word_heads": sizes.get(dim),
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": state["patch_embed.common.0.weight"].shape[1],
             "reductions": [table.shape[1] // table.shape[3] for table in pairs],

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.outlook import OutlookAttention
 from nearfar.ops.attention.self_attention import ClassAttention, SelfAttention
@@ -76,6 +77,17 @@ class VOLO(TokenModel):
         Others as in `ConViT`.
     """
 
+    CARD = Card(
+        "VOLO",
+        "2106.13112",
+        "outlook attention: a cell predicts how its neighbours mix",
+        6.4e-7,
+        weights="official, timm",
+        small={
+            "nearfar_volo_d1_224": {"depths": (1, 2, 1), "dims": (48, 96), "num_heads": (2, 4), "stem_dim": 24},
+        },
+    )
+
     RULES = (
         (r"network\.0\.", "stages.0."),
         (r"network\.1\.proj\.", "downsample."),
@@ -84,6 +96,7 @@ class VOLO(TokenModel):
         (r"head\.(weight|bias)$", r"head.fc.\1"),
         (r"pos_embed$", "pos_embed.grid"),
     )
+    UNSHAPED = ("num_heads",)
     CLASSIFIERS = ("head.fc", "aux_head")
     FIRST_CONV = "patch_embed.conv.0"
     LAYERS = "stages"
@@ -187,6 +200,10 @@ class VOLO(TokenModel):
             return logits
         return logits + 0.5 * self.aux_head(x[:, 1:]).amax(1)
 
+    def forward_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the features' class token, and of every patch in row-major order."""
+        return self.head(x), self.aux_head(x[:, 1:])
+
     def forward(self, x: Tensor) -> Any:
         """Logits; in training with `token_labels`, what `forward_train` gives."""
         return self.forward_train(x) if self.training and self.token_labels else super().forward(x)
@@ -202,8 +219,8 @@ class VOLO(TokenModel):
         box = random_box(*grid) if box is None else box
         mixed = swap(tokens.unflatten(1, size), [2 * n for n in box]).flatten(1, 2)
         features = self.conclude(self.forward_blocks((mixed, size))[0])
-        dense = self.aux_head(features[:, 1:])
-        return self.head(features), swap(dense.unflatten(1, grid), box).flatten(1, 2), box
+        logits, dense = self.forward_dense(features)
+        return logits, swap(dense.unflatten(1, grid), box).flatten(1, 2), box
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -223,7 +240,7 @@ class VOLO(TokenModel):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups for layer decay: stem, every block (or group), class blocks, norm and heads."""
         blocks = [(r"^stages\.(\d+)", None)] if coarse else [(r"^stages\.(\d+)\.(\d+)", None)]
-        down = (r"^(downsample|pos_embed)", (0,) if coarse else (0, 99999))
+        down = (r"^(?:downsample|pos_embed)", (0,) if coarse else (0, 99999))
         last = [(r"^class_blocks\.(\d+)", (99998,)), (r"^cls_token", (99998,)), (r"^norm", (99999,))]
         return {"stem": r"^patch_embed", "blocks": [*blocks, down, *last]}
 
@@ -233,13 +250,11 @@ class VOLO(TokenModel):
         hidden, in_chans, *_ = state["patch_embed.conv.0.weight"].shape
         dims = [len(state[f"stages.{i}.0.norm1.weight"]) for i in (0, 1)]
         _, height, width, _ = state["pos_embed.grid"].shape
-        entries, kernel = len(state["stages.0.0.attn.attn.bias"]), 3
-        size = {v.settings["dims"]: v.settings["num_heads"] for v in VOLOS.values()}
-        heads = size.get(tuple(dims), (entries // kernel**4, dims[1] // 32))
+        heads = {v.settings["dims"]: v.settings["num_heads"] for v in VOLOS.values()}
         return {
             "depths": depths,
             "dims": dims,
-            "num_heads": heads,
+            "num_heads": heads.get(tuple(dims)),
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": in_chans,
             "img_size": 16 * height if height == width else (16 * height, 16 * width),
@@ -302,15 +317,15 @@ def _size(
 # timm has models of the plain names, with the same weights
 VOLOS = dict(
     (
-        _size(1, 224, 84.2, "84.2", 26.63, 6.8, 0.96),
+        _size(1, 224, 84.2, "84.2", 26.63, None, 0.96),
         _size(1, 384, 85.2, "85.2", 26.78, None, 1.0),
-        _size(2, 224, 85.2, "85.2", 58.68, 14.1, 0.96),
+        _size(2, 224, 85.2, "85.2", 58.68, None, 0.96),
         _size(2, 384, 86.0, "86.0", 58.87, None, 1.0),
-        _size(3, 224, 85.4, "85.4", 86.33, 20.6, 0.96),
+        _size(3, 224, 85.4, "85.4", 86.33, None, 0.96),
         _size(3, 448, 86.3, "86.3", 86.63, None, 1.0),
-        _size(4, 224, 85.7, "85.7", 192.96, 43.8, 0.96),
+        _size(4, 224, 85.7, "85.7", 192.96, None, 0.96),
         _size(4, 448, 86.8, "86.79", 193.41, None, 1.15),
-        _size(5, 224, 86.1, "86.10", 295.46, 69.0, 0.96),
+        _size(5, 224, 86.1, "86.10", 295.46, None, 0.96),
         _size(5, 448, 87.0, "87.0", 295.91, None, 1.15),
         _size(5, 512, 87.1, "87.07", 296.09, 412, 1.15),
     )

@@ -12,6 +12,7 @@ from sklearn.metrics import roc_curve
 
 from nearfar.audio.speakers.scoring.trials import Array
 from nearfar.core.plots import new_figure, style
+from nearfar.core.statistics import FEWEST, percentile_interval
 
 
 class ErrorCurve(NamedTuple):
@@ -273,7 +274,8 @@ def bootstrap(
     `metric(scores, labels, weights=w)` returns a number, such as ``lambda *a, **k: eer(*a, **k).value``; it is called
     with trials in ascending order of score.
 
-    Raises ValueError where fewer than half of the draws hold targets and non-targets.
+    The bounds are NaN for fewer than `nearfar.core.statistics.FEWEST` speakers (or trials). Raises ValueError where
+    fewer than half of the draws hold targets and non-targets.
     """
     (interval,) = _bootstrap([(scores, metric)], labels, enroll_speakers, test_speakers, draws, level, seed)
     return interval
@@ -326,7 +328,10 @@ def _bootstrap(
     if len(systems) == 2:
         value = np.r_[value, value[0] - value[1]]
         replicates = np.c_[replicates, replicates[:, 0] - replicates[:, 1]]
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = percentile_interval(replicates, level)
+    drawn = labels if enroll_speakers is None or test_speakers is None else {*enroll_speakers, *test_speakers}
+    if len(drawn) < FEWEST:
+        low = high = np.full(len(value), np.nan)
     return [Interval(float(v), float(lo), float(hi), len(found)) for v, lo, hi in zip(value, low, high)]
 
 
@@ -461,7 +466,7 @@ def plot_scores(scores: Array, labels: Array, threshold: float | None = None, na
         figure = new_figure(6, 3.5)
         axes = figure.add_subplot()
         for label, title in ((0, "different speakers"), (1, "same speaker")):
-            axes.hist(scores[labels == label], edges, density=True, alpha=0.6, label=title)
+            axes.hist(scores[labels == label], edges.tolist(), density=True, alpha=0.6, label=title)
         if threshold is not None:
             axes.axvline(threshold, color="black", linewidth=1, label=f"threshold {threshold:.3g}")
         axes.set(xlabel=name, ylabel="density")

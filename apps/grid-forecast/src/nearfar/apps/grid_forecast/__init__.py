@@ -1,0 +1,1 @@
+"""Forecasts of gridded fields at the command line."""

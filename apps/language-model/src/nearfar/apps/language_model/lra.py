@@ -1,0 +1,70 @@
+"""`nearfar language-model lra`: Long Range Arena."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nearfar.core.cli.console import console, messages, table
+from nearfar.core.recipes import read_recipe
+from nearfar.language.arena import listops
+from nearfar.language.arena.tasks import Part
+from nearfar.language.arena.training import ArenaRecipe, accuracy, train_on_arena
+from nearfar.language.tcnca import SequenceClassifier
+
+app = typer.Typer(
+    help="Long Range Arena: `make` writes ListOps, `train` trains Mega or TCNCA on a task's files, `evaluate` scores.",
+    no_args_is_help=True,
+)
+Data = Annotated[Path, typer.Argument(help="Folder with the files of Long Range Arena.")]
+JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def make(
+    folder: Annotated[Path, typer.Argument(help="Folder for listops-1000/basic_{train,val,test}.tsv.")],
+    train: Annotated[int, typer.Option(help="Training examples.")] = 96000,
+    val: Annotated[int, typer.Option(help="Validation examples.")] = 2000,
+    test: Annotated[int, typer.Option(help="Test examples.")] = 2000,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same files.")] = 0,
+) -> None:
+    """Write ListOps."""
+    for path in listops.make(folder, {"train": train, "val": val, "test": test}, seed):
+        console.print(str(path))
+
+
+@app.command()
+def train(
+    data: Data,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the model; an interrupted run goes on there.")
+    ],
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting: task=listops, steps=2000, model={num_hidden_layers: 2}."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: JsonOutput = False,
+) -> None:
+    """Train a classifier; the best validation accuracy chooses its weights."""
+    chosen = read_recipe(ArenaRecipe, recipe, settings or ())
+    result = train_on_arena(chosen, data, output, device, show_progress=messages.is_terminal)
+    console.print(json.dumps(result, indent=2) if as_json else table([result]))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of a trained classifier.")],
+    data: Data,
+    task: Annotated[str, typer.Option(help="listops, text, retrieval, image, pathfinder or pathx.")] = "listops",
+    part: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    limit: Annotated[int | None, typer.Option(help="Only so many examples.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    as_json: JsonOutput = False,
+) -> None:
+    """Accuracy on a part of a task, beside that of always answering the commonest class."""
+    classifier = SequenceClassifier.from_pretrained(model).to(device)
+    result = {"task": task, "part": part, **accuracy(classifier, Part(task, data, part, limit))}
+    console.print(json.dumps(result, indent=2) if as_json else table([result]))

@@ -1,0 +1,252 @@
+"""EViT: a vision transformer that keeps the tokens its class token attends to, and drops or fuses the others.
+
+Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations" (ICLR 2022).
+It has no parameters of its own: every checkpoint of a class-token transformer loads, and the keep rate may change at
+any time. `reorganise_tokens` gives the same switch to a timm model.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Attention, VisionTransformer
+from torch import Tensor, nn
+
+from nearfar.core.checkpoints import count, ratio
+from nearfar.core.errors import UserError
+from nearfar.ops.attention.self_attention import SelfAttention
+from nearfar.ops.common.heads import from_heads
+from nearfar.ops.tokens.reorganise import TokenTrail, keep_count, reorganise, summary_scores
+from nearfar.vision.models.pyramid import drop_path_rates
+from nearfar.vision.models.registry import Variant, Weights, register
+from nearfar.vision.models.tokens import (
+    Block,
+    PatchEmbed,
+    Positions,
+    State,
+    TokenHead,
+    TokenModel,
+    init_linear,
+    pair,
+    split_positions,
+)
+
+Keep = float | int
+"""A share of the tokens in (0, 1], or a number of them."""
+
+
+class ReorganisingBlock(Block):
+    """A transformer block that reorganises the tokens between its attention and its MLP."""
+
+    def reduce(self, x: Tensor, keep: Keep, fuse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens after the block, indices kept and left, and the patches as they were before."""
+        q, k, v = self.attn.heads(self.norm1(x))
+        y = self.attn.proj(from_heads(F.scaled_dot_product_attention(q, k, v)))
+        before = x = x + self.drop_path(y)
+        x, kept, rest = reorganise(x, summary_scores(q, k), keep_count(keep, x.shape[1] - 1), fuse=fuse)
+        return x + self.drop_path(self.mlp(self.norm2(x))), kept, rest, before[:, 1:]
+
+
+class EViT(TokenModel):
+    """DeiT with token reorganisation in some blocks.
+
+    Input (B, in_chans, H, W) with sides that are multiples of the patch. Feature maps are whole: fused tokens fill the
+    places of their members, dropped ones keep the value that they had last.
+
+    Args:
+        dim, depth, num_heads: channels, blocks, heads.
+        num_classes: classes; 0 for the pooled token.
+        img_size: size of the pictures that the position table is made for.
+        keep_rate: share (or number) of the patches that each reorganising block keeps; one, or one for each of
+            `reduce_at`. `model.keep_rate = 0.5` changes it at any time; 1 is the plain transformer.
+        reduce_at: the blocks that reorganise, from 0.
+        fuse: join the tokens that are not kept into one, weighted by their scores, instead of dropping them.
+        drop_path_rate, drop_rate, global_pool, dynamic_img_pad: as in `ConViT`.
+    """
+
+    RULES = ((r"head\.(weight|bias)$", r"head.fc.\1"),)
+
+    def __init__(
+        self,
+        dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        keep_rate: Keep | Iterable[Keep] = 0.7,
+        reduce_at: Iterable[int] = (3, 6, 9),
+        fuse: bool = True,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+        global_pool: str = "token",
+        dynamic_img_pad: bool = False,
+    ) -> None:
+        super().__init__()
+        self.reduce_at, self.fuse_tokens = tuple(reduce_at), fuse
+        if any(not 0 <= i < depth for i in self.reduce_at):
+            raise ValueError(f"reduce_at is {self.reduce_at}; the model has blocks 0 to {depth - 1}")
+        self.keep_rate = keep_rate
+        self.patch_embed = PatchEmbed(in_chans, dim, patch_size)
+        self.pos_embed = Positions(dim, tuple(n // patch_size for n in pair(img_size)), 1, antialias=False)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.dynamic_img_pad = dynamic_img_pad
+        (rates,) = drop_path_rates(drop_path_rate, (depth,))
+        self.blocks = nn.ModuleList(
+            ReorganisingBlock(dim, SelfAttention(dim, num_heads, qkv_bias=qkv_bias), mlp_ratio, rate) for rate in rates
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = TokenHead(dim, num_classes, global_pool=global_pool, drop_rate=drop_rate, num_heads=num_heads)
+        self.finish(num_classes, in_chans, img_size, patch_size, [dim] * depth)
+        self.apply(init_linear)
+
+    @property
+    def keep_rate(self) -> Keep | tuple[Keep, ...]:
+        """Share or number of the patches that each reorganising block keeps, one or one each."""
+        return self._keep[0] if len(set(self._keep)) == 1 else self._keep
+
+    @keep_rate.setter
+    def keep_rate(self, keep: Keep | Iterable[Keep]) -> None:
+        rates = (keep,) * len(self.reduce_at) if isinstance(keep, int | float) else tuple(keep)
+        if len(rates) != len(self.reduce_at):
+            raise ValueError(f"keep_rate has {len(rates)} values; the model reduces in {len(self.reduce_at)} blocks")
+        for rate in rates:
+            keep_count(rate, 1)
+        self._keep = rates or (1.0,)
+
+    def embed(self, x: Tensor) -> State:
+        tokens, size = super().embed(x)
+        return tokens, size, TokenTrail.start(len(tokens), tokens.shape[1] - 1, tokens.device)
+
+    def apply_block(self, index: int, state: State) -> State:
+        tokens, size, trail = state
+        keep = self._keep[self.reduce_at.index(index)] if index in self.reduce_at else 1.0
+        if keep_count(keep, tokens.shape[1] - 1) == tokens.shape[1] - 1:
+            return self.run(self.blocks[index], tokens), size, trail
+        tokens, kept, rest, before = self.run(self.blocks[index].reduce, tokens, keep, self.fuse_tokens)
+        return tokens, size, trail.follow(kept, rest, before, self.fuse_tokens)
+
+    def forward_blocks(
+        self, state: State, take: Collection[int] = (), last: int | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, tuple[int, int]]]]:
+        taken = []
+        for i in range(len(self.layers) if last is None else last + 1):
+            state = self.apply_block(i, state)
+            if i in take:
+                tokens, size, trail = state
+                taken.append((torch.cat([tokens[:, :1], trail.dense(tokens[:, 1:])], 1), size))
+        return state[0], taken
+
+    def trail(self, x: Tensor) -> tuple[Tensor, TokenTrail]:
+        """The features (B, 1 + K, C) of a picture and the trail of its tokens, for pictures of what was kept."""
+        state = self.embed(self.prepare(x))
+        for i in range(len(self.blocks)):
+            state = self.apply_block(i, state)
+        return self.conclude(state[0]), state[2]
+
+    @classmethod
+    def published_state(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return split_positions(super().published_state(state), "pos_embed", 1)
+
+    @classmethod
+    def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
+        _, height, width, _ = state["pos_embed.grid"].shape
+        return {
+            "dim": dim,
+            "depth": count(state, r"blocks\.(\d+)\."),
+            "num_heads": dim // 64 or 1,  # shapes do not tell; every published size has heads of 64 channels
+            "num_classes": len(state.get("head.fc.bias", ())),
+            "in_chans": in_chans,
+            "img_size": patch * height if height == width else (patch * height, patch * width),
+            "patch_size": patch,
+            "mlp_ratio": ratio(len(state["blocks.0.mlp.fc1.bias"]), dim),
+            "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        }
+
+
+def scheduled_keep_rate(epoch: float, keep_rate: float, warm_up: float = 10, shrink_until: float = 100) -> float:
+    """The keep rate at `epoch` (fractions count) of the published training: 1, then down a half cosine, then fixed."""
+    if epoch < warm_up:
+        return 1.0
+    if epoch >= shrink_until:
+        return keep_rate
+    done = (epoch - warm_up) / (shrink_until - warm_up)
+    return keep_rate + (1 - keep_rate) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class _Reorganiser(nn.Module):
+    """A timm block that reorganises; its parts keep their names, and so do its weights."""
+
+    def __init__(self, block: nn.Module, keep: Keep, fuse: bool) -> None:
+        super().__init__()
+        for name, part in block.named_children():
+            self.add_module(name, part)
+        self.train(block.training)
+        self.keep, self.fuse_tokens = keep, fuse
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        if any(value is not None and value is not False for value in options.values()):
+            raise ValueError(f"a reorganising block takes no {', '.join(options)}")
+        attn, y = self.attn, self.norm1(x)
+        q, k, v = attn.qkv(y).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        drop = attn.attn_drop.p if self.training else 0.0
+        z = attn.norm(F.scaled_dot_product_attention(q, k, v, dropout_p=drop).transpose(1, 2).flatten(2))
+        x = x + self.drop_path1(self.ls1(attn.proj_drop(attn.proj(z))))
+        count = keep_count(self.keep, x.shape[1] - 1)
+        x, _, _ = reorganise(x, summary_scores(q, k), count, fuse=self.fuse_tokens)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def reorganise_tokens(
+    model: nn.Module, keep_rate: Keep = 0.7, reduce_at: Iterable[int] = (3, 6, 9), *, fuse: bool = True
+) -> nn.Module:
+    """Give a class-token transformer of timm (DeiT, ViT, AugReg) token reorganisation, in place; returns the model.
+
+    Its weights and their names stay. Calling again changes the keep rate; 1 is the plain model. An `EViT` takes the
+    keep rate at its `keep_rate`.
+
+    Raises UserError for a model without a class token, with other prefix tokens, or with another attention.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(model, VisionTransformer) or blocks is None:
+        raise UserError(f"{type(model).__name__}: token reorganisation is for timm's VisionTransformer and EViT")
+    if not model.has_class_token or model.num_prefix_tokens != 1:
+        raise UserError(
+            f"{type(model).__name__}: token reorganisation needs one class token and no other before patches"
+        )
+    keep_count(keep_rate, 1)
+    for i in reduce_at:
+        attn = getattr(blocks[i], "attn", None)
+        if type(attn) is not Attention or getattr(attn, "gate", None) is not None:
+            raise UserError(f"block {i}: its attention, {type(attn).__name__}, is not one that tells class attention")
+        if isinstance(blocks[i], _Reorganiser):
+            blocks[i].keep, blocks[i].fuse_tokens = keep_rate, fuse
+        else:
+            blocks[i] = _Reorganiser(blocks[i], keep_rate, fuse)
+    return model
+
+
+def _size(name: str, dim: int, heads: int, params: float, gmacs: float) -> Variant:
+    # the starting point, and with any keep rate a working model, are the dense weights
+    hub = (f"timm/deit_{name}_patch16_224.fb_in1k", "model.safetensors")
+    return Variant(
+        {"dim": dim, "num_heads": heads}, params, gmacs, (Weights("deit_fb_in1k", None, "", hub, crop_pct=0.875),)
+    )
+
+
+EVITS = {
+    "evit_deit_tiny": _size("tiny", 192, 3, 5.72, None),
+    "evit_deit_small": _size("small", 384, 6, 22.05, 3.0),
+    "evit_deit_base": _size("base", 768, 12, 86.57, 11.6),
+}
+
+register(EViT, EVITS)

@@ -1,0 +1,267 @@
+"""Sparsifiner: a vision transformer whose heads predict which pairs of tokens to attend to.
+
+Wei et al., "Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers" (CVPR 2023).
+No weights were released; training starts from those of DeiT-S or LV-ViT-S, which load without a predictor.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nearfar.core.checkpoints import count, ratio
+from nearfar.ops.attention.predicted_sparsity import Connectivity, ConnectivityPredictor, PredictedSparseAttention
+from nearfar.ops.common.layers import DropPath
+from nearfar.ops.tokens.reorganise import keep_count
+from nearfar.vision.models.pyramid import drop_path_rates, linear
+from nearfar.vision.models.registry import Variant, register
+from nearfar.vision.models.tokens import (
+    Mlp,
+    PatchEmbed,
+    Positions,
+    State,
+    TokenHead,
+    TokenModel,
+    init_linear,
+    pair,
+    split_positions,
+)
+
+
+class ConvStem(nn.Module):
+    """LV-ViT's patches: three convolutions at half the resolution, then patches of half the size."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int = 16, hidden: int = 64) -> None:
+        super().__init__()
+        for i, (channels, size, stride) in enumerate(((in_chans, 7, 2), (hidden, 3, 1), (hidden, 3, 1)), 1):
+            conv = nn.Conv2d(channels, hidden, size, stride, size // 2, bias=False)
+            setattr(self, f"conv{i}", conv)
+            setattr(self, f"bn{i}", nn.BatchNorm2d(hidden))
+        self.proj = nn.Conv2d(hidden, dim, patch_size // 2, patch_size // 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = self.proj(F.relu(self.bn3(self.conv3(x))))
+        return x.flatten(2).mT, tuple(x.shape[-2:])
+
+
+class SparseBlock(nn.Module):
+    """x + attn(LN(x)) / s, then x + mlp(LN(x)) / s, the attention over predicted pairs."""
+
+    def __init__(
+        self,
+        dim: int,
+        attn: PredictedSparseAttention,
+        mlp_ratio: float,
+        drop_path: float,
+        eps: float,
+        skip_lambda: float,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+        self.skip_lambda = skip_lambda
+
+    def forward(self, x: Tensor, active: Tensor | None, dense: bool) -> tuple[Tensor, Connectivity, Tensor]:
+        y, found, scores = self.attn(self.norm1(x), active, dense)
+        x = x + self.drop_path(y) / self.skip_lambda
+        return x + self.drop_path(self.mlp(self.norm2(x))) / self.skip_lambda, found, scores
+
+
+class Sparsifiner(TokenModel):
+    """DeiT-S or LV-ViT-S with predicted sparse attention in every block.
+
+    Input (B, in_chans, H, W) of the size that the model is built for: the predictors know its number of tokens.
+
+    Args:
+        dim, depth, num_heads, num_classes, in_chans, img_size, patch_size, mlp_ratio, qkv_bias: of the transformer.
+        keep_rate: share of the keys that each query keeps. coefficients, threshold: of the predictor's factors.
+        token_reduction, channel_reduction: N // token_reduction basis rows, d // channel_reduction channels.
+        share: one tensor for both factors over tokens. stable: break ties by the lowest index.
+        token_keep_rate: share of the patches kept at each block of `prune_at` (its powers 1, 2, 3); 1 for none.
+        skip_lambda: both branches are divided by it. stem: "patch", or "conv" for LV-ViT's. aux_head: LV-ViT's second
+            head on every patch; in eval mode half its largest value over the patches is added to the logits.
+        dense: attend to all pairs, as in the phase of training that fits the predictors to the attention.
+    """
+
+    RULES = (
+        (r"head\.(weight|bias)$", r"head.fc.\1"),
+        (r"(blocks\.\d+\.attn\.)mask_predictor\.proj_c_([qk])\.", r"\1predictor.\2."),
+        (r"(blocks\.\d+\.attn\.)mask_predictor\.proj_n$", r"\1predictor.reduce"),
+        (r"(blocks\.\d+\.attn\.)mask_predictor\.proj_back_n$", r"\1predictor.basis"),
+    )
+
+    def __init__(
+        self,
+        dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        keep_rate: float = 0.25,
+        coefficients: int = 8,
+        threshold: float = 0.02,
+        token_reduction: int = 6,
+        channel_reduction: int = 2,
+        share: bool = False,
+        stable: bool = True,
+        token_keep_rate: float = 1.0,
+        prune_at: Iterable[int] = (3, 6, 9),
+        skip_lambda: float = 1.0,
+        stem: str = "patch",
+        aux_head: bool = False,
+        eps: float = 1e-6,
+        dense: bool = False,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+        global_pool: str = "token",
+    ) -> None:
+        super().__init__()
+        if stem not in ("patch", "conv"):
+            raise ValueError(f"stem is {stem!r}; allowed are 'patch' and 'conv'")
+        keep_count(token_keep_rate, 1)
+        self.token_keep_rate, self.prune_at, self.dense = token_keep_rate, tuple(prune_at), dense
+        self.patch_embed = (PatchEmbed if stem == "patch" else ConvStem)(in_chans, dim, patch_size)
+        grid = tuple(n // patch_size for n in pair(img_size))
+        self.pos_embed = Positions(dim, grid, 1)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        tokens, width = 1 + math.prod(grid), dim // num_heads
+        (rates,) = drop_path_rates(drop_path_rate, (depth,))
+        self.blocks = nn.ModuleList()
+        for rate in rates:
+            predictor = ConnectivityPredictor(
+                width,
+                tokens,
+                tokens // token_reduction,
+                width // channel_reduction,
+                keep_rate=keep_rate,
+                coefficients=coefficients,
+                threshold=threshold,
+                share=share,
+                stable=stable,
+            )
+            attn = PredictedSparseAttention(dim, num_heads, predictor, qkv_bias=qkv_bias)
+            self.blocks.append(SparseBlock(dim, attn, mlp_ratio, rate, eps, skip_lambda))
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.head = TokenHead(dim, num_classes, global_pool=global_pool, drop_rate=drop_rate, num_heads=num_heads)
+        self.aux_head = linear(dim, num_classes) if aux_head else None
+        self.finish(num_classes, in_chans, img_size, patch_size, [dim] * depth)
+        self.apply(init_linear)
+
+    def check_input(self, x: Tensor) -> None:
+        super().check_input(x)
+        if tuple(x.shape[-2:]) != self.img_size:
+            raise ValueError(
+                f"input is {tuple(x.shape)}; the predictors of this model are for {self.img_size[0]} x "
+                f"{self.img_size[1]}: build it with img_size of the pictures"
+            )
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """Refused: the predictors hold a row for every token of one size."""
+        raise ValueError("Sparsifiner's predictors are for one size; build the model with another img_size")
+
+    def embed(self, x: Tensor) -> State:
+        return *super().embed(x), None, []
+
+    def apply_block(self, index: int, state: State) -> State:
+        tokens, size, active, told = state
+        tokens, found, scores = self.run(self.blocks[index], tokens, active, self.dense)
+        if index in self.prune_at and self.token_keep_rate < 1:
+            rate = self.token_keep_rate ** (self.prune_at.index(index) + 1)
+            if active is not None:
+                scores = scores.masked_fill(~active, float("-inf"))
+            order = scores.argsort(dim=1, descending=True, stable=True)[:, : keep_count(rate, scores.shape[1])]
+            active = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
+        if active is not None:
+            tokens = tokens * F.pad(active, (1, 0), value=True)[..., None]
+        return tokens, size, active, [*told, found]
+
+    def details(self, x: Tensor) -> tuple[Tensor, list[Connectivity], Tensor | None]:
+        """The features (B, N, C), what every block's predictor said, and the patches that pruning left (B, M)."""
+        state = self.embed(self.prepare(x))
+        for i in range(len(self.blocks)):
+            state = self.apply_block(i, state)
+        return self.conclude(state[0]), state[3], state[2]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        y = super().forward_head(x, pre_logits)
+        if self.aux_head is None or pre_logits or self.num_classes == 0:
+            return y
+        return y + 0.5 * self.aux_head(x[:, 1:]).amax(1)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        if self.aux_head is not None:
+            self.aux_head = linear(self.embed_dim, num_classes).to(self.norm.weight)
+
+    @classmethod
+    def published_state(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return split_positions(super().published_state(state), "pos_embed", 1)
+
+    @classmethod
+    def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
+        conv = "patch_embed.conv1.weight" in state
+        patch, in_chans = (2 * patch, state["patch_embed.conv1.weight"].shape[1]) if conv else (patch, in_chans)
+        _, height, width, _ = state["pos_embed.grid"].shape
+        found = {
+            "dim": dim,
+            "depth": count(state, r"blocks\.(\d+)\."),
+            "num_classes": len(state.get("head.fc.bias", ())),
+            "in_chans": in_chans,
+            "img_size": patch * height if height == width else (patch * height, patch * width),
+            "patch_size": patch,
+            "mlp_ratio": ratio(len(state["blocks.0.mlp.fc1.bias"]), dim),
+            "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+            "stem": "conv" if conv else "patch",
+            "aux_head": "aux_head.weight" in state,
+            "num_heads": dim // 64 or 1,
+        }
+        if conv:  # what shapes do not tell of LV-ViT
+            found |= {"skip_lambda": 2.0, "eps": 1e-5}
+        predictor = "blocks.0.attn.predictor."
+        if f"{predictor}q.weight" in state:
+            reduced, head_dim = state[f"{predictor}q.weight"].shape
+            tokens, rows = state[f"{predictor}reduce"].shape
+            found |= {
+                "num_heads": dim // head_dim,
+                "channel_reduction": head_dim // reduced,
+                "token_reduction": tokens // rows,
+                "share": f"{predictor}basis" not in state
+                or bool(torch.equal(state[f"{predictor}basis"], state[f"{predictor}reduce"])),
+            }
+        return found
+
+
+SPARSIFINERS = {
+    "sparsifiner_deit_small": Variant({}, 22.25, None),
+    "sparsifiner_deit_small_token07": Variant({"token_keep_rate": 0.7}, 22.25, None),
+    "sparsifiner_lvvit_small": Variant(
+        {
+            "depth": 16,
+            "mlp_ratio": 3.0,
+            "qkv_bias": False,
+            "stem": "conv",
+            "aux_head": True,
+            "skip_lambda": 2.0,
+            "eps": 1e-5,
+        },
+        26.42,
+        None,
+    ),
+}
+
+register(Sparsifiner, SPARSIFINERS)

@@ -1,0 +1,70 @@
+"""Results that are there already: they count as done only where they were made from the same."""
+
+import json
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nearfar.core.errors import UserError
+from nearfar.core.files import file_digest, write_json
+from nearfar.core.fingerprint import content_digest, data_digest
+from nearfar.core.model_folder import KINDS
+
+
+class MadeFrom:
+    """What a result is made from: digests of the content of its input and model, and of the options.
+
+    They stand in a hidden file beside the result, `.NAME.made-from.json`, with the digest of the result itself.
+    """
+
+    def __init__(self, target: Path, inputs: Iterable[Path], model: str, **options: Any) -> None:
+        self.target = target
+        self.record = target.with_name(f".{target.name}.made-from.json")
+        self.sources = {
+            "input": data_digest([content_digest(path) for path in inputs]),
+            "model": model,
+            "options": data_digest(options),
+            "nearfar": version("nearfar-core"),
+        }
+
+    def done(self) -> bool:
+        """Whether the result is there and was made from the same.
+
+        Raises UserError, so that no work of others is overwritten, where what is there was made by something else or
+        was changed since.
+        """
+        if not self.target.exists():
+            return False
+        try:
+            found = json.loads(self.record.read_text(encoding="utf-8"))
+            sources, result = found["sources"], found["result"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{self.target}: is there, and nothing tells what it was made from; move it away or name another output"
+            ) from None
+        if sources == self.sources:
+            return True
+        if result != content_digest(self.target):
+            other = ", ".join(name for name in self.sources if sources.get(name) != self.sources[name])
+            raise UserError(
+                f"{self.target}: was made from other {other} and changed by hand since; move it away to make it anew"
+            )
+        return False
+
+    def write(self) -> None:
+        """Note that the result is there."""
+        write_json(self.record, {"sources": self.sources, "result": content_digest(self.target)})
+
+
+def model_digest(path: str | Path) -> str:
+    """A digest of a model: of its folder's weights and descriptions, or of its file."""
+    path = Path(path)
+    if path.is_file():
+        return file_digest(path)
+    if not path.is_dir():
+        return str(path)
+    if named := [path / name for name in KINDS.values() if (path / name).is_file()]:
+        return data_digest([content_digest(description) for description in named])  # they hold the files' digests
+    parts = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in (".safetensors", ".json", ".npz", ".bin"))
+    return data_digest([(part.name, content_digest(part)) for part in parts])

@@ -1,0 +1,81 @@
+"""Every contract that ships with the packages holds, and every setting of every one of them counts."""
+
+import functools
+import re
+from contextlib import suppress
+from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
+
+from nearfar.core import contracts
+from nearfar.core.contracts import Contract, first_that_builds, shipped
+from nearfar.core.errors import UserError
+
+POINTS = entry_points(group="nearfar.contracts")
+BUILDERS = {
+    name: functools.partial(first_that_builds, [point.load() for point in POINTS if point.name == name])
+    for name in {point.name for point in POINTS}
+}
+
+
+def each(*, small: bool) -> list[Any]:
+    """The shipped contracts; networks of more than `LARGE` parameters are slow to build again and again."""
+    found = []
+    for path in shipped():
+        size = Contract.load(path).content.get("parameters", 0)
+        marks = [pytest.mark.slow] if small and size > LARGE else []
+        found.append(pytest.param(path, id=path.stem, marks=marks))
+    return found
+
+
+LARGE = 5e6
+
+
+@pytest.mark.parametrize("path", each(small=False))
+def test_it_holds(path):
+    contract = Contract.load(path)
+    for output, error in contracts.verify(contract, BUILDERS[contract.system]).items():
+        exact = contract.variant.startswith("data-")
+        assert error == 0 if exact else error < (contract.tolerance or 1e-4), (output, error)
+
+
+def mutants(value: Any) -> list[Any]:
+    """Other values than `value`, of its kind."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [2 * value + 1]
+    if isinstance(value, list):
+        swapped = [[*value[:i], mutants(value[i])[0], *value[i + 1 :]] for i in {0, len(value) - 1} if value]
+        return [*swapped, value[:-1]]
+    if isinstance(value, dict):
+        return [{**value, name: mutants(inner)[0]} for name, inner in value.items()]
+    if isinstance(value, str):  # another text, and another eps in it
+        return ["mutated", *([re.sub(r"eps \S+", "eps 0.1", value)] if re.search(r"eps \S+", value) else [])]
+    return [1]
+
+
+@pytest.mark.parametrize("path", each(small=True))
+def test_every_setting_counts(path, monkeypatch):
+    """The output changes, or the contract is refused; what is documentation stands on the system's list."""
+    monkeypatch.setattr(contracts, "fill", functools.lru_cache(contracts.fill))
+    contract = Contract.load(path)
+    build = BUILDERS[contract.system]
+    right = contracts.verify(contract, build)
+    for name, value in contract.content["settings"].items():
+        if name in contract.settings.documentation:
+            continue
+        for other in mutants(value):
+            altered = Contract(path, contract.content | {"settings": contract.content["settings"] | {name: other}})
+            with suppress(UserError, ValueError, RuntimeError, IndexError):  # refused by contract, model or torch
+                assert contracts.verify(altered, build) != right, f"{name}={other!r} is as good as {value!r}"
+
+
+@pytest.mark.parametrize("system", sorted(BUILDERS))
+def test_an_unknown_setting_is_refused(system):
+    path = min(shipped(system), key=lambda path: path.stat().st_size)
+    contract = Contract.load(path)
+    altered = Contract(path, contract.content | {"settings": contract.content["settings"] | {"wings": 2}})
+    with pytest.raises(UserError, match="wings"):
+        contracts.verify(altered, BUILDERS[system])

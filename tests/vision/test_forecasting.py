@@ -1,0 +1,244 @@
+"""Forecasting: fields from files and what is refused, statistics, scores, rollouts, a training, the app."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+from typer.testing import CliRunner
+
+from nearfar.apps.grid_forecast.cli import app
+from nearfar.core.errors import UserError
+from nearfar.vision.forecasting.fields import fit_statistics, open_fields
+from nearfar.vision.forecasting.forecastnet import ForecastNet
+from nearfar.vision.forecasting.scores import acc, evaluate, latitude_weights, published_latitudes, rmse, rollout
+from nearfar.vision.forecasting.simulation import shallow_water
+from nearfar.vision.forecasting.training import Recipe, Windows, relative_l2, train_forecaster
+
+
+@pytest.fixture(scope="module")
+def water(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("water") / "water.nc"
+    shallow_water(90, (16, 32)).to_netcdf(path, engine="h5netcdf")
+    return path
+
+
+def write(path: Path, data: xr.Dataset) -> Path:
+    data.to_netcdf(path, engine="h5netcdf")
+    return path
+
+
+def test_fields_are_read_as_they_are(water: Path, tmp_path: Path) -> None:
+    data = xr.open_dataset(water)
+    fields = open_fields(water, ["v", "h"])
+    assert fields.names == ["v", "h"]
+    assert (len(fields), fields.size) == (90, (16, 32))
+    np.testing.assert_array_equal(fields.read(5)[1], data["h"].values[5])
+    # several files are one series, whatever their order
+    first, second = (
+        write(tmp_path / f"{i}.nc", data.isel(time=part)) for i, part in enumerate((slice(0, 40), slice(40, 90)))
+    )
+    joined = open_fields([second, first], ["v", "h"])
+    np.testing.assert_array_equal(joined.read(41), fields.read(41))
+    # other names of the axes, levels
+    other = data.rename(time="valid_time", latitude="lat", longitude="lon").expand_dims(level=[500.0, 850.0])
+    levels = open_fields(write(tmp_path / "levels.nc", other), ["h@850", "u"])
+    assert levels.names == ["h@850", "u@500", "u@850"]
+    np.testing.assert_array_equal(levels.read(3)[0], data["h"].values[3])
+
+
+def test_what_is_refused(water: Path, tmp_path: Path) -> None:
+    data = xr.open_dataset(water)
+    hole = data.copy(deep=True)
+    hole["u"].values[7, 3, 4] = np.nan
+    fields = open_fields(write(tmp_path / "hole.nc", hole))
+    with pytest.raises(UserError, match=r"hole.nc: u has 1 missing.*2000-01-02T18"):
+        fields.read(7)
+    gap = write(tmp_path / "gap.nc", data.isel(time=[0, 1, 2, 4, 5]))
+    with pytest.raises(
+        UserError, match=r"after 2000-01-01T12:00 comes 2000-01-02T00:00, where 2000-01-01T18:00 was due"
+    ):
+        open_fields(gap)
+    uneven = data.assign_coords(latitude=np.sort(np.random.default_rng(0).uniform(-80, 80, 16)))
+    with pytest.raises(UserError, match="latitudes are not evenly spaced"):
+        open_fields(write(tmp_path / "gauss.nc", uneven))
+    with pytest.raises(UserError, match=r"has no variable t2m .* it has h, u, v"):
+        open_fields(water, ["t2m"])
+    with pytest.raises(UserError, match="h has no levels"):
+        open_fields(water, ["h@500"])
+    with pytest.raises(UserError, match="has no longitude axis"):
+        open_fields(write(tmp_path / "line.nc", data.isel(longitude=0, drop=True)))
+    with pytest.raises(UserError, match="holds 1 times"):
+        open_fields(write(tmp_path / "one.nc", data.isel(time=[0])))
+    (tmp_path / "text.nc").write_text("no fields")
+    with pytest.raises(UserError, match=r"text.nc: cannot be read"):
+        open_fields(tmp_path / "text.nc")
+    with pytest.raises(UserError, match="no such file"):
+        open_fields(tmp_path / "none.nc")
+    with pytest.raises(UserError, match="latitudes are not those of"):
+        open_fields([water, write(tmp_path / "half.nc", data.isel(latitude=slice(0, 8)))])
+    still = data.assign(h=xr.zeros_like(data["h"]))
+    with pytest.raises(UserError, match="h does not vary"):
+        fit_statistics(open_fields(write(tmp_path / "still.nc", still)))
+
+
+def test_statistics(water: Path, tmp_path: Path) -> None:
+    fields = open_fields(water)
+    statistics = fit_statistics(fields.part(0, 60))
+    values = np.stack([fields.read(i) for i in range(60)]).astype(np.float64)
+    np.testing.assert_allclose(statistics.mean, values.mean((0, 2, 3)), atol=1e-6)
+    np.testing.assert_allclose(statistics.std, values.std((0, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(statistics.climatology, values.mean(0), atol=1e-6)
+    x = fields.read(70)
+    np.testing.assert_allclose(statistics.restore(statistics.normalise(x)), x, atol=1e-6)
+    statistics.save(tmp_path)
+    again = type(statistics).load(tmp_path)
+    np.testing.assert_array_equal(again.climatology, statistics.climatology)
+    assert again.names == ["h", "u", "v"]
+    again.check(fields.part(60, 90))
+    with pytest.raises(UserError, match="times that training has not seen"):
+        again.check(fields.part(59, 90))
+    with pytest.raises(UserError, match="trained on h, u, v"):
+        again.check(open_fields(water, ["h"]).part(60, 90))
+
+
+def test_scores_are_their_formulas() -> None:
+    rng = np.random.default_rng(0)
+    f, t, c = rng.standard_normal((3, 2, 4, 5))
+    latitudes = np.array([60.0, 20.0, -20.0, -60.0])
+    w = latitude_weights(latitudes)
+    assert w.mean() == pytest.approx(1)
+    total = sum(w[i] * (f[1, i, j] - t[1, i, j]) ** 2 for i in range(4) for j in range(5))
+    assert rmse(f, t, w)[1] == pytest.approx((total / 20) ** 0.5)
+    cells = [(w[i], f[0, i, j] - c[0, i, j], t[0, i, j] - c[0, i, j]) for i in range(4) for j in range(5)]
+    top = sum(a * b * d for a, b, d in cells)
+    want = top / (sum(a * b * b for a, b, _ in cells) * sum(a * d * d for a, _, d in cells)) ** 0.5
+    assert acc(f, t, c, w)[0] == pytest.approx(want)
+    assert acc(t, t, c, w) == pytest.approx(1)
+    assert acc(c, t, c, w) == pytest.approx(0)
+    np.testing.assert_allclose(published_latitudes(5), [90, 45, 0, -45, -90])
+
+
+class Shift(nn.Module):
+    """The field one column further; a forecaster that is right about a field that moves so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain * x.roll(1, -1)
+
+
+def moving(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(1)
+    start = rng.standard_normal((8, 16)).astype(np.float32)
+    data = shallow_water(30, (8, 16))
+    moved = np.stack([np.roll(start, i, -1) for i in range(30)])
+    return write(tmp_path / "moving.nc", data[["h"]].assign(h=(data["h"].dims, moved)))
+
+
+def test_evaluation_of_a_forecaster_that_is_right(tmp_path: Path) -> None:
+    fields = open_fields(moving(tmp_path))
+    statistics = fit_statistics(fields.part(0, 16))
+    rows = evaluate(Shift(), fields.part(16, 30), statistics, [1, 4])
+    assert [(r["lead"], r["forecast"]) for r in rows] == [
+        (lead, name) for lead in (1, 4) for name in ("climatology", "net", "persistence")
+    ]
+    for row in rows:
+        if row["forecast"] == "net":
+            assert row["RMSE"] < 1e-5
+            assert row["ACC"] == pytest.approx(1, abs=1e-5)
+        else:
+            assert row["RMSE"] > 0.3
+    with pytest.raises(UserError, match="leads from 1 up to 13"):
+        evaluate(Shift(), fields.part(16, 30), statistics, [14])
+
+
+def test_rollout_keeps_nothing_and_stops_where_it_fails() -> None:
+    alive = []
+
+    class Count(Shift):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            alive.append(torch.tensor(0))
+            return y
+
+    steps = rollout(Count(), torch.randn(1, 1, 4, 6), 1000)
+    next(steps)
+    assert len(alive) == 1  # each step is computed when it is asked for
+    assert sum(1 for _ in steps) == 999
+    with pytest.raises(UserError, match="not finite after 128 steps"):
+        net = Shift()
+        net.gain.data.fill_(2.0)
+        list(rollout(net, torch.ones(1, 1, 2, 2), 200))
+
+
+def test_windows_and_loss(water: Path) -> None:
+    fields = open_fields(water)
+    statistics = fit_statistics(fields)
+    window = Windows(fields, statistics, 2)[4]
+    assert window.shape == (3, 3, 16, 32)
+    torch.testing.assert_close(window[2], torch.from_numpy(statistics.normalise(fields.read(6))))
+    a, b = torch.randn(2, 4, 3, 5, 6)
+    want = sum((a[i] - b[i]).norm() / b[i].norm() for i in range(4)) / 4
+    torch.testing.assert_close(relative_l2(a, b), want)
+
+
+def test_training_beats_persistence_and_climatology(water: Path, tmp_path: Path) -> None:
+    """At lead 1 and at lead 4 on states that training has not seen."""
+    fields = open_fields(water)
+    recipe = Recipe(dim=32, depth=2, num_blocks=4, epochs=12, lr=3e-3, batch_size=8)
+    net, statistics, history = train_forecaster(fields.part(0, 70), recipe, tmp_path / "run", device="cpu")
+    assert history[-1]["train_loss"] < 0.7 * history[0]["train_loss"]
+    rows = evaluate(net, fields.part(70, 90), statistics, [1, 4])
+    for lead in (1, 4):
+        error = {r["forecast"]: r["RMSE"] for r in rows if r["lead"] == lead and r["variable"] == "h"}
+        assert error["net"] < min(error["persistence"], error["climatology"]), (lead, error)
+    close = ForecastNet.from_pretrained(tmp_path / "run").eval()
+    x = torch.randn(1, 3, 16, 32)
+    torch.testing.assert_close(close(x), net(x))
+    with pytest.raises(UserError, match="for example to 15 x 30"):
+        train_forecaster(fields, Recipe(patch_size=5))
+    with pytest.raises(UserError, match="too few"):
+        train_forecaster(fields.part(0, 4), Recipe(steps=2))
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_app(tmp_path: Path) -> None:
+    run("simulate", tmp_path / "w.nc", "--times", 40, "--height", 8, "--width", 16)
+    data = xr.open_dataset(tmp_path / "w.nc")
+    past, later = (
+        write(tmp_path / f"{n}.nc", data.isel(time=p)) for n, p in (("past", slice(0, 30)), ("later", slice(30, 40)))
+    )
+    facts = json.loads(run("inspect", past, "--json", "--picture", tmp_path / "w.png"))
+    assert facts["times"] == 30
+    assert [c["channel"] for c in facts["channels"]] == ["h", "u", "v"]
+    small = [f"--set={s}" for s in ("epochs=1", "dim=16", "depth=1", "num_blocks=2", "batch_size=8")]
+    run("train", past, "--output", tmp_path / "run", "--device", "cpu", *small)
+    rows = json.loads(
+        run("evaluate", tmp_path / "run", later, "--leads", "1,3", "--csv", tmp_path / "s.csv", "--picture",
+            tmp_path / "s.png", "--json", "--device", "cpu")
+    )  # fmt: skip
+    assert len(rows) == 2 * 3 * 3
+    assert (tmp_path / "s.csv").read_text().splitlines()[0] == "lead,variable,forecast,RMSE,ACC"
+    out = ("--output", tmp_path / "ahead.nc", "--animation", tmp_path / "a.gif")
+    run("rollout", tmp_path / "run", later, *out, "--steps", 3, "--device", "cpu")
+    ahead = open_fields(tmp_path / "ahead.nc")
+    assert len(ahead) == 3
+    assert ahead.times[0] == data["time"].values[-1] + np.timedelta64(6, "h")
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("w.png", "s.png", "a.gif"))
+    with pytest.raises(UserError, match="times that training has not seen"):
+        run("evaluate", tmp_path / "run", past, "--device", "cpu")
+    with pytest.raises(UserError, match="is no folder of `train`"):
+        run("evaluate", tmp_path, later)
+    with pytest.raises(UserError, match="whole numbers"):
+        run("evaluate", tmp_path / "run", later, "--leads", "one")
