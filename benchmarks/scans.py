@@ -140,7 +140,7 @@ def growth() -> None:
 
 
 def models() -> None:
-    for name in ("vim_tiny", "vmamba_tiny_s1l8", "vanilla_vmamba_tiny"):
+    for name in ("vim_tiny", "vmamba_tiny_s1l8", "vmamba_tiny_v0"):
         model, x = timm.create_model(name).eval(), torch.randn(1, 3, 224, 224)
         with torch.no_grad():
             ours, y = best(lambda m=model, x=x: m(x), 2), model(x)

@@ -18,6 +18,11 @@ from nearfar.medical.models.duoformer import (
 )
 
 
+TOLD = """backbone scales depth_scale_blocks depth_patch_blocks embed_dim mlp_ratio patch_attention classes patch_grid
+tokens_per_patch image activation stage_channels order dim depth layout convs_in_fusion scale_token""".split()
+"""Settings that shapes tell, or that describe in words what the system always does."""
+
+
 class _Maps(nn.Module):
     """A part that reads the stages' maps, finest first, as single arguments."""
 
@@ -47,6 +52,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, its tokens, its scale token, a scale block or the patch layers that a contract describes."""
     state, settings = contract.state(), contract.settings
     contract.require(layernorm_eps=1e-6, qkv_bias=True)
+    contract.document(*TOLD)
     heads = settings.get("heads", 8)
     if any(name.startswith("resnet_projector.") for name in state):
         token = settings.get("scale_token", "first")

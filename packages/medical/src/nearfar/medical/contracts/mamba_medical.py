@@ -18,6 +18,12 @@ from nearfar.ops.recurrence.directional_mamba import SS2D, DirectionalMamba, rel
 from nearfar.ops.recurrence.mamba import selective_scan
 
 
+TOLD = """patch_size dims dims_decoder d_state ssm_ratio dt_rank d_conv norm depths depths_decoder num_classes output
+in_chans out_chans feat_size hidden_size expand act conv_bias kernel n_conv_per_stage n_conv_per_stage_decoder mamba
+features in_channels channels d_model directions gate channel_first dim state groups length delta_bias A""".split()
+"""Settings that shapes tell, or that describe in words what the systems always do."""
+
+
 class _Sigmoid(nn.Module):
     """The released VM-UNet's single output is a probability."""
 
@@ -181,6 +187,7 @@ def _operator(contract: Contract, state: dict[str, Tensor]) -> Callable[..., Any
 def build_contract(contract: Contract) -> Callable[..., Any] | None:
     """The network or operator that a contract describes; None for Vim and VMamba, which the vision package builds."""
     state, settings = contract.state(), contract.settings
+    contract.document(*TOLD)
     if any(name.startswith("vmunet.") or ".self_attention." in name for name in state):
         model = VMUNet.from_published(state)
         mixers = [level[0].mixer for level in model.encoder]

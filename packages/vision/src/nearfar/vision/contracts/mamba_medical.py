@@ -13,7 +13,12 @@ def build_contract(contract: Contract) -> Callable[..., Any] | None:
     state = contract.state()
     if "layers.0.mixer.in_proj.weight" in state and "cls_token" in state:
         sizes = {name: contract.settings[name] for name in ("stride", "img_size") if name in contract.settings}
-        return Vim.from_published(state, **sizes)
+        model = Vim.from_published(state, **sizes)
+        dim, states = model.embed_dim, model.blocks[0].mixer.scan.A_log.shape[-1]
+        contract.require(patch=model.patch_size, depth=len(model.blocks), d_state=states, embed_dim=dim)
+        contract.require(num_classes=model.num_classes)
+        contract.require_text(norm="RMSNorm eps 1e-0?5", cls_token="middle.*", bidirectional="v2, halved")
+        return model
     if any(name.startswith(("patch_embed.", "layers.0.")) for name in state) and "layers.0.blocks.0.norm.weight" in (
         name.replace("ln_1", "norm") for name in state
     ):

@@ -211,9 +211,9 @@ VMAMBAS = {
     "vmamba_small_s1l20": _variant(20, 96, 1.0, 49.01, None, None),
     "vmamba_base_s2l15": _variant(15, 128, 2.0, 88.56, 15.4, 83.9),
     "vmamba_base_s1l20": _variant(20, 128, 1.0, 86.61, None, None),
-    "vanilla_vmamba_tiny": _first_form(9, 96, 22.89),
-    "vanilla_vmamba_small": _first_form(27, 96, 44.42),
-    "vanilla_vmamba_base": _first_form(27, 128, 76.25),
+    "vmamba_tiny_v0": _first_form(9, 96, 22.89),
+    "vmamba_small_v0": _first_form(27, 96, 44.42),
+    "vmamba_base_v0": _first_form(27, 128, 76.25),
 }
 
 register(VMamba, VMAMBAS)
