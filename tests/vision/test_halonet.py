@@ -33,7 +33,7 @@ class TestHaloNet(BackboneTester):
         """timm's own products of queries with the whole tables, for those with the places of keys here."""
         saved, side = 0, size // 4
         for i, stage in enumerate(model.stages):
-            for j, block in enumerate(stage.blocks):
+            for block in stage.blocks:
                 attn = block.self_attn
                 queries = (side // 2**i) ** 2
                 if attn is None:

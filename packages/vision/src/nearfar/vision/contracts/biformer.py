@@ -13,7 +13,7 @@ from nearfar.vision.models.biformer import BiFormer, BiFormerBlock
 
 
 class Operator(nn.Module):
-    """An operator on maps of a contract's layout; of routed attention also what was chosen, if the contract lists it."""
+    """An operator on maps of a contract's layout; also what routed attention chose, if the contract lists it."""
 
     def __init__(self, operator: nn.Module, channels_first: bool, routes: bool = False) -> None:
         super().__init__()
