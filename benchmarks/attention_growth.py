@@ -2,11 +2,11 @@
 
     python benchmarks/attention_growth.py [--sizes 224 448 896] [--repeats 3] [--plot growth.png] [--halonet]
 
-One layer of 64 channels and 4 heads on the stride-8 map of a square picture, forward in inference mode, one thread. Layers
-take turns within every repeat and the fastest turn counts, in processor time, which other work on the machine changes little. The exponent b of
-time ~ pixels^b is fitted over all sizes; full attention has 2 in the limit. BiFormer's regions either stay 7 x 7, as in the
-published classifiers, or grow with the picture, as in the published dense models. `--halonet` times timm's HaloNets and
-ours at 256 pixels on the same weights instead.
+One layer of 64 channels and 4 heads on the stride-8 map of a square picture, forward in inference mode, one thread.
+Layers take turns within every repeat and the fastest counts, in processor time, which other work on the machine changes
+little. The exponent b of time ~ pixels^b is fitted over all sizes; full attention has 2 in the limit. BiFormer's
+regions either stay 7 x 7, as in the published classifiers, or grow with the picture, as in the published dense models.
+`--halonet` times timm's HaloNets and ours at 256 pixels on the same weights instead.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def growth(sizes: list[int], repeats: int, plot: str | None) -> None:
     for size in sizes:
         x = torch.randn(1, 64, size // 8, size // 8).contiguous(memory_format=torch.channels_last)
         layers = {name: build(size).eval() for name, build in LAYERS.items()}
-        found = fastest({name: lambda layer=layer: layer(x) for name, layer in layers.items()}, repeats)
+        found = fastest({name: lambda layer=layer, x=x: layer(x) for name, layer in layers.items()}, repeats)
         for name, value in found.items():
             rows[name].append(value)
     print("layer\t" + "\t".join(f"{size} px ms" for size in sizes) + "\texponent")
