@@ -13,7 +13,7 @@ from nearfar.vision.models.biformer import BiFormer, BiFormerBlock
 
 
 class Operator(nn.Module):
-    """An operator on maps of a contract's layout; of routed attention also what was chosen, if the contract lists it."""
+    """An operator on maps of a contract's layout; also what routed attention chose, if the contract lists it."""
 
     def __init__(self, operator: nn.Module, channels_first: bool, routes: bool = False) -> None:
         super().__init__()
@@ -32,6 +32,10 @@ class Operator(nn.Module):
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, its feature pyramid, one block or one operator, that a contract describes."""
     state, settings = contract.state(), contract.settings
+    contract.document(  # told by shapes, or words for people
+        "dim", "qkv_bias", "local_enhancement_kernel", "scale", "attention_scale", "mlp_ratio", "activation", "stem",
+        "downsampling", "head", "image_size", "position_conv", "layout", "auto_pad", "head_dim", "norm",
+    )  # fmt: skip
     contract.require(position_conv_kernel=3, layernorm_eps=1e-6, batchnorm_eps=1e-5, qk_scale=None)
     if "downsample_layers.0.0.weight" not in state:
         return build_operator(contract, state)

@@ -34,6 +34,10 @@ class ChannelsLast(nn.Module):
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, its feature pyramid, one block or one operator, that a contract describes."""
     state, settings = contract.state(), contract.settings
+    contract.document(  # told by shapes, or words for people
+        "kernel", "hidden", "dim", "rotary", "activation", "image_size", "mlp_ratios", "depths", "layer_scale", "projection_dim",
+        "layout", "heads", "decay_initial", "decay_range",
+    )  # fmt: skip
     contract.require(
         local_enhancement_kernel=5, position_conv_kernel=3, ffn_conv_kernel=3, layernorm_eps=1e-6, batchnorm_eps=1e-5
     )

@@ -1,7 +1,7 @@
 """HaloNet: a residual network whose spatial convolutions give way to attention of blocks to themselves and a halo.
 
-Vaswani et al., "Scaling Local Self-Attention for Parameter Efficient Visual Backbones" (CVPR 2021). No code or weights of
-the paper are out; timm's networks are the accepted reading, and those it trained are here under its names.
+Vaswani et al., "Scaling Local Self-Attention for Parameter Efficient Visual Backbones" (CVPR 2021). No code or weights
+of the paper are out; timm's networks are the accepted reading, and those it trained are here under its names.
 """
 
 from collections.abc import Mapping, Sequence
@@ -93,7 +93,7 @@ class HaloNet(Backbone):
         attention: of each stage, the blocks that have attention, from 0.
         num_heads: of each stage's attention.
         block_size, halo_size: of attention.
-        head_dim: channels of a query, for all blocks; by default `qk_ratio` times the bottleneck's, divided by the heads.
+        head_dim: channels of a query, for all blocks; by default `qk_ratio` of the bottleneck's over the heads.
         value_ratio: width of the values over the bottleneck's.
         stem: "7x7" (and max pool), "tiered" (three 3x3, and max pool), "tiered_strided" (the last strided instead),
             "3x3" (strided; then the first stage is strided too).
@@ -380,8 +380,8 @@ def _paper(block: int, halo: int, values: float, expansion: float, depth: int, s
     return Variant(settings, params, None, (Weights("untrained", top1, size=size),))
 
 
-def _timm(tag: str, top1: float, params: float, gmacs: float | None, crop: float = 0.95, size: int = 256, file: str = "",
-          **settings: Any) -> Variant:  # fmt: skip
+def _timm(tag: str, top1: float, params: float, gmacs: float | None, crop: float = 0.95, size: int = 256,
+          file: str = "", **settings: Any) -> Variant:  # fmt: skip
     base = {
         "depths": (2, 2, 2, 2),
         "dims": (256, 512, 1024, 2048),
@@ -407,7 +407,7 @@ def _timm(tag: str, top1: float, params: float, gmacs: float | None, crop: float
 
 
 HALONETS = {
-    # block, halo, value and output expansion, depth of stage 3, picture, final channels, parameters, accuracy as recalled
+    # block, halo, value and output expansion, depth of stage 3, picture, final channels, parameters, recalled accuracy
     "nearfar_halonet_h0": _paper(8, 3, 1.0, 0.5, 7, 256, 0, 5.5, 77.9),
     "nearfar_halonet_h1": _paper(8, 3, 1.0, 1, 10, 256, 0, 8.1, 79.9),
     "nearfar_halonet_h2": _paper(8, 3, 1.0, 1.25, 11, 256, 0, 9.4, 80.4),

@@ -1,7 +1,6 @@
 """BiFormer: contracts, the surface, builds of the STL layout, routes in checkpoints, the dense form."""
 
 import re
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -17,7 +16,7 @@ from nearfar.ops.common.layers import DepthwiseConv
 from nearfar.vision.contracts.biformer import build_contract
 from nearfar.vision.explain.attention import attention_maps
 from nearfar.vision.models.biformer import BiFormer, BiFormerBlock
-from tests.vision.base import BackboneTester, check_contract, close, contracts, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
 
 
 class TestBiFormer(BackboneTester):
@@ -49,11 +48,6 @@ class TestBiFormer(BackboneTester):
                 if isinstance(module, DepthwiseConv):
                     more += positions * module.weight.numel()
         return -more
-
-
-@pytest.mark.parametrize("path", contracts("biformer"))
-def test_contract(path: Path) -> None:
-    check_contract(path, build_contract)
 
 
 def published_names(model: BiFormer, channels_first: bool = False, stl: bool = True) -> dict[str, torch.Tensor]:
