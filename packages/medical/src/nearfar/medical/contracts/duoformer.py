@@ -17,9 +17,27 @@ from nearfar.medical.models.duoformer import (
     published_state,
 )
 
-
-TOLD = """backbone scales depth_scale_blocks depth_patch_blocks embed_dim mlp_ratio patch_attention classes patch_grid
-tokens_per_patch image activation stage_channels order dim depth layout convs_in_fusion scale_token""".split()
+TOLD = [
+    "backbone",
+    "scales",
+    "depth_scale_blocks",
+    "depth_patch_blocks",
+    "embed_dim",
+    "mlp_ratio",
+    "patch_attention",
+    "classes",
+    "patch_grid",
+    "tokens_per_patch",
+    "image",
+    "activation",
+    "stage_channels",
+    "order",
+    "dim",
+    "depth",
+    "layout",
+    "convs_in_fusion",
+    "scale_token",
+]
 """Settings that shapes tell, or that describe in words what the system always does."""
 
 

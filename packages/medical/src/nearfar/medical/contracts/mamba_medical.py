@@ -17,10 +17,44 @@ from nearfar.ops.convolution.gated_spatial import GatedSpatialConv
 from nearfar.ops.recurrence.directional_mamba import SS2D, DirectionalMamba, released_mamba, released_ss2d
 from nearfar.ops.recurrence.mamba import selective_scan
 
-
-TOLD = """patch_size dims dims_decoder d_state ssm_ratio dt_rank d_conv norm depths depths_decoder num_classes output
-in_chans out_chans feat_size hidden_size expand act conv_bias kernel n_conv_per_stage n_conv_per_stage_decoder mamba
-features in_channels channels d_model directions gate channel_first dim state groups length delta_bias A""".split()
+TOLD = [
+    "patch_size",
+    "dims",
+    "dims_decoder",
+    "d_state",
+    "ssm_ratio",
+    "dt_rank",
+    "d_conv",
+    "norm",
+    "depths",
+    "depths_decoder",
+    "num_classes",
+    "output",
+    "in_chans",
+    "out_chans",
+    "feat_size",
+    "hidden_size",
+    "expand",
+    "act",
+    "conv_bias",
+    "kernel",
+    "n_conv_per_stage",
+    "n_conv_per_stage_decoder",
+    "mamba",
+    "features",
+    "in_channels",
+    "channels",
+    "d_model",
+    "directions",
+    "gate",
+    "channel_first",
+    "dim",
+    "state",
+    "groups",
+    "length",
+    "delta_bias",
+    "A",
+]
 """Settings that shapes tell, or that describe in words what the systems always do."""
 
 
