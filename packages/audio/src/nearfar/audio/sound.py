@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from math import gcd
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import soundfile

@@ -18,7 +18,8 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, its feature pyramid or one halo attention, that a contract describes."""
     state, settings = contract.state(), contract.settings
     contract.document(  # told by shapes, or words for people
-        "layout", "keys", "relative_logits", "head_dim", "query_key_head_dim", "value_head_dim", "widths", "bottleneck_ratio",
+        "layout", "keys", "relative_logits", "head_dim", "query_key_head_dim", "value_head_dim", "widths",
+        "bottleneck_ratio",
         "attention_blocks", "image_size", "downsampling_shortcut", "stem", "norm",
     )  # fmt: skip
     if "q.weight" in state:

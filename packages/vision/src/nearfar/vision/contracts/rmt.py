@@ -35,7 +35,8 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     """The network, its feature pyramid, one block or one operator, that a contract describes."""
     state, settings = contract.state(), contract.settings
     contract.document(  # told by shapes, or words for people
-        "kernel", "hidden", "dim", "rotary", "activation", "image_size", "mlp_ratios", "depths", "layer_scale", "projection_dim",
+        "kernel", "hidden", "dim", "rotary", "activation", "image_size", "mlp_ratios", "depths", "layer_scale",
+        "projection_dim",
         "layout", "heads", "decay_initial", "decay_range",
     )  # fmt: skip
     contract.require(
