@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Rule, count
 from nearfar.ops.attention.patch_overlap import OverlappingPatchAttention
 from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv
@@ -104,7 +105,13 @@ class CATANet(Restorer):
         (r"upconv(\d)?\.", lambda m: f"enlarge.{3 * (int(m[1] or 1) - 1)}."),
         (r"last_conv\.", "last."),
     )
-    PAPER = "CATANet: Efficient Content-Aware Token Aggregation (2025), arxiv.org/abs/2503.06896"
+    CARD = Card(
+        "CATANet",
+        "2503.06896",
+        "attention inside groups of like pixels anywhere, and inside overlapping patches; enlarges pictures",
+        1.4e-6,
+        weights="official",
+    )
 
     def __init__(
         self,

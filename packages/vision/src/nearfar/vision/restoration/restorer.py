@@ -36,8 +36,6 @@ class Restorer(nn.Module, PyTorchModelHubMixin):
     IGNORE: ClassVar[tuple[str, ...]] = ()
     """Published tensors that the model computes itself."""
     VARIANTS: ClassVar[dict[str, RestorerVariant]] = {}
-    PAPER: ClassVar[str] = ""
-    """Title, year and address of the paper."""
     context: ClassVar[int | None] = None
     """Pixels of the input around a position that its output depends on; None where it depends on all of them."""
     multiple: ClassVar[int] = 1
