@@ -8,7 +8,8 @@ import torch
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.vision.restoration.catanet import CATANet
 from nearfar.vision.restoration.drct import DRCT
-from nearfar.vision.restoration.restorer import RESTORERS, create_restorer, load_restorer, pad_to
+from nearfar.vision.restoration.networks import create_restorer, load_restorer, restorers
+from nearfar.vision.restoration.restorer import pad_to
 from tests.vision.base import randomise
 
 SMALL = {
@@ -49,7 +50,7 @@ def published(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_published_sizes() -> None:
-    for name, (model, variant) in RESTORERS.items():
+    for name, (model, variant) in restorers().items():
         with torch.device("meta"):
             count = sum(p.numel() for p in model(**variant.settings).parameters())
         digits = 10_000 if model is DRCT else 1_000

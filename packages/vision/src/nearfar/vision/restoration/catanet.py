@@ -12,7 +12,7 @@ from nearfar.core.checkpoints import Rule, count
 from nearfar.ops.attention.patch_overlap import OverlappingPatchAttention
 from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv
 from nearfar.ops.tokens.content_groups import ContentGroupAttention
-from nearfar.vision.restoration.restorer import Restorer, RestorerVariant, Upsampler, pad_to, register
+from nearfar.vision.restoration.restorer import Restorer, RestorerVariant, Upsampler, pad_to
 
 
 class ConvFFN(nn.Module):
@@ -192,4 +192,3 @@ CATANet.VARIANTS = {
     f"catanet_x{scale}": RestorerVariant({"scale": scale}, params)
     for scale, params in ((2, 477_000), (3, 550_000), (4, 535_000))
 }
-register(CATANet)

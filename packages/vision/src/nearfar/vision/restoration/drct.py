@@ -10,7 +10,7 @@ from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Rule, count
 from nearfar.ops.attention.shifted_window import WindowAttention
 from nearfar.ops.common.layers import ChannelNorm, DropPath
-from nearfar.vision.restoration.restorer import Restorer, RestorerVariant, Upsampler, pad_to, register
+from nearfar.vision.restoration.restorer import Restorer, RestorerVariant, Upsampler, pad_to
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 """Mean colour of DIV2K."""
@@ -186,4 +186,3 @@ DRCT.VARIANTS = {
     },
     **{f"drct_l_x{scale}": RestorerVariant({"scale": scale, "groups": 12}, 27_580_000) for scale in (2, 3, 4)},
 }
-register(DRCT)
