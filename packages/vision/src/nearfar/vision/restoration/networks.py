@@ -1,11 +1,11 @@
 """Super-resolution networks by name, and by the checkpoint that holds one."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from nearfar.core.cards import models
-from nearfar.core.checkpoints import read
-from nearfar.core.errors import CheckpointError, UserError
+from nearfar.core.checkpoints import identify, read
+from nearfar.core.errors import UserError
 from nearfar.vision.restoration.restorer import Restorer, RestorerVariant
 
 
@@ -36,13 +36,5 @@ def load_restorer(source: str | Path) -> Restorer:
     if path.is_dir():
         path = path / "model.safetensors"
     state = read(path)
-    found, reasons = [], []
-    for model in dict.fromkeys(model for model, _ in restorers().values()):
-        try:
-            found.append(model.from_published(state))
-        except CheckpointError as error:
-            reasons.append(f"{model.__name__}: {error}".replace("\n", "\n    "))
-    if len(found) != 1:
-        told = ", ".join(type(model).__name__ for model in found) or "\n  " + "\n  ".join(reasons)
-        raise CheckpointError(f"{path}: fits {'several systems: ' if found else 'no system:'}{told}")
-    return found[0]
+    classes = {model.__name__: model for model, _ in restorers().values()}
+    return identify({name: partial(model.from_published, state) for name, model in classes.items()}, str(path))[1]
