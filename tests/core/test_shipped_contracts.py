@@ -1,4 +1,4 @@
-"""Every contract that ships with the packages holds (`nearfar verify` runs the large ones too), and every setting counts."""
+"""The contracts that ship with the packages hold (`nearfar verify` runs the large ones), and every setting counts."""
 
 import functools
 import re
