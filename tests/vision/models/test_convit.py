@@ -7,8 +7,7 @@ import timm
 import torch
 
 from nearfar.vision.models.convit import ConViT
-
-from .base import TokenTester, close
+from tests.vision.base import TokenTester, close
 
 
 class TestConViT(TokenTester):

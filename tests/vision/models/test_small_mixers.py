@@ -13,8 +13,7 @@ from nearfar.vision.contracts.afno import build_contract
 from nearfar.vision.models.afno import AFNOTransformer
 from nearfar.vision.models.dhvt import DHVT, DHVTBlock
 from nearfar.vision.models.ninformer import NiNBlock, NiNformer
-
-from .base import TokenTester, check_contract, close, contracts, described, randomise, shapes_of
+from tests.vision.base import TokenTester, check_contract, close, contracts, described, randomise, shapes_of
 
 
 class TestAFNO(TokenTester):

@@ -19,6 +19,7 @@ from nearfar.core.files import atomic_path
 from nearfar.core.finite import check_weights
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound=nn.Module)
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 """One renaming: a regular expression, and what takes the place of its match in a tensor's name."""
@@ -158,7 +159,7 @@ def fit_shapes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
     }
 
 
-def loaded(model: nn.Module, state: Mapping[str, Tensor], ignore: Iterable[str] = ()) -> nn.Module:
+def loaded(model: Model, state: Mapping[str, Tensor], ignore: Iterable[str] = ()) -> Model:
     """`model` in eval mode with the renamed `state` in it, shapes fitted, every key accounted for."""
     load_state_dict(model, fit_shapes(model, state), ignore=ignore)
     return model.eval()

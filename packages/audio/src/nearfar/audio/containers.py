@@ -33,7 +33,8 @@ class Container:
                     rates.add(frame.sample_rate)
                     channels.add(frame.layout.nb_channels)
                     self.frames += frame.samples
-                promised = float(stream.duration * stream.time_base) if "mp4" in container.format.name else 0.0
+                told = "mp4" in container.format.name and stream.duration and stream.time_base
+                promised = float(stream.duration * stream.time_base) if told else 0.0
         except IndexError:
             raise UserError(f"{path}: holds no sound") from None
         except av.FFmpegError as error:

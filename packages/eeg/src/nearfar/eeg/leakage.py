@@ -107,7 +107,7 @@ def check_split(
             )
         if digests is not None:
             sides = ((side, rows), ("test", split.test))
-            parts = (Side(name, part, [digests[row] for row in part]) for name, part in sides)
+            parts = (Side(name, [str(row) for row in part], [digests[row] for row in part]) for name, part in sides)
             if (places := twin(*parts)) is not None:
                 names = f"{trial(rows[places[0]])} of {side} and {trial(split.test[places[1]])} of test"
                 raise LeakageError(f"{where}: {names} hold the same signal; remove the copy")

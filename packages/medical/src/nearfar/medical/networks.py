@@ -31,11 +31,11 @@ def create_network(name: str, num_classes: int, in_channels: int, dims: int, set
     """
     try:
         if name in (own := networks()):
-            kind, card = own[name]
+            network, card = own[name]
             if dims not in card.dims:
                 raise ValueError(f"takes {' or '.join(map(str, card.dims))} axes, roi has {dims}")
             axes = {"dims": dims} if len(card.dims) > 1 else {}
-            return kind(num_classes, in_channels, **axes, **card.networks[name], **settings)
+            return network(num_classes, in_channels, **axes, **card.networks[name], **settings)
         library, _, kind = name.partition(".")
         if library == "smp" and hasattr(smp, kind):
             if dims != 2:

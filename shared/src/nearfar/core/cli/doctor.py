@@ -74,7 +74,7 @@ def devices() -> dict[str, Any]:
     """Processors and accelerators."""
     import torch
 
-    about = getattr(torch.cpu, "get_capabilities", dict)()
+    about: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     found = {
         "cpu": f"{about.get('cpu_name', platform.machine())}, {os.cpu_count()} cores, {torch.get_num_threads()} used",
         "instructions": torch.backends.cpu.get_cpu_capability() + (" with AMX" if about.get("amx_tile") else ""),

@@ -81,7 +81,7 @@ def residual_norms(model: nn.Module) -> list[str]:
     Taken from the longest list of alike blocks with at least two norms as children; the last one is the norm that the
     model registers after that list. Raises ValueError where there is no such structure.
     """
-    best: tuple[str, nn.Module] | None = None
+    best: tuple[str, Any] | None = None
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module):
             norms = [[n for n, child in block.named_children() if is_norm(child)] for block in module]
@@ -179,7 +179,11 @@ def check_additive(model: nn.Module, example: Mapping[str, Any] | Sequence[Any],
     streams: list[tuple[str, Tensor]] = []
     handles = []
     for name, norm in norms.items():
-        see = lambda norm, args, out, name=name: (streams.append((name, args[0].detach())), torch.zeros_like(out))[1]  # noqa: E731
+
+        def see(_norm: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name) -> Tensor:
+            streams.append((name, args[0].detach()))
+            return torch.zeros_like(out)
+
         handles.append(norm.register_forward_hook(see))
     try:
         outputs(model, example)

@@ -61,7 +61,7 @@ class OverlappingPatchAttention(nn.Module):
             cut = linear(z).index_select(1, rows).index_select(2, columns)
             cut = cut.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)  # (B, rows, columns, p, p, C)
             heads.append(cut.flatten(3, 4).flatten(0, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
-        y = attend(*heads, self.scale).transpose(1, 2).flatten(2)
+        y = attend(*heads, scale=self.scale).transpose(1, 2).flatten(2)
         y = y.reshape(len(x), len(rows) // size, len(columns) // size, size, size, -1).transpose(2, 3).flatten(1, 2)
         y = self.average(self.average(self.out(y).flatten(2, 3), 1, height), 2, width)
         if self.averaging == "mean":

@@ -91,7 +91,7 @@ class ContentGroupAttention(nn.Module):
 
         q = grouped(self.q)[:, :-1]
         k, v = (torch.cat([t[:, :-1], t[:, 1:]], 2) for t in (grouped(self.k), grouped(self.v)))
-        near = attend(*(heads(t.flatten(0, 1)) for t in (q, k, v)), self.scale)
+        near = attend(*(heads(t.flatten(0, 1)) for t in (q, k, v)), scale=self.scale)
         near = near.transpose(1, 2).flatten(2).unflatten(0, (len(x), -1)).flatten(1, 2)[:, :n]
         inverse = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=x.device).expand_as(order))
         near = near.gather(1, inverse[..., None].expand_as(near))

@@ -48,7 +48,7 @@ def check_equivalence(
         live = LiveSeparator(model, model.sample_rate, device=device)
         rows.append({"comparison": "streamed in blocks of 0.1 s / whole", "ought": "equal", **_live(live, mix, whole)})
         return rows
-    options = {"window": window, "hop": hop, "embed": embed}
+    options: dict[str, Any] = {"window": window, "hop": hop, "embed": embed}
     tracks, _ = separate_samples(
         mix[0].cpu().numpy(), model.sample_rate, model_separator(model, device), model.sample_rate,
         speakers=model.num_speakers, **options,

@@ -240,7 +240,7 @@ def read_pipe(file: Readable, raw: str | None = None) -> tuple[int, Iterator[Sam
         layout = {"1": "mono", "2": "stereo"}.get((*numbers, "1")[1], f"{numbers[-1]}c")
         options = {"sample_rate": numbers[0], "ch_layout": layout}
     try:
-        container = av.open(file, format=coding or None, options=options, buffer_size=4096)
+        container: Any = av.open(file, format=coding or None, options=options, buffer_size=4096)
         stream = container.streams.audio[0]
     except (av.FFmpegError, ValueError, IndexError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -97,7 +97,7 @@ def _from_tree(folder: Path, mix: str | None, targets: str | None) -> list[Mixtu
     if mix not in present:
         choice = ", ".join(sorted(name for name in present if name.startswith("mix"))) or "no folder of mixtures"
         raise UserError(f"{folder}: there is no {mix or 'mix'} in it; there is {choice}")
-    homes = []
+    homes: list[Path] = []
     while targets.format(len(homes) + 1) in present:
         homes.append(folder / targets.format(len(homes) + 1))
     if len(homes) < 1:
@@ -111,7 +111,8 @@ def _from_tree(folder: Path, mix: str | None, targets: str | None) -> list[Mixtu
 
 
 def _flat(path: Path) -> Mixture:
-    name, sources = path.stem.removesuffix("_mix"), []
+    name = path.stem.removesuffix("_mix")
+    sources: list[Path] = []
     while (source := path.with_name(f"{name}_source{len(sources) + 1}{path.suffix}")).is_file():
         sources.append(source)
     if not sources:
@@ -186,7 +187,8 @@ def refuse_shared_sources(train: Iterable[Mixture], other: Iterable[Mixture]) ->
     parts = [list(dict.fromkeys(source for mixture in part for source in mixture.sources)) for part in (train, other)]
     names = ("the mixtures for training", "those for validation or test")
     contents = [list(map(content_digest, part)) for part in parts]
-    check_apart(*(Side(*side) for side in zip(names, [list(map(str, part)) for part in parts], contents)))
+    train_side, other_side = (Side(name, list(map(str, part)), at) for name, part, at in zip(names, parts, contents))
+    check_apart(train_side, other_side)
 
 
 def find_voices(

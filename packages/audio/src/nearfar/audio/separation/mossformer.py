@@ -346,7 +346,7 @@ def load_model(path: str | Path, sample_rate: int | None = None, masking: bool |
     return MossFormer.from_published(path, sample_rate=sample_rate, masking=masking)
 
 
-RENAMES = [
+RENAMES: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(pattern), new)
     for pattern, new in [
         (r"^model\.", ""),

@@ -43,7 +43,9 @@ class Source(Protocol):
     """What is separated: `Recording` and `ArraySource` are such."""
 
     rate: int
-    frames: int
+
+    @property
+    def frames(self) -> int: ...
 
     def read(self, start: int, stop: int) -> Samples: ...
 
@@ -325,7 +327,7 @@ class Meter:
         """Energy of the mixture over that of mixture minus sum of gains * tracks, in dB; 100 and more: equal."""
         gains = np.broadcast_to(gains, self.peak.shape)
         residual = self.mix - 2 * gains @ self.with_mix + gains @ self.products @ gains
-        return round(10 * float(np.log10(max(self.mix, 1e-20) / max(residual, 1e-12 * self.mix, 1e-30))), 2)
+        return round(10 * float(np.log10(max(self.mix, 1e-20) / max(float(residual), 1e-12 * self.mix, 1e-30))), 2)
 
     def levels(self) -> list[float]:
         """Root mean square of each track relative to the mixture's, in dB."""

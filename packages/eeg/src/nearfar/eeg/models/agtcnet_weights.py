@@ -136,7 +136,7 @@ def keras_state(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
     problems = []
     for path, value in arrays.items():
         parent, _, leaf = path.removesuffix(":0").rpartition("/")
-        kind, number = re.fullmatch(r"(.*?)(?:_(\d+))?", parent.rpartition("/")[2]).groups()
+        kind, number = re.findall(r"^(.*?)(?:_(\d+))?$", parent.rpartition("/")[2])[0]
         if kind not in _KERAS:  # layers of the released code's own, under whatever name
             kind = {"bias": "gcat", "scale": "positional_encoding"}.get(leaf, kind)
         layer = layers.setdefault(kind, {}).setdefault(int(number or 0), {})

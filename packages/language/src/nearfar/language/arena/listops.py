@@ -7,7 +7,7 @@ unordered set without a seed, so its very sequences cannot be had again; their d
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def keep(trees: Trees, wanted: np.ndarray, rng: np.random.Generator) -> Trees:
 
 def solve(trees: Trees) -> tuple[np.ndarray, list[np.ndarray]]:
     """The value of each tree, and the length of each node's text level by level."""
-    values = lengths = None
+    values = lengths = np.empty(0, dtype=np.int64)
     every: list[np.ndarray] = []
     for level in range(len(trees.operators) - 1, -1, -1):
         operator, value = trees.operators[level], trees.digits[level].astype(np.int64)
@@ -167,7 +167,7 @@ def sequences(
             raise ValueError(f"there are hardly any trees left of {min_length} to {max_length} tokens at this depth")
 
 
-def text_of(ids: Sequence[int]) -> str:
+def text_of(ids: Iterable[int]) -> str:
     """Tokens with spaces between them."""
     return " ".join(TOKENS[i] for i in ids)
 

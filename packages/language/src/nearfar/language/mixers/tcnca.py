@@ -31,7 +31,7 @@ def handing_on(layer: type[nn.Module]) -> Callable[[Callable[..., nn.Module]], C
         own = {n: p for n, p in inspect.signature(make).parameters.items() if p.kind is not p.VAR_KEYWORD}
         more = {n: p for n, p in inspect.signature(layer).parameters.items() if n not in (*own, "memory", "causal")}
         parameters = [p.replace(kind=p.KEYWORD_ONLY) if n in more else p for n, p in (own | more).items()]
-        make.__signature__ = inspect.Signature(parameters)
+        make.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return make
 
     return sign

@@ -135,13 +135,11 @@ def check_split(cases: Sequence[Case], train: Iterable[str], validation: Iterabl
     if unknown := [name for name in (*train, *validation) if name not in by_name]:
         raise UserError(f"the split names cases that are not there: {', '.join(unknown[:5])}")
     found = {case.name: case for case in cases}
-    check_apart(
-        *(
-            Side(f"the {side} cases", names, [case_digest(found[name]) for name in names], [by_name[n] for n in names])
-            for side, names in (("training", train), ("validation", validation))
-        ),
-        group="patient",
+    first, second = (
+        Side(f"the {side} cases", names, [case_digest(found[name]) for name in names], [by_name[n] for n in names])
+        for side, names in (("training", train), ("validation", validation))
     )
+    check_apart(first, second, group="patient")
 
 
 ARRAYS = (".npz", ".h5")

@@ -225,7 +225,7 @@ def write_dicom_seg(path: str | Path, labels: np.ndarray, like: Scan, names: dic
 
 def _read_nifti(path: Path, channels: int) -> Scan:
     try:
-        file = nib.load(path)
+        file: Any = nib.load(path)
         data = np.asarray(file.dataobj, dtype=np.float32)
     except (OSError, EOFError, ValueError, zlib.error, gzip.BadGzipFile, nib.filebasedimages.ImageFileError) as error:
         raise UserError(f"{path}: damaged or no NIfTI file ({_first_line(error)})") from error
@@ -242,15 +242,15 @@ def _read_nifti(path: Path, channels: int) -> Scan:
 
 def _nifti(values: np.ndarray, like: Scan) -> Any:
     if like.kind != "nifti":
-        image = nib.Nifti1Image(values, like.affine)
-        image.header.set_xyzt_units("mm")
-        image.set_sform(like.affine, 1)
-        image.set_qform(like.affine, 1)
-        return image
+        plain = nib.Nifti1Image(values, like.affine)
+        plain.header.set_xyzt_units("mm")
+        plain.set_sform(like.affine, 1)
+        plain.set_qform(like.affine, 1)
+        return plain
     original = like.source.header
     if math.prod(like.source.shape[3:]) == 1:
         values = values.reshape(like.source.shape)
-    image = type(like.source)(values, None, original) if hasattr(original, "get_qform") else None
+    image: Any = type(like.source)(values, None, original) if hasattr(original, "get_qform") else None
     if image is None:
         return nib.Nifti1Image(values, like.affine)
     image.header.set_data_dtype(values.dtype)
@@ -302,7 +302,8 @@ def _nrrd_header(like: Scan) -> dict[str, Any]:
 
 
 def _read_dicom(folder: Path) -> Scan:
-    slices, seen = [], {}
+    slices: list[Any] = []
+    seen: dict[Any, Any] = {}
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
         try:
             item = pydicom.dcmread(path)

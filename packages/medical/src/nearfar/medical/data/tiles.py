@@ -62,9 +62,10 @@ def split_by_slide(tiles: Sequence[Tile], folds: int = 5, seed: int = 0) -> list
     order = sorted(slides)
     np.random.default_rng(seed).shuffle(order)
     counts = {s: np.array([sum(t.label == label for t in slides[s]) for label in labels]) for s in order}
-    rarity = sum(counts.values()).astype(float)
+    rarity = np.sum(list(counts.values()), axis=0, dtype=float)
     order.sort(key=lambda s: -float((counts[s] / rarity).sum()))
-    held, filled = [set() for _ in range(folds)], np.zeros((folds, len(labels)))
+    held: list[set[str]] = [set() for _ in range(folds)]
+    filled = np.zeros((folds, len(labels)))
     for slide in order:
         fold = int((filled @ (counts[slide] / rarity) + 1e-9 * filled.sum(1)).argmin())
         held[fold].add(slide)
@@ -123,8 +124,9 @@ class Slide:
         self.path = Path(path)
         try:
             self.file = tifffile.TiffFile(self.path)
-            series = max(self.file.series, key=lambda s: s.pages[0].imagelength * s.pages[0].imagewidth)
-            self.pages = [level.pages[0] for level in series.levels]
+            every: list[Any] = list(self.file.series)
+            series = max(every, key=lambda s: s.pages[0].imagelength * s.pages[0].imagewidth)
+            self.pages: list[Any] = [level.pages[0] for level in series.levels]
         except (OSError, tifffile.TiffFileError, ValueError, IndexError) as error:
             raise UserError(f"{self.path}: cannot be read as a TIFF slide ({error})") from error
         if len(self.pages) < 2:

@@ -134,7 +134,8 @@ class Pictures(Dataset):
 
 
 def _content_digest(read: Callable[[int], Image.Image], index: int, name: str) -> str:
-    kind, given = getattr(read, "func", None), getattr(read, "args", ())
+    kind: Any = getattr(read, "func", None)
+    given: tuple[Any, ...] = getattr(read, "args", ())
     if kind is _read_chosen:
         return _content_digest(given[0], given[1][index], name)
     if kind is _read_file:
@@ -257,6 +258,7 @@ def _from_tars(paths: Sequence[Path]) -> Pictures:
         samples: dict[str, dict[str, tarfile.TarInfo]] = {}
         try:
             with tarfile.open(path) as archive:
+                extract: Callable[[tarfile.TarInfo], Any] = archive.extractfile  # never None for files
                 for member in archive:
                     if member.isfile() and not PurePosixPath(member.name).name.startswith("."):
                         key, _, suffix = PurePosixPath(member.name).name.partition(".")
@@ -266,9 +268,9 @@ def _from_tars(paths: Sequence[Path]) -> Pictures:
                     if found is None:
                         continue
                     if "cls" in parts:
-                        label: Any = archive.extractfile(parts["cls"]).read().decode().strip()
+                        label: Any = extract(parts["cls"]).read().decode().strip()
                     elif "json" in parts:
-                        label = json.loads(archive.extractfile(parts["json"]).read()).get("label")
+                        label = json.loads(extract(parts["json"]).read()).get("label")
                     else:
                         raise UserError(f"{path}: sample {key} has a picture but neither .cls nor .json with its label")
                     pictures.append((path, found.offset_data, found.size, f"{path}/{found.name}"))

@@ -126,7 +126,7 @@ def _open(path: Path) -> xr.Dataset:
     for axis, known in AXES.items():
         name = next((n for n in known if n in data.dims), None)
         if name is None and axis != "level":
-            raise UserError(f"{path}: has no {axis} axis ( {', '.join(known)}; it has {', '.join(data.dims)})")
+            raise UserError(f"{path}: has no {axis} axis ({', '.join(known)}; it has {', '.join(map(str, data.dims))})")
         if name is not None and name != axis:
             names[name] = axis
         if name is not None and name not in data.coords:
@@ -245,13 +245,13 @@ def fit_statistics(fields: Fields) -> Statistics:
 
     Raises UserError where a channel does not vary.
     """
-    total, square = 0.0, 0.0
+    total = square = np.zeros(1)
     for values in iterate(fields):
         total = total + values.astype(np.float64)
         square = square + np.square(values, dtype=np.float64)
-    climatology = np.asarray(total) / len(fields)
+    climatology = total / len(fields)
     mean = climatology.mean((1, 2))
-    std = np.sqrt(np.maximum((np.asarray(square) / len(fields)).mean((1, 2)) - mean**2, 0))
+    std = np.sqrt(np.maximum((square / len(fields)).mean((1, 2)) - mean**2, 0))
     if flat := [name for name, s, m in zip(fields.names, std, mean, strict=True) if s <= 1e-6 * max(abs(m), 1e-30)]:
         raise UserError(f"{fields.source}: {', '.join(flat)} does not vary, so it cannot be scaled; leave it out")
     marks = fields.read(0).tobytes() + fields.read(len(fields) - 1).tobytes()

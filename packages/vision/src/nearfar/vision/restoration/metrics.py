@@ -89,6 +89,7 @@ def score(
     if colour == "y" and image.shape[0] == 3:
         pair = [luma(t) for t in pair]
     if protocol == "float":
-        return Score(psnr(*pair, peak=1.0, floor=1e-8), ssim(*pair, peak=1.0))
-    pair = [255 * t for t in pair]
-    return Score(psnr(*pair), ssim(*pair))
+        a, b = pair
+        return Score(psnr(a, b, peak=1.0, floor=1e-8), ssim(a, b, peak=1.0))
+    a, b = (255 * t for t in pair)
+    return Score(psnr(a, b), ssim(a, b))

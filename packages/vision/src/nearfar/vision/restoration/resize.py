@@ -41,7 +41,7 @@ def imresize(
         if not scale > 0:  # type: ignore[operator]
             raise ValueError(f"scale is {scale}; it must be above 0")
         # ceil of a product that is whole but for rounding, such as 0.1 * 30
-        size = tuple(math.ceil(side * scale - 1e-9 * side) for side in sides)  # type: ignore[assignment]
+        size = tuple(math.ceil(side * scale - 1e-9 * side) for side in sides)  # type: ignore[assignment, operator]
         factors = [float(scale)] * 2  # type: ignore[arg-type]
     else:
         factors = [new / side for new, side in zip(size, sides)]
