@@ -129,7 +129,7 @@ def test_a_source_on_both_sides_is_refused(tmp_path):
     corpus(tmp_path)
     found = find_mixtures(tmp_path)
     refuse_shared_sources(found[:1], found[1:])
-    with pytest.raises(UserError, match="training as well as"):
+    with pytest.raises(UserError, match=r"s1/b\.wav: lies in the mixtures for training and in those for validation"):
         refuse_shared_sources(found, found[1:])
 
 
