@@ -316,7 +316,7 @@ def test_a_short_training_separates_and_is_found_again(tmp_path):
 
 def test_recipes_are_read_from_yaml(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("variant: mossformer2\nmodel: {dim: 32}\nlr: 0.001\n")
+    path.write_text("variant: mossformer2\nmodel: {dim: 32}\nlearning_rate: 0.001\n")
     settings = read_recipe(Recipe, path, ["epochs=3"])
     assert (settings.variant, settings.learning_rate, settings.epochs) == ("mossformer2", 0.001, 3)
     with pytest.raises(UserError, match="unknown setting rate_of_learning"):
