@@ -183,6 +183,7 @@ class PictureTester:
         """Whether the parameter takes no part in training on logits alone."""
         return False
 
+    @pytest.mark.slow  # the export below traces the same graph
     @torch.no_grad()
     def test_compile_without_graph_breaks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         without_shape_checks(monkeypatch)

@@ -56,7 +56,7 @@ def build(choice: Named, table: Mapping[str, Mixer], what: str, **given: Any) ->
     Arguments in `given` are handed over where the entry takes them and `choice` does not set them.
     """
     arguments = {"type": choice} if isinstance(choice, str) else dict(choice)
-    name = arguments.pop("type", None)
+    name: Any = arguments.pop("type", None)
     if name not in table:
         raise UserError(f"unknown {what} {name!r}; known are {', '.join(sorted(table))}")
     mixer = table[name]

@@ -49,13 +49,14 @@ def load_causal_lm(name: str, device: str = "cpu", dtype: torch.dtype | None = N
         read(name, "language model")
     try:
         options = {} if dtype is None else {"dtype": dtype}
-        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        loading: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        model, found = loading
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name}: no causal language model there ({first_line(error)})") from error
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{name}: lacks {some(missing)}; the model would have random weights there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         if model.config.vocab_size != len(byte_tokenizer()):
             raise UserError(f"{name}: the model comes without a tokenizer ({first_line(error)})") from error
@@ -130,7 +131,8 @@ def token_bytes(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many bytes of UTF-8 the tokens stand for; special tokens for none."""
     if isinstance(tokenizer, ByT5Tokenizer):
         return int((tokens >= BYTE_OFFSET).sum())
-    return len(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).encode())
+    text: Any = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return len(text.encode())
 
 
 def text_files(path: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Losses of the recipes, for one output or several."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,12 @@ class SegmentationLoss(nn.Module):
         if ignore is not None and name != "cross_entropy":
             raise ValueError(f"loss {name!r} cannot leave out a label; use cross_entropy")
         self.name, self.squash, self.ignore = name, squash, ignore
-        options = {
+        every: dict[str, dict[str, Any]] = {
             "dice_ce": {"include_background": False},
             "nnunet": {"include_background": False, "batch": True},
             "transunet": {"squared_pred": True, "batch": True, "lambda_ce": 0.4, "lambda_dice": 0.6},
-        }.get(name)
+        }
+        options = every.get(name)
         self.dice_ce = DiceCELoss(softmax=True, to_onehot_y=True, **options) if options is not None else None
 
     def forward(self, outputs: Tensor | Sequence[Tensor] | GuidedOutputs, labels: Tensor) -> Tensor:
@@ -51,7 +53,8 @@ class SegmentationLoss(nn.Module):
         weights = [1.0] * len(outputs)
         if self.name == "nnunet":
             weights = [0.5**i / (2 - 0.5 ** (len(outputs) - 1)) for i in range(len(outputs))]
-        return sum(w * self.one(torch.sigmoid(o) if self.squash else o, labels) for w, o in zip(weights, outputs))
+        terms = [w * self.one(torch.sigmoid(o) if self.squash else o, labels) for w, o in zip(weights, outputs)]
+        return torch.stack(terms).sum()
 
     def one(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of one output."""

@@ -73,7 +73,7 @@ class Segmenter:
         by slabs from a temporary file where the whole does not fit, see `refinement.refine`.
         """
         image = self.prepare(scan)
-        options = {"overlap": overlap, "mirror": mirror, "device": device, "progress": progress}
+        options: dict[str, Any] = {"overlap": overlap, "mirror": mirror, "device": device, "progress": progress}
         options["memory"] = WINDOW_MEMORY if memory is None else memory
         if crf is not None:
             with self.probabilities(image, in_memory=memory is None, **options) as scores:

@@ -157,7 +157,7 @@ EXAMPLES: dict[str, tuple[Tensor, Tensor]] = {}
 
 
 def cached_examples(recipe: Recipe, segment: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
-    settings = SEGMENT | segment | {"seed": seed}
+    settings: dict[str, Any] = SEGMENT | segment | {"seed": seed}
     if "mqar" in settings["task"]:
         settings = {"vocab_size": recipe.vocab_size, "exact": recipe.exact} | settings
     key = json.dumps(settings, sort_keys=True)

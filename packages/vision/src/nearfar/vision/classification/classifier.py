@@ -178,7 +178,7 @@ class Classifier:
                     weights.size,
                     weights.crop_pct,
                     weights.crop_mode,
-                    info.label_descriptions(as_dict=True),
+                    info.label_descriptions(as_dict=True),  # type: ignore[arg-type]
                 )
         tags = ", ".join(f"{w.tag} ({w.num_classes} classes)" for w in published) or "none"
         raise UserError(f"{path}: has {model.num_classes} classes; published weights of {base}: {tags}")

@@ -53,8 +53,8 @@ def compare(
     """
     choose, score = split_pictures(hold, 0.5, recipe.seed)
     chooser, scorer = hold.subset(choose), hold.subset(score)
-    parts = (("the pictures to learn from", learn), ("those to score on", scorer))
-    check_apart(*(Side(name, part.names, part.digests()) for name, part in parts))
+    learning = Side("the pictures to learn from", learn.names, learn.digests())
+    check_apart(learning, Side("those to score on", scorer.names, scorer.digests()))
     rows = []
     for name in track(names, "training"):
         try:
@@ -136,7 +136,8 @@ def within(
         return replace(recipe, epochs=begun["epochs"], warmup_epochs=begun["warmup_epochs"])
     model = new_model(name, len(learn.classes), recipe).to(device)
     loader, _ = loaders(learn, learn, recipe, workers)
-    times = []
+    times: list[float] = []
+    before = 0.0
     for _, (x, labels) in zip(range(6), loader, strict=False):
         start = time.perf_counter() if not times else before
         out = model(x.to(device))

@@ -185,7 +185,7 @@ class TokenLabelled(Dataset):
 
 
 @torch.inference_mode()
-def patch_scores(model: nn.Module, x: Tensor) -> Tensor:
+def patch_scores(model: Any, x: Tensor) -> Tensor:
     """What a classifier says at every place of its last features, (B, K, h, w).
 
     Models with a classifier of patches are asked for its logits; of feature maps every cell goes through the head as if
