@@ -16,6 +16,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     contract.document("mode")  # the size's name
     contract.require_text(conv_norm="BatchNorm.* eps 1e-0?5")
     threshold = settings.get("softshrink", 0.01)
+    contract.require_text(activation=".*(relu|silu|swish).*")
     activation = "relu" if "relu" in str(settings.get("activation", "SiLU")).lower() else "silu"
     words = str(settings.get("block_norm", "GroupNorm")).lower()
     norm = "group" if "group" in words or "layer_norm_2d" in words else "pixel"

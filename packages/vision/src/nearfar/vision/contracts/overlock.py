@@ -48,6 +48,8 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         merged = "proj.1.origin_bn.weight" not in state
         expansion = ratio(len(state["proj.6.weight"]), dim)
         contract.require(dim=dim, kernel_size=kernel, mlp_ratio=expansion, reparameterised=merged)
+        if scale is None:
+            contract.document("res_scale")  # it says where the layer scale stands
         return loaded(RepConvBlock(dim, kernel, expansion, scale, 0.0, res_scale, merged), state)
     if "proj.3.weight" in state:
         contract.require(dim=len(state["proj.3.weight"]), channels=len(state["proj.3.weight"]))
