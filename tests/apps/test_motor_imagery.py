@@ -225,7 +225,7 @@ BAD_INPUTS = {
     "missing file": (lambda f: None, [], "no such file or folder"),
     "unknown class": (lambda f: recording(f / "a_raw.fif"), ["--classes", "left_hand,tongue"], "no trials of tongue"),
     "unknown run": (lambda f: recording(f / "a_raw.fif"), ["--runs", "99"], "no recording of run 99"),
-    "unknown setting": (lambda f: recording(f / "a_raw.fif"), ["--set", "epochs=3"], "unknown setting epochs"),
+    "unknown setting": (lambda f: recording(f / "a_raw.fif"), ["--set", "passes=3"], "unknown setting passes"),
     "too short": (lambda f: recording(f / "a_raw.fif"), ["--window", "0", "0.5"], "65 samples"),
 }
 
@@ -265,7 +265,7 @@ def test_decoder_of_another_montage_is_refused(decoder, tmp_path, capsys):
     assert run("train", other, "--start", decoder, "-o", tmp_path / "tuned", *TRAINING) == 2
     assert f"was trained on {', '.join(CHANNELS)}" in capsys.readouterr().err
     assert run("predict", tmp_path, other) == 2
-    assert "is no decoder folder" in capsys.readouterr().err
+    assert "holds no trained decoder, it lacks decoder.json" in capsys.readouterr().err
 
 
 def test_imagery_of_a_real_subject(shared_data, tmp_path, capsys):

@@ -84,6 +84,7 @@ def test_wilcoxon_holm_corrects_the_smallest_p_most():
 
 def test_wilcoxon_holm_says_when_there_are_too_few_subjects():
     for scores in (
+        pd.DataFrame({"a": [0.5], "b": [0.6]}),
         pd.DataFrame({"a": [0.5, 0.6, 0.7, 0.8, 0.9], "b": [0.4, 0.5, 0.6, 0.6, 0.7]}),
         pd.DataFrame({"a": [0.5] * 20, "b": [0.5] * 19 + [0.6]}),
     ):

@@ -76,9 +76,7 @@ def test_every_mixer_is_covered():
     assert used == set(MIXERS)
 
 
-@pytest.mark.parametrize(
-    "how", [{}, {"num_beams": 3}, {"num_beams": 4, "num_beam_groups": None}, {"do_sample": True, "temperature": 0.7}]
-)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True, "temperature": 0.7}])
 def test_generation_with_the_state_equals_generation_without(model, how):
     how = {"do_sample": False} | how
     out = []
@@ -102,13 +100,13 @@ def test_pieces_equal_the_whole(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("side", ["left", "both"])
 def test_padding_changes_nothing(model, side):
     """Prompts of different lengths in one batch: logits, state and continuation are those of each alone."""
     model.double()
     lengths, width = [10, 4, 7], 13
     ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
-    starts = {"left": [width - n for n in lengths], "right": [0] * 3, "both": [1, 3, 5]}[side]
+    starts = {"left": [width - n for n in lengths], "both": [0, 3, 5]}[side]
     for row, (start, n) in enumerate(zip(starts, lengths)):
         ids[row, start : start + n] = tokens()[row, :n]
         mask[row, start : start + n] = 1
@@ -194,6 +192,7 @@ def test_the_state_stays_constant_where_it_can(model, kind):
     assert (model.state_size(40) > model.state_size(20)) == grows
 
 
+@pytest.mark.parametrize("kind", ["attention hybrid", "linear", "kimi", "mega"])
 def test_it_learns(kind):
     """Repeats a random text: loss falls well below that of guessing."""
     model = make(kind).train()

@@ -129,7 +129,7 @@ def test_a_source_on_both_sides_is_refused(tmp_path):
     corpus(tmp_path)
     found = find_mixtures(tmp_path)
     refuse_shared_sources(found[:1], found[1:])
-    with pytest.raises(UserError, match="training as well as"):
+    with pytest.raises(UserError, match=r"s1/b\.wav: lies in the mixtures for training and in those for validation"):
         refuse_shared_sources(found, found[1:])
 
 
@@ -316,7 +316,7 @@ def test_a_short_training_separates_and_is_found_again(tmp_path):
 
 def test_recipes_are_read_from_yaml(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("variant: mossformer2\nmodel: {dim: 32}\nlr: 0.001\n")
+    path.write_text("variant: mossformer2\nmodel: {dim: 32}\nlearning_rate: 0.001\n")
     settings = read_recipe(Recipe, path, ["epochs=3"])
     assert (settings.variant, settings.learning_rate, settings.epochs) == ("mossformer2", 0.001, 3)
     with pytest.raises(UserError, match="unknown setting rate_of_learning"):

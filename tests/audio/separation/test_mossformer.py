@@ -418,7 +418,7 @@ def test_every_named_size_has_its_class():
 def altered(name, **settings):
     """A shipped contract with other settings."""
     contract = Contract.load(next(path for path in CONTRACTS if path.stem == f"mossformer--{name}"))
-    return replace(contract, content=contract.content | {"settings": contract.settings | settings})
+    return replace(contract, content=contract.content | {"settings": contract.content["settings"] | settings})
 
 
 def test_contracts_of_other_permutations():

@@ -125,7 +125,7 @@ CONVERSATION = [(0, 0, 9), (1, 5, 22), (0, 18, 34), (1, 30, 45), (0, 41, 60)]
 UNFAVOURABLE = [(0, 0, 9), (1, 5, 25), (0, 37, 57), (1, 69, 89), (0, 101, 121), (1, 118, 130)]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("turns", [CONVERSATION, UNFAVOURABLE], ids=["conversation", "silences"])
 @pytest.mark.parametrize("known", [None, 2])
 def test_no_voice_changes_its_track(turns, seed, known):
@@ -268,7 +268,7 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
         return top
 
     peak(20)  # what is made once
-    assert peak(600) < 1.2 * peak(60)
+    assert peak(300) < 1.2 * peak(60)
 
 
 # ---------------------------------------------------------------------------------------------------------- live, model

@@ -197,9 +197,9 @@ def test_the_demand_of_a_window_is_what_the_tensors_take(cls, settings, swept):
 def test_a_budget_is_kept_by_the_whole_process():
     script = """
 import sys, numpy as np, torch
-from nearfar.audio.mossformer import MossFormer
-from nearfar.audio.separation import model_separator, separate_samples
-from nearfar.audio.separation_memory import fit_window
+from nearfar.audio.separation.mossformer import MossFormer
+from nearfar.audio.separation.windows import model_separator, separate_samples
+from nearfar.audio.separation.memory import fit_window
 from nearfar.core.memory import resident_memory
 torch.set_num_threads(1)
 model = MossFormer(num_filters=256, dim=256, depth=1).eval()

@@ -417,7 +417,7 @@ def test_autocast_and_compile(without_shape_checks):
 def altered(name, variant, settings=(), **changes):
     """A shipped contract under another name, with other settings."""
     contract = Contract.load(next(path for path in CONTRACTS if path.stem == f"l-tdnn--{name}"))
-    settings = contract.settings | dict(settings)
+    settings = contract.content["settings"] | dict(settings)
     return replace(contract, content=contract.content | {"variant": variant, "settings": settings} | changes)
 
 

@@ -74,7 +74,7 @@ def slow_average(m, x, mask=None):
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("how", [{}, {"form": "scan"}, {"truncation": 7}, {"truncation": 500}])
-@pytest.mark.parametrize("length", [1, 5, 70])
+@pytest.mark.parametrize("length", [1, 40])
 def test_average(bidirectional, how, length):
     ema = shaken(DampedEMA(3, 4, bidirectional, **how))
     x = torch.randn(2, length, 3, requires_grad=True)
@@ -156,8 +156,9 @@ def slow_attention(m, q, k, v, mask=None):
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("chunk", [None, 1, 7, 9, 60])
-@pytest.mark.parametrize("bias", ["simple", "rotary"])
+@pytest.mark.parametrize(
+    ("chunk", "bias"), [(None, "simple"), (1, "rotary"), (7, "simple"), (7, "rotary"), (9, "simple"), (60, "rotary")]
+)
 def test_attention(kind, causal, chunk, bias):
     attention = shaken(ChunkAttention(4, chunk, kind, bias, max_length=60, causal=causal))
     q, k, v = (torch.randn(2, 18, c, requires_grad=True) for c in (4, 4, 3))

@@ -91,9 +91,7 @@ def text(batch=3, length=LENGTH, seed=1):
     return torch.randn(batch, length, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(
-    "pieces", [[1] * LENGTH, [LENGTH], [1, 2, 30, 1, 17, 32], [64, 19]], ids=["singly", "whole", "mixed", "two"]
-)
+@pytest.mark.parametrize("pieces", [[1] * LENGTH, [33, 1, 2, 47]], ids=["singly", "mixed"])
 def test_streaming_equals_parallel(mixer, pieces):
     x, state, out = text(), None, []
     for piece in x.split(pieces, 1):
@@ -115,14 +113,16 @@ def test_streaming_has_the_parallel_gradient(mixer):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max() + 1), msg=name)
 
 
-@pytest.mark.parametrize("position", [1, 40, LENGTH - 1])
-def test_the_future_does_not_leak(mixer, position):
+@torch.no_grad()
+def test_the_future_does_not_leak(mixer):
     x = text()
-    changed = x.clone()
-    changed[:, position:] += 1
-    before = (mixer(changed) - mixer(x))[:, :position]
-    assert before.abs().max() < 1e-12
-    assert (mixer(changed) - mixer(x))[:, position].abs().max() > 1e-4
+    y = mixer(x)
+    for position in (1, 40, LENGTH - 1):
+        changed = x.clone()
+        changed[:, position:] += 1
+        difference = mixer(changed) - y
+        assert difference[:, :position].abs().max() < 1e-12
+        assert difference[:, position].abs().max() > 1e-4
 
 
 def test_lengths_make_padding_invisible(mixer):

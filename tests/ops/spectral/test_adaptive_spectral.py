@@ -71,11 +71,11 @@ def test_adaptive_filter_is_its_formula(size: tuple[int, ...], matrices: bool) -
 
 
 @pytest.mark.parametrize("matrices", [False, True])
-@pytest.mark.parametrize("fraction", [0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("fraction", [0.3, 0.5, 1.0])
 @pytest.mark.parametrize(
     ("modes", "size"),
     [("afno", (9,)), ("lowpass", (9,)), ("lowpass", (8,)), ("lowpass", (3, 4, 6))]
-    + [(modes, size) for modes in ("afno", "fourcastnet", "lowpass") for size in ((6, 12), (7, 5), (8, 8))],
+    + [(modes, size) for modes in ("afno", "fourcastnet", "lowpass") for size in ((6, 12), (7, 5))],
 )
 def test_modes_that_are_not_kept_are_zero(modes: str, size: tuple[int, ...], fraction: float, matrices: bool) -> None:
     """The mask by its published slices (or, for lowpass, by |f|), against the form that computes only kept modes."""

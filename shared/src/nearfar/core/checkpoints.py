@@ -27,7 +27,10 @@ Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 Checkpoint = str | Path | Mapping[str, Any]
 """A checkpoint file, or what it holds."""
 
-WRAPPERS = ("ema_state_dict", "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model_state", "model")
+WRAPPERS = (
+    "ema_state_dict", "state_dict_ema", "model_ema", "params_ema", "state_dict", "model_state_dict", "model_state",
+    "model", "params",
+)  # fmt: skip
 """Keys under which training scripts keep the weights, in order of preference (averaged weights first)."""
 
 PREFIXES = ("module.", "_orig_mod.")

@@ -83,7 +83,8 @@ def wilcoxon_holm(scores: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
         raise ValueError("every subject needs a score from every model; a failed one counts as chance, not as a gap")
     rows = []
     for a, b in combinations(scores.columns, 2):
-        found = paired_test(scores[a], scores[b])
+        alone = {"difference": (scores[a] - scores[b]).mean(), "p": np.nan}  # one subject is no sample to test on
+        found = paired_test(scores[a], scores[b]) if len(scores) > 1 else alone
         rows.append({"a": a, "b": b, "subjects": len(scores), "difference": found["difference"], "p": found["p"]})
     table = pd.DataFrame(rows, columns=["a", "b", "subjects", "difference", "p"])
     table["p_holm"] = holm(table["p"])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.core.errors import UserError
 from nearfar.ops.attention.self_attention import SelfAttention
@@ -65,6 +66,15 @@ class EViT(TokenModel):
         fuse: join the tokens that are not kept into one, weighted by their scores, instead of dropping them.
         drop_path_rate, drop_rate, global_pool, dynamic_img_pad: as in `ConViT`.
     """
+
+    CARD = Card(
+        "EViT",
+        "2202.07800",
+        "attention over ever fewer tokens: those that the class token looks at, and the rest in one",
+        5.9e-7,
+        weights="official, timm's DeiT",
+        small={"evit_deit_tiny": {"dim": 96, "depth": 6, "num_heads": 3, "patch_size": 8, "reduce_at": (2, 4)}},
+    )
 
     RULES = ((r"head\.(weight|bias)$", r"head.fc.\1"),)
 

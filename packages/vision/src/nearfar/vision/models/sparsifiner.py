@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.predicted_sparsity import Connectivity, ConnectivityPredictor, PredictedSparseAttention
 from nearfar.ops.common.layers import DropPath
@@ -90,6 +91,14 @@ class Sparsifiner(TokenModel):
             head on every patch; in eval mode half its largest value over the patches is added to the logits.
         dense: attend to all pairs, as in the phase of training that fits the predictors to the attention.
     """
+
+    CARD = Card(
+        "Sparsifiner",
+        "2303.13755",
+        "attention over pairs of tokens that a low-rank predictor picks per picture and head",
+        1.8e-6,
+        weights="none released; starts from DeiT-S or LV-ViT-S",
+    )
 
     RULES = (
         (r"head\.(weight|bias)$", r"head.fc.\1"),

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Rule, count
 from nearfar.ops.attention.patch_overlap import OverlappingPatchAttention
 from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv
 from nearfar.ops.tokens.content_groups import ContentGroupAttention
-from nearfar.vision.restoration.restorer import Restorer, RestorerVariant, Upsampler, pad_to, register
+from nearfar.vision.restoration.restorer import Restorer, RestorerVariant, Upsampler, pad_to
 
 
 class ConvFFN(nn.Module):
@@ -104,7 +105,13 @@ class CATANet(Restorer):
         (r"upconv(\d)?\.", lambda m: f"enlarge.{3 * (int(m[1] or 1) - 1)}."),
         (r"last_conv\.", "last."),
     )
-    PAPER = "CATANet: Efficient Content-Aware Token Aggregation (2025), arxiv.org/abs/2503.06896"
+    CARD = Card(
+        "CATANet",
+        "2503.06896",
+        "attention inside groups of like pixels anywhere, and inside overlapping patches; enlarges pictures",
+        1.4e-6,
+        weights="official",
+    )
 
     def __init__(
         self,
@@ -185,4 +192,3 @@ CATANet.VARIANTS = {
     f"catanet_x{scale}": RestorerVariant({"scale": scale}, params)
     for scale, params in ((2, 477_000), (3, 550_000), (4, 535_000))
 }
-register(CATANet)

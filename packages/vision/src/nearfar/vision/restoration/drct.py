@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Rule, count
 from nearfar.ops.attention.shifted_window import WindowAttention
 from nearfar.ops.common.layers import ChannelNorm, DropPath
-from nearfar.vision.restoration.restorer import Restorer, RestorerVariant, Upsampler, pad_to, register
+from nearfar.vision.restoration.restorer import Restorer, RestorerVariant, Upsampler, pad_to
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 """Mean colour of DIV2K."""
@@ -103,7 +104,13 @@ class DRCT(Restorer):
         (r"conv_last\.", "last."),
     )
     IGNORE = (r".*relative_position_index$", r".*attn_mask$")
-    PAPER = "DRCT: Saving Image Super-resolution away from Information Bottleneck (2024), arxiv.org/abs/2404.00722"
+    CARD = Card(
+        "DRCT",
+        "2404.00722",
+        "shifted-window attention in densely connected groups; enlarges pictures",
+        1.2e-6,
+        weights="official and community layouts",
+    )
 
     def __init__(
         self,
@@ -179,4 +186,3 @@ DRCT.VARIANTS = {
     },
     **{f"drct_l_x{scale}": RestorerVariant({"scale": scale, "groups": 12}, 27_580_000) for scale in (2, 3, 4)},
 }
-register(DRCT)

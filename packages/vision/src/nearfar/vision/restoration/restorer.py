@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from nearfar.core.checkpoints import Checkpoint, Rule, loaded, read, rename
-from nearfar.core.errors import CheckpointError, UserError
+from nearfar.core.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,6 @@ class Restorer(nn.Module, PyTorchModelHubMixin):
     IGNORE: ClassVar[tuple[str, ...]] = ()
     """Published tensors that the model computes itself."""
     VARIANTS: ClassVar[dict[str, RestorerVariant]] = {}
-    PAPER: ClassVar[str] = ""
-    """Title, year and address of the paper."""
     context: ClassVar[int | None] = None
     """Pixels of the input around a position that its output depends on; None where it depends on all of them."""
     multiple: ClassVar[int] = 1
@@ -103,44 +100,3 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
                 margin = (0, 0, 0, amount) if axis == 2 else (0, amount, 0, 0)
                 x = F.pad(x, margin, mode="reflect" if x.shape[axis] > 1 else "replicate")
     return x
-
-
-RESTORERS: dict[str, tuple[type[Restorer], RestorerVariant]] = {}
-"""Every published super-resolution network by name: its class and variant."""
-
-
-def register(model: type[Restorer]) -> None:
-    """Enter the variants of a class into `RESTORERS`."""
-    RESTORERS.update({name: (model, variant) for name, variant in model.VARIANTS.items()})
-
-
-def create_restorer(name: str, **settings: Any) -> Restorer:
-    """A registered network with fresh weights; `settings` are constructor arguments that take precedence.
-
-    Raises UserError for an unknown name.
-    """
-    if name not in RESTORERS:
-        raise UserError(f"{name}: no such model; known are {', '.join(sorted(RESTORERS))}")
-    model, variant = RESTORERS[name]
-    return model(**(variant.settings | settings))
-
-
-def load_restorer(source: str | Path) -> Restorer:
-    """The network in a checkpoint file of any registered system, in eval mode, or in a folder of `save_pretrained`.
-
-    Raises CheckpointError where no system, or more than one, accounts for every tensor; each one's reason is listed.
-    """
-    path = Path(source)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    state = read(path)
-    found, reasons = [], []
-    for model in dict.fromkeys(model for model, _ in RESTORERS.values()):
-        try:
-            found.append(model.from_published(state))
-        except CheckpointError as error:
-            reasons.append(f"{model.__name__}: {error}".replace("\n", "\n    "))
-    if len(found) != 1:
-        told = ", ".join(type(model).__name__ for model in found) or "\n  " + "\n  ".join(reasons)
-        raise CheckpointError(f"{path}: fits {'several systems: ' if found else 'no system:'}{told}")
-    return found[0]

@@ -1,0 +1,100 @@
+"""EViT and Sparsifiner: the plain model at keep rate 1, timm's weights, the switch on timm's models, dense maps."""
+
+import pytest
+import timm
+import torch
+
+from nearfar.core.errors import UserError
+from nearfar.vision.models.evit import EViT, reorganise_tokens, scheduled_keep_rate
+from nearfar.vision.models.sparsifiner import Sparsifiner
+from tests.vision.base import close, randomise
+
+TINY = {"dim": 64, "depth": 4, "num_heads": 2, "img_size": 64, "num_classes": 5, "reduce_at": (1, 2)}
+
+
+@torch.no_grad()
+def test_published_sizes() -> None:
+    for name, params in (("evit_deit_tiny", 5.72), ("evit_deit_small", 22.05), ("evit_deit_base", 86.57)):
+        with torch.device("meta"):
+            count = sum(p.numel() for p in timm.create_model(name).parameters())
+        assert abs(count / 1e6 - params) <= 0.011
+    with torch.device("meta"):
+        assert sum(p.numel() for p in timm.create_model("sparsifiner_deit_small").parameters()) == 22_251_880
+        lv_vit = sum(p.numel() for p in timm.create_model("sparsifiner_lvvit_small").parameters())
+    assert abs(lv_vit / 1e6 - 26.42) < 0.02
+
+
+@torch.no_grad()
+def test_keep_rate_one_is_the_plain_model_and_timms() -> None:
+    theirs = randomise(timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3, num_classes=5))
+    ours = EViT.from_published(theirs.state_dict(), keep_rate=1.0, reduce_at=(1, 2))
+    x = torch.randn(2, 3, 64, 64)
+    close(ours(x), theirs(x), 1e-5)
+    plain = EViT.from_published(theirs.state_dict(), keep_rate=0.5, reduce_at=())
+    assert torch.equal(ours(x), plain(x)), "bit for bit"
+    for keep, fuse in ((0.5, True), (0.5, False), (5, True)):
+        ours.keep_rate, ours.fuse_tokens = keep, fuse
+        switched = reorganise_tokens(theirs, keep, (1, 2), fuse=fuse)
+        close(ours(x), switched(x), 1e-5)
+        assert list(switched.state_dict()) == list(theirs.state_dict())
+
+
+@torch.no_grad()
+def test_maps_are_whole_and_tokens_fewer() -> None:
+    model, x = randomise(EViT(**TINY, keep_rate=0.5)), torch.randn(2, 3, 64, 64)
+    for fuse in (True, False):
+        model.fuse_tokens = fuse
+        tokens, trail = model.trail(x)
+        assert tokens.shape[1] == 1 + (6 if fuse else 4)
+        assert [k.shape[1] for k in trail.kept] == ([8, 5] if fuse else [8, 4])
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        assert [m.shape for m in maps] == [(2, 64, 4, 4)] * 4
+        assert all(m.isfinite().all() for m in maps)
+        close(model.forward_head(tokens), model(x), 1e-6)
+    features = timm.create_model(
+        "evit_deit_tiny", features_only=True, **{k: v for k, v in TINY.items() if k != "num_classes"}
+    )
+    assert [f.shape[-2:] for f in features.eval()(x)] == [(4, 4)] * 3
+
+
+def test_gradients_reach_everything_through_the_fused_token() -> None:
+    model = EViT(**TINY, keep_rate=0.3).train()
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_schedule_and_refusals() -> None:
+    assert scheduled_keep_rate(3, 0.7) == 1
+    assert scheduled_keep_rate(55, 0.7) == pytest.approx(0.85)
+    assert scheduled_keep_rate(200, 0.7) == 0.7
+    with pytest.raises(ValueError, match=r"\(0, 1\]"):
+        EViT(**TINY, keep_rate=0.0)
+    with pytest.raises(ValueError, match="blocks 0 to 3"):
+        EViT(**{**TINY, "reduce_at": (4,)})
+    with pytest.raises(ValueError, match="2 blocks"):
+        EViT(**TINY, keep_rate=(0.5, 0.5, 0.5))
+    with pytest.raises(UserError, match="VisionTransformer"):
+        reorganise_tokens(timm.create_model("test_resnet"))
+    with pytest.raises(UserError, match="class token"):
+        reorganise_tokens(timm.create_model("test_vit", class_token=False, global_pool="avg"), 0.5, (1,))
+
+
+@torch.no_grad()
+def test_sparsifiner_is_the_dense_model_when_it_keeps_all() -> None:
+    sizes = {"dim": 64, "depth": 3, "num_heads": 2, "img_size": 64, "num_classes": 5}
+    sparse = randomise(Sparsifiner(**sizes, keep_rate=1.0, coefficients=100))
+    plain = EViT(**sizes, reduce_at=())
+    plain.load_state_dict({k: v for k, v in sparse.state_dict().items() if "predictor" not in k})
+    x = torch.randn(2, 3, 64, 64)
+    close(sparse(x), plain.eval()(x), 1e-5)
+    assert not torch.allclose(randomise(Sparsifiner(**sizes, keep_rate=0.2))(x), plain(x), atol=1e-3)
+    pruned = randomise(Sparsifiner(**sizes, token_keep_rate=0.5, prune_at=(0, 1)))
+    features, told, active = pruned.details(x)
+    assert active.sum(1).tolist() == [4, 4]
+    assert len(told) == 3
+    assert features.isfinite().all()
+    conv = randomise(Sparsifiner(**sizes, stem="conv", aux_head=True, skip_lambda=2.0, qkv_bias=False, eps=1e-5))
+    assert Sparsifiner.from_published(conv.state_dict(), num_heads=2)(x).shape == (2, 5)
+    close(Sparsifiner.from_published(conv.state_dict(), num_heads=2)(x), conv(x), 1e-6)
+    with pytest.raises(ValueError, match="64 x 64"):
+        sparse(torch.randn(1, 3, 96, 96))
