@@ -177,7 +177,8 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
 
 
 def test_splits_hold_every_class() -> None:
-    pictures = Pictures([str(i) for i in range(22)], [0] * 20 + [1] * 2, ["a", "b"], lambda i: None)
+    names, labels = [str(i) for i in range(22)], [0] * 20 + [1] * 2
+    pictures = Pictures(names, labels, ["a", "b"], lambda i: Image.new("RGB", (1, 1), (i, 0, 0)))
     rest, held = split_pictures(pictures, 0.1, seed=0)
     assert sorted(rest + held) == list(range(22))
     assert sorted(pictures.labels[i] for i in held) == [0, 0, 1]

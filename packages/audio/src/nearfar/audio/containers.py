@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -27,7 +28,7 @@ class Container:
         rates, channels = {0}, {0}
         try:
             with self._open() as container:
-                stream = container.streams.audio[0]
+                stream: Any = container.streams.audio[0]
                 self.subtype = stream.codec_context.name
                 for frame in container.decode(stream):
                     rates.add(frame.sample_rate)
@@ -62,7 +63,7 @@ class Container:
         to_float = av.AudioResampler(format="fltp")
         for frame in self._container.decode(audio=0):
             for piece in to_float.resample(frame):
-                yield piece.to_ndarray().T
+                yield piece.to_ndarray().T.astype(np.float32, copy=False)
 
     def seek(self, position: int) -> None:
         if position < self._first:

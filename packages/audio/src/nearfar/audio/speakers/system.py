@@ -178,7 +178,7 @@ class SpeakerSystem:
     def calibrate(self, embeddings: Array, speakers: Sequence[str], trials: int = 30000, seed: int = 0) -> None:
         """Calibrate on utterances of speakers that the model was not trained on; intervals draw these speakers."""
         names = np.asarray(speakers)
-        left, right, labels = draw_trials(names, min(trials, 20 * len(names)), seed=seed)
+        left, right, labels = draw_trials(list(names), min(trials, 20 * len(names)), seed=seed)
         self.fit(self.score(embeddings, embeddings, left, right), labels, names[left], names[right], seed=seed)
 
     def fit(
@@ -247,7 +247,7 @@ class SpeakerSystem:
             check_finite(values, f"{folder}: {name} of the speaker model")
         with writing(folder, "speaker model", settings, self.trained_on, keep) as place:
             yield place
-            np.savez(place / "scoring.npz", **arrays)
+            np.savez(place / "scoring.npz", **arrays)  # type: ignore[arg-type]
             if self.calibration is not None:
                 self.calibration.save(place / "calibration.json")
 

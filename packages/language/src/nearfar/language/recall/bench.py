@@ -227,7 +227,7 @@ class RecallModule(pl.LightningModule):
             self.log(f"accuracy {name}", values.mean())
         self.log("accuracy", torch.cat(list(scores.values())).mean())
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         slow = [p for n, p in self.named_parameters() if n.endswith("filter.positions")]
         rest = [p for n, p in self.named_parameters() if not n.endswith("filter.positions")]
         groups: list[dict[str, Any]] = [{"params": rest}]

@@ -30,7 +30,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         both, dim = len(state["norm1.weight"]), state["weight_query.0.weight"].shape[1]
         scale = 1.0 if "ls1.weight" in state else None
         merged = "lepe.0.origin_bn.weight" not in state
-        shape = {"kernel_size": (table + 1) // 2, "small_kernel": small, "num_heads": heads}
+        shape: dict[str, Any] = {"kernel_size": (table + 1) // 2, "small_kernel": small, "num_heads": heads}
         shape |= {"mlp_ratio": ratio(len(state["mlp.2.weight"]), dim), "layer_scale": scale}
         shape |= {"res_scale": res_scale, "merged": merged}
         contract.require(dim=dim, real_heads=2 * heads, heads_argument=heads, reparameterised=merged)

@@ -54,7 +54,7 @@ class ConViT(TokenModel):
         "attention blended with looks at fixed distances by a gate a head",
         4.9e-7,
         weights="official, timm",
-        small={"nearfar_convit_tiny": {"dim": 96, "depth": 6, "local_layers": 4, "patch_size": 8}},
+        small={"nearfar_convit_tiny": {"dim": 96, "depth": 4, "local_layers": 3, "patch_size": 8}},
     )
 
     RULES = ((r"head\.(weight|bias)$", r"head.fc.\1"),)
