@@ -222,7 +222,7 @@ def test_contracts_of_several_sizes_of_v3(decoder: bool) -> None:
 
 def crf_contract(**changes) -> Contract:
     contract = Contract.load(next(path for path in CONTRACTS if "spatial-only" in path.stem))
-    return replace(contract, content=contract.content | {"settings": contract.settings | changes})
+    return replace(contract, content=contract.content | {"settings": dict(contract.settings) | changes})
 
 
 def test_contracts_of_other_compatibilities() -> None:

@@ -88,7 +88,7 @@ def test_bad_arguments() -> None:
 def altered(variant: str, settings: dict[str, object], **changes: object) -> Contract:
     """A shipped contract with other settings or outputs."""
     contract = Contract.load(next(path for path in CONTRACTS if path.stem == f"macmd--{variant}"))
-    return replace(contract, content=contract.content | changes | {"settings": contract.settings | settings})
+    return replace(contract, content=contract.content | changes | {"settings": dict(contract.settings) | settings})
 
 
 def test_settings_that_no_release_has_are_refused() -> None:
