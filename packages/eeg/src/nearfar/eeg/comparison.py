@@ -97,7 +97,7 @@ def draw(
         weights, label = spatial_weights(fitted.get(model))
         if weights is not None:
             _save_if_possible(
-                lambda w=weights, n=label: plots.topographic_maps(w, epochs.info, label=n), folder, f"spatial-{model}"
+                partial(plots.topographic_maps, weights, epochs.info, label=label), folder, f"spatial-{model}"
             )
     if wide is not None and (names := _over_motor_cortex(wide)):
         _save_if_possible(partial(plots.desynchronisation, wide, names), folder, "desynchronisation")

@@ -46,7 +46,9 @@ def eegmmidb(
     if absent or not chosen:
         what = f"of subject {', '.join(map(str, sorted(absent)))}" if absent else "S001R04.edf, ..."
         raise UserError(f"{folder}: none of the runs {', '.join(map(str, runs))} {what}; give the folder of EEGMMIDB")
-    return find_recordings(sorted((path for path, number in chosen.items() if number in wanted), key=lambda p: p.name))
+    return find_recordings(
+        sorted((path for path, number in chosen.items() if number in wanted), key=lambda p: Path(p).name)
+    )
 
 
 def fetch_eegmmidb(

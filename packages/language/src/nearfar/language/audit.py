@@ -33,7 +33,7 @@ def audit(model: PreTrainedModel, texts: list[Tensor], device: str = "cpu") -> l
     """
     if len(texts) < 3 or len({len(t) for t in texts}) < 3 or min(len(t) for t in texts) < 8:
         raise ValueError("an audit needs at least three texts of different lengths, each of 8 tokens or more")
-    model = model.to(device).float().eval()
+    model = model.to(device).float().eval()  # type: ignore[arg-type]
     bench = Bench(model, [t.to(device) for t in texts])
     for reference in bench.reference:
         check_finite(reference, "the model's logits")

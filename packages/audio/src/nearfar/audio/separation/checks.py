@@ -32,7 +32,7 @@ def check_equivalence(
     mix = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))[None].to(device)
     with torch.inference_mode():
         whole = model(mix)
-        group = model.blocks[0].attention.group_size
+        group = model.blocks[0].attention.group_size  # type: ignore[union-attr]
         pairs = []
         if model.causal is False:
             pairs.append((f"attention over {group} frames at a time / in one piece", model(mix, frames_at_once=group)))

@@ -84,7 +84,7 @@ def create_model(
         wanted["img_size"] = size if "img_size" in takes else None
         if size < (least := MODELS[base].min_size):
             raise UserError(f"{name}: takes pictures of at least {least} pixels, its largest stride; size is {size}")
-    elif timm.get_pretrained_cfg(timm_name).fixed_input_size:
+    elif (published := timm.get_pretrained_cfg(timm_name)) and published.fixed_input_size:
         wanted["img_size"] = size
     wanted = {key: value for key, value in wanted.items() if value is not None}
     try:

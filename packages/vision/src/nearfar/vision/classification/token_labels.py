@@ -227,7 +227,7 @@ def make_token_labels(
     model = teacher.model.to(device).eval()
     batches = DataLoader(view, batch_size, num_workers=num_workers)
     written = iter(view.names)
-    for x, _ in show(batches):
+    for x, _ in show(batches):  # type: ignore[arg-type]
         scores = patch_scores(model, x.to(device)).float().cpu()
         if not scores.isfinite().all():
             raise UserError(f"{type(model).__name__}: its scores are not finite; no label map is written of them")
