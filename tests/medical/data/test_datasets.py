@@ -251,13 +251,15 @@ def test_labels_outside_the_declared_ones_are_named(tmp_path: Path) -> None:
 
 
 def test_splits_are_by_patient(tmp_path: Path) -> None:
-    cases = [Case(f"p{i // 3}_{i}", (tmp_path,), None, f"p{i // 3}") for i in range(30)]
+    for i in range(30):
+        (tmp_path / f"{i}.nii").write_text(str(i))
+    cases = [Case(f"p{i // 3}_{i}", (tmp_path / f"{i}.nii",), None, f"p{i // 3}") for i in range(30)]
     splits = make_splits(cases, 5, path=tmp_path / "splits.json")
     assert json.loads((tmp_path / "splits.json").read_text()) == splits
     assert sorted(n for s in splits for n in s["validation"]) == sorted(c.name for c in cases)
     for split in splits:
         check_split(cases, split["train"], split["validation"])
-    with pytest.raises(UserError, match="both sides of the split: p0"):
+    with pytest.raises(UserError, match="patient p0: on both sides"):
         check_split(cases, ["p0_0"], ["p0_1"])
     with pytest.raises(UserError, match="not there"):
         check_split(cases, ["x"], [])
