@@ -369,6 +369,7 @@ def test_a_backbone_folder_drives_the_whole_path(tmp_path, head):
     assert not any(name.startswith("frontend.backbone.encoder.layers.0.") for name in changed)
 
 
+@pytest.mark.slow  # seconds of training: which way it comes out depends on the processor
 def test_training_helps_on_people_it_has_not_heard(shared_data, tmp_path, capsys):
     """Real recordings, other people: fewer errors than the same pipeline with the untrained network."""
     data = shared_data("fsdd").parent
