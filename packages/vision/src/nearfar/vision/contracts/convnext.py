@@ -9,6 +9,7 @@ from torch import nn
 
 from nearfar.core.checkpoints import loaded, ratio
 from nearfar.core.contracts import Contract
+from nearfar.core.errors import CheckpointError
 from nearfar.ops.common.layers import ChannelNorm
 from nearfar.ops.convolution.convnext import ConvNeXtBlock
 from nearfar.vision.models.convnext import ConvNeXt
@@ -44,7 +45,10 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     for name, dim in norms.items() if normed else zip(["head.norm"], dims[-1:], strict=False):
         if f"{name}.weight" not in renamed:
             state |= {f"{name}.weight": torch.ones(dim), f"{name}.bias": torch.zeros(dim)}
-    found = ConvNeXt.published_settings(renamed)
+    try:
+        found = ConvNeXt.published_settings(renamed)
+    except (KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{contract.path}: is no checkpoint of ConvNeXt (no {error})") from error
     size, (depth, dim) = found["patch_size"], (found["depths"][0], found["dims"][0])
     contract.require(**{name: found[name] for name in found if name not in ("layer_scale", "feature_norms")})
     contract.require(patch=size, depth=depth, dim=dim)

@@ -42,7 +42,9 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     if "gnconv.proj_in.weight" in state:
         dim, filter = len(state["norm1.weight"]), state.get("gnconv.dwconv.complex_weight")
         order, size = count(state, r"gnconv\.pws\.(\d+)\.") + 1, None if filter is None else tuple(filter.shape[1:3])
-        expansion = ratio(len(state["pwconv1.bias"]), dim)
+        hidden = len(state["pwconv1.bias"])
+        given = contract.settings.get("mlp_ratio", 0)  # several ratios give one width
+        expansion = given if int(given * dim) == hidden else ratio(hidden, dim)
         contract.require(dim=dim, order=order, mlp_ratio=expansion)
         contract.require_text(dwconv=described(size))
         block = HorBlock(
