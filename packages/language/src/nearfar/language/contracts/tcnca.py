@@ -1,7 +1,7 @@
 """Contracts of TCNCA: Mega's models and operators, and Bai's network."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from nearfar.ops.recurrence.ema import DampedEMA
 
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The model or operator of a TCNCA contract."""
-    settings = {name: choice(name, value) for name, value in contract.settings.items()}
+    settings = Choices(contract.settings)
+    contract.document("op", "layout", "note")
     state = fairseq_names(contract.state())
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     if "layers.0.mega_layer.move.omega" in shapes:
@@ -33,15 +34,18 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     if any("weight_v" in name for name in shapes):
         return network(state, contract)
     if "v_proj.weight" in shapes:
+        require_layer(contract, shapes)
         module = mega(shapes["move.omega"][0], **layer_settings(shapes, settings))
         require(contract, causal=module.attention.causal, bidirectional=not module.attention.causal)
         return LengthFirst(loaded(module, our_names(state)))
     if "fc1.weight" in shapes:
-        require(contract, activation="silu")
+        contract.require(activation="silu")
         hidden, dim = shapes["fc1.weight"]
+        contract.require(d=dim, hidden=hidden)
         return LengthFirst(loaded(NormedFeedForward(dim, hidden, **norm_settings(shapes, settings)), our_names(state)))
     if "omega" in shapes:
         d, (rows, order) = shapes["omega"][0], shapes["gamma"]
+        contract.require(d=d, ndim=order)
         pieces = re.search(r"pieces of ([\d, ]+)", settings.get("op", ""))
         truncation = None if pieces else settings.get("truncation")  # the published step does not truncate
         ema = DampedEMA(d, order, rows == 2 * d, truncation)
@@ -50,6 +54,33 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         sizes = [int(n) for n in re.findall(r"\d+", pieces[1])] if pieces else None
         return LengthFirst(loaded(ema, tensors), sizes)
     raise UserError(f"{contract.path}: no operator of TCNCA has the tensors {', '.join(list(shapes)[:6])}")
+
+
+class Choices(Mapping[str, Any]):
+    """The settings of a contract without their descriptions, each looked up when it is asked for."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = settings
+
+    def __getitem__(self, name: str) -> Any:
+        return choice(name, self.settings[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.settings)
+
+    def __len__(self) -> int:
+        return len(self.settings)
+
+
+def require_layer(contract: Contract, shapes: Mapping[str, tuple[int, ...]], at: str = "") -> None:
+    """Hold a contract's settings to the Mega layer whose tensors begin with `at`."""
+    contract.require(
+        d=shapes[f"{at}move.omega"][0],
+        z=shapes[f"{at}gamma"][1],
+        v=shapes[f"{at}v_proj.weight"][0],
+        ndim=shapes[f"{at}move.gamma"][1],
+    )
+    contract.require_text(bias="rotary.*" if f"{at}rel_pos_bias.alpha" in shapes else "simple.*")
 
 
 def choice(name: str, value: Any) -> Any:
@@ -97,9 +128,11 @@ class Biases(nn.Module):
         if "rot.alpha" in state:
             vectors = {"alpha": state["rot.alpha"].flatten(), "beta": state["rot.beta"].flatten()}
             self.biases["rotary"] = loaded(RotaryBias(len(vectors["alpha"])), vectors)
+            contract.require(zdim=len(vectors["alpha"]))
         if "simple.rel_pos_bias" in state:
             row = state["simple.rel_pos_bias"]
             self.biases["simple"] = loaded(SimpleBias((len(row) + 1) // 2), {"bias": row})
+            contract.require(max_positions=(len(row) + 1) // 2)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {name: toeplitz(bias(self.length)) for name, bias in self.biases.items()}
@@ -121,12 +154,20 @@ def network(state: dict[str, Tensor], contract: Contract) -> nn.Module:
     if wanted is not None and list(wanted) != [2**i for i in range(len(channels))]:
         raise UserError(f"{contract.path}: dilations are {wanted}; Bai's network doubles them, 1, 2, 4, ...")
     widths = [channels[i][0] for i in sorted(channels)]
+    contract.require(channels=channels[0][1], levels=len(widths), kernel=channels[0][2])
     return loaded(TemporalConvNet(channels[0][1], widths, channels[0][2]), ours)
 
 
 def language_model(contract: Contract, settings: dict[str, Any]) -> nn.Module:
     """A language model on ids as the contract draws them, or a classifier."""
     config, ours = translate(contract.state(), settings)
+    shapes = {name: tuple(value.shape) for name, value in fairseq_names(contract.state()).items()}
+    contract.require(
+        vocab=config.vocab_size,
+        layers=config.num_hidden_layers,
+        ffn=shapes["layers.0.nffn.fc1.weight"][0],
+    )
+    require_layer(contract, shapes, "layers.0.mega_layer.")
     if isinstance(config, SequenceClassifierConfig):
         return Logits(loaded(SequenceClassifier(config), ours))
     model = loaded(MixerForCausalLM(config), ours)

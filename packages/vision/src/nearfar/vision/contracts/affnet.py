@@ -15,6 +15,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     state, settings = contract.state(), contract.settings
     contract.document("mode")  # the size's name
     contract.require_text(conv_norm="BatchNorm.* eps 1e-0?5")
+    contract.require_text(block_norm=r"(?!.*eps (?!1e-0?5\b)).*")
     threshold = settings.get("softshrink", 0.01)
     contract.require_text(activation=".*(relu|silu|swish).*")
     activation = "relu" if "relu" in str(settings.get("activation", "SiLU")).lower() else "silu"

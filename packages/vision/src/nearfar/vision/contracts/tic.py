@@ -29,7 +29,7 @@ class LocalProducts(nn.Module):
 def build_contract(contract: Contract) -> Callable[..., Any]:
     """The layer, its two local products, or nearfar's own pyramid of it, that a contract describes."""
     state, settings = contract.state(), contract.settings
-    contract.document("outputs")
+    contract.document("outputs", "attention_dropout")  # dropout: of training alone
     kernel = settings.get("kernel_size", 3)
     dilation = settings.get("dilation", 1)
     if not state:

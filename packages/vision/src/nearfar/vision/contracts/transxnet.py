@@ -35,7 +35,9 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
             continue
         groups, half, kernel_size = state[f"{place}local_unit.weight"].shape[:3]
         contract.require(dim=2 * half, kernel_size=kernel_size, groups=groups)
+        # several reductions lead to one width, and a width that differs from the state's does not load
         mixer = DMixer(2 * half, kernel_size, groups, heads, reduction, settings.get("reduction", 8))
+        contract.document("reduction")
         if not place:
             return loaded(mixer, state)
         expansion = ratio(len(state["mlp.norm.weight"]), 2 * half)
