@@ -257,7 +257,7 @@ def test_initial_values():
         ({"mixers": [{"type": "attention", "num_heads": 5}]}, "num_heads=5 must divide dim=128"),
         ({"mixers": []}, "mixers is empty"),
         ({"state_mixer": "mpl"}, "unknown state mixer 'mpl'"),
-        ({"norm": "batchnorm"}, "unknown norm 'batchnorm'"),
+        ({"norm": "groupnorm"}, "unknown norm 'groupnorm'"),
     ],
 )
 def test_wrong_configs_end_in_one_clear_line(settings, message):

@@ -25,6 +25,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     """The model or operator of a TCNCA contract."""
     settings = Choices(contract.settings)
     contract.document("op", "layout", "note")
+    contract.require_text(norm=r"(?!.*eps (?!1e-0?5\b)).*")
     state = fairseq_names(contract.state())
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     if "layers.0.mega_layer.move.omega" in shapes:
