@@ -4,7 +4,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ from nearfar.vision.forecasting.forecastnet import ForecastNet
 from nearfar.vision.forecasting.scores import evaluate as score
 from nearfar.vision.forecasting.scores import published_latitudes
 from nearfar.vision.forecasting.scores import rollout as roll
-
-if TYPE_CHECKING:  # Lightning takes seconds to import, and only training needs it
-    pass
 
 app = typer.Typer(
     help="Learn to forecast gridded fields: `simulate` makes a series to try it on, `inspect` shows what a file holds, "
@@ -55,15 +52,23 @@ def simulate(
     times: Annotated[int, typer.Option(help="Fields.", min=2)] = 300,
     height: Annotated[int, typer.Option(help="Rows.", min=8)] = 32,
     width: Annotated[int, typer.Option(help="Columns.", min=8)] = 64,
+    later: Annotated[
+        Path | None, typer.Option(help="netCDF file for the last fifth, which training is then not to see.")
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Simulate rotating shallow water: a series to try the app on, not an observation."""
     from nearfar.vision.forecasting.simulation import shallow_water
 
     data = shallow_water(times, (height, width), seed=seed)
-    with atomic_path(output) as temporary:
-        data.to_netcdf(temporary, engine="h5netcdf")
-    console.print(f"{output}: {times} simulated fields of {', '.join(map(str, data.data_vars))} on {height} x {width}")
+    cut = times - times // 5 if later else times
+    for path, part in ((output, slice(0, cut)), (later, slice(cut, times))):
+        if path is not None:
+            fields = data.isel(time=part)
+            with atomic_path(path) as temporary:
+                fields.to_netcdf(temporary, engine="h5netcdf")
+            names = ", ".join(map(str, data.data_vars))
+            console.print(f"{path}: {fields.sizes['time']} simulated fields of {names} on {height} x {width}")
 
 
 @app.command()

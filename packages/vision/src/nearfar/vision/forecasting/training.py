@@ -20,8 +20,8 @@ from nearfar.vision.forecasting.forecastnet import ForecastNet
 class Recipe:
     """Settings of a training.
 
-    FourCastNet's: Adam with lr 5e-4 and cosine, batches of 64, relative L2 loss on one step; then `steps` 2 with lr
-    1e-4 from the trained net.
+    FourCastNet's: Adam with learning rate 5e-4 and cosine, batches of 64, relative L2 loss on one step; then `steps` 2
+    with learning rate 1e-4 from the trained net.
     """
 
     patch_size: int = 4
@@ -34,7 +34,7 @@ class Recipe:
     steps: int = 1
     epochs: int = 20
     batch_size: int = 16
-    lr: float = 1e-3
+    learning_rate: float = 1e-3
     warmup_epochs: int = 1
     weight_decay: float = 0.0
     validation_share: float = 0.15
@@ -112,7 +112,9 @@ class Forecaster(pl.LightningModule):
         self.log("validation_loss", self.loss(window), batch_size=len(window))
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), self.recipe.lr, weight_decay=self.recipe.weight_decay)
+        optimizer = torch.optim.AdamW(
+            self.parameters(), self.recipe.learning_rate, weight_decay=self.recipe.weight_decay
+        )
         epochs = self.recipe.epochs, self.recipe.warmup_epochs
         total, warmup = (n * self.steps_per_epoch for n in epochs)
         schedule = warmup_cosine(optimizer, warmup, total)
