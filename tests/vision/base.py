@@ -85,7 +85,7 @@ def without_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
             if owner is not module and not owner.__module__.startswith("nearfar."):
                 continue
             for name, value in list(vars(owner).items()):
-                if not inspect.isfunction(value) or not value.__module__.startswith("nearfar.ops"):
+                if not inspect.isfunction(value) or not (value.__module__ or "").startswith("nearfar.ops"):
                     continue  # the checks stand round operators alone
                 if hasattr(value, "__wrapped__"):
                     monkeypatch.setattr(owner, name, inspect.unwrap(value))

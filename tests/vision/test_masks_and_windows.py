@@ -52,6 +52,7 @@ class TestTiCLike(BackboneTester):
     model, name = TiCLike, "tic_like_tiny"
     tiny: ClassVar = {"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64), "num_heads": (1, 1, 1, 2)}
     least: ClassVar = {"depths": (1, 1), "dims": (8, 16), "num_heads": (1, 1)}
+    fuses = False
 
 
 @pytest.mark.parametrize("path", contracts("gaussian-mixture-mask"))

@@ -1,10 +1,12 @@
 """EViT and Sparsifiner: the plain model at keep rate 1, timm's weights, the switch on timm's models, dense maps."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 
-from nearfar.core.errors import UserError
+from nearfar.core.errors import CheckpointError, UserError
 from nearfar.vision.models.evit import EViT, reorganise_tokens, scheduled_keep_rate
 from nearfar.vision.models.sparsifiner import Sparsifiner
 from tests.vision.base import close, randomise
@@ -27,10 +29,10 @@ def test_published_sizes() -> None:
 @torch.no_grad()
 def test_keep_rate_one_is_the_plain_model_and_timms() -> None:
     theirs = randomise(timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3, num_classes=5))
-    ours = EViT.from_published(theirs.state_dict(), keep_rate=1.0, reduce_at=(1, 2))
+    ours = EViT.from_published(theirs.state_dict(), keep_rate=1.0, reduce_at=(1, 2), fuse=True)
     x = torch.randn(2, 3, 64, 64)
     close(ours(x), theirs(x), 1e-5)
-    plain = EViT.from_published(theirs.state_dict(), keep_rate=0.5, reduce_at=())
+    plain = EViT.from_published(theirs.state_dict(), keep_rate=0.5, reduce_at=(), fuse=True)
     assert torch.equal(ours(x), plain(x)), "bit for bit"
     for keep, fuse in ((0.5, True), (0.5, False), (5, True)):
         ours.keep_rate, ours.fuse_tokens = keep, fuse
@@ -55,6 +57,22 @@ def test_maps_are_whole_and_tokens_fewer() -> None:
         "evit_deit_tiny", features_only=True, **{k: v for k, v in TINY.items() if k != "num_classes"}
     )
     assert [f.shape[-2:] for f in features.eval()(x)] == [(4, 4)] * 3
+
+
+@torch.no_grad()
+def test_what_no_shape_tells_is_asked_for_and_saved(tmp_path: Path) -> None:
+    settings = {name: value for name, value in TINY.items() if name != "num_classes"}
+    model = randomise(timm.create_model("evit_deit_tiny", num_classes=5, keep_rate=0.4, fuse=False, **settings))
+    x = torch.randn(2, 3, 64, 64)
+    model.save_pretrained(tmp_path)
+    found = EViT.from_pretrained(tmp_path)
+    assert (found.keep_rate, found.fuse_tokens, found.reduce_at) == (0.4, False, (1, 2))
+    close(found(x), model(x), 1e-6)
+    with pytest.raises(CheckpointError, match="do not tell num_heads and keep_rate and reduce_at and fuse"):
+        EViT.from_published(model.state_dict())
+    sparse = randomise(timm.create_model("sparsifiner_deit_small", img_size=64, depth=2, keep_rate=0.5, threshold=0.1))
+    sparse.save_pretrained(tmp_path / "sparse")
+    close(Sparsifiner.from_pretrained(tmp_path / "sparse")(x), sparse(x), 1e-6)
 
 
 def test_gradients_reach_everything_through_the_fused_token() -> None:

@@ -145,8 +145,10 @@ class Classifier:
                 f"{Path(folder) / 'classifier.json'}: damaged ({type(error).__name__}: {error}); train again"
             ) from error
         weights, name = Path(folder) / "model.safetensors", record["name"].removeprefix("small-").partition(".")[0]
-        if name in MODELS:  # names and shapes tell the variant, reduced ones too
-            return cls(MODELS[name].from_published(weights), **record)
+        if name in MODELS:  # shapes tell the sizes, the name what shapes do not
+            form = card_of(MODELS[name]).small.get(name, {}) if record["name"].startswith("small-") else {}
+            known = MODELS[name].built_as(VARIANTS[name], form)
+            return cls(MODELS[name].rebuilt(weights, known), **record)
         model = create_model(record["name"], len(record["classes"]), record["size"])
         load_state_dict(model, read_state_dict(weights))
         return cls(model.eval(), **record)

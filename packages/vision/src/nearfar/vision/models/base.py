@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,7 +16,7 @@ from nearfar.core.errors import CheckpointError
 from nearfar.core.finite import check_weights
 from nearfar.ops.common.fused import FusedConv2d, FusedLinear
 from nearfar.vision.models.fusing import fuse_sequence
-from nearfar.vision.models.registry import MODELS, VARIANTS, plain
+from nearfar.vision.models.registry import MODELS, VARIANTS, Variant, plain
 
 
 class PictureModel(nn.Module):
@@ -119,13 +120,18 @@ class PictureModel(nn.Module):
         Raises:
             CheckpointError: tensors are missing, superfluous or misshapen; every one is listed.
         """
+        return cls.rebuilt(source, {}, **settings)
+
+    @classmethod
+    def rebuilt(cls, source: str | Path | Mapping[str, Tensor], known: Mapping[str, Any], **settings: Any) -> Self:
+        """`from_published` where it is `known` how the model was built: what shapes do not tell comes from there."""
         state = cls.published_state(read(source))
         try:
             found = cls.published_settings(state)
         except (KeyError, IndexError, ValueError) as error:
             where = "the state dict" if isinstance(source, Mapping) else source
             raise CheckpointError(f"{where}: is no checkpoint of {cls.__name__} (no {error})") from error
-        found |= settings
+        found = {**known, **{name: value for name, value in found.items() if value is not None}, **settings}
         if unknown := [name for name in cls.UNSHAPED if found.get(name) is None]:
             raise CheckpointError(f"{cls.__name__}: the shapes do not tell {' and '.join(unknown)}; give them too")
         model = cls(**found)
@@ -171,9 +177,16 @@ class PictureModel(nn.Module):
         config = Path(folder) / "config.json"
         saved = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
         variant = VARIANTS.get(saved.get("architecture", ""))
-        known = {**variant.settings, **saved.get("model_args", {})} if variant else {}
-        unshaped = {name: known[name] for name in cls.UNSHAPED if name in known}
-        return cls.from_published(Path(folder) / "model.safetensors", **{**unshaped, **settings})
+        known = cls.built_as(variant, saved.get("model_args", {})) if variant else {}
+        return cls.rebuilt(Path(folder) / "model.safetensors", known, **settings)
+
+    @classmethod
+    def built_as(cls, variant: Variant, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Constructor arguments of `variant` with `changes`; of what shapes do not tell, the defaults too."""
+        takes = signature(cls).parameters
+        defaults = {name: takes[name].default for name in cls.UNSHAPED}
+        given = {**variant.settings, **changes}
+        return {**defaults, **{name: value for name, value in given.items() if name in takes}}
 
     @classmethod
     def variant(cls, settings: Mapping[str, Any]) -> str | None:

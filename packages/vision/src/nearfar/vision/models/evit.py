@@ -73,9 +73,10 @@ class EViT(TokenModel):
         "attention over ever fewer tokens: those that the class token looks at, and the rest in one",
         5.9e-7,
         weights="official, timm's DeiT",
-        small={"evit_deit_tiny": {"dim": 96, "depth": 6, "num_heads": 3, "patch_size": 8, "reduce_at": (2, 4)}},
+        small={"evit_deit_tiny": {"dim": 96, "depth": 4, "num_heads": 3, "patch_size": 8, "reduce_at": (1, 2)}},
     )
 
+    UNSHAPED = ("num_heads", "keep_rate", "reduce_at", "fuse")
     RULES = ((r"head\.(weight|bias)$", r"head.fc.\1"),)
 
     def __init__(
@@ -172,7 +173,9 @@ class EViT(TokenModel):
         return {
             "dim": dim,
             "depth": count(state, r"blocks\.(\d+)\."),
-            "num_heads": dim // 64 or 1,  # shapes do not tell; every published size has heads of 64 channels
+            # shapes do not tell: published sizes have heads of 64 channels and reduce in blocks 3, 6 and 9 of 12
+            "num_heads": {192: 3, 384: 6, 768: 12}.get(dim),
+            "reduce_at": (3, 6, 9) if count(state, r"blocks\.(\d+)\.") == 12 else None,
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": in_chans,
             "img_size": patch * height if height == width else (patch * height, patch * width),
