@@ -88,7 +88,7 @@ def create_model(
         wanted["img_size"] = size
     wanted = {key: value for key, value in wanted.items() if value is not None}
     try:
-        return timm.create_model(timm_name, num_classes=num_classes, **(form or {}), **wanted)
+        return timm.create_model(timm_name, num_classes=num_classes, **{**(form or {}), **wanted})
     except (TypeError, AssertionError) as error:  # what models of timm say to settings that they do not take
         raise UserError(f"{name}: cannot be made with {wanted} ({error})") from error
 

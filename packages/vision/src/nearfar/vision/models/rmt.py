@@ -80,7 +80,7 @@ class RMT(Backbone):
         num_heads, decay_initial, decay_range: of each stage's attention, see `ManhattanAttention`.
         mlp_ratios: expansion of each stage's feed-forward layers.
         decomposed: of each stage, whether attention goes axis by axis.
-        layer_scale: initial scale of the branches of each stage, 0 for none.
+        layer_scale: initial scale of the branches, of all stages or of each, 0 for none.
         projection: channels of the head's 1x1 convolution, before batch norm, SiLU and pooling.
         num_classes: classes; 0 for pooled features.
         aux_dim: width of the token-labelling head, which sees every position of the last map: its channels, as in the
@@ -139,7 +139,7 @@ class RMT(Backbone):
         num_classes: int = 1000,
         in_chans: int = 3,
         *,
-        layer_scale: Sequence[float] = (0, 0, 0, 0),
+        layer_scale: float | Sequence[float] = (0, 0, 0, 0),
         projection: int = 1024,
         aux_dim: int = 0,
         feature_norms: bool = False,
@@ -151,6 +151,7 @@ class RMT(Backbone):
         if decomposed is None or num_heads is None:
             raise ValueError("say num_heads, decay_initial, decay_range and decomposed for every stage: names and "
                              "shapes alone do not tell them")  # fmt: skip
+        layer_scale = (layer_scale,) * len(depths) if isinstance(layer_scale, int | float) else layer_scale
         per_stage = (depths, dims, num_heads, decay_initial, decay_range, mlp_ratios, decomposed, layer_scale)
         per_stage = tuple(tuple(values)[: len(depths)] for values in per_stage)
         if len({len(values) for values in per_stage}) > 1:

@@ -375,7 +375,7 @@ class PyramidTNT(TokenModel):
         "words and sentences in four stages, keys pooled",
         4.2e-7,
         weights="official",
-        small={"pyramid_tnt_ti_192": {"depths": (1, 2, 1, 1), "dim": 32, "num_heads": 2, "word_dim": 4}},
+        small={"pyramid_tnt_ti_192": {"depths": (1, 1, 1, 1), "dim": 24, "num_heads": 2, "word_dim": 4}},
     )
 
     RULES = (
