@@ -10,16 +10,18 @@ from torch import Tensor
 def cached_table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Keep what `build` returns for its (hashable) arguments: index tables, masks and the like, device included.
 
-    Nothing is kept while a graph is traced. Tables serve in inference mode and in training alike.
+    Nothing is kept while a graph is traced. Tables serve in inference mode and in training alike, and are built where
+    their arguments say whatever the default device is.
     """
-    kept = lru_cache(maxsize=64)(build)
+
+    @lru_cache(maxsize=64)
+    def kept(*key: Hashable) -> Tensor:
+        with torch.inference_mode(False), torch.device("cpu"):
+            return build(*key)
 
     @wraps(build)
     def table(*key: Hashable) -> Tensor:
-        if torch.compiler.is_compiling():
-            return build(*key)
-        with torch.inference_mode(False):
-            return kept(*key)
+        return build(*key) if torch.compiler.is_compiling() else kept(*key)
 
     return table
 

@@ -144,6 +144,7 @@ class HaloNet(Backbone):
         (r"final_conv\.bn\.", "head.norm.1."),
     )
     FIRST_CONV = "stem.0.0"
+    UNSHAPED = ("block_size", "halo_size", "act")
 
     def __init__(
         self,
@@ -152,8 +153,8 @@ class HaloNet(Backbone):
         mids: Sequence[int] = (64, 128, 256, 512),
         attention: Sequence[Sequence[int]] = ((), (), (1,), (0, 1)),
         num_heads: Sequence[int] = (8, 8, 8, 8),
-        block_size: int | None = 8,
-        halo_size: int | None = 2,
+        block_size: int = 8,
+        halo_size: int = 2,
         num_classes: int = 1000,
         in_chans: int = 3,
         *,
@@ -162,7 +163,7 @@ class HaloNet(Backbone):
         value_ratio: float = 1.0,
         stem: str = "tiered",
         stem_dim: int = 64,
-        act: str | None = "relu",
+        act: str = "relu",
         channel_attention: str = "",
         se_ratio: float = 1 / 16,
         group_size: int = 0,
@@ -178,8 +179,6 @@ class HaloNet(Backbone):
         per_stage = tuple(tuple(values)[: len(depths)] for values in per_stage)
         if len({len(values) for values in per_stage}) > 1:
             raise ValueError(f"settings of the stages differ in number: {per_stage}")
-        if block_size is None or halo_size is None or act is None:
-            raise ValueError("say block_size, halo_size and act: names and shapes alone do not tell them")
         for name, value, allowed in (
             ("stem", stem, STEMS),
             ("act", act, tuple(ACTIVATIONS)),

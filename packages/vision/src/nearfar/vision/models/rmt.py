@@ -126,6 +126,7 @@ class RMT(Backbone):
     )
     IGNORE = (r"stages\.\d+\.angle$",)
     CLASSIFIERS = ("head.fc", "aux_head")
+    UNSHAPED = ("num_heads", "decay_initial", "decay_range", "decomposed")
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class RMT(Backbone):
         decay_initial: Sequence[float] = (2, 2, 2, 2),
         decay_range: Sequence[float] = (4, 4, 6, 6),
         mlp_ratios: Sequence[float] = (3, 3, 3, 3),
-        decomposed: Sequence[bool] | None = (True, True, False, False),
+        decomposed: Sequence[bool] = (True, True, False, False),
         num_classes: int = 1000,
         in_chans: int = 3,
         *,
@@ -148,9 +149,6 @@ class RMT(Backbone):
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
-        if decomposed is None or num_heads is None:
-            raise ValueError("say num_heads, decay_initial, decay_range and decomposed for every stage: names and "
-                             "shapes alone do not tell them")  # fmt: skip
         layer_scale = (layer_scale,) * len(depths) if isinstance(layer_scale, int | float) else layer_scale
         per_stage = (depths, dims, num_heads, decay_initial, decay_range, mlp_ratios, decomposed, layer_scale)
         per_stage = tuple(tuple(values)[: len(depths)] for values in per_stage)
