@@ -1,0 +1,193 @@
+"""Training of super-resolution networks on folders of pictures."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
+
+from nearfar.core.checkpoints import load_state_dict
+from nearfar.core.errors import UserError
+from nearfar.core.fingerprint import content_digest
+from nearfar.core.training import data_loader, train, warmup_cosine
+from nearfar.vision.restoration.metrics import score
+from nearfar.vision.restoration.networks import create_restorer, load_restorer
+from nearfar.vision.restoration.pairs import Patches, crop_to, read_rgb, reduced
+from nearfar.vision.restoration.restorer import Restorer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a training: L1 loss, Adam with betas 0.9 and 0.99, patches flipped and turned.
+
+    An epoch is `steps` steps. `milestones`: steps at which the learning rate halves; without them it falls by a half
+    cosine. `average`: decay of the averaged weights that are kept, 0 for the last ones. `network`: constructor
+    arguments that take precedence over those of `model`.
+    """
+
+    model: str = "catanet_x2"
+    network: dict[str, Any] = field(default_factory=dict)
+    patch_size: int = 64
+    batch_size: int = 16
+    steps: int = 1000
+    epochs: int = 100
+    learning_rate: float = 2e-4
+    milestones: tuple[int, ...] = ()
+    average: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "batch_size", "steps", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average is {self.average}; it must be at least 0 and below 1")
+
+
+PUBLISHED = {
+    # 4 x 8 patches of DF2K, 500k steps; and from the network for x2
+    "drct": Recipe("drct_x4", {}, 64, 32, 1000, 500, 2e-4, (250_000, 400_000, 450_000, 475_000), 0.999),
+    "drct_from_x2": Recipe("drct_x4", {}, 64, 32, 1000, 250, 1e-4, (125_000, 200_000, 225_000, 240_000), 0.999),
+    # 4 x 16 patches of DIV2K, 800k steps for x2; the others start from it
+    "catanet": Recipe(
+        "catanet_x2", {}, 64, 64, 1000, 800, 2e-4, (300_000, 500_000, 650_000, 700_000, 750_000)
+    ),
+    "catanet_from_x2": Recipe("catanet_x4", {}, 64, 64, 1000, 250, 2e-4, (125_000, 200_000, 225_000, 237_500)),
+}  # fmt: skip
+"""Recipes of the papers."""
+
+
+class Held(Dataset):
+    """Whole pictures to choose the epoch by: the middle, at most `side` high-resolution pixels a side, in [0, 1]."""
+
+    def __init__(self, files: Sequence[Path], scale: int, side: int = 512) -> None:
+        self.files, self.scale, self.side = list(files), scale, side
+
+    def content_digest(self) -> str:
+        return "".join(content_digest(path) for path in self.files) + f"{self.scale} {self.side}"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        high = read_rgb(self.files[index])
+        top, left = (max((n - self.side) // 2, 0) for n in high.shape[1:])
+        high = crop_to(high[:, top : top + self.side, left : left + self.side], self.scale)
+        return reduced(high, self.scale).float() / 255, high.float() / 255
+
+
+class RestorerModule(pl.LightningModule):
+    """L1 between restored and true patches; PSNR of Y over the held pictures."""
+
+    def __init__(self, model: Restorer, recipe: Recipe) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+        self.average = None
+        if recipe.average:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
+
+    @property
+    def kept(self) -> Restorer:
+        """The network whose weights count."""
+        return self.model if self.average is None else self.average.module
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
+        low, high = batch
+        loss = F.l1_loss(self.model(low), high)
+        self.log("train_loss", loss, on_epoch=True, on_step=False, batch_size=len(low))
+        return loss
+
+    def on_train_batch_end(self, *_args: Any) -> None:
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+            for mean, last in zip(self.kept.buffers(), self.model.buffers(), strict=True):
+                mean.copy_(last)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], _index: int) -> None:
+        low, high = batch
+        found = score(self.kept(low)[0], high[0], self.model.scale)
+        self.log("psnr", found.psnr, on_epoch=True, batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        recipe = self.recipe
+        optimizer = torch.optim.Adam(self.model.parameters(), recipe.learning_rate, betas=(0.9, 0.99))
+        schedule = (
+            LambdaLR(optimizer, lambda step: 0.5 ** sum(step >= at for at in recipe.milestones))
+            if recipe.milestones
+            else warmup_cosine(optimizer, 0, recipe.epochs * recipe.steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def train_restorer(
+    pictures: Sequence[Path],
+    held: Sequence[Path],
+    recipe: Recipe,
+    folder: str | Path | None = None,
+    *,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    workers: int = 0,
+    fresh: bool = False,
+    show_progress: bool = False,
+    **trainer_options: Any,
+) -> tuple[Restorer, list[dict[str, float]]]:
+    """Train on random patches of `pictures` and keep the epoch of the best PSNR on `held`, which share none of them.
+
+    `weights`: a network to start from; where its scale is another, its upsampler starts afresh (the papers' x3 and x4
+    from x2). `folder`: see `nearfar.core.training.train`; it then holds the network for `load_restorer`.
+
+    Returns the network in eval mode and one row of metrics per epoch. Raises UserError for pictures below the patch,
+    or one that is in both sets.
+    """
+    both = {content_digest(path): path for path in pictures}
+    if shared := [str(path) for path in held if content_digest(path) in both]:
+        raise UserError(f"{shared[0]}: is among the pictures to learn from and those that choose the epoch")
+    torch.manual_seed(recipe.seed)
+    model = create_restorer(recipe.model, **recipe.network)
+    if weights is not None:
+        start_from(model, weights)
+    patches = Patches(pictures, model.scale, recipe.patch_size, recipe.steps * recipe.batch_size)
+    loader = data_loader(patches, recipe.batch_size, shuffle=True, seed=recipe.seed, num_workers=workers)
+    module = RestorerModule(model, recipe)
+    history = train(
+        module,
+        loader,
+        data_loader(Held(held, model.scale), 1),
+        epochs=recipe.epochs,
+        monitor="psnr",
+        seed=recipe.seed,
+        folder=folder,
+        settings=asdict(recipe),
+        data={} if weights is None else {"starting weights": content_digest(Path(weights))},
+        fresh=fresh,
+        show_progress=show_progress,
+        device=device,
+        **trainer_options,
+    )
+    model = module.kept.eval().cpu()
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model, history
+
+
+def start_from(model: Restorer, weights: str | Path) -> None:
+    """Take over the weights of a network of the same build; the upsampler only where the scale is the same.
+
+    Raises UserError where it is of another kind, CheckpointError where its layers differ.
+    """
+    other = load_restorer(weights)
+    if type(other) is not type(model):
+        raise UserError(f"{weights}: holds a {type(other).__name__}, not a {type(model).__name__}")
+    state = other.state_dict()
+    if other.scale != model.scale:
+        own = {n: v for n, v in model.state_dict().items() if n.startswith("enlarge.")}
+        state = {n: v for n, v in state.items() if not n.startswith("enlarge.")} | own
+    load_state_dict(model, state)
