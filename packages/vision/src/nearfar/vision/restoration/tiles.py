@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from nearfar.core.errors import UserError
@@ -74,16 +74,18 @@ class Band:
 @torch.inference_mode()
 def bands(
     model: Restorer,
-    picture: Float[Tensor, "c h w"],
+    picture: Shaped[Tensor, "c h w"],
     tiling: Tiling,
     *,
+    peak: float = 1.0,
     ensemble: bool = False,
     done: int = 0,
     begun: Float[Tensor, "c k w"] | None = None,
 ) -> Iterator[Band]:
     """The enlarged picture from above, a row of tiles at a time; `done` and `begun` of a band go on behind it.
 
-    Holds a row of tiles and no more of the output. The outputs are not clamped.
+    `picture` holds 0 .. `peak`, in whatever dtype. Holds a row of tiles and no more of the output, which is in [0, 1]
+    but for overshoots.
     """
     scale, (height, width) = model.scale, picture.shape[1:]
     rows, columns = tiling.spans(height, model.multiple), tiling.spans(width, model.multiple)
@@ -96,8 +98,8 @@ def bands(
         top, bottom = rows[i]
         band = torch.zeros(len(picture), (bottom - top) * scale, width * scale)
         for (left, right), weights in zip(columns, across, strict=True):
-            tile = picture[None, :, top:bottom, left:right].to(device, dtype)
-            out = (ensembled if ensemble else model)(*((model, tile) if ensemble else (tile,)))
+            tile = picture[None, :, top:bottom, left:right].to(device, dtype) / peak
+            out = ensembled(model, tile) if ensemble else model(tile)
             band[..., left * scale : right * scale] += out[0].float().cpu() * weights
         band /= total
         down = tiling.weights(rows, i, scale)

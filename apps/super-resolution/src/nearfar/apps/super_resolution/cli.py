@@ -1,0 +1,315 @@
+"""`nearfar super-resolution`: enlarge pictures, train and score the networks that do it."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nearfar.apps.super_resolution.page import before_and_after
+from nearfar.core.cli.batch import raise_failures, run_batch
+from nearfar.core.cli.console import console, messages, progress, table, track
+from nearfar.core.cli.options import Fresh
+from nearfar.core.devices import choose_device
+from nearfar.core.errors import UserError, some
+from nearfar.core.files import temporary_folder, write_csv
+from nearfar.core.made_from import MadeFrom
+from nearfar.core.memory import parse_memory
+from nearfar.core.recipes import read_recipe
+from nearfar.core.report import Report
+from nearfar.vision.data.images import is_picture
+from nearfar.vision.restoration import evaluation
+from nearfar.vision.restoration.files import LIMIT, SUFFIXES, read_file
+from nearfar.vision.restoration.networks import load_restorer, restorers
+from nearfar.vision.restoration.pairs import pictures_in
+from nearfar.vision.restoration.tiles import Tiling
+from nearfar.vision.restoration.upscaler import Upscaler
+
+BICUBIC = "bicubic"
+
+app = typer.Typer(
+    help="Enlarge pictures by learned super-resolution: `upscale` does files, folders and zip files, `train` makes a "
+    "network from a folder of pictures, `evaluate` and `compare` print the tables of test sets such as Set5, `models` "
+    "lists what there is.\n\n"
+    "A network is a published checkpoint of DRCT or CATANet in any of their layouts, or a folder that `train` wrote.",
+    no_args_is_help=True,
+)
+
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda or mps.", callback=lambda name: choose_device(name, "--device"))
+]
+Model = Annotated[Path, typer.Option(help="Checkpoint, or folder that `train` wrote.")]
+Tile = Annotated[int | None, typer.Option(help="Side of the tiles in pixels of the input.", min=16)]
+Overlap = Annotated[int, typer.Option(help="Pixels of the input that neighbouring tiles share.", min=0)]
+Blending = Annotated[
+    str, typer.Option(help="How tiles join: cosine, core (middles with context) or average (equal weights).")
+]
+Ensemble = Annotated[bool, typer.Option("--ensemble", help="Mean over the eight flips and turns; eight times the work.")]
+Machine = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Sets = Annotated[list[Path], typer.Argument(help="Test sets: folders of pairs, or of high-resolution pictures.")]
+Colour = Annotated[str, typer.Option(help="y (luma, as in the tables) or rgb.")]
+ProtocolName = Annotated[
+    str, typer.Option("--protocol", help="8bit (outputs rounded, as in the tables) or float (CATANet's own).")
+]
+
+
+@app.command()
+def models(as_json: Machine = False) -> None:
+    """List the published networks: system, scale and parameters."""
+    rows = [
+        {"model": name, "system": model.CARD.title, "scale": variant.settings["scale"],
+         "params (M)": variant.params / 1e6}
+        for name, (model, variant) in sorted(restorers().items())
+    ]  # fmt: skip
+    show(rows, as_json)
+
+
+@app.command()
+def upscale(
+    inputs: Annotated[list[Path], typer.Argument(help="Pictures, folders or zip files of pictures.")],
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
+    format: Annotated[
+        str | None, typer.Option(help="png, jpg, webp, tif or avif. (default: that of each picture)")
+    ] = None,
+    quality: Annotated[int, typer.Option(help="Of JPEG, WebP and AVIF.", min=1, max=100)] = 95,
+    memory: Annotated[
+        str | None, typer.Option(help="Most that the process may hold, e.g. 2G; pictures are then done in tiles.")
+    ] = None,
+    tile: Tile = None,
+    overlap: Overlap = 32,
+    tiling: Blending = "cosine",
+    ensemble: Ensemble = False,
+    half: Annotated[bool, typer.Option("--half", help="Compute in bfloat16.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Print how far tiles are from the whole picture.")] = False,
+    page: Annotated[bool, typer.Option("--page", help="Also a page with a slider between before and after.")] = False,
+    first_frame: Annotated[bool, typer.Option("--first-frame", help="Take the first of several frames.")] = False,
+    limit: Annotated[int, typer.Option(help="Pixels of the largest picture that is read.")] = LIMIT,
+    device: Device = "cpu",
+    as_json: Machine = False,
+) -> None:
+    """Enlarge pictures; transparency, 16 bits, colour profile, EXIF data and resolution are kept.
+
+    What is there is not done again, unless picture, network or options were others. After a stop, a picture goes on
+    behind the last row of tiles.
+    """
+    upscaler = Upscaler.load(model, device, half=half)
+    given = None if tile is None else _tiling(tile, overlap, tiling)
+    budget = None if memory is None else parse_memory(memory)
+    if format is not None and f".{format}" not in SUFFIXES:
+        raise UserError(f"--format {format}: pictures are written as {', '.join(sorted(s[1:] for s in SUFFIXES))}")
+    with temporary_folder() as unpacked:
+        jobs = _jobs(inputs, output, format, unpacked)
+
+        def one(job: tuple[Path, Path]) -> dict[str, Any]:
+            path, target = job
+            made = MadeFrom(
+                target, [path], upscaler.digest, tile=tile, overlap=overlap, tiling=tiling, ensemble=ensemble,
+                half=half, quality=quality, first_frame=first_frame, memory=memory,
+            )  # fmt: skip
+            row = {"picture": path.name, "file": str(target)}
+            if made.done():
+                return row | {"size": "done before", "tiles": "", "notes": ""}
+            picture = read_file(path, limit=limit, first_frame=first_frame)
+            chosen = upscaler.tiling(picture, budget, given)
+            with progress() as bar:
+                task = bar.add_task(path.name, total=None)
+                upscaler(
+                    picture, target, chosen, ensemble=ensemble, quality=quality,
+                    progress=lambda done, total: bar.update(task, completed=done, total=total),
+                )  # fmt: skip
+            made.write()
+            notes = list(picture.notes)
+            if check:
+                notes.append(_check(upscaler, picture, chosen))
+            if page:
+                before_and_after(path, target, target.with_name(f"{target.stem}.html"))
+            height, width = (side * upscaler.model.scale for side in picture.pixels.shape[:2])
+            tiles = "whole" if chosen.tile >= max(picture.pixels.shape[:2]) else str(chosen.tile)
+            return row | {"size": f"{width} x {height}", "tiles": tiles, "notes": "; ".join(notes)}
+
+        rows, failures = run_batch(jobs, one, "enlarging", lambda job: str(job[0]))
+    show(rows, as_json)
+    raise_failures(failures, len(jobs))
+
+
+def _check(upscaler: Upscaler, picture: Any, tiling: Tiling) -> str:
+    """What tiles change in the middle of the picture, at most twice a tile a side."""
+    import torch
+
+    height, width = picture.pixels.shape[:2]
+    tiling = tiling if tiling.tile < max(height, width) else Tiling(max(64, min(height, width) // 2 // 16 * 16), 32)
+    side = 2 * tiling.tile
+    top, left = (max(0, (n - side) // 2) for n in (height, width))
+    pixels = picture.pixels[top : top + side, left : left + side, :3]
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[: 3 if pixels.shape[2] == 3 else 1].float() / picture.peak
+    found = evaluation.seam(upscaler.model, planes.expand(3, -1, -1).contiguous(), tiling)
+    return (
+        f"tiles of {tiling.tile}: at most {found['largest']:.2g} from the whole picture, steps at their borders "
+        f"{found['step']:.2f} of those elsewhere"
+    )
+
+
+def _jobs(inputs: list[Path], output: Path, format: str | None, unpacked: Path) -> list[tuple[Path, Path]]:
+    """(picture, where it goes) of everything in `inputs`; zip files are unpacked into `unpacked`."""
+    found: list[tuple[Path, Path]] = []
+    for path in inputs:
+        if path.suffix.lower() == ".zip" and path.is_file():
+            root = unpacked / path.name
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    names = [n for n in archive.namelist() if is_picture(Path(n))]
+                    for name in names:
+                        archive.extract(name, root)  # leaves out what would lead out of the folder
+            except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
+                raise UserError(f"{path}: cannot be read as a zip file ({error})") from error
+            if not names:
+                raise UserError(f"{path}: no pictures there")
+            found += [(p, output / path.stem / p.relative_to(root)) for p in pictures_in([root])]
+        elif path.is_dir():
+            found += [(p, output / p.relative_to(path)) for p in pictures_in([path])]
+        else:
+            found.append((path, output / path.name))
+    jobs = []
+    for path, target in found:
+        named = target.suffix.lower() if format is None else f".{format}"
+        jobs.append((path, target.with_suffix(named if named in SUFFIXES else ".png")))
+    targets = [target for _, target in jobs]
+    if twice := sorted({str(target) for target in targets if targets.count(target) > 1}):
+        raise UserError(f"several pictures would be written to {some(twice)}; give them folders of their own")
+    if same := [str(path) for path, target in jobs if path.resolve() == target.resolve()]:
+        raise UserError(f"{some(same)}: would be overwritten; give another output folder")
+    return jobs
+
+
+@app.command("train")
+def train_command(
+    pictures: Annotated[list[Path], typer.Argument(help="High-resolution pictures, or folders of them.")],
+    held: Annotated[
+        list[Path], typer.Option(help="Pictures that choose the epoch, none of those to learn from. Repeat.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run. Run again to go on.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="YAML file, or drct, drct_from_x2, catanet or catanet_from_x2.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the recipe, NAME=VALUE. Repeat.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Network to start from; of another scale, its upsampler starts afresh.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that read pictures.")] = 0,
+    device: Device = "cpu",
+    fresh: Fresh = False,
+    as_json: Machine = False,
+) -> None:
+    """Train a network on random patches, reduced as the test sets were; the epoch of the best PSNR is kept."""
+    from dataclasses import asdict, replace
+
+    from nearfar.vision.restoration.training import PUBLISHED, Recipe, train_restorer
+
+    if recipe in PUBLISHED:
+        changes = read_recipe(Recipe, None, settings or ())
+        names = [setting.partition("=")[0].strip() for setting in settings or ()]
+        resolved = replace(PUBLISHED[recipe], **{name: asdict(changes)[name] for name in names})
+    else:
+        resolved = read_recipe(Recipe, None if recipe is None else Path(recipe), settings or ())
+    files, chosen = pictures_in(pictures), pictures_in(held)
+    model, history = train_restorer(
+        files, chosen, resolved, output, weights=weights, device=device, workers=workers, fresh=fresh,
+        show_progress=messages.is_terminal,
+    )  # fmt: skip
+    best = max(history, key=lambda row: row["psnr"])
+    row = {"model": resolved.model, "parameters": sum(p.numel() for p in model.parameters()), "pictures": len(files)}
+    row |= {"best epoch": int(best["epoch"]) + 1, "PSNR of the held": best["psnr"], "folder": str(output)}
+    show([row], as_json)
+
+
+@app.command()
+def evaluate(
+    data: Sets,
+    model: Annotated[str, typer.Option(help="Checkpoint, folder that `train` wrote, or bicubic.")],
+    scale: Annotated[int | None, typer.Option(help="For bicubic: how many times. (default: the network's)")] = None,
+    colour: Colour = "y",
+    protocol: ProtocolName = "8bit",
+    tile: Tile = None,
+    overlap: Overlap = 32,
+    tiling: Blending = "cosine",
+    ensemble: Ensemble = False,
+    csv: Annotated[Path | None, typer.Option(help="CSV with a row a picture.")] = None,
+    device: Device = "cpu",
+    as_json: Machine = False,
+) -> None:
+    """Print PSNR and SSIM of a network on test sets, as the field's tables have them."""
+    rows = _scores(data, [model], scale, colour, protocol, tile, overlap, tiling, ensemble, device, csv)
+    show(rows, as_json)
+
+
+@app.command()
+def compare(
+    data: Sets,
+    model: Annotated[list[str], typer.Option(help="Checkpoint or folder. Repeat. Bicubic is always beside them.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table and the page.")],
+    colour: Colour = "y",
+    protocol: ProtocolName = "8bit",
+    ensemble: Ensemble = False,
+    device: Device = "cpu",
+    as_json: Machine = False,
+) -> None:
+    """Score several networks of one scale and bicubic resizing on the same pictures: table, CSV, page."""
+    scales = {load_restorer(name).scale for name in model}
+    if len(scales) > 1:
+        raise UserError(f"the networks enlarge {', '.join(map(str, sorted(scales)))} times; compare those of one scale")
+    names = [BICUBIC, *model]
+    rows = _scores(
+        data, names, scales.pop(), colour, protocol, None, 32, "cosine", ensemble, device, output / "pictures.csv"
+    )
+    write_csv(output / "scores.csv", rows)
+    Report("Super-resolution compared").table(rows, f"{colour.upper()}, {protocol}").write(output / "page.html")
+    show(rows, as_json)
+
+
+def _scores(
+    data: list[Path], names: list[str], scale: int | None, colour: str, protocol: str, tile: int | None, overlap: int,
+    blend: str, ensemble: bool, device: str, csv: Path | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Means of every model on every test set; with `csv`, all pictures there."""
+    for option, value, allowed in (("--colour", colour, ("y", "rgb")), ("--protocol", protocol, ("8bit", "float"))):
+        if value not in allowed:
+            raise UserError(f"{option} {value}: allowed are {' and '.join(allowed)}")
+    tiling = None if tile is None else _tiling(tile, overlap, blend)
+    rows, pictures = [], []
+    for name in names:
+        network = None if name == BICUBIC else load_restorer(name).to(choose_device(device, "--device"))
+        times = scale if network is None else network.scale
+        if times is None:
+            raise UserError("bicubic: say --scale")
+        if scale not in (None, times):
+            raise UserError(f"{name}: enlarges {times} times, not {scale}")
+        for folder in data:
+            found = evaluation.evaluate(
+                network, folder, times, colour=colour, protocol=protocol, tiling=tiling, ensemble=ensemble,  # type: ignore[arg-type]
+                track=lambda pairs, folder=folder: track(pairs, folder.name),
+            )  # fmt: skip
+            rows.append({"model": name, "set": folder.name, "scale": times, "pictures": len(found)})
+            rows[-1] |= evaluation.mean(found)
+            pictures += [{"model": name, "set": folder.name, **row} for row in found]
+    if csv is not None:
+        write_csv(csv, pictures)
+    return rows
+
+
+def _tiling(tile: int, overlap: int, blend: str) -> Tiling:
+    try:
+        return Tiling(tile, overlap, blend)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UserError(f"--tile, --overlap, --tiling: {error}") from error
+
+
+def show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Rows as a table, or as JSON for programs."""
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        console.print(table(rows))

@@ -1,0 +1,91 @@
+"""Scores of super-resolution networks on test sets, as the field's tables have them."""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nearfar.core.errors import UserError
+from nearfar.vision.restoration.metrics import Protocol, score
+from nearfar.vision.restoration.pairs import crop_to, find_pairs, read_rgb, reduced
+from nearfar.vision.restoration.resize import imresize
+from nearfar.vision.restoration.restorer import Restorer
+from nearfar.vision.restoration.tiles import Tiling, upscale
+
+
+def bicubic(low: Tensor, scale: int) -> Tensor:
+    """A picture (3, H, W), uint8, enlarged as MATLAB's `imresize` does, in [0, 1]: the tables' first row."""
+    return imresize(low, scale, mode="uint8").float() / 255
+
+
+def evaluate(
+    model: Restorer | None,
+    folder: str | Path,
+    scale: int,
+    *,
+    colour: Literal["y", "rgb"] = "y",
+    protocol: Protocol = "8bit",
+    tiling: Tiling | None = None,
+    ensemble: bool = False,
+    track: Callable[[list[Any]], Iterable[Any]] = iter,
+) -> list[dict[str, Any]]:
+    """One row a picture of a test set (see `find_pairs`): PSNR, SSIM, seconds; without a model, of bicubic resizing.
+
+    The border of `scale` pixels does not count, and a picture is first cut to a multiple of the scale. Low-resolution
+    pictures that the set does not hold are made as MATLAB makes them; the row says so.
+
+    Raises UserError for a pair whose sizes do not fit the scale, or a model of another scale.
+    """
+    if model is not None and model.scale != scale:
+        raise UserError(f"the model enlarges {model.scale} times; the pictures are to be enlarged {scale} times")
+    rows = []
+    for path, small in track(find_pairs(folder, scale)):
+        high = crop_to(read_rgb(path), scale)
+        low = reduced(high, scale) if small is None else read_rgb(small)
+        if tuple(low.shape[1:]) != tuple(side // scale for side in high.shape[1:]):
+            raise UserError(
+                f"{small}: is {low.shape[2]} x {low.shape[1]}; at scale {scale} of {path.name} it should be "
+                f"{high.shape[2] // scale} x {high.shape[1] // scale}"
+            )
+        began = time.perf_counter()
+        if model is None:
+            found = bicubic(low, scale)
+        else:
+            found = upscale(model, low.float() / 255, tiling, ensemble=ensemble)
+        seconds = time.perf_counter() - began
+        result = score(found, high.float() / 255, scale, colour=colour, protocol=protocol)
+        made = "made here" if small is None else "of the set"
+        rows.append(
+            {"picture": path.name, "PSNR": result.psnr, "SSIM": result.ssim, "seconds": seconds, "low": made}
+        )
+    return rows
+
+
+def mean(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """PSNR and SSIM as the tables give them: means over pictures; seconds in all."""
+    count = len(rows)
+    psnr, ssim = (sum(row[key] for row in rows) / count for key in ("PSNR", "SSIM"))
+    return {"PSNR": psnr, "SSIM": ssim, "seconds": sum(row["seconds"] for row in rows)}
+
+
+def seam(model: Restorer, picture: Tensor, tiling: Tiling) -> dict[str, float]:
+    """How far tiles are from the whole picture (3, H, W) in [0, 1].
+
+    `largest`: the largest difference of an output value. `step`: the mean step between neighbouring pixels across the
+    borders of tiles over that elsewhere, in the differences; about 1 where no seam shows.
+    """
+    difference = upscale(model, picture, tiling) - upscale(model, picture)
+    steps = []
+    for axis, length in ((1, picture.shape[1]), (2, picture.shape[2])):
+        jumps = difference.diff(dim=axis).abs().transpose(1, axis).mean((0, 2))
+        spans = tiling.spans(length, model.multiple)
+        places = {place * model.scale - 1 for span in zip(spans, spans[1:]) for place in (span[1][0], span[0][1])}
+        inside = [place for place in places if 0 <= place < len(jumps)]
+        if inside:
+            other = torch.ones(len(jumps), dtype=torch.bool)
+            other[inside] = False
+            steps.append(float(jumps[inside].mean() / jumps[other].mean().clamp(min=1e-12)))
+    return {"largest": float(difference.abs().max()), "step": max(steps, default=1.0)}
