@@ -45,7 +45,9 @@ Overlap = Annotated[int, typer.Option(help="Pixels of the input that neighbourin
 Blending = Annotated[
     str, typer.Option(help="How tiles join: cosine, core (middles with context) or average (equal weights).")
 ]
-Ensemble = Annotated[bool, typer.Option("--ensemble", help="Mean over the eight flips and turns; eight times the work.")]
+Ensemble = Annotated[
+    bool, typer.Option("--ensemble", help="Mean over the eight flips and turns; eight times the work.")
+]
 Machine = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Sets = Annotated[list[Path], typer.Argument(help="Test sets: folders of pairs, or of high-resolution pictures.")]
 Colour = Annotated[str, typer.Option(help="y (luma, as in the tables) or rgb.")]

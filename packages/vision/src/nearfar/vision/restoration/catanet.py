@@ -1,14 +1,15 @@
 """CATANet: pixels grouped by their content, and overlapping patches (Liu et al., CVPR 2025)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.core.cards import Card
-from nearfar.core.checkpoints import Rule, count
+from nearfar.core.checkpoints import Checkpoint, Rule, count, read
+from nearfar.core.errors import CheckpointError
 from nearfar.ops.attention.patch_overlap import OverlappingPatchAttention
 from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv
 from nearfar.ops.tokens.content_groups import ContentGroupAttention
@@ -170,20 +171,26 @@ class CATANet(Restorer):
         return {name: torch.tensor(True) for name in flags} | ours
 
     @classmethod
+    def from_published(cls, source: Checkpoint, **settings: Any) -> Self:
+        """As in `Restorer`; shapes tell the sizes of patches and groups for the published stages alone."""
+        state = cls.published_state(read(source))
+        stages = [len(value) for name, value in state.items() if name.endswith(".attention.centres")]
+        if stages != [16, 32, 64, 128] * 2 and not {"patch_sizes", "group_sizes"} <= set(settings):
+            raise CheckpointError("CATANet: the shapes do not tell patch_sizes and group_sizes; give them too")
+        return super().from_published(state, **settings)
+
+    @classmethod
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         dim, in_chans = state["stem.weight"].shape[:2]
         stages = count(state, r"stages\.(\d+)\.")
         shuffles = count(state, r"enlarge\.(\d+)\.") // 3 + 1
-        repeats = -(-stages // 4)
+        centres = [len(state[f"stages.{i}.0.attention.centres"]) for i in range(stages)]
         return {
             "scale": 3 if len(state["enlarge.0.bias"]) == 9 * dim else 2**shuffles,
             "dim": dim,
             "qk_dim": len(state["stages.0.0.attention.q.weight"]),
             "hidden": len(state["stages.0.0.ffn.fc1.bias"]),
-            # shapes do not tell the sizes of patches and groups; they go four by four as in the published sizes
-            "patch_sizes": ((16, 20, 24, 28) * repeats)[:stages],
-            "num_centres": [len(state[f"stages.{i}.0.attention.centres"]) for i in range(stages)],
-            "group_sizes": ((256, 128, 64, 32) * repeats)[:stages],
+            "num_centres": centres,
             "in_chans": in_chans,
         }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nearfar.core.errors import UserError
-from nearfar.vision.restoration.metrics import Protocol, score
+from nearfar.vision.restoration.metrics import Protocol, Score, luma, psnr, score, ssim
 from nearfar.vision.restoration.pairs import crop_to, find_pairs, read_rgb, reduced
 from nearfar.vision.restoration.resize import imresize
 from nearfar.vision.restoration.restorer import Restorer
@@ -17,8 +17,21 @@ from nearfar.vision.restoration.tiles import Tiling, upscale
 
 
 def bicubic(low: Tensor, scale: int) -> Tensor:
-    """A picture (3, H, W), uint8, enlarged as MATLAB's `imresize` does, in [0, 1]: the tables' first row."""
+    """A picture (3, H, W), uint8, enlarged as MATLAB's `imresize` does, in [0, 1]."""
     return imresize(low, scale, mode="uint8").float() / 255
+
+
+def bicubic_row(high: Tensor, scale: int) -> Score:
+    """The score of a high-resolution picture (3, H, W), uint8, in the tables' row of bicubic resizing.
+
+    Those rows came before networks for colours: the luma alone, rounded to 8 bits, is reduced and enlarged without
+    rounding in between.
+    """
+    grey = (255 * luma(high.double() / 255)).round()
+    found = imresize(imresize(grey / 255, 1 / scale), float(scale))
+    inside = (..., slice(scale, -scale), slice(scale, -scale))
+    pair = (found * 255).round().clamp(0, 255)[inside], grey[inside]
+    return Score(psnr(*pair), ssim(*pair))
 
 
 def evaluate(
@@ -33,6 +46,8 @@ def evaluate(
     track: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> list[dict[str, Any]]:
     """One row a picture of a test set (see `find_pairs`): PSNR, SSIM, seconds; without a model, of bicubic resizing.
+
+    Bicubic resizing is scored on luma as the tables' rows are, see `bicubic_row`; in RGB as a network would be.
 
     The border of `scale` pixels does not count, and a picture is first cut to a multiple of the scale. Low-resolution
     pictures that the set does not hold are made as MATLAB makes them; the row says so.
@@ -51,6 +66,11 @@ def evaluate(
                 f"{high.shape[2] // scale} x {high.shape[1] // scale}"
             )
         began = time.perf_counter()
+        if model is None and colour == "y":
+            result = bicubic_row(high, scale)
+            row = {"picture": path.name, "PSNR": result.psnr, "SSIM": result.ssim}
+            rows.append(row | {"seconds": time.perf_counter() - began, "low": "luma, made here"})
+            continue
         if model is None:
             found = bicubic(low, scale)
         else:
@@ -58,9 +78,7 @@ def evaluate(
         seconds = time.perf_counter() - began
         result = score(found, high.float() / 255, scale, colour=colour, protocol=protocol)
         made = "made here" if small is None else "of the set"
-        rows.append(
-            {"picture": path.name, "PSNR": result.psnr, "SSIM": result.ssim, "seconds": seconds, "low": made}
-        )
+        rows.append({"picture": path.name, "PSNR": result.psnr, "SSIM": result.ssim, "seconds": seconds, "low": made})
     return rows
 
 

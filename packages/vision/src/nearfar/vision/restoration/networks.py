@@ -1,6 +1,8 @@
 """Super-resolution networks by name, and by the checkpoint that holds one."""
 
+import json
 from functools import cache, partial
+from inspect import signature
 from pathlib import Path
 
 from nearfar.core.cards import models
@@ -32,9 +34,21 @@ def load_restorer(source: str | Path) -> Restorer:
 
     Raises CheckpointError where no system, or more than one, accounts for every tensor; each one's reason is listed.
     """
-    path = Path(source)
+    path, config = Path(source), {}
     if path.is_dir():
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            known = {name for model, _ in restorers().values() for name in signature(model).parameters}
+            if not set(config) <= known:
+                raise ValueError(f"unknown setting {', '.join(sorted(set(config) - known))}")
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: holds no network of `save_pretrained` ({error})") from error
         path = path / "model.safetensors"
     state = read(path)
     classes = {model.__name__: model for model, _ in restorers().values()}
-    return identify({name: partial(model.from_published, state) for name, model in classes.items()}, str(path))[1]
+    tries = {
+        name: partial(model.from_published, state, **config)
+        for name, model in classes.items()
+        if set(config) <= set(signature(model).parameters)
+    }
+    return identify(tries, str(path))[1]

@@ -47,14 +47,16 @@ class Tiling:
         begin, end = spans[index]
         weights = torch.ones((end - begin) * scale)
         shared = [spans[index - 1][1] - begin if index else 0, end - spans[index + 1][0] if spans[index + 1 :] else 0]
-        for n, side in zip((n * scale for n in shared), (slice(None), slice(None, None, -1)), strict=True):
+        for n, turn in zip((n * scale for n in shared), (False, True), strict=True):
             if n == 0 or self.blend == "average":
                 continue
             place = (torch.arange(n) + 0.5) / n
-            ramp = (1 - torch.cos(math.pi * place)) / 2 if self.blend == "cosine" else (place > 0.5).float()
-            turned = weights.flip(0) if side.step else weights
-            turned[:n] *= ramp
-            weights = turned.flip(0) if side.step else turned
+            core = (place > 0.5 if turn else place >= 0.5).float()  # the middle one belongs to the later tile
+            ramp = (1 - torch.cos(math.pi * place)) / 2 if self.blend == "cosine" else core
+            if turn:
+                weights[-n:] *= ramp.flip(0)
+            else:
+                weights[:n] *= ramp
         return weights
 
 
@@ -90,9 +92,11 @@ def bands(
     scale, (height, width) = model.scale, picture.shape[1:]
     rows, columns = tiling.spans(height, model.multiple), tiling.spans(width, model.multiple)
     across = [tiling.weights(columns, j, scale) for j in range(len(columns))]
-    total = torch.zeros(width * scale)
+    total, down = torch.zeros(width * scale), torch.zeros(height * scale)
     for (left, right), weights in zip(columns, across, strict=True):
         total[left * scale : right * scale] += weights
+    for i, (top, bottom) in enumerate(rows):
+        down[top * scale : bottom * scale] += tiling.weights(rows, i, scale)
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     for i in range(done, len(rows)):
         top, bottom = rows[i]
@@ -102,17 +106,13 @@ def bands(
             out = ensembled(model, tile) if ensemble else model(tile)
             band[..., left * scale : right * scale] += out[0].float().cpu() * weights
         band /= total
-        down = tiling.weights(rows, i, scale)
-        last = i + 1 == len(rows)
-        ready = (bottom if last else rows[i + 1][0]) - top
-        if i:
-            shared = (rows[i - 1][1] - top) * scale
-            before = tiling.weights(rows, i - 1, scale)[-shared:]
-            assert begun is not None
-            both = (begun + band[:, :shared] * down[:shared, None]) / (before + down[:shared])[:, None]
-            band[:, :shared] = both
-        begun = None if last else band[:, ready * scale :] * down[ready * scale :, None]
-        yield Band(top * scale, band[:, : ready * scale], i + 1, begun)
+        sums = band * tiling.weights(rows, i, scale)[:, None]
+        if begun is not None:
+            sums[:, : begun.shape[1]] += begun
+        ready = sums.shape[1] if i + 1 == len(rows) else (rows[i + 1][0] - top) * scale
+        begun = None if i + 1 == len(rows) else sums[:, ready:]
+        weight = down[top * scale : top * scale + ready, None]
+        yield Band(top * scale, sums[:, :ready] / weight, i + 1, begun)
 
 
 def upscale(

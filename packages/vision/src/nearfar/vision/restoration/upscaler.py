@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, locked, write_json
-from nearfar.core.finite import is_finite
 from nearfar.core.fingerprint import content_digest, data_digest
+from nearfar.core.finite import is_finite
 from nearfar.core.made_from import model_digest
 from nearfar.core.memory import resident_memory
 from nearfar.vision.restoration.files import PictureFile, check_target, write_file
@@ -82,12 +82,11 @@ class Upscaler:
             for index, part in enumerate(passes):
                 if index < state.index:
                     continue
-                planes = torch.from_numpy(picture.pixels[..., part]).permute(2, 0, 1)
+                planes = torch.tensor(picture.pixels[..., part]).permute(2, 0, 1)
                 grey = len(planes) == 1
                 planes = planes.expand(self.model.in_chans, -1, -1) if grey else planes
-                for band in bands(
-                    self.model, planes, tiling, peak=picture.peak, ensemble=ensemble, done=state.done, begun=state.begun
-                ):
+                going_on = {"done": state.done, "begun": state.begun} if index == state.index else {}
+                for band in bands(self.model, planes, tiling, peak=picture.peak, ensemble=ensemble, **going_on):
                     if not is_finite(band.rows):
                         raise UserError(f"{picture.path}: the network's outputs are not finite")
                     values = band.rows.mean(0, keepdim=True) if grey else band.rows

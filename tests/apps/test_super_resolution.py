@@ -1,0 +1,97 @@
+"""The super-resolution app from its command line, on pictures of scikit-image."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+from typer.testing import CliRunner
+
+from nearfar.apps.super_resolution.cli import app
+from nearfar.core.cli.batch import BatchError
+from nearfar.core.errors import UserError
+from nearfar.vision.restoration.catanet import CATANet
+from tests.vision.restoration.test_upscaling import TINY
+
+
+def call(*words: object) -> str:
+    """Standard output of the command; errors as they are."""
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=True)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("net")
+    CATANet(2, **TINY).save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_and_a_zip_file_with_a_bad_picture(net: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "in"
+    (pictures / "more").mkdir(parents=True)
+    Image.fromarray(data.coffee()[:30, :40]).save(pictures / "coffee.jpg")
+    Image.fromarray(data.camera()[:20, :20]).save(pictures / "more" / "camera.png")
+    (pictures / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
+    with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
+        archive.write(pictures / "coffee.jpg", "../coffee.jpg")
+    words = ("upscale", pictures, tmp_path / "more.zip", "--model", net, "-o", tmp_path / "out", "--json")
+    with pytest.raises(BatchError, match=r"1 of 4 failed:\n.*bad\.png"):
+        call(*words)
+    for name, size in (("coffee.jpg", (80, 60)), ("more/camera.png", (40, 40)), ("more/coffee.jpg", (80, 60))):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert picture.size == size
+            assert picture.mode == ("L" if "camera" in name else "RGB")
+    (pictures / "bad.png").unlink()
+    rows = json.loads(call(*words))
+    assert [row["size"] for row in rows] == ["done before"] * 3
+    changed = json.loads(call(*words, "--tile", "16", "--overlap", "8", "--check", "--page"))
+    assert [row["tiles"] for row in changed] == ["16"] * 3
+    assert all("from the whole picture" in row["notes"] for row in changed)
+    assert 'type="range"' in (tmp_path / "out" / "coffee.html").read_text()
+    with pytest.raises(UserError, match="would be overwritten"):
+        call("upscale", pictures, "--model", net, "-o", pictures)
+    with pytest.raises(UserError, match="leave nothing for the model's work"):
+        call("upscale", pictures / "coffee.jpg", "--model", net, "-o", tmp_path / "small", "--memory", "1M")
+
+
+def test_train_evaluate_and_compare(tmp_path: Path) -> None:
+    for name, picture in (("learn/a", data.coffee()[:200, :200]), ("held/b", data.chelsea()[:96, :96])):
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(picture).save(tmp_path / f"{name}.png")
+    settings = [
+        "model=catanet_x2",
+        f"network={json.dumps(TINY)}",
+        "patch_size=12",
+        "batch_size=2",
+        "steps=3",
+        "epochs=2",
+    ]
+    words = [word for setting in settings for word in ("--set", setting)]
+    run = tmp_path / "run"
+    (row,) = json.loads(call("train", tmp_path / "learn", "--held", tmp_path / "held", "-o", run, "--json", *words))
+    assert row["pictures"] == 1
+    assert np.isfinite(row["PSNR of the held"])
+    (scores,) = json.loads(call("evaluate", tmp_path / "held", "--model", run, "--json"))
+    rows = json.loads(call("compare", tmp_path / "held", "--model", run, "-o", tmp_path / "page", "--json"))
+    assert [row["model"] for row in rows] == ["bicubic", str(run)]
+    assert {key: rows[1][key] for key in ("PSNR", "SSIM")} == {key: scores[key] for key in ("PSNR", "SSIM")}
+    assert (tmp_path / "page" / "page.html").is_file()
+    with pytest.raises(UserError, match="enlarges 2 times, not 3"):
+        call("evaluate", tmp_path / "held", "--model", run, "--scale", "3")
+    with pytest.raises(UserError, match="bicubic: say --scale"):
+        call("evaluate", tmp_path / "held", "--model", "bicubic")
+    with pytest.raises(UserError, match="--colour lab"):
+        call("evaluate", tmp_path / "held", "--model", run, "--colour", "lab")
+
+
+def test_models_lists_every_published_network() -> None:
+    names = [row["model"] for row in json.loads(call("models", "--json"))]
+    assert {"catanet_x2", "catanet_x3", "catanet_x4", "drct_x4", "drct_l_x4"} <= set(names)
