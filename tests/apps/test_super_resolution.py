@@ -41,7 +41,7 @@ def test_a_folder_and_a_zip_file_with_a_bad_picture(net: Path, tmp_path: Path) -
     Image.fromarray(data.camera()[:20, :20]).save(pictures / "more" / "camera.png")
     (pictures / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
     with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
-        archive.write(pictures / "coffee.jpg", "../coffee.jpg")
+        archive.write(pictures / "coffee.jpg", "coffee.jpg")
     words = ("upscale", pictures, tmp_path / "more.zip", "--model", net, "-o", tmp_path / "out", "--json")
     with pytest.raises(BatchError, match=r"1 of 4 failed:\n.*bad\.png"):
         call(*words)
@@ -56,6 +56,10 @@ def test_a_folder_and_a_zip_file_with_a_bad_picture(net: Path, tmp_path: Path) -
     assert [row["tiles"] for row in changed] == ["16"] * 3
     assert all("from the whole picture" in row["notes"] for row in changed)
     assert 'type="range"' in (tmp_path / "out" / "coffee.html").read_text()
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        archive.write(pictures / "coffee.jpg", "../coffee.jpg")
+    with pytest.raises(UserError, match=r"holds \.\./coffee\.jpg, which lies outside"):
+        call("upscale", tmp_path / "evil.zip", "--model", net, "-o", tmp_path / "out2")
     with pytest.raises(UserError, match="would be overwritten"):
         call("upscale", pictures, "--model", net, "-o", pictures)
     with pytest.raises(UserError, match="leave nothing for the model's work"):

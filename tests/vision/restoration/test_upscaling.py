@@ -125,7 +125,7 @@ def test_sixteen_bits_and_floats_stay(tmp_path: Path) -> None:
         np.testing.assert_allclose(source.pixels / source.peak, deep / 65535, atol=1e-7)
         write_file(tmp_path / f"again-{name}", source.pixels, source)
         assert np.array_equal(read_file(tmp_path / f"again-{name}").pixels, source.pixels)
-        with pytest.raises(UserError, match="holds 8 bits|no floating-point"):
+        with pytest.raises(UserError, match=r"holds 8 bits|no floating-point"):
             check_target(source, tmp_path / "x.jpg")
 
 
@@ -213,7 +213,7 @@ def test_layouts_of_test_sets(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none for scale 4"):
         find_pairs(tmp_path / "d", 4)
     (tmp_path / "a/LRbicx2/x.png").unlink()
-    with pytest.raises(UserError, match="has no low-resolution picture x.png"):
+    with pytest.raises(UserError, match=r"has no low-resolution picture x\.png"):
         find_pairs(tmp_path / "a", 2)
     _save(tmp_path / "b/LR_bicubic/X2/xx2.png", np.zeros((3, 3, 3), np.uint8))
     with pytest.raises(UserError, match="should be 24 x 32"):

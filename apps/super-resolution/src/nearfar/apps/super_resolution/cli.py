@@ -161,9 +161,10 @@ def _jobs(inputs: list[Path], output: Path, format: str | None, unpacked: Path) 
             root = unpacked / path.name
             try:
                 with zipfile.ZipFile(path) as archive:
-                    names = [n for n in archive.namelist() if is_picture(Path(n))]
-                    for name in names:
-                        archive.extract(name, root)  # leaves out what would lead out of the folder
+                    names = [n for n in archive.namelist() if is_picture(Path(Path(n).name))]
+                    if outside := [n for n in names if not (root / n).resolve().is_relative_to(root.resolve())]:
+                        raise UserError(f"{path}: holds {some(outside)}, which lies outside of the archive")
+                    archive.extractall(root, names)
             except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
                 raise UserError(f"{path}: cannot be read as a zip file ({error})") from error
             if not names:

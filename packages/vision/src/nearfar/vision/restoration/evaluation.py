@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +101,7 @@ def seam(model: Restorer, picture: Tensor, tiling: Tiling) -> dict[str, float]:
     for axis, length in ((1, picture.shape[1]), (2, picture.shape[2])):
         jumps = difference.diff(dim=axis).abs().transpose(1, axis).mean((0, 2))
         spans = tiling.spans(length, model.multiple)
-        places = {place * model.scale - 1 for span in zip(spans, spans[1:]) for place in (span[1][0], span[0][1])}
+        places = {place * model.scale - 1 for span in pairwise(spans) for place in (span[1][0], span[0][1])}
         inside = [place for place in places if 0 <= place < len(jumps)]
         if inside:
             other = torch.ones(len(jumps), dtype=torch.bool)

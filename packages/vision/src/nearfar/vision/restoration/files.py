@@ -53,8 +53,8 @@ class PictureFile:
 def read_file(path: str | Path, *, limit: int = LIMIT, first_frame: bool = False) -> PictureFile:
     """The picture of a file, in its own colours and bits.
 
-    Palettes become RGB, CMYK becomes sRGB through its profile. EXIF data stay as they are, the turn of the picture among
-    them, so the pixels are not turned.
+    Palettes become RGB, CMYK becomes sRGB through its profile. EXIF data stay as they are, the turn of the picture
+    among them, so the pixels are not turned.
 
     Raises UserError for what is no picture, has more than `limit` pixels, several frames unless `first_frame`, CMYK
     without a profile, other colour spaces, or values that are not finite.

@@ -39,7 +39,7 @@ class Upscaler:
 
         Raises UserError where `memory` does not hold what the process, the picture and its enlarged form take.
         """
-        height, width, channels = picture.pixels.shape
+        height, width = picture.pixels.shape[:2]
         if tiling is not None or memory is None:
             return tiling or Tiling(max(height, width), 0)
         base = resident_memory()
