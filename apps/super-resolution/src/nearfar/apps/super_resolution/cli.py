@@ -27,19 +27,25 @@ from nearfar.vision.restoration.tiles import Tiling
 from nearfar.vision.restoration.upscaler import Upscaler
 
 BICUBIC = "bicubic"
+WEIGHTS = Path(__file__).parent / "weights"
+"""The small networks that come along, x2 and x4; `small.py` says how they are made."""
 
 app = typer.Typer(
     help="Enlarge pictures by learned super-resolution: `upscale` does files, folders and zip files, `train` makes a "
     "network from a folder of pictures, `evaluate` and `compare` print the tables of test sets such as Set5, `models` "
     "lists what there is.\n\n"
-    "A network is a published checkpoint of DRCT or CATANet in any of their layouts, or a folder that `train` wrote.",
+    "A network is a published checkpoint of DRCT or CATANet in any of their layouts, or a folder that `train` wrote; "
+    "without one, a small CATANet that comes along enlarges photographs that are clean, 2 or 4 times.",
     no_args_is_help=True,
 )
 
 Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda or mps.", callback=lambda name: choose_device(name, "--device"))
 ]
-Model = Annotated[Path, typer.Option(help="Checkpoint, or folder that `train` wrote.")]
+Model = Annotated[
+    Path | None, typer.Option(help="Checkpoint, or folder that `train` wrote. (default: the small one for --scale)")
+]
+Scale = Annotated[int | None, typer.Option(help="How many times. (default: the model's; 2 for the small one)")]
 Tile = Annotated[int | None, typer.Option(help="Side of the tiles in pixels of the input.", min=16)]
 Overlap = Annotated[int, typer.Option(help="Pixels of the input that neighbouring tiles share.", min=0)]
 Blending = Annotated[
@@ -70,8 +76,9 @@ def models(as_json: Machine = False) -> None:
 @app.command()
 def upscale(
     inputs: Annotated[list[Path], typer.Argument(help="Pictures, folders or zip files of pictures.")],
-    model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
+    model: Model = None,
+    scale: Scale = None,
     format: Annotated[
         str | None, typer.Option(help="png, jpg, webp, tif or avif. (default: that of each picture)")
     ] = None,
@@ -96,7 +103,9 @@ def upscale(
     What is there is not done again, unless picture, network or options were others. After a stop, a picture goes on
     behind the last row of tiles.
     """
-    upscaler = Upscaler.load(model, device, half=half)
+    upscaler = Upscaler.load(_network(model, scale), device, half=half)
+    if scale not in (None, upscaler.model.scale):
+        raise UserError(f"--scale {scale}: {model} enlarges {upscaler.model.scale} times")
     given = None if tile is None else _tiling(tile, overlap, tiling)
     budget = None if memory is None else parse_memory(memory)
     if format is not None and f".{format}" not in SUFFIXES:
@@ -232,8 +241,11 @@ def train_command(
 @app.command()
 def evaluate(
     data: Sets,
-    model: Annotated[str, typer.Option(help="Checkpoint, folder that `train` wrote, or bicubic.")],
-    scale: Annotated[int | None, typer.Option(help="For bicubic: how many times. (default: the network's)")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint, folder that `train` wrote, or bicubic. (default: the small one for --scale)"),
+    ] = None,
+    scale: Scale = None,
     colour: Colour = "y",
     protocol: ProtocolName = "8bit",
     tile: Tile = None,
@@ -245,7 +257,8 @@ def evaluate(
     as_json: Machine = False,
 ) -> None:
     """Print PSNR and SSIM of a network on test sets, as the field's tables have them."""
-    rows = _scores(data, [model], scale, colour, protocol, tile, overlap, tiling, ensemble, device, csv)
+    name = str(_network(None, scale)) if model is None else model
+    rows = _scores(data, [name], scale, colour, protocol, tile, overlap, tiling, ensemble, device, csv)
     show(rows, as_json)
 
 
@@ -301,6 +314,13 @@ def _scores(
     if csv is not None:
         write_csv(csv, pictures)
     return rows
+
+
+def _network(model: Path | None, scale: int | None) -> Path:
+    """The network that is named, else the one that comes along."""
+    if model is None and scale not in (None, 2, 4):
+        raise UserError(f"--scale {scale}: the networks that come along enlarge 2 and 4 times; name a --model")
+    return WEIGHTS / f"x{scale or 2}" if model is None else model
 
 
 def _tiling(tile: int, overlap: int, blend: str) -> Tiling:
