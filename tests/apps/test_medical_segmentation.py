@@ -14,7 +14,7 @@ from PIL import Image
 from nearfar.apps.medical_segmentation import cli
 from nearfar.core.cli.batch import BatchError
 from nearfar.core.errors import UserError
-from nearfar.core.recipes import read_recipe
+from nearfar.core.recipes import read_recipe, shipped_recipes
 from nearfar.core.training import data_loader
 from nearfar.medical import refinement, samples, training
 from nearfar.medical.recipe import Recipe
@@ -197,9 +197,9 @@ def test_one_output_pictures_and_a_second_method(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("name", sorted(cli.RECIPES))
+@pytest.mark.parametrize("name", shipped_recipes(cli.RECIPES))
 def test_recipes_make_patches_and_schedules(name: str) -> None:
-    recipe = read_recipe(Recipe, cli.RECIPES[name])
+    recipe = read_recipe(Recipe, name, folder=cli.RECIPES)
     shape = recipe.roi if recipe.resize is None else recipe.resize
     channels = 3 if recipe.intensity == "caffe" else 1
     rng = np.random.default_rng(0)

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import random
-import re
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -35,11 +34,6 @@ from nearfar.core.errors import DivergedError, UserError
 from nearfar.core.files import atomic_path, locked, process_rank, sweep, write_csv, write_json
 from nearfar.core.fingerprint import data_digest, source_digest
 from nearfar.core.finite import check_weights
-from nearfar.core.recipes import _Loader
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 def seed_epoch(seed: int, epoch: int) -> None:

@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, messages, table, track
-from nearfar.core.cli.options import Fresh
-from nearfar.core.devices import choose_device
+from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, Workers, recipe_option
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.finite import is_finite
 from nearfar.core.plots import new_figure
 from nearfar.core.report import Report
+from nearfar.vision.classification import RECIPES
 from nearfar.vision.classification.classifier import LINEAR, Classifier, card_of, evaluate_scores, small_forms
 from nearfar.vision.data.images import Pictures, is_picture, open_pictures, read_picture, training_pictures
 from nearfar.vision.models.registry import MODELS, VARIANTS
@@ -32,9 +32,6 @@ app = typer.Typer(
 Data = Annotated[Path, typer.Argument(help="Labelled pictures: folder, zip file, tar file or data set on disk.")]
 
 
-Device = Annotated[
-    str, typer.Option(help="auto, cpu, cuda or mps.", callback=lambda name: choose_device(name, "--device"))
-]
 Trained = Annotated[
     Path, typer.Argument(help="Folder that `train` wrote, or a published ImageNet checkpoint of one of `models`.")
 ]
@@ -44,18 +41,11 @@ Published = Annotated[
         "--model", help="Whose checkpoint it is, where names and shapes do not tell: MODEL.WEIGHTS as `models` lists."
     ),
 ]
-Workers = Annotated[int, typer.Option(help="Processes that read pictures.")]
-Machine = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting of the recipe, NAME=VALUE, for example epochs=50. Repeat.")
-]
-RecipeFile = Annotated[
-    str | None, typer.Option("--recipe", help="YAML file with settings, or a published recipe, for example hornet_1k.")
-]
+RecipeFile = Annotated[str | None, recipe_option(RECIPES)]
 
 
 @app.command()
-def models(as_json: Machine = False, pattern: Annotated[str, typer.Argument(help="Part of the name.")] = "") -> None:
+def models(as_json: Json = False, pattern: Annotated[str, typer.Argument(help="Part of the name.")] = "") -> None:
     """List nearfar's models: parameters, multiply-accumulates, published accuracy, where the weights are."""
     rows = []
     for name, variant in sorted(VARIANTS.items(), key=lambda item: card_of(MODELS[item[0]]).title):
@@ -83,21 +73,21 @@ def models(as_json: Machine = False, pattern: Annotated[str, typer.Argument(help
 @app.command("train")
 def train_command(
     data: Data,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run. Run again to go on.")],
+    output: RunFolder,
     model: Annotated[str, typer.Option(help="A model of `models`, or any of timm's.")] = "nearfar_convnext_atto",
     recipe: RecipeFile = None,
     settings: Settings = None,
     weights: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     workers: Workers = 0,
     fresh: Fresh = False,
-    as_json: Machine = False,
+    as_json: Json = False,
 ) -> None:
     """Train a classifier and write it, its metrics and its settings to a folder."""
     from nearfar.core.recipes import read_recipe
-    from nearfar.vision.classification.training import Recipe, find_recipe, train_classifier
+    from nearfar.vision.classification.training import Recipe, train_classifier
 
-    resolved = read_recipe(Recipe, find_recipe(recipe), settings or ())
+    resolved = read_recipe(Recipe, recipe, settings or (), RECIPES)
     learn, hold, failures = training_pictures(data, resolved.validation, resolved.seed, lambda r: track(r, "checking"))
     classifier, history = train_classifier(
         model, learn, hold, resolved, output, weights=weights, num_workers=workers, device=device,
@@ -116,10 +106,10 @@ def evaluate(
     data: Data,
     split: Annotated[str | None, typer.Option(help="Folder inside the data, for example test.")] = None,
     model: Published = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     workers: Workers = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for scores.json and page.html.")] = None,
-    as_json: Machine = False,
+    as_json: Json = False,
 ) -> None:
     """Score a classifier on labelled pictures, with a 95 % interval."""
     trained = open_classifier(classifier, model)
@@ -168,9 +158,9 @@ def make_token_labels_command(
     model: Published = None,
     size: Annotated[int | None, typer.Option(help="Pixels that the teacher sees; by default its own.")] = None,
     top: Annotated[int, typer.Option(help="Classes kept at every place.", min=1)] = 5,
-    device: Device = "cpu",
+    device: Device = "auto",
     workers: Workers = 0,
-    as_json: Machine = False,
+    as_json: Json = False,
 ) -> None:
     """Let a classifier say what is where in every picture: label maps, for `train --set token_labels=FOLDER`."""
     from nearfar.vision.classification.token_labels import make_token_labels
@@ -193,8 +183,8 @@ def predict(
     output: Annotated[Path, typer.Option("--output", "-o", help="Table to write, CSV.")] = Path("predictions.csv"),
     top: Annotated[int, typer.Option(help="Classes per picture.")] = 1,
     model: Published = None,
-    device: Device = "cpu",
-    as_json: Machine = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Name what pictures show, and write a table: file, class, probability."""
     trained = open_classifier(classifier, model)
@@ -241,17 +231,17 @@ def compare(
     seconds: Annotated[
         float | None, typer.Option(help="Training time of each model: as many epochs as fit, at most the recipe's.")
     ] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     workers: Workers = 0,
     fresh: Fresh = False,
-    as_json: Machine = False,
+    as_json: Json = False,
 ) -> None:
     """Train several models on your pictures under one budget: accuracy, throughput, memory, a plot."""
     from nearfar.core.recipes import read_recipe
     from nearfar.vision.classification.comparison import compare as run_comparison
-    from nearfar.vision.classification.training import Recipe, find_recipe
+    from nearfar.vision.classification.training import Recipe
 
-    resolved = read_recipe(Recipe, find_recipe(recipe), settings or ())
+    resolved = read_recipe(Recipe, recipe, settings or (), RECIPES)
     names = model or [LINEAR, "test_resnet", *small_forms()]
     learn, hold, failures = training_pictures(data, resolved.validation, resolved.seed, lambda r: track(r, "checking"))
     refused: list[str] = []

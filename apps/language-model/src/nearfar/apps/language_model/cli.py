@@ -11,7 +11,7 @@ import typer
 
 from nearfar.apps.language_model import lra
 from nearfar.core.cli.console import console, messages, table
-from nearfar.core.cli.options import Fresh
+from nearfar.core.cli.options import Device, Fresh, Json, Precision, RunFolder, Seed, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv
 from nearfar.core.model_folder import mark_seen
@@ -39,26 +39,19 @@ app.add_typer(lra.app, name="lra")
 Model = Annotated[str, typer.Argument(help="Folder or transformers id of a causal language model.")]
 Texts = Annotated[list[str], typer.Argument(help="Text files, folders, tables, or hub:NAME[:CONFIG[:SPLIT]].")]
 MaxTokens = Annotated[int | None, typer.Option(help="Read at most so many tokens.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
-JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
 def train(
     sources: Texts,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the model; an interrupted run goes on there.")
-    ],
-    recipe: Annotated[Path | None, typer.Option(help="YAML file with settings of model and training.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A setting: mixers=[based,mamba], hidden_size=256, epochs=10, tokenizer=gpt2 ..."),
-    ] = None,
+    output: RunFolder,
+    recipe: Annotated[str | None, recipe_option()] = None,
+    settings: Settings = None,
     max_tokens: MaxTokens = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = "32-true",
+    device: Device = "auto",
+    precision: Precision = "32-true",
     fresh: Fresh = False,
-    as_json: JsonOutput = False,
+    as_json: Json = False,
 ) -> None:
     """Train a model on text, bytes by default; the last part of the text is held out and chooses the best epoch."""
     chosen = read_recipe(Recipe, recipe, settings or ())
@@ -96,8 +89,8 @@ def evaluate(
     task: Annotated[list[str] | None, typer.Option(help="A task of lm-evaluation-harness (repeatable).")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many examples of each task.")] = None,
     max_tokens: MaxTokens = None,
-    device: Device = "cpu",
-    as_json: JsonOutput = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Bits per byte and perplexity of texts, and lm-evaluation-harness tasks."""
     if not sources and not task:
@@ -136,9 +129,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write; 0: only read.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that reach this probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the choices.")] = 0,
+    seed: Seed = 0,
     piece: Annotated[int, typer.Option(help="Tokens that are read at a time.")] = 1024,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Write on from a prompt. A long text is read once, its state saved, and asked many times."""
     if temperature < 0 or not 0 < top_p <= 1:
@@ -181,8 +174,8 @@ def audit(
     model: Model,
     text: Annotated[Path | None, typer.Option(help="A text to take the sequences from; else they are random.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of the longest of three sequences.")] = 48,
-    device: Device = "cpu",
-    as_json: JsonOutput = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Do padding, batching, pieces, saved or reordered states and half precision change the model's numbers?
 

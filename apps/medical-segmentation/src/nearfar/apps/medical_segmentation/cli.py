@@ -15,7 +15,7 @@ import yaml
 from nearfar.apps.medical_segmentation import pages
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, table, track
-from nearfar.core.cli.options import Fresh
+from nearfar.core.cli.options import Device, Fresh, Json, Memory, RunFolder, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
 from nearfar.core.made_from import MadeFrom, model_digest
@@ -34,7 +34,7 @@ from nearfar.medical.segmenter import Segmenter
 from nearfar.medical.training import train_segmenter, tune_crf
 from nearfar.ops.graph.dense_crf import DenseCRF
 
-RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+RECIPES = Path(__file__).parent / "recipes"
 
 app = typer.Typer(
     help="Segment medical scans and pictures. Start with `inspect FOLDER`; make a model with `train`, use it with "
@@ -58,11 +58,6 @@ class Convention(StrEnum):
 
 Data = Annotated[Path, typer.Argument(help="Folder of a data set.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
-Memory = Annotated[
-    str | None,
-    typer.Option(help="Bound on what grows with classes and volume, such as 2G. (default: 384M, for the CRF none)"),
-]
 CRF: Mapping[str, Any] = {
     "iterations": 5, "spatial_weight": 1.0, "spatial_std": 2.0,
     "bilateral_weight": 1.0, "bilateral_std": 10.0, "color_std": 20.0,
@@ -79,7 +74,7 @@ ColorStd = Annotated[float, typer.Option(help="Its deviation in intensity, of 0.
 @app.command()
 def inspect(
     data: Data,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what a data folder holds: layout, shapes, spacings, labels, problems. Exit status 1 if there are any."""
     collection = find_cases(data)
@@ -115,12 +110,12 @@ def inspect(
 @app.command()
 def train(
     data: Data,
-    output: Output,
-    recipe: Annotated[str, typer.Option(help=f"Name ({', '.join(RECIPES)}) or YAML file of a recipe.")] = "small",
-    setting: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, name=value.")] = None,
+    output: RunFolder,
+    recipe: Annotated[str, recipe_option(RECIPES)] = "small",
+    settings: Settings = None,
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation split, by patient.")] = 5,
     fold: Annotated[int, typer.Option(help="The fold that is held out.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Device = "auto",
     fresh: Fresh = False,
 ) -> None:
     """Train a network on the labelled cases of a folder; one fold is held out and scored.
@@ -129,7 +124,7 @@ def train(
     """
     collection = find_cases(data)
     labelled = [case for case in collection.cases if case.label is not None and case.part != "test"]
-    chosen = read_recipe(Recipe, RECIPES.get(recipe, Path(recipe)), setting or [])
+    chosen = read_recipe(Recipe, recipe, settings or (), RECIPES)
     if not labelled:
         raise UserError(f"{data}: no labelled cases to train on")
     folds = min(folds, len({case.group for case in labelled}))
@@ -162,7 +157,7 @@ def from_plan(
     """Write a recipe that trains the U-Mamba of an nnU-Net plan, with nnU-Net's optimiser and loss."""
     if placement not in PLACEMENTS:
         raise UserError(f"--placement {placement}: must be one of {', '.join(PLACEMENTS)}")
-    template = yaml.safe_load((Path(pages.__file__).parent / "recipes" / "umamba.yaml").read_text(encoding="utf-8"))
+    template = yaml.safe_load((RECIPES / "umamba.yaml").read_text(encoding="utf-8"))
     recipe = template | plan_recipe(plans, configuration, placement)
     if len(recipe["roi"]) == 2:
         recipe["augment"] = None
@@ -176,7 +171,7 @@ def search(
     data: Data,
     model: Annotated[Path, typer.Option(help="Folder that `train` wrote; the settings found go into it.")],
     fold: Annotated[int, typer.Option(help="The fold of its splits.json that was held out.")] = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Search the CRF's settings on the held-out fold of a model; `predict --crf` then uses them.
 
@@ -213,13 +208,14 @@ def predict(
     overlap: Annotated[float, typer.Option(help="Share of a window that the next covers again.")] = 0.5,
     part: Annotated[str | None, typer.Option(help="Of a data set, only the cases of `train` or `test`.")] = None,
     memory: Memory = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Also write DICOM-SEG for DICOM input.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Compare a bounded with an unbounded run; print it.")] = False,
 ) -> None:
     """Segment scans: label maps on the input's exact grid, and overlay pictures.
 
-    What is there is not done again, unless scan, model or options were others.
+    What is there is not done again, unless scan, model or options were others. --memory counts what grows with classes
+    and volume, 384M if it is not given (the CRF then has no bound).
     """
     segmenter, of_model = Segmenter.load(model), model_digest(model)
     budget = None if memory is None else parse_memory(memory)
@@ -369,11 +365,12 @@ def refine(
     color_std: ColorStd = 3.0,
     exact: Annotated[bool, typer.Option("--exact", help="Exact sums instead of the lattice; small grids.")] = False,
     memory: Memory = None,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Run the fully connected CRF on anybody's probabilities and write the label map on the image's grid.
 
-    Pictures are used as they are (0..255); volumes are stretched to 0..255 first.
+    Pictures are used as they are (0..255); volumes are stretched to 0..255 first. --memory counts what grows with
+    classes and volume.
     """
     scan = read_scan(image)
     try:

@@ -13,7 +13,7 @@ import typer
 from nearfar.apps.motor_imagery import pages
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, progress, say, table
-from nearfar.core.cli.options import Fresh
+from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.made_from import MadeFrom, model_digest
@@ -98,17 +98,11 @@ Published = Annotated[
         "data.",
     ),
 ]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file with training settings.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="A training setting: epochs=100, learning_rate=0.001, patience=50, seed=1 ..."),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+RecipeFile = Annotated[str | None, recipe_option()]
 
 
 @app.command()
-def inspect(paths: Paths, unit: Unit = None, as_json: JsonOutput = False) -> None:
+def inspect(paths: Paths, unit: Unit = None, as_json: Json = False) -> None:
     """Say what recordings hold: subjects, channels, rate, events, and what is wrong with them."""
 
     def look(recording: Recording) -> dict[str, Any]:
@@ -146,7 +140,7 @@ def inspect(paths: Paths, unit: Unit = None, as_json: JsonOutput = False) -> Non
 @app.command()
 def train(
     paths: Paths,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the decoder; call again to go on.")],
+    output: RunFolder,
     test: Annotated[
         list[Path] | None, typer.Option(help="Recordings (or folders) to test the finished decoder on, once.")
     ] = None,

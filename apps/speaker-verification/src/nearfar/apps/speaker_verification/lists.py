@@ -10,8 +10,6 @@ import typer
 from nearfar.apps.speaker_verification import pages
 from nearfar.apps.speaker_verification.common import (
     Cache,
-    Device,
-    JsonOutput,
     MixChannels,
     Model,
     embed_all,
@@ -25,7 +23,7 @@ from nearfar.audio.speakers.lists import count_unscored, rows_in, score_trials, 
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, messages, table
-from nearfar.core.devices import choose_device
+from nearfar.core.cli.options import Device, Json
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
 
@@ -71,7 +69,7 @@ def score(
     Trials whose recordings cannot be read are left out, listed in OUTPUT.failed, and the exit status is 1.
     """
     refuse_folder(output)
-    system = SpeakerSystem.load(model, choose_device(device))
+    system = SpeakerSystem.load(model, device)
     if average not in ("embeddings", "scores"):
         raise UserError(f"--average {average}: must be embeddings or scores")
     if llr and (backend or norm or top_n or quality or no_mean):
@@ -160,7 +158,7 @@ def evaluate(
     ] = None,
     draws: Annotated[int, typer.Option(help="Bootstrap draws for the intervals.")] = 1000,
     far: Annotated[list[float] | None, typer.Option(help="False-accept rates to give thresholds for.")] = None,
-    as_json: JsonOutput = False,
+    as_json: Json = False,
 ) -> None:
     """Figures with their conventions named, thresholds, DET curve, histograms, conditions, and the worst errors."""
     listed, values, reference = _labelled(scores, trials)
@@ -207,7 +205,7 @@ def calibrate(
     model: Model,
     trials: Labels = None,
     speaker_pattern: SpeakerPattern = None,
-    as_json: JsonOutput = False,
+    as_json: Json = False,
 ) -> None:
     """Calibrate a model folder with your own trials, scored with it by `score` (without --llr).
 

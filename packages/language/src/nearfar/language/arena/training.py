@@ -96,7 +96,12 @@ class ArenaModule(pl.LightningModule):
 
 
 def train_on_arena(
-    recipe: ArenaRecipe, data: str | Path, folder: str | Path, device: str = "auto", show_progress: bool = False
+    recipe: ArenaRecipe,
+    data: str | Path,
+    folder: str | Path,
+    device: str = "auto",
+    show_progress: bool = False,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Train in `folder/run`, save the model of the best validation accuracy to `folder`; returns what came out."""
     parts = {
@@ -120,6 +125,7 @@ def train_on_arena(
         settings={**dataclasses.asdict(recipe), "data": str(data)},
         show_progress=show_progress,
         device=device,
+        fresh=fresh,
         gradient_clip_val=1.0,
     )
     model.save_pretrained(folder)

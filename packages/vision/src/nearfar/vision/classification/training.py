@@ -41,23 +41,10 @@ from nearfar.vision.models.pyramid import Backbone
 
 logging.getLogger("timm").setLevel(logging.WARNING)
 
-RECIPES = Path(__file__).parent / "recipes"
-"""YAML files that state the published recipes."""
-
-
-def find_recipe(name: str | Path | None) -> Path | None:
-    """A recipe's file: `name` itself, or the published recipe of that name."""
-    if name is None or Path(name).is_file():
-        return None if name is None else Path(name)
-    if not (path := RECIPES / f"{name}.yaml").is_file():
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-        raise UserError(f"{name}: no such recipe file, nor a published recipe; those are {known}")
-    return path
-
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. The defaults suit fine-tuning or short runs on small data; `RECIPES` has the published ones."""
+    """How to train. The defaults suit fine-tuning or short runs on small data; the published ones are in `RECIPES`."""
 
     size: int = 224
     """Side of the training crop, and of the picture in evaluation."""
