@@ -17,6 +17,7 @@ import nearfar.language.modeling  # noqa: F401 - registers MixerForCausalLM with
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path
 from nearfar.core.finite import check_weights
+from nearfar.core.hub import from_hub, unreachable
 from nearfar.core.model_folder import KINDS, NEXT, read
 
 TEXT_ENDINGS = (".txt", ".raw", ".md", ".rst", ".py", ".html", ".csv", ".tex", "")
@@ -31,33 +32,36 @@ def byte_tokenizer() -> ByT5Tokenizer:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """ "bytes", a folder, or a transformers id."""
+    """ "bytes", a folder, or hub:NAME."""
     if name == "bytes":
         return byte_tokenizer()
+    place, is_hub = from_hub(name, "a tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no tokenizer there ({first_line(error)}); give a folder, an id, or bytes") from error
+        return AutoTokenizer.from_pretrained(place, local_files_only=not is_hub, trust_remote_code=False)
+    except Exception as error:  # the hub's client has errors of its own
+        raise UserError(f"{name}: no tokenizer there ({unreachable(name, is_hub, error)})") from error
 
 
 def load_causal_lm(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
-    """A model in eval mode with its tokenizer, from a folder or by its transformers id.
+    """A model in eval mode with its tokenizer, from a folder, or of the hub by `hub:NAME`.
 
     A folder without a tokenizer whose model has 256 or 259 tokens reads bytes.
     """
     if (Path(name) / NEXT).exists() or (Path(name) / KINDS["language model"]).exists():
         read(name, "language model")
+    place, is_hub = from_hub(name, "a model")
+    asked: Any = {"local_files_only": not is_hub, "trust_remote_code": False}
     try:
         options = {} if dtype is None else {"dtype": dtype}
-        loading: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        loading: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **asked, **options)
         model, found = loading
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: no causal language model there ({first_line(error)})") from error
+    except Exception as error:  # the hub's client has errors of its own
+        raise UserError(f"{name}: no causal language model there ({unreachable(name, is_hub, error)})") from error
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{name}: lacks {some(missing)}; the model would have random weights there")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(place, **asked)
+    except Exception as error:
         if model.config.vocab_size != len(byte_tokenizer()):
             raise UserError(f"{name}: the model comes without a tokenizer ({first_line(error)})") from error
         tokenizer = byte_tokenizer()
@@ -108,6 +112,7 @@ def token_parts(sources: Iterable[str | Path], tokenizer: PreTrainedTokenizerBas
             for text in hub_texts(str(source)):
                 yield np.array([*encode(text, tokenizer).tolist(), *end], np.int64)
             continue
+        from_hub(source, "a corpus")
         for path in text_files(Path(source)):
             if path.suffix.lower() in TABLE_ENDINGS:
                 for text in table_texts(path):
@@ -198,7 +203,7 @@ def hub_texts(source: str) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{source}: cannot be streamed ({first_line(error)})") from error
+        raise UserError(f"{source}: cannot be streamed ({unreachable(source, True, error)})") from error
 
 
 def text_of(row: dict[str, Any], source: object) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 
 from nearfar.core.cards import Card, models
 from nearfar.core.errors import UserError
+from nearfar.core.hub import pretrained_setting
 
 
 def networks() -> dict[str, tuple[type[nn.Module], Card]]:
@@ -23,12 +24,16 @@ MONAI_DEFAULTS: dict[str, dict[str, Any]] = {
 """Settings of MONAI networks where none are given: nnU-Net's shape, and a U-Net that trains in minutes."""
 
 
-def create_network(name: str, num_classes: int, in_channels: int, dims: int, settings: Mapping[str, Any]) -> nn.Module:
+def create_network(
+    name: str, num_classes: int, in_channels: int, dims: int, settings: Mapping[str, Any], *, fetch: bool = True
+) -> nn.Module:
     """A network by name: ours (`networks`), `smp.Unet` ... (2-D), or `monai.DynUNet`, `monai.SwinUNETR` ...
 
-    `settings` go to its constructor, before them those of `MONAI_DEFAULTS`.
+    `settings` go to its constructor, before them those of `MONAI_DEFAULTS`. Weights are fetched where they ask for it,
+    `pretrained: hub:timm` or smp's `encoder_weights: hub:imagenet`, and not at all without `fetch`.
     Raises UserError for an unknown name or settings that the network refuses.
     """
+    settings = pretrained_setting(settings, fetch)
     try:
         if name in (own := networks()):
             network, card = own[name]

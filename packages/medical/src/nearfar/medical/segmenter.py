@@ -46,13 +46,16 @@ class Segmenter:
         self.preparation = Preparation(recipe.spacing, recipe.window, recipe.intensity, recipe.resize)
 
     @classmethod
-    def create(cls, recipe: Recipe, labels: Mapping[int, str], in_channels: int) -> "Segmenter":
-        """A segmenter with fresh weights. Class k of the network is the k-th label value."""
+    def create(cls, recipe: Recipe, labels: Mapping[int, str], in_channels: int, *, fetch: bool = True) -> "Segmenter":
+        """A segmenter with fresh weights, or with fetched ones where the recipe asks for them and `fetch` is set.
+
+        Class k of the network is the k-th label value.
+        """
         classes = 1 + len([v for v in labels if v])
         if recipe.binary and classes != 2:
             raise UserError(f"loss {recipe.loss} is for one label, the data have {classes - 1}")
         outputs = 1 if recipe.binary else classes
-        network = create_network(recipe.network, outputs, in_channels, len(recipe.roi), recipe.settings)
+        network = create_network(recipe.network, outputs, in_channels, len(recipe.roi), recipe.settings, fetch=fetch)
         return cls(network, labels, recipe, in_channels)
 
     def __call__(
@@ -149,7 +152,7 @@ class Segmenter:
         try:
             recipe = Recipe(**content["recipe"])
             labels = {int(k): v for k, v in content["labels"].items()}
-            segmenter = cls.create(recipe, labels, content["in_channels"])
+            segmenter = cls.create(recipe, labels, content["in_channels"], fetch=False)
             segmenter.crf, segmenter.spacing_seen = content.get("crf"), content.get("spacing_seen")
             segmenter.trained_on = trained_on(folder)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

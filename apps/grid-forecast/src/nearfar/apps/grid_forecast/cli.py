@@ -224,7 +224,7 @@ def load(folder: Path) -> tuple[ForecastNet, Statistics]:
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"{folder}: its training has not ended; call `train` with the same arguments to go on")
     with redirect_stdout(sys.stderr):  # the hub's mixin prints where it loads from
-        return ForecastNet.from_pretrained(folder).eval(), statistics
+        return ForecastNet.from_pretrained(folder, local_files_only=True).eval(), statistics
 
 
 def draw(names: list[str], columns: list[tuple[str, np.ndarray]]) -> Figure:

@@ -14,6 +14,7 @@ from nearfar.core.cli.console import console, messages, table
 from nearfar.core.cli.options import Device, Fresh, Json, Precision, RunFolder, Seed, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv
+from nearfar.core.hub import HUB
 from nearfar.core.model_folder import mark_seen
 from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
@@ -29,14 +30,14 @@ quiet_transformers()
 app = typer.Typer(
     help="Causal language models with exchangeable mixers. `train TEXT -o FOLDER` makes one, `evaluate` gives bits "
     "per byte, `generate` writes on, `audit` checks what padding, pieces and saved states do to a model's numbers.\n\n"
-    "A MODEL is a folder or a transformers id. A TEXT is a file, a folder, a .jsonl or .parquet table with a column "
-    "`text`, or `hub:NAME[:CONFIG[:SPLIT]]`, a datasets corpus that is streamed.",
+    "A MODEL is a folder, or hub:NAME for one that is fetched. A TEXT is a file, a folder, a .jsonl or .parquet table "
+    "with a column `text`, or `hub:NAME[:CONFIG[:SPLIT]]`, a datasets corpus that is streamed.",
     no_args_is_help=True,
 )
 
 app.add_typer(lra.app, name="lra")
 
-Model = Annotated[str, typer.Argument(help="Folder or transformers id of a causal language model.")]
+Model = Annotated[str, typer.Argument(help="Folder of a causal language model, or hub:NAME.")]
 Texts = Annotated[list[str], typer.Argument(help="Text files, folders, tables, or hub:NAME[:CONFIG[:SPLIT]].")]
 MaxTokens = Annotated[int | None, typer.Option(help="Read at most so many tokens.")]
 
@@ -86,7 +87,10 @@ def evaluate(
     ngram: Annotated[
         list[str] | None, typer.Option(help="Also score a byte 5-gram counted on these texts (the training texts).")
     ] = None,
-    task: Annotated[list[str] | None, typer.Option(help="A task of lm-evaluation-harness (repeatable).")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task of lm-evaluation-harness, whose data are fetched: hub:NAME (repeatable)."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many examples of each task.")] = None,
     max_tokens: MaxTokens = None,
     device: Device = "auto",
@@ -97,6 +101,8 @@ def evaluate(
         raise UserError("evaluate: name texts to score, or a --task")
     if piece < 1:
         raise UserError(f"--piece {piece}: must be at least 1")
+    if local := [name for name in task or () if not name.startswith(HUB)]:
+        raise UserError(f"--task {local[0]}: its data come from the network; write --task hub:{local[0]} for it")
     lm, tokenizer = texts.load_causal_lm(model, device)
     result: dict[str, object] = {"model": model}
     if sources:
@@ -109,7 +115,9 @@ def evaluate(
             scored = texts.read_bytes(sources, texts.token_bytes(tokens, tokenizer))
             result["5-gram_bits_per_byte"] = evaluation.ngram_bits(counted, scored, 256)
     if task:
-        for name, scores in evaluation.run_tasks(lm, tokenizer, task, limit, max_length=piece).items():
+        for name, scores in evaluation.run_tasks(
+            lm, tokenizer, [name.removeprefix(HUB) for name in task], limit, max_length=piece
+        ).items():
             for metric, value in scores.items():
                 if isinstance(value, int | float):
                     result[f"{name} {metric.removesuffix(',none')}"] = value

@@ -8,6 +8,7 @@ import typer
 
 from nearfar.core.cli.console import console, messages, table
 from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Seed, Settings, recipe_option
+from nearfar.core.errors import UserError
 from nearfar.core.recipes import read_recipe
 from nearfar.language.arena import listops
 from nearfar.language.arena.tasks import Part
@@ -61,6 +62,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Accuracy on a part of a task, beside that of always answering the commonest class."""
-    classifier = SequenceClassifier.from_pretrained(model).to(device)
+    if not (model / "config.json").is_file():
+        raise UserError(f"{model}: holds no classifier of `lra train`")
+    classifier = SequenceClassifier.from_pretrained(model, local_files_only=True).to(device)
     result = {"task": task, "part": part, **accuracy(classifier, Part(task, data, part, limit))}
     console.print(json.dumps(result, indent=2) if as_json else table([result]))

@@ -105,7 +105,7 @@ def plot(
 
 @app.command()
 def text(
-    model: Annotated[str, typer.Argument(help="Folder of a causal language model, or a transformers model id.")],
+    model: Annotated[str, typer.Argument(help="Folder of a causal language model, or hub:NAME.")],
     files: Annotated[list[str], typer.Argument(help="Text files, folders, tables, or hub:NAME[:CONFIG[:SPLIT]].")],
     against: Annotated[
         str | None, typer.Option(help="A second model (attention, say): how much of the gap recall explains.")

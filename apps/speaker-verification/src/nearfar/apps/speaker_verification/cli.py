@@ -69,7 +69,9 @@ def train(
     output: RunFolder,
     recipe: Annotated[str, recipe_option(RECIPES)] = "filterbank",
     settings: Settings = None,
-    backbone: Annotated[str | None, typer.Option(help="Folder or hub id of a wav2vec2, HuBERT or WavLM model.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Folder of a wav2vec2, HuBERT or WavLM model, or hub:NAME.")
+    ] = None,
     start: Annotated[Path | None, typer.Option(help="Model folder to start from, for the later stages.")] = None,
     layout: Layout = "auto",
     workers: Workers = 0,
