@@ -13,7 +13,6 @@ import pytest
 from nearfar.core.cli import root as cli
 from nearfar.core.errors import UserError
 from tests.apps.jobs import JOBS
-from tests.conftest import REPOSITORY
 
 BLOCKED = """
 import json, socket, sys, time
@@ -46,6 +45,7 @@ for command in json.loads(sys.argv[1]):
     status = run(command)
     print(json.dumps([status, asked, time.monotonic() - started, command]), file=sys.stderr, flush=True)
 """
+REPOSITORY = Path(__file__).parents[2]
 QUICK = ("language-model", "lra", "recall")
 
 

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
+from nearfar.core.devices import check_precision
 from nearfar.core.environment import environment
 from nearfar.core.errors import DivergedError, UserError
 from nearfar.core.files import atomic_path, locked, process_rank, sweep, write_csv, write_json
@@ -125,6 +126,7 @@ def train(
     `trainer_options` go to Lightning's Trainer: `devices`, `precision`, `accumulate_grad_batches`,
     `gradient_clip_val`, `strategy` ...
     """
+    check_precision(str(trainer_options.get("precision", "")), device)
     run = _Run(monitor, mode, seed, None if folder is None else Path(folder), dict(settings or {}))
     with nullcontext() if folder is None else locked(folder, "trains"):
         if folder is not None:

@@ -304,6 +304,13 @@ class ContMixBlock(ContextMixer):
         y = self.norm1(self.dwconv1(x))
         return large_kernels(self, y, y)
 
+    def attention_on_grid(self, weights: Tensor, size: tuple[int, int], at: tuple[int, int]) -> Tensor:
+        """The weights (taps) of the position `at` on a grid of `size`."""
+        plane = weights.new_zeros(size)
+        rows, columns = (window_index(n, self.kernel_size, plane.device)[i] for n, i in zip(size, at, strict=True))
+        plane[rows[:, None], columns] = weights.reshape(self.kernel_size, self.kernel_size)
+        return plane
+
 
 def large_kernels(mixer: ContextMixer, source: Tensor, context: Tensor) -> Float[Tensor, "b g n m"]:
     """The large kernels of `mixer` with their taps on the last axis."""
