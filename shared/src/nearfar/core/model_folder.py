@@ -12,7 +12,7 @@ and are then moved into place, the description last. A kill in between is made g
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -49,6 +49,10 @@ class TrainedOn:
         """From digests of the items' content and names of the groups."""
         named = (str(group) for group in groups if group is not None)
         return cls(frozenset(map(_short, items)), frozenset(map(_short, named)))
+
+    def __or__(self, other: "TrainedOn") -> "TrainedOn":
+        """What either has seen, as for a model that began from another."""
+        return TrainedOn(self.items | other.items, self.groups | other.groups)
 
     def seen(self, items: Iterable[str], groups: Iterable[Any] = ()) -> list[bool]:
         """Which of `items`, given by the digests of their content, or of their `groups`, the model has seen."""
@@ -168,5 +172,9 @@ def _finish(folder: Path) -> None:
 
 def mark_seen(folder: str | Path, items: Iterable[str], groups: Iterable[Any] = ()) -> str:
     """A mark for every figure on these items: "" where the model has seen none of them, else how many it has."""
-    seen = trained_on(folder).seen(items, groups)
+    return mark(trained_on(folder).seen(items, groups))
+
+
+def mark(seen: Sequence[bool]) -> str:
+    """A mark for every figure on items of which a model has seen some: "" for none, else how many."""
     return f"{sum(seen)} of {len(seen)} seen in training" if any(seen) else ""

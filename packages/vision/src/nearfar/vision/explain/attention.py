@@ -109,8 +109,8 @@ def draw_attention(
 def place(weights: Tensor, layer: nn.Module, model: nn.Module, at: tuple[float, float], size: list[int]) -> Tensor:
     """The weights (queries, keys) of the query at `at`, on the grid of keys that covers the picture.
 
-    Where a layer's queries are not the positions (`leading_queries`: they are the leading tokens alone), or its keys are
-    not the whole grid (`attention_on_grid` lays them there, `window` says where they lie), the layer tells.
+    Where a layer's queries are not the positions (`leading_queries`: the leading tokens alone), or its keys are not the
+    whole grid (`attention_on_grid` lays them there, `window` says where they lie), the layer tells.
     """
     prefix = getattr(model, "num_prefix_tokens", 0)
     if getattr(layer, "leading_queries", False):
