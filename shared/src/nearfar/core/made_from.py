@@ -20,7 +20,7 @@ class MadeFrom:
 
     def __init__(self, target: Path, inputs: Iterable[Path], model: str, **options: Any) -> None:
         self.target = target
-        self.record = target.with_name(f".{target.name}.made-from.json")
+        self.record = record_of(target)
         self.sources = {
             "input": data_digest([content_digest(path) for path in inputs]),
             "model": model,
@@ -52,9 +52,24 @@ class MadeFrom:
             )
         return False
 
-    def write(self) -> None:
-        """Note that the result is there."""
-        write_json(self.record, {"sources": self.sources, "result": content_digest(self.target)})
+    def write(self, marked: str = "") -> None:
+        """Note that the result is there, and a mark for every figure on it, see `model_folder.mark`."""
+        record = {"sources": self.sources, "result": content_digest(self.target)}
+        write_json(self.record, record | ({"marked": marked} if marked else {}))
+
+
+def mark_beside(target: Path) -> str:
+    """The mark that was noted with a result, "" where there is none."""
+    try:
+        record = json.loads(record_of(target).read_text(encoding="utf-8"))
+        return str(record.get("marked", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def record_of(target: Path) -> Path:
+    """The hidden file that tells what a result was made from."""
+    return target.with_name(f".{target.name}.made-from.json")
 
 
 def model_digest(path: str | Path) -> str:

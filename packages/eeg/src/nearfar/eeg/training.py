@@ -10,7 +10,7 @@ from mne import BaseEpochs
 from torch import nn
 
 from nearfar.core.errors import UserError
-from nearfar.core.model_folder import TrainedOn, trained_on
+from nearfar.core.model_folder import TrainedOn, mark, trained_on
 from nearfar.eeg import metrics
 from nearfar.eeg.decoder import Decoder
 from nearfar.eeg.decoding import NetworkClassifier, Recipe
@@ -77,9 +77,7 @@ def train_decoder(
         scores["test"] = metrics.score(y_test, classifier.predict(X_test), len(names))
         scores["trials"]["test"] = len(y_test)
         if any(seen := before.seen(digest.hex() for digest in tested)):
-            scores["test"]["marked"] = (
-                f"{sum(seen)} of {len(seen)} trials seen in training, by the decoder it began from"
-            )
+            scores["test"]["marked"] = mark(seen)  # by the decoder that it began from
     about = {
         "sfreq": float(epochs.info["sfreq"]),
         "recipe": vars(recipe),

@@ -66,4 +66,6 @@ def evaluate(
         raise UserError(f"{model}: holds no classifier of `lra train`")
     classifier = SequenceClassifier.from_pretrained(model, local_files_only=True).to(device)
     result = {"task": task, "part": part, **accuracy(classifier, Part(task, data, part, limit))}
+    if part != "test":
+        result["marked"] = "trained on this part" if part == "train" else "this part chose the epoch"
     console.print(json.dumps(result, indent=2) if as_json else table([result]))

@@ -18,12 +18,13 @@ from nearfar.core.cli.console import console, table, track
 from nearfar.core.cli.options import Device, Fresh, Json, Memory, RunFolder, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
-from nearfar.core.made_from import MadeFrom, model_digest
+from nearfar.core.made_from import MadeFrom, mark_beside, model_digest
 from nearfar.core.memory import parse_memory
+from nearfar.core.model_folder import mark
 from nearfar.core.recipes import read_recipe
 from nearfar.medical import metrics
 from nearfar.medical.bundle import write_bundle
-from nearfar.medical.data.cases import Case, Collection, check_split, make_splits
+from nearfar.medical.data.cases import Case, Collection, case_digest, check_split, make_splits
 from nearfar.medical.data.layouts import find_cases, is_series, stem
 from nearfar.medical.data.scans import read_labels, read_scan, write_dicom_seg, write_labels
 from nearfar.medical.models.umamba import PLACEMENTS, plan_recipe
@@ -233,7 +234,7 @@ def predict(
             raise UserError(f"{target}: is the scan itself; give another output folder")
         made = MadeFrom(target, case.images, of_model, overlap=overlap, mirror=mirror, crf=crf, dicom_seg=dicom_seg)
         if made.done():
-            return {"case": case.name, "labels": "done before", "file": str(target)}
+            return {"case": case.name, "labels": "done before", "file": str(target), "marked": mark_beside(target)}
         labels = segmenter(scan, memory=budget, **options)
         if check:
             small, large = budget or 2**20, 2**40
@@ -244,14 +245,15 @@ def predict(
         if dicom_seg:
             write_dicom_seg(base.with_name(f"{base.name}.dcm"), labels, scan, segmenter.labels)
         write_labels(target, labels, scan)
-        made.write()
+        marked = mark(segmenter.trained_on.seen([case_digest(case)]))
+        made.write(marked)
         voxels = {v: int((labels == k).sum()) for k, v in segmenter.labels.items() if k}
         if scan.kind in ("picture", "array"):
             sizes = [f"{name} {count / labels.size:.2%}" for name, count in voxels.items()]
         else:
             volume = float(np.prod(scan.spacing))
             sizes = [f"{name} {count * volume / 1000:.1f} ml" for name, count in voxels.items()]
-        return {"case": case.name, "labels": ", ".join(sizes), "file": str(target)}
+        return {"case": case.name, "labels": ", ".join(sizes), "file": str(target), "marked": marked}
 
     rows, failures = run_batch(jobs, one, "segmenting", lambda job: str(job[1].images[0]))
     console.print(table(rows))
@@ -291,22 +293,25 @@ def evaluate(
 ) -> None:
     """Score label maps: cases.csv, summary.json with bootstrap intervals, and index.html with the worst cases.
 
-    A labelled case without a prediction is an error, not a case less. Conventions: nearfar (a missed structure counts
+    A labelled case without a prediction is an error, not a case less; cases that the model of `predict` was trained on
+    are marked. Conventions: nearfar (a missed structure counts
     as worst), synapse_legacy, brats, monai.
     """
     collection = find_cases(data)
     labelled = [case for case in collection.cases if case.label is not None]
     labelled = [c for c in labelled if c.part != "train"] if any(c.part == "test" for c in labelled) else labelled
 
+    def prediction(case: Case, folder: Path) -> Path:
+        names = (case.name, case.name.split("/")[-1])
+        files = [p for name in names for ending in ENDINGS if (p := folder / f"{name}{ending}").is_file()]
+        if not files:
+            raise UserError(f"{case.name}: has no prediction in {folder}")
+        return files[0]
+
     def load(case: Case, folder: Path) -> tuple[Any, np.ndarray, np.ndarray]:
         scan, truth = collection.read(case)
         assert truth is not None
-        files = [
-            p for n in (case.name, case.name.split("/")[-1]) for e in ENDINGS if (p := folder / f"{n}{e}").is_file()
-        ]
-        if not files:
-            raise UserError(f"{case.name}: has no prediction in {folder}")
-        found = read_labels(files[0], scan)
+        found = read_labels(prediction(case, folder), scan)
         if collection.ignore is not None:
             found, truth = (np.where(truth == collection.ignore, 0, m) for m in (found, truth))
         return scan, found, truth
@@ -326,13 +331,16 @@ def evaluate(
             )
         except ValueError as error:
             raise UserError(f"{case.name}: {error}") from error
-        return [{"case": case.name, **row} for row in scores]
+        seen = bool(mark_beside(prediction(case, folder)))
+        return [{"case": case.name, **row, "seen_in_training": seen} for row in scores]
 
     results, failures = run_batch(labelled, one, "scoring", lambda case: case.name)
     rows = [row for result in results for row in result]
     if rows:
         summary = metrics.summarize(rows)
-        content = {"convention": str(convention), "summary": summary, "failures": failures}
+        marked = mark([result[0]["seen_in_training"] for result in results if result])
+        content = {"convention": str(convention), "summary": summary, "failures": failures, "marked": marked}
+        said = f"{convention}; {marked}: too good" if marked else str(convention)
         if against is not None:
             scored = {row["case"] for row in rows}
             others = [row for c in labelled if c.name in scored for row in one(c, against)]
@@ -346,8 +354,8 @@ def evaluate(
         for case in labelled:
             if case.name in chosen:
                 shown.append((case.name, *load(case, predictions)))
-        page = pages.evaluation_page(output / "index.html", _short(summary), rows, shown, str(convention))
-        console.print(table(_short(summary), f"convention {convention}"))
+        page = pages.evaluation_page(output / "index.html", _short(summary), rows, shown, said)
+        console.print(table(_short(summary), f"convention {said}"))
         console.print(f"page: {page}", soft_wrap=True, highlight=False)
     raise_failures(failures, len(labelled))
 

@@ -10,11 +10,13 @@ from nearfar.core.cli.console import console, messages, progress, table
 from nearfar.core.cli.options import Device, Json, RunFolder, Settings
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_json
+from nearfar.core.model_folder import mark_seen
 from nearfar.core.recipes import read_recipe, shipped_recipes
 from nearfar.core.report import Report
 from nearfar.language.recall import bench as recall
 from nearfar.language.recall.ar_slices import BigramCounts, gap_explained, slice_scores
 from nearfar.language.texts import load_causal_lm, quiet_transformers, read_tokens
+from nearfar.language.training import text_marks
 
 quiet_transformers()
 
@@ -135,7 +137,7 @@ def text(
         counts = BigramCounts.of(read_tokens(train, tokenizer), len(tokenizer)) if train else None
         tokens = read_tokens(files, tokenizer, None if limit is None else limit * context)
         scores = slice_scores(lm, tokens, context, counts, frequent)
-        rows.append({"model": name, **scores})
+        rows.append({"model": name, **scores, "marked": mark_seen(name, text_marks(tokens))})
     result: dict[str, Any] = {"models": rows}
     if against:
         result["gap_explained"] = gap_explained(*rows)

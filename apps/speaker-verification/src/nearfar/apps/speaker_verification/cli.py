@@ -33,7 +33,7 @@ from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.fingerprint import content_digest
 from nearfar.core.made_from import model_digest
-from nearfar.core.model_folder import TrainedOn
+from nearfar.core.model_folder import TrainedOn, mark, trained_on
 from nearfar.core.recipes import read_recipe
 from nearfar.core.training import seed_epoch
 
@@ -119,7 +119,8 @@ def train(
             system.calibrate(matrix(unseen), [str(u.speaker) for u, _ in unseen], seed=chosen.seed)
         except ValueError as error:
             messages.print(f"not calibrated: {error}. `calibrate` can do it with other trials.")
-    system.trained_on = TrainedOn.of((content_digest(u.path) for u in good), (u.speaker for u in good))
+    before = TrainedOn() if start is None else trained_on(start)
+    system.trained_on = before | TrainedOn.of((content_digest(u.path) for u in good), (u.speaker for u in good))
     system.save(output, trained_on={"data": str(data), "speakers": len({u.speaker for u in learn})})
     pages.training_page(system, history, chosen).write(output / "report.html")
     if held and history:
@@ -219,6 +220,7 @@ def verify(
         "convention": system.convention,
         "qualities": [vars(e.quality) for e in found],
         "gated": gate is not None,
+        "marked": mark(system.trained_on.seen(map(content_digest, (first, second)))),
     }
     if system.calibration is None:
         answer["sentence"] = (
@@ -237,6 +239,8 @@ def verify(
         print(json.dumps(answer, indent=2))
     else:
         console.print(answer["sentence"], soft_wrap=True)
+        if answer["marked"]:
+            console.print(f"recordings {answer['marked']}: the answer is too sure", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -26,6 +26,8 @@ from nearfar.core.cli.console import console, messages, table
 from nearfar.core.cli.options import Device, Json
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
+from nearfar.core.fingerprint import content_digest
+from nearfar.core.model_folder import mark
 
 Labels = Annotated[Path | None, typer.Option("--trials", help="Trial list with the labels, if the scores have none.")]
 SpeakerPattern = Annotated[
@@ -123,6 +125,15 @@ def score(
         with atomic_path(_beside(output, "quality.npz")) as temporary, temporary.open("wb") as stream:
             np.savez(stream, inputs=inputs)
     scoring.write_scores(output, kept, values)
+    known_to = system.trained_on.seen(
+        (content_digest(u.path) for u, _ in seen),
+        (speakers.get(u.name) or (Path(u.name).parts[0] if "/" in u.name else None) for u, _ in seen),
+    )
+    trained = {name for name, flag in zip(names, known_to, strict=True) if flag}
+    sides = zip(kept.enroll.tolist(), kept.test.tolist(), strict=True)
+    marked = mark([b in trained or not trained.isdisjoint((members or {}).get(a, [a])) for a, b in sides])
+    if marked:
+        messages.print(f"{marked}, of {len(kept)} trials: their scores are too good", highlight=False)
     about = {
         "trials": str(trials),
         "model": model_digest(system.model),
@@ -134,6 +145,7 @@ def score(
         "average": average if members is not None else None,
         "quality": quality,
         "llr": llr,
+        "marked": marked,
         "scored": len(kept),
         "listed": len(listed),
     }
@@ -187,6 +199,7 @@ def evaluate(
             unscored,
             about.get("convention", ""),
             other,
+            about.get("marked", ""),
         )
     except ValueError as error:
         raise UserError(f"{scores}: {error}") from error

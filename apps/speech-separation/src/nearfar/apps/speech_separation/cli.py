@@ -25,8 +25,10 @@ from nearfar.core.cli.console import console, messages, progress, table
 from nearfar.core.cli.options import Device, Fresh, Json, Memory, RunFolder, Seed, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
+from nearfar.core.fingerprint import content_digest
 from nearfar.core.made_from import MadeFrom, model_digest
 from nearfar.core.memory import parse_memory
+from nearfar.core.model_folder import TrainedOn, mark, trained_on
 
 app = typer.Typer(
     help="Separate the voices of a recording: `separate` with a model that you have, or `train` one from recordings of "
@@ -339,6 +341,7 @@ def train(
         valid_set,
         output,
         start=begun,
+        seen=TrainedOn() if start is None else trained_on(start),
         device=device,
         fresh=fresh,
         show_progress=messages.is_terminal,
@@ -374,18 +377,22 @@ def evaluate(
         raise UserError(f"--metrics {metrics}: unknown {', '.join(unknown)}; known are {', '.join(METRICS)}")
     found = find_mixtures(mixtures, split, mix_folder, targets)
     net = load_model(model, rate, False if mapping else None)
-    separator = model_separator(net, device)
+    separator, known = model_separator(net, device), trained_on(model)
 
     def one(mixture: Mixture) -> dict[str, Any]:
         mixed, sources, found_rate = mixture.read()
         if found_rate != net.sample_rate:
             raise UserError(f"{mixture.mix}: is at {found_rate} Hz, the model at {net.sample_rate} Hz")
-        return {"id": mixture.name, **evaluate_mixture(mixed, sources, found_rate, separator, chosen)}
+        seen = any(known.seen(map(content_digest, (mixture.mix, *mixture.sources))))
+        scored = evaluate_mixture(mixed, sources, found_rate, separator, chosen)
+        return {"id": mixture.name, **scored, "seen_in_training": seen}
 
     rows, failures = run_batch(found, one, "evaluating", name=lambda mixture: str(mixture.mix))
     if output is not None:
         write_csv(output, rows)
     scores = summary(rows)
+    if marked := mark([row["seen_in_training"] for row in rows]):
+        scores = [row | {"marked": marked} for row in scores]
     if as_json:
         print(json.dumps({"summary": scores, "files": rows}, indent=2))
     elif scores:

@@ -122,6 +122,7 @@ def train_separation(
     folder: str | Path | None = None,
     *,
     start: MossFormer | None = None,
+    seen: TrainedOn | None = None,
     device: str = "auto",
     show_progress: bool = False,
     **trainer_options: Any,
@@ -129,7 +130,8 @@ def train_separation(
     """Train and return the model with its best weights (by validation SI-SDRi) and one row of metrics per epoch.
 
     folder: keeps the run, which an interrupted call takes up again (see `nearfar.core.training.train`), and the
-        finished model in `folder/model`, for `from_pretrained`. start: a model to fine-tune instead of a new one.
+        finished model in `folder/model`, for `from_pretrained`. start: a model to fine-tune instead of a new one, and
+        seen: what that was trained on.
     """
     torch.manual_seed(recipe.seed)
     model = recipe.build() if start is None else start
@@ -156,6 +158,8 @@ def train_separation(
     )
     if folder is not None:
         about = {"recipe": asdict(recipe)}
-        with writing(Path(folder) / "model", "separation model", about, seen_by(train_set, validation_set)) as place:
+        with writing(
+            Path(folder) / "model", "separation model", about, seen | seen_by(train_set, validation_set)
+        ) as place:
             model.save_pretrained(place)
     return model.eval(), history
