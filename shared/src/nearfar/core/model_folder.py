@@ -121,6 +121,11 @@ def describe(folder: str | Path, kind: str) -> dict[str, Any]:
     path = folder / KINDS[kind]
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and "format" not in found:
+            raise UserError(
+                f"{path}: names no format, so an older nearfar wrote it; train again with the same data and settings "
+                "into a new folder"
+            )
         others = found["kind"] != kind or not all(Path(name).name == name for name in found["files"])
         later = found["format"] > FORMAT
     except (FileNotFoundError, NotADirectoryError):

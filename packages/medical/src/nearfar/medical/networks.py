@@ -1,6 +1,8 @@
 """The networks that can be trained and used by name."""
 
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import monai.networks.nets
@@ -8,6 +10,7 @@ import segmentation_models_pytorch as smp
 from torch import nn
 
 from nearfar.core.cards import Card, models
+from nearfar.core.checkpoints import Checkpoint, identify, read
 from nearfar.core.errors import UserError
 from nearfar.core.hub import pretrained_setting
 
@@ -15,6 +18,19 @@ from nearfar.core.hub import pretrained_setting
 def networks() -> dict[str, tuple[type[nn.Module], Card]]:
     """Name -> class and card of nearfar's own networks."""
     return {name: (kind, kind.CARD) for kind in models("nearfar.medical.models") for name in kind.CARD.networks}  # type: ignore[attr-defined]
+
+
+def load_published(source: Checkpoint, **settings: Any) -> nn.Module:
+    """The network of nearfar's that a released checkpoint holds, with its weights, in eval mode.
+
+    Exactly one class has to account for every tensor; `settings` say what shapes do not tell, as its `from_published`
+    takes them. Raises CheckpointError with the reason of each where there is none, or more than one.
+    """
+    is_path = isinstance(source, str | Path)
+    content = source if is_path and Path(source).suffix == ".caffemodel" else read(source)  # type: ignore[arg-type]
+    kinds = {kind.__name__: kind for kind in models("nearfar.medical.models") if hasattr(kind, "from_published")}
+    attempts = {name: partial(kind.from_published, content, **settings) for name, kind in kinds.items()}
+    return identify(attempts, str(source) if is_path else "the state dict")[1]
 
 
 MONAI_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -157,9 +157,7 @@ def train_separation(
         **trainer_options,
     )
     if folder is not None:
-        about = {"recipe": asdict(recipe)}
-        with writing(
-            Path(folder) / "model", "separation model", about, seen | seen_by(train_set, validation_set)
-        ) as place:
+        about, seen = {"recipe": asdict(recipe)}, (seen or TrainedOn()) | seen_by(train_set, validation_set)
+        with writing(Path(folder) / "model", "separation model", about, seen) as place:
             model.save_pretrained(place)
     return model.eval(), history
