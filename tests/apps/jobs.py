@@ -1,5 +1,6 @@
 """The smallest job of every app that trains: its data, how it is trained, and how what it made is used."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -73,7 +74,9 @@ def scans(folder: Path) -> list[str]:
 
 def text(folder: Path) -> list[str]:
     folder.mkdir()
-    (folder / "text.txt").write_text("".join(f"{i} is {'odd' if i % 2 else 'even'}. " for i in range(600)))
+    lines = [f"{i} is {'odd' if i % 2 else 'even'}. " for i in range(600)]
+    (folder / "text.txt").write_text("".join(lines))
+    (folder / "table.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines[:50]) + "\n")
     return [str(folder / "text.txt")]
 
 
@@ -166,6 +169,7 @@ JOBS = {
         "language-model", text, ("hidden_size=16", "num_hidden_layers=1", "context=64", "mixers=[base-conv]"), (),
         lambda data, out: [
             ["language-model", "evaluate", str(out), str(data / "text.txt"), "--max-tokens", "500"],
+            ["language-model", "evaluate", str(out), str(data / "table.jsonl")],
             ["language-model", "generate", str(out), "1 is", "--max-new-tokens", "4"],
         ],
         run="run",

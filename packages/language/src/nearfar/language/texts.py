@@ -181,6 +181,7 @@ def table_texts(path: Path) -> Iterator[str]:
     """The column `text` of a table."""
     import datasets  # takes a second to import, and few need it
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else reading a local file is told to the hub
     kind = "parquet" if path.suffix.lower() == ".parquet" else "json"
     try:
         rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)

@@ -309,6 +309,7 @@ def _from_hugging_face(path: Path, split: str | None) -> Pictures:
     except ImportError as error:
         raise UserError(f"{path}: is a Hugging Face data set; install nearfar-vision[datasets] to read it") from error
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else reading a local file is told to the hub
     try:
         if path.is_file():
             data: Any = datasets.load_dataset("parquet", data_files=str(path), split="train")
