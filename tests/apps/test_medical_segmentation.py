@@ -69,7 +69,9 @@ def test_predict_evaluate_and_report(brain: Path, model: Path, tmp_path: Path, c
     summary = json.loads((tmp_path / "scores/summary.json").read_text())
     assert summary["summary"][-1]["cases"] == 2
     assert {"nsd", "hd95_low"} <= set(summary["summary"][0])
+    assert summary["marked"] == "1 of 2 seen in training"  # the other was held out
     page = (tmp_path / "scores/index.html").read_text()
+    assert "1 of 2 seen in training" in page
     assert 'type="range"' in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     (tmp_path / "out/left.nii.gz").unlink()

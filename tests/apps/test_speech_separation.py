@@ -271,6 +271,9 @@ def test_training_on_mixtures_on_disk(tmp_path, capsys):
     call += ["--set", "epochs=1", "--set", "batch_size=4", "--device", "cpu"]
     assert run(*call) == 0
     assert "dB over the mixture" in capsys.readouterr().out
+    score = ["evaluate", tmp_path / "set", "--split", "tr", "--model", tmp_path / "run/model", "--json"]
+    assert run(*score, "--metrics", "si_sdri") == 0
+    assert json.loads(capsys.readouterr().out)["summary"][0]["marked"] == "4 of 4 seen in training"
     assert run(*call, "--set", "num_speakers=3") == 2
     assert "say --set num_speakers=2" in error(capsys)
     assert run(*call, "--targets", "speaker{}") == 2
