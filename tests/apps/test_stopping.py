@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import time
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -57,8 +58,13 @@ class Command:
         raise AssertionError(f"no {what}")
 
 
-def checkpoints(out: Path) -> list[Path]:
-    return list(out.rglob("last.ckpt"))
+def checkpoints(out: Path) -> list[tuple[Path, int]]:
+    """The checkpoints with their times of writing."""
+    found = []
+    for path in out.rglob("last.ckpt"):
+        with suppress(FileNotFoundError):  # another takes its place
+            found.append((path, path.stat().st_mtime_ns))
+    return found
 
 
 def hidden(out: Path) -> list[str]:
@@ -103,19 +109,19 @@ def test_a_training_is_stopped_and_started_twice(job: Job, tmp_path: Path) -> No
     assert "Traceback" not in training.said()
     assert checkpoints(out)
     assert hidden(out) == []
-    resumed = Command(endless, tmp_path)
-    time.sleep(1)
-    resumed.wait_for(lambda: checkpoints(out), "a checkpoint")
-    assert resumed.stop(signal.SIGINT) == 128 + signal.SIGINT
+
+    def go_on() -> Command:
+        """The same command again, until it has written a checkpoint of its own."""
+        before, command = checkpoints(out), Command(endless, tmp_path)
+        command.wait_for(lambda: checkpoints(out) not in ([], before), "a new checkpoint")
+        return command
+
+    assert go_on().stop(signal.SIGINT) == 128 + signal.SIGINT
     assert hidden(out) == []
-    killed = Command(endless, tmp_path)
-    time.sleep(2)
+    killed = go_on()
     killed.process.kill()  # the lock dies with it
-    killed.wait()
-    again = Command(endless, tmp_path)
-    time.sleep(1)
-    again.wait_for(lambda: checkpoints(out), "a checkpoint")
-    assert again.stop() == 128 + signal.SIGTERM
+    assert killed.wait() == -signal.SIGKILL
+    assert go_on().stop() == 128 + signal.SIGTERM
     assert hidden(out) == []
 
 
