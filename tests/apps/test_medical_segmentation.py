@@ -106,7 +106,7 @@ def test_refine_within_a_budget(brain: Path, tmp_path: Path) -> None:
             "--spatial-std", 4, "--bilateral-std", 12, "--color-std", 15, "--bilateral-weight", 1, *extra)  # fmt: skip
         found.append(np.asarray(nib.load(tmp_path / f"{name}.nii.gz").dataobj))
     assert 0.99 < (found[0] == found[1]).mean() < 1
-    with pytest.raises(UserError, match="for a single slice"):
+    with pytest.raises(UserError, match="on one slice"):
         run("refine", tmp_path / "p.npy", brain / "images/left.nii.gz", "-o", tmp_path / "x.nii.gz", "--memory", "1M")
 
 

@@ -64,7 +64,7 @@ def read_recipe(
     """An instance of the dataclass `cls` from a YAML recipe and `name=value` overrides (values are read as YAML).
 
     `recipe` is a path, or the name of one in `folder`. Every value must be of the type that the dataclass states for
-    it, and every number finite; whole numbers stand for floats, lists for tuples.
+    it, and every number finite; whole numbers stand for floats, lists for tuples. Of overrides of one name the last counts.
 
     Raises UserError that names file, line and setting, or the override as `--set name=value`: for what is no YAML
     mapping, a name that is unknown (with those that are near) or given twice, a value of another type or one that `cls`
@@ -76,15 +76,11 @@ def read_recipe(
         source = _Source(str(path))
         values = source.read_file(path)
     sources = dict.fromkeys(values, source)
-    given: set[str] = set()
     for override in overrides:
         setting = _Source(f"--set {override[:100]}", is_file=False)
         name, sign, text = (part.strip() for part in override.partition("="))
         if not (sign and name):
             raise UserError(f"{setting.name}: an override is written name=value")
-        if name in given:
-            raise UserError(f"{setting.name}: {name} is set twice")
-        given.add(name)
         values[name], sources[name] = setting.parse(text, (name,)), setting
     known = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
     for name in values:
