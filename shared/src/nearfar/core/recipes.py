@@ -64,7 +64,7 @@ def read_recipe(
     """An instance of the dataclass `cls` from a YAML recipe and `name=value` overrides (values are read as YAML).
 
     `recipe` is a path, or the name of one in `folder`. Every value must be of the type that the dataclass states for
-    it, and every number finite; whole numbers stand for floats, lists for tuples. Of overrides of one name the last counts.
+    it, and every number finite; whole numbers stand for floats, lists for tuples. The last override of a name counts.
 
     Raises UserError that names file, line and setting, or the override as `--set name=value`: for what is no YAML
     mapping, a name that is unknown (with those that are near) or given twice, a value of another type or one that `cls`
