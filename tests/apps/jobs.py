@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -225,6 +226,7 @@ JOBS = {
 
 def call(arguments: list[str], messages: str) -> None:
     """Run a command in this process with its output in a file, and end with its status."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background come with it ignored
     handle = os.open(messages, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
