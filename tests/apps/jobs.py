@@ -70,6 +70,7 @@ def scans(folder: Path) -> list[str]:
         image = np.clip(100 + 80 * mask + rng.normal(0, 10, (32, 32)), 0, 255).astype(np.uint8)
         Image.fromarray(image).save(folder / "images" / f"p{i}.png")
         Image.fromarray(mask).save(folder / "labels" / f"p{i}.png")
+    (folder / "labels.json").write_text('{"1": "blob"}')
     return [str(folder)]
 
 

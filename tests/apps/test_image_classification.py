@@ -184,7 +184,7 @@ def test_recipes_by_name_and_corrupt_training_pictures(data: Path, tmp_path: Pat
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["finished"]
     assert record["settings"]["cutmix"] == 1.0
-    with pytest.raises(UserError, match=r"nor a published recipe; those are .*hornet_1k"):
+    with pytest.raises(UserError, match=r"none that comes along; those are .*hornet_1k"):
         call("train", data, "-o", tmp_path, "--recipe", "hornet_2k")
 
 
