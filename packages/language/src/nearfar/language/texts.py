@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path
 from nearfar.core.finite import check_weights
 from nearfar.core.model_folder import KINDS, NEXT, read
+from nearfar.core.reading import check_announced, read_json, reading, reason, whole_numbers
 
 TEXT_ENDINGS = (".txt", ".raw", ".md", ".rst", ".py", ".html", ".csv", ".tex", "")
 TABLE_ENDINGS = (".jsonl", ".json", ".parquet")
@@ -34,10 +36,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """ "bytes", a folder, or a transformers id."""
     if name == "bytes":
         return byte_tokenizer()
-    try:
+    with reading(name, "no tokenizer there", "give a folder, an id, or bytes"):
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no tokenizer there ({first_line(error)}); give a folder, an id, or bytes") from error
 
 
 def load_causal_lm(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
@@ -47,22 +47,43 @@ def load_causal_lm(name: str, device: str = "cpu", dtype: torch.dtype | None = N
     """
     if (Path(name) / NEXT).exists() or (Path(name) / KINDS["language model"]).exists():
         read(name, "language model")
-    try:
+    _check_config(Path(name))
+    with reading(name, "no causal language model there", "give the folder of one, whole"):
         options = {} if dtype is None else {"dtype": dtype}
         loading: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
         model, found = loading
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: no causal language model there ({first_line(error)})") from error
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{name}: lacks {some(missing)}; the model would have random weights there")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files raise anything
         if model.config.vocab_size != len(byte_tokenizer()):
-            raise UserError(f"{name}: the model comes without a tokenizer ({first_line(error)})") from error
+            raise UserError(f"{name}: the model comes without a tokenizer ({reason(error)})") from error
         tokenizer = byte_tokenizer()
     check_weights(model.state_dict(), name)
     return model.to(device).eval(), tokenizer
+
+
+def _check_config(folder: Path) -> None:
+    """Raise UserError where a local config.json is damaged, or announces a model that its weights cannot fill."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    config = read_json(path, "the settings of a language model")
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = 0
+    for file in files:
+        with reading(file, "cannot be read as weights"), safetensors.safe_open(str(file), "pt") as weights:
+            tensors += len(weights.keys())
+    if not files:
+        return
+    size = max(sum(file.stat().st_size for file in files), 1 << 20)
+    layers = config.get("num_hidden_layers", 0)
+    if not isinstance(layers, int) or not 0 <= layers <= tensors:
+        raise UserError(f"{path}: num_hidden_layers is {layers!r}, and its weights are {tensors} tensors")
+    for name, value in whole_numbers(config):
+        if abs(value) > size:
+            raise UserError(f"{path}: {name} is {value}, more than its weights have bytes")
 
 
 def read_tokens(
@@ -177,14 +198,10 @@ def table_texts(path: Path) -> Iterator[str]:
     import datasets  # takes a second to import, and few need it
 
     kind = "parquet" if path.suffix.lower() == ".parquet" else "json"
-    try:
+    with reading(path, "is damaged or no table"):
         rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
         for row in rows:
             yield text_of(row, path)
-    except UserError:
-        raise
-    except Exception as error:  # each format's reader has its own errors
-        raise UserError(f"{path}: is damaged or no table ({first_line(error)})") from error
 
 
 def hub_texts(source: str) -> Iterator[str]:
@@ -192,13 +209,9 @@ def hub_texts(source: str) -> Iterator[str]:
     import datasets
 
     name, config, split = (*source.removeprefix("hub:").split(":"), "", "")[:3]
-    try:
+    with reading(source, "cannot be streamed", "is it the name of a data set, and the network there?"):
         for row in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
             yield text_of(row, source)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{source}: cannot be streamed ({first_line(error)})") from error
 
 
 def text_of(row: dict[str, Any], source: object) -> str:
@@ -213,14 +226,13 @@ def split_enwik8(path: str | Path, folder: str | Path) -> list[Path]:
     `path` is the file `enwik8` or a zip archive that holds it.
     """
     path = Path(path)
-    try:
+    with reading(path, "no EnWik8 there"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                check_announced(path, archive.getinfo("enwik8").file_size, compressed=True)
                 data = archive.read("enwik8")
         else:
             data = path.read_bytes()
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: no EnWik8 there ({first_line(error)})") from error
     if len(data) != 100_000_000:
         raise UserError(f"{path}: EnWik8 has 100,000,000 bytes, this has {len(data):,}")
     written = []

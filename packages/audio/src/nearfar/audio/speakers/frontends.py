@@ -13,6 +13,7 @@ from torchaudio.compliance.kaldi import get_mel_banks
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedModel
 
 from nearfar.core.errors import UserError
+from nearfar.core.reading import reading
 from nearfar.ops.aggregation.statistics import masked_moments
 
 BACKBONES = ("wav2vec2", "hubert", "wavlm")
@@ -116,10 +117,8 @@ class SelfSupervised(nn.Module):
         Raises UserError where it cannot be read, or has no preprocessor config and `normalize` is None.
         """
         name = str(folder_or_id)
-        try:
+        with reading(name, "no speech backbone that transformers can read"):
             backbone = AutoModel.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: no speech backbone that transformers can read ({_first_line(error)})") from error
         sample_rate = 16000
         try:
             preprocessor = AutoFeatureExtractor.from_pretrained(name)

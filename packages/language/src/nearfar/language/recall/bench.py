@@ -29,6 +29,7 @@ from nearfar.core import plots
 from nearfar.core.errors import DivergedError, UserError
 from nearfar.core.files import locked, write_csv
 from nearfar.core.fingerprint import source_digest
+from nearfar.core.reading import reading
 from nearfar.core.training import train
 from nearfar.language.configuration import MixerConfig
 from nearfar.language.modeling import MixerForCausalLM
@@ -319,13 +320,10 @@ def sweep(
 def read_results(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of a sweep's `results.csv`, numbers as numbers."""
     path = Path(folder) / "results.csv"
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = [
-                {name: number(value) for name, value in row.items() if value != ""} for row in csv.DictReader(stream)
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: no results of a recall sweep ({error}); run `nearfar recall sweep` first") from error
+    missing = reading(path, "no results of a recall sweep", "run `nearfar recall sweep` first")
+    with missing, path.open(newline="", encoding="utf-8") as stream:
+        table = csv.DictReader(stream, strict=True)
+        rows = [{name: number(value) for name, value in row.items() if value != ""} for row in table]
     if not rows or any(name not in row for row in rows for name in (*ROW, "accuracy", "state_size", "key")):
         raise UserError(f"{path}: no results of a recall sweep")
     return [row | {"key": str(row["key"]), "model": str(row["model"]), "data": str(row["data"])} for row in rows]
