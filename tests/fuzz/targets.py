@@ -229,9 +229,9 @@ def make_fields(folder: Path) -> list[str]:
         {"t": (("time", "latitude", "longitude"), rng().normal(size=(4, 5, 6)).astype("f4"))},
         {"time": time, "latitude": np.linspace(-40.0, 40, 5), "longitude": np.arange(6) * 10.0},
     )
-    data.to_netcdf(folder / "x.nc", engine="netcdf4")
-    data.to_netcdf(folder / "y.nc", engine="netcdf4", encoding={"t": {"zlib": True}})
-    data.to_netcdf(folder / "z.nc", engine="netcdf4", format="NETCDF3_64BIT")
+    data.to_netcdf(folder / "x.nc", engine="h5netcdf")
+    data.to_netcdf(folder / "y.nc", engine="h5netcdf", encoding={"t": {"zlib": True}})
+    data.to_netcdf(folder / "z.nc", engine="scipy")
     return ["x.nc", "y.nc", "z.nc"]
 
 

@@ -45,7 +45,7 @@ def reading(
     try:
         yield
     except UserError as problem:
-        if str(problem).startswith(str(path)):
+        if str(problem).startswith(str(UserError(path))):
             raise
         raise type(problem)(f"{path}: {problem}") from problem
     except Exception as problem:

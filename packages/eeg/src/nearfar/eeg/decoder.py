@@ -98,6 +98,8 @@ class Decoder:
             names = (decoder.classes, decoder.ch_names)
             if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names):
                 raise ValueError("classes and ch_names are lists of names")
+            if len(set(decoder.ch_names)) < len(decoder.ch_names):
+                raise ValueError("a channel is there twice")
             if not 0 < decoder.sfreq < float("inf") or decoder.info["nchan"] != model.n_chans:
                 raise ValueError(f"{len(decoder.ch_names)} channels at {decoder.sfreq:g} Hz, the network has others")
             if len(decoder.classes) != model.n_outputs:

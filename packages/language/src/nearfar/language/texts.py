@@ -1,6 +1,7 @@
 """Text as tokens: plain files, folders, tables and `datasets` corpora; bytes or any tokenizer; models by name."""
 
 import codecs
+import json
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -195,13 +196,35 @@ def text_pieces(path: Path) -> Iterator[bytes]:
 
 def table_texts(path: Path) -> Iterator[str]:
     """The column `text` of a table."""
-    import datasets  # takes a second to import, and few need it
-
-    kind = "parquet" if path.suffix.lower() == ".parquet" else "json"
     with reading(path, "is damaged or no table"):
-        rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        if path.suffix.lower() == ".parquet":
+            import datasets  # takes a second to import, and few need it
+
+            rows: Any = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        else:
+            rows = json_rows(path)
+        empty = True
         for row in rows:
+            empty = False
             yield text_of(row, path)
+        if empty:
+            raise UserError(f"{path}: is empty")
+
+
+def json_rows(path: Path) -> Iterator[Any]:
+    """The records of a JSON file: one a line, or all in one list. Nesting that is too deep is an error, no crash."""
+    with path.open("rb") as file:
+        listed = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        file.seek(0)
+        if listed:
+            yield from json.loads(file.read().decode("utf-8-sig"))
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from error
 
 
 def hub_texts(source: str) -> Iterator[str]:
@@ -214,9 +237,12 @@ def hub_texts(source: str) -> Iterator[str]:
             yield text_of(row, source)
 
 
-def text_of(row: dict[str, Any], source: object) -> str:
-    if not isinstance(row.get("text"), str):
-        raise UserError(f"{source}: has no column `text`; it has {', '.join(row)}")
+def text_of(row: Any, source: object) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        there = some(row) if isinstance(row, dict) else f"a {type(row).__name__} in its place"
+        raise UserError(f"{source}: has no column `text`; it has {there}")
+    if not row["text"].isascii() and any(0xD800 <= ord(c) < 0xE000 for c in row["text"]):
+        raise UserError(f"{source}: holds half of a character (a lone surrogate); write it anew as UTF-8")
     return row["text"]
 
 

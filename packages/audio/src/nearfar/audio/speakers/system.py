@@ -1,6 +1,6 @@
 """A speaker model with all that its scores need: mean vector, cohort, PLDA, calibration, and the trials it rests on."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -33,6 +33,9 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 LARGEST_MEMBER = 1 << 26
 """Bytes up to which a picture in an archive may be packed however tightly."""
 
+LONGEST_STRIP = 500
+"""How many times longer than wide a picture may be."""
+
 MOST_CLASSES = 1_000_000
 """The largest class index that is believed without a list of classes."""
 
@@ -72,6 +75,8 @@ def read_picture(source: str | Path | bytes, name: str = "") -> Image.Image:
                 f"{name}: cannot be read as a picture (damaged from its start, or another format)"
             ) from error
         with opened as picture:
+            if max(picture.size) > LONGEST_STRIP * min(picture.size):  # resized to a square's height it is a bomb
+                raise UserError(f"{name}: is {picture.width} x {picture.height} pixels, a strip; cut it into pictures")
             check_picture(picture, name, len(source) if isinstance(source, bytes) else Path(source).stat().st_size)
             return to_rgb(ImageOps.exif_transpose(picture))
 
