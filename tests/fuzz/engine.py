@@ -210,7 +210,7 @@ def unclear(text: str, path: Path, root: Path) -> str:
     if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text.replace(str(path), "")):
         return f"has control characters: {text[:200]!r}"
     rest = first.removeprefix(str(path)).strip(" :,;")
-    return "" if len(rest) > 10 else f"gives no reason: {first!r}"
+    return "" if len(rest) >= 8 else f"gives no reason: {first!r}"
 
 
 def mutants(target: Target, folder: Path, seeds: range, name: str) -> Iterator[tuple[str, str]]:

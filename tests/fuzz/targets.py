@@ -200,7 +200,8 @@ def read_label_map(path: Path) -> None:
 def make_classifier(folder: Path) -> list[str]:
     from nearfar.vision.classification.classifier import LINEAR, Classifier, create_model
 
-    Classifier(create_model(LINEAR, 2, 32), LINEAR, ["cat", "dog"], 32, 0.9, descriptions={"cat": "a cat"}).save(folder)
+    words = {"cat": "a cat", "dog": "a dog"}
+    Classifier(create_model(LINEAR, 2, 32), LINEAR, ["cat", "dog"], 32, 0.9, descriptions=words).save(folder)
     return ["classifier.json", "classifier.json", "model.safetensors"]
 
 
@@ -843,9 +844,9 @@ def read_arena(path: Path) -> None:
 
 
 def make_sweep(folder: Path) -> list[str]:
-    from nearfar.language.recall.bench import ROW
+    from nearfar.language.recall.bench import NUMBERS, ROW
 
-    columns = dict.fromkeys((*ROW, "accuracy", "state_size", "key"), "1")
+    columns = dict.fromkeys((*ROW, *NUMBERS, "key"), "1")
     return write(folder, {"results.csv": f"{','.join(columns)}\n{','.join(columns.values())}\n".encode()})
 
 

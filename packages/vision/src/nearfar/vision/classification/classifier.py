@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import identify as identify_one
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
-from nearfar.core.errors import CheckpointError, UserError
+from nearfar.core.errors import CheckpointError, UserError, some
 from nearfar.core.model_folder import KINDS, TrainedOn, read, trained_on, writing
 from nearfar.core.reading import check_announced, reading
 from nearfar.core.statistics import bootstrap_interval
@@ -147,6 +147,8 @@ class Classifier:
                 raise ValueError("classes and descriptions are names and their meaning")
             if not all(isinstance(text, str) for text in (*classes, *words, *words.values())):
                 raise ValueError("a class or its description is no text")
+            if words and not set(classes) <= set(words):
+                raise ValueError(f"descriptions lack {some(sorted(set(classes) - set(words)))}")
             check_announced(path, len(classes), size=weights.stat().st_size)  # each has a row of weights
             evaluation_transform(record["size"], record["crop_pct"], record["crop_mode"])
         name = record["name"].removeprefix("small-").partition(".")[0]
