@@ -9,11 +9,12 @@ class UserError(Exception):
     """An input that the user can mend: one line that names the file or option, what is wrong and what to do.
 
     The command line prints it without a traceback and ends with exit status 2. Control characters, of a damaged file's
-    names say, are shown as their codes; a line feed starts a list of what is wrong.
+    names say, are shown as their codes; a line feed and two spaces start an entry of a list of what is wrong.
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", str(message)))
+        text = re.sub(r"\n(?!  )", r"\\n", str(message).rstrip("\n"))
+        super().__init__(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text))
 
 
 class CheckpointError(UserError):

@@ -134,6 +134,8 @@ def _from_list(path: Path) -> list[Mixture]:
             rows = [(Path(row[key]).stem, row[mixed], *(row[c] for c in columns)) for row in reader]
         else:
             rows = [(Path(words[0]).stem, *words) for words in map(str.split, file) if words]
+    if any(row[1] is None for row in rows):
+        raise UserError(f"{path}: a row names no mixture; it is cut off")
     if short := [row[0] for row in rows if len(row) < 3]:
         raise UserError(f"{path}: {short[0]} has no sources; a line is the mixture's path, then those of its sources")
     there = lambda text: Path(text) if Path(text).is_absolute() else path.parent / text  # noqa: E731

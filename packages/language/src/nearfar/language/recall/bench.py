@@ -40,7 +40,7 @@ SEGMENT = {"task": "mqar", "num_examples": 1000}
 ROW = ("data", "model", "dim", "learning_rate", "seed")
 """The columns that tell runs apart."""
 
-NUMBERS = ("accuracy", "parameters", "state_size")
+NUMBERS = ("accuracy", "parameters", "state_size", "epochs", "seconds")
 """What every run has beside."""
 
 
