@@ -235,16 +235,22 @@ def _open(path: Path) -> mne.io.BaseRaw:
 
 def _check_edf(path: Path) -> None:
     """Compare the size that the header of an EDF or BDF file announces with the file's."""
-    size, kind = path.stat().st_size, path.suffix[1:].upper()
-    with reading(path, f"not an {kind} file", "give the recording in its own format"), path.open("rb") as stream:
-        head = stream.read(256)
-        header, records, signals = int(head[184:192]), int(head[236:244]), int(head[252:256])
-        samples = [int(value) for value in np.frombuffer(stream.read(256 * signals)[216 * signals :], "S8")[:signals]]
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(256)
+            header, records, signals = int(head[184:192]), int(head[236:244]), int(head[252:256])
+            columns = stream.read(256 * signals)[216 * signals :]
+        samples = [int(value) for value in np.frombuffer(columns, "S8")[:signals]]
         seconds = float(head[244:252])
-        if header < 256 * (signals + 1) or min(signals, records, *samples) < 0 or not 0 <= seconds < math.inf:
-            raise ValueError(f"{signals} signals of {records} records of {seconds:g} s after {header} bytes")
-        if signals * max(samples) > 1000 * max(1, sum(samples)):
-            raise ValueError(f"{max(samples):,} samples in one of {signals} signals, few in the others")
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not an {path.suffix[1:].upper()} file; give the recording in its own format"
+        ) from error
+    if min(signals, *samples, 1) < 1 or not 0 <= seconds < math.inf or header < 256 * (signals + 1):
+        raise UserError(f"{path}: its header is damaged ({signals} signals, records of {seconds:g} s); copy it again")
+    if signals * max(samples) > 1000 * sum(samples):
+        raise UserError(f"{path}: has {max(samples):,} samples in one of {signals} signals and few in the others")
     expected = header + records * sum(samples) * (3 if path.suffix.lower() == ".bdf" else 2)
     if size < expected:
         raise UserError(f"{path}: truncated, {size} of {expected} bytes; copy or download it again")
