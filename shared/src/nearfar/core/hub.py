@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nearfar.core.errors import UserError
+from nearfar.core.reading import reason
 
 HUB = "hub:"
 """Stands before the name of what is to be fetched."""
@@ -34,7 +35,7 @@ def from_hub(name: str | Path, what: str) -> tuple[str, bool]:
 
 def unreachable(name: str | Path, is_hub: bool, error: Exception) -> str:
     """Why something could not be had: the first line of `error`, and what to do."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    first = reason(error)
     if not is_hub:
         return first
     if switched := next((option for option in OFFLINE if os.environ.get(option, "0") not in ("", "0")), None):

@@ -38,8 +38,8 @@ class MadeFrom:
             return False
         try:
             found = json.loads(self.record.read_text(encoding="utf-8"))
-            sources, result = found["sources"], found["result"]
-        except (OSError, ValueError, KeyError, TypeError):
+            sources, result = dict(found["sources"]), found["result"]
+        except Exception:  # not there, or damaged in whatever way
             raise UserError(
                 f"{self.target}: is there, and nothing tells what it was made from; move it away or name another output"
             ) from None

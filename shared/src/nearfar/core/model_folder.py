@@ -22,6 +22,7 @@ from typing import Any
 from nearfar.core.environment import environment
 from nearfar.core.errors import UserError
 from nearfar.core.files import file_digest, locked, settle, sweep, temporary_folder, write_json
+from nearfar.core.reading import reading
 
 KINDS = {
     "classifier": "classifier.json",
@@ -33,6 +34,7 @@ KINDS = {
 }
 """Each kind of model and its description's name."""
 
+AGAIN = "copy the folder again"
 NEXT = ".next"
 FORMAT = 1
 
@@ -119,21 +121,21 @@ def describe(folder: str | Path, kind: str) -> dict[str, Any]:
     folder = Path(folder)
     _finish(folder)
     path = folder / KINDS[kind]
-    try:
+    if not path.is_file():
+        what = next((other for other, name in KINDS.items() if (folder / name).is_file()), None)
+        other = f"; it is one of a {what}" if what else "; name one that training wrote"
+        raise UserError(f"{folder}: holds no trained {kind}, it lacks {path.name}{other}")
+    with reading(path, "damaged", AGAIN):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict) and "format" not in found:
             raise UserError(
                 f"{path}: names no format, so an older nearfar wrote it; train again with the same data and settings "
                 "into a new folder"
             )
-        others = found["kind"] != kind or not all(Path(name).name == name for name in found["files"])
+        files: dict[str, str] = found["files"]
+        plain = all(Path(name).name == name and name.isprintable() and isinstance(files[name], str) for name in files)
+        others = found["kind"] != kind or not plain
         later = found["format"] > FORMAT
-    except (FileNotFoundError, NotADirectoryError):
-        what = next((other for other, name in KINDS.items() if (folder / name).is_file()), None)
-        other = f"; it is one of a {what}" if what else "; name one that training wrote"
-        raise UserError(f"{folder}: holds no trained {kind}, it lacks {path.name}{other}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the folder again") from error
     if later:
         raise UserError(f"{path}: has format {found['format']}, this nearfar reads up to {FORMAT}; install a newer one")
     if others:
@@ -144,13 +146,14 @@ def describe(folder: str | Path, kind: str) -> dict[str, Any]:
 def trained_on(folder: str | Path) -> TrainedOn:
     """What the model in `folder` has seen; nothing where that was not recorded."""
     for path in (Path(folder) / name for name in KINDS.values()):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")).get("trained_on", {"items": (), "groups": ()})
-            return TrainedOn(frozenset(found["items"]), frozenset(found["groups"]))
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.is_file():
             continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: damaged ({error}); copy the folder again") from error
+        with reading(path, "damaged", AGAIN):
+            found = json.loads(path.read_text(encoding="utf-8")).get("trained_on", {"items": (), "groups": ()})
+            items, groups = found["items"], found["groups"]
+            if any(not isinstance(names, list | tuple) for names in (items, groups)):
+                raise TypeError("trained_on holds no lists")
+            return TrainedOn(frozenset(items), frozenset(groups))
     return TrainedOn()
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from nearfar.core.cli.console import table
 from nearfar.core.errors import UserError
+from nearfar.core.reading import reading
 from nearfar.core.report import Report
 from nearfar.eeg import plots
 from nearfar.eeg.comparison import spatial_weights
@@ -62,11 +63,9 @@ def summary_rows(summary: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, An
 
 def evaluation_page(folder: Path, report: Report | None = None, level: int = 2) -> Report:
     """The page of an evaluation from what `evaluate` wrote to `folder`; appended to `report` if one is given."""
-    try:
+    with reading(folder, "holds no finished evaluation", "run `evaluate` again"):
         about = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         tables = {name: pd.read_csv(folder / f"{name}.csv") for name in ("results", "summary")}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: holds no finished evaluation ({error})") from error
     rows = tables["results"].fillna({"failure": ""})
     report = report or Report("Motor imagery: decoders compared")
     report.section(f"{' / '.join(rows['protocol'].unique())}", level)

@@ -28,6 +28,7 @@ from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
 from nearfar.core.fingerprint import content_digest
 from nearfar.core.model_folder import mark
+from nearfar.core.reading import read_arrays, read_json, reading
 
 Labels = Annotated[Path | None, typer.Option("--trials", help="Trial list with the labels, if the scores have none.")]
 SpeakerPattern = Annotated[
@@ -236,8 +237,11 @@ def calibrate(
             raise UserError(f"{scores}: was scored with another model than {model}")
         system.choose(about["backend"], about["norm"], about["top_n"], about["no_mean"])
         if about["quality"]:
-            with np.load(_beside(scores, "quality.npz"), allow_pickle=False) as arrays:
-                inputs = arrays["inputs"]
+            path = _beside(scores, "quality.npz")
+            with reading(path, "holds no measures of quality", "run `score` again"):
+                inputs = read_arrays(path, "measures of quality")["inputs"]
+                if inputs.ndim != 2:
+                    raise ValueError(f"inputs are {inputs.shape}")
             if not np.array_equal(inputs[:, 0], values):
                 raise UserError(f"{scores}: is not what {scores.name}.quality.npz belongs to; run `score` again")
     sides = pages.speakers_of(listed, speaker_pattern)
@@ -274,7 +278,7 @@ def _labelled(scores: Path, trials: Path | None) -> tuple[scoring.Trials, np.nda
 def _record(scores: Path) -> dict[str, Any]:
     """What `score` wrote about a score file; empty where the scores come from elsewhere."""
     path = _beside(scores, "json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, "a record of scores", "run `score` again") if path.is_file() else {}
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.fingerprint import content_digest, source_digest
 from nearfar.core.finite import check_finite
+from nearfar.core.reading import read_arrays, reading
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,12 @@ class Embedder:
 
 
 def _load_embedded(path: Path) -> Embedded | None:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            quality = Quality(*(float(arrays[name]) for name in Quality.__dataclass_fields__))
-            return Embedded(arrays["embedding"], quality)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    if not path.is_file():
         return None
+    try:
+        with reading(path, "is no embedding"):
+            arrays = read_arrays(path, "an embedding")
+            quality = Quality(*(float(arrays[name]) for name in Quality.__dataclass_fields__))
+            return Embedded(check_finite(arrays["embedding"], str(path)), quality)
+    except UserError:
+        return None  # it is made again

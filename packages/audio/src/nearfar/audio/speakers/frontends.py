@@ -121,7 +121,7 @@ class SelfSupervised(nn.Module):
         asked: Any = {"local_files_only": not is_hub, "trust_remote_code": False}
         try:
             backbone = AutoModel.from_pretrained(place, **asked)
-        except Exception as error:  # the hub's client has errors of its own
+        except Exception as error:  # the hub's client has errors of its own, and damaged files raise anything
             why = unreachable(name, is_hub, error)
             raise UserError(f"{name}: no speech backbone that transformers can read ({why})") from error
         sample_rate = 16000

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import identify as identify_one
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
-from nearfar.core.errors import UserError
-from nearfar.core.model_folder import TrainedOn, read, trained_on, writing
+from nearfar.core.errors import CheckpointError, UserError, some
+from nearfar.core.model_folder import KINDS, TrainedOn, read, trained_on, writing
+from nearfar.core.reading import check_announced, reading
 from nearfar.core.statistics import bootstrap_interval
 from nearfar.vision.data.images import Pictures
 from nearfar.vision.models.pyramid import Backbone
@@ -132,25 +133,35 @@ class Classifier:
     @classmethod
     def load(cls, folder: str | Path) -> "Classifier":
         """What `save` wrote. Raises UserError where it is no such folder, CheckpointError where the weights differ."""
-        try:
-            record = read(folder, "classifier")
+        path, weights = Path(folder) / KINDS["classifier"], Path(folder) / "model.safetensors"
+        record = read(folder, "classifier")
+        with reading(path, "damaged", "train again"):
             record = {field.name: record[field.name] for field in fields(cls) if field.name in record}
             record["trained_on"] = trained_on(folder)
             cls(nn.Identity(), **record)
-            if not (isinstance(record["name"], str) and record["size"] > 0 and 0 < record["crop_pct"] <= 1):
+            size, crop = record["size"], record["crop_pct"]
+            if type(size) is not int or not (isinstance(record["name"], str) and 0 < size < 2**15 and 0.01 < crop <= 1):
                 raise ValueError("name, size or crop is out of range")
+            classes, words = record["classes"], record.get("descriptions", {})
+            if not isinstance(classes, list) or not classes or not isinstance(words, dict):
+                raise ValueError("classes and descriptions are names and their meaning")
+            if not all(isinstance(text, str) for text in (*classes, *words, *words.values())):
+                raise ValueError("a class or its description is no text")
+            if words and not set(classes) <= set(words):
+                raise ValueError(f"descriptions lack {some(sorted(set(classes) - set(words)))}")
+            check_announced(path, len(classes), size=weights.stat().st_size)  # each has a row of weights
             evaluation_transform(record["size"], record["crop_pct"], record["crop_mode"])
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise UserError(
-                f"{Path(folder) / 'classifier.json'}: damaged ({type(error).__name__}: {error}); train again"
-            ) from error
-        weights, name = Path(folder) / "model.safetensors", record["name"].removeprefix("small-").partition(".")[0]
+        name = record["name"].removeprefix("small-").partition(".")[0]
         if name in MODELS:  # shapes tell the sizes, the name what shapes do not
             form = card_of(MODELS[name]).small.get(name, {}) if record["name"].startswith("small-") else {}
             known = MODELS[name].built_as(VARIANTS[name], form)
-            return cls(MODELS[name].rebuilt(weights, known), **record)
-        model = create_model(record["name"], len(record["classes"]), record["size"])
-        load_state_dict(model, read_state_dict(weights))
+            with reading(weights, "is no checkpoint of its model", "copy the folder again", CheckpointError):
+                model = MODELS[name].rebuilt(weights, known)
+        else:
+            with reading(path, "describes no model", "copy the folder again"):
+                model = create_model(record["name"], len(classes), size)
+            with reading(weights, "does not fit its description", "copy the folder again", CheckpointError):
+                load_state_dict(model, read_state_dict(weights))
         return cls(model.eval(), **record)
 
     @classmethod

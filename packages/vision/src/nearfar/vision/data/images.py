@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import zipfile
 from collections import Counter
@@ -20,6 +21,7 @@ from torch.utils.data import Dataset
 from nearfar.core.errors import UserError, some
 from nearfar.core.fingerprint import content_digest, data_digest
 from nearfar.core.leakage import keep_twins_together
+from nearfar.core.reading import check_announced, check_picture, reading
 
 
 class MissingSplit(UserError):
@@ -27,6 +29,15 @@ class MissingSplit(UserError):
 
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+
+LARGEST_MEMBER = 1 << 26
+"""Bytes up to which a picture in an archive may be packed however tightly."""
+
+LONGEST_STRIP = 500
+"""How many times longer than wide a picture may be."""
+
+MOST_CLASSES = 1_000_000
+"""The largest class index that is believed without a list of classes."""
 
 SPLITS = {"train", "val", "valid", "validation", "test"}
 """Folder names that are parts of a data set and no classes."""
@@ -54,15 +65,20 @@ def read_picture(source: str | Path | bytes, name: str = "") -> Image.Image:
     Raises UserError where it is missing, damaged or no picture.
     """
     name = name or str(source)
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+    if not isinstance(source, bytes) and not Path(source).exists():
+        raise UserError(f"{name}: no such file")
+    with reading(name, "cannot be read as a picture"):
+        try:
+            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        except UnidentifiedImageError as error:
+            raise UserError(
+                f"{name}: cannot be read as a picture (damaged from its start, or another format)"
+            ) from error
+        with opened as picture:
+            if max(picture.size) > LONGEST_STRIP * min(picture.size):  # resized to a square's height it is a bomb
+                raise UserError(f"{name}: is {picture.width} x {picture.height} pixels, a strip; cut it into pictures")
+            check_picture(picture, name, len(source) if isinstance(source, bytes) else Path(source).stat().st_size)
             return to_rgb(ImageOps.exif_transpose(picture))
-    except FileNotFoundError as error:
-        raise UserError(f"{name}: no such file") from error
-    except UnidentifiedImageError as error:
-        raise UserError(f"{name}: cannot be read as a picture (damaged from its start, or another format)") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: cannot be read as a picture ({str(error).splitlines()[0]})") from error
 
 
 def is_picture(path: PurePath) -> bool:
@@ -139,9 +155,10 @@ def _content_digest(read: Callable[[int], Image.Image], index: int, name: str) -
     if kind is _read_chosen:
         return _content_digest(given[0], given[1][index], name)
     if kind is _read_file:
-        return content_digest(given[0][index])
+        with reading(given[0][index], "cannot be read as a picture"):
+            return content_digest(given[0][index])
     if kind is _read_member:
-        content = _archive(given[0], os.getpid()).read(given[1][index])
+        content = _member(given[0], given[1][index])
     elif kind is _read_part:
         path, offset, size, _ = given[0][index]
         with path.open("rb") as stream:
@@ -222,7 +239,7 @@ def _labelled(
 
 
 def _from_zip(path: Path, split: str | None) -> Pictures:
-    with zipfile.ZipFile(path) as archive:
+    with reading(path, "cannot be read as a zip file"), zipfile.ZipFile(path) as archive:
         members = sorted(n for n in archive.namelist() if is_picture(PurePosixPath(n)))
     if split:
         inside = [m for m in members if split in PurePosixPath(m).parts[:-2]]
@@ -238,11 +255,17 @@ def _from_zip(path: Path, split: str | None) -> Pictures:
 
 
 def _read_member(path: Path, members: Sequence[str], index: int) -> Image.Image:
-    try:
-        content = _archive(path, os.getpid()).read(members[index])
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path}/{members[index]}: damaged in the archive ({error})") from error
-    return read_picture(content, f"{path}/{members[index]}")
+    return read_picture(_member(path, members[index]), f"{path}/{members[index]}")
+
+
+def _member(path: Path, name: str) -> bytes:
+    with reading(f"{path}/{name}", "damaged in the archive"):
+        archive = _archive(path, os.getpid())
+        info = archive.getinfo(name)
+        check_announced(f"{path}/{name}", info.file_size, info.compress_type != 0, info.compress_size)
+        if info.file_size > max(LARGEST_MEMBER, 10 * info.compress_size):  # pictures are compressed already
+            raise UserError(f"{path}/{name}: {info.compress_size:,} bytes unpack to {info.file_size:,}; leave it out")
+        return archive.read(name)
 
 
 @lru_cache(maxsize=8)
@@ -256,10 +279,12 @@ def _from_tars(paths: Sequence[Path]) -> Pictures:
     labels: list[str | int] = []
     for path in paths:
         samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-        try:
-            with tarfile.open(path) as archive:
+        with reading(path, "cannot be read as a tar file of samples"):
+            size = path.stat().st_size
+            with tarfile.open(path, "r:") as archive:  # samples are read from their places, so nothing is compressed
                 extract: Callable[[tarfile.TarInfo], Any] = archive.extractfile  # never None for files
                 for member in archive:
+                    check_announced(path, member.offset_data + member.size, size=size)
                     if member.isfile() and not PurePosixPath(member.name).name.startswith("."):
                         key, _, suffix = PurePosixPath(member.name).name.partition(".")
                         samples.setdefault(str(PurePosixPath(member.name).parent / key), {})[suffix.lower()] = member
@@ -275,15 +300,18 @@ def _from_tars(paths: Sequence[Path]) -> Pictures:
                         raise UserError(f"{path}: sample {key} has a picture but neither .cls nor .json with its label")
                     pictures.append((path, found.offset_data, found.size, f"{path}/{found.name}"))
                     labels.append(label)
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as a tar file of samples ({error})") from error
     if not pictures:
         raise UserError(f"{some(paths)}: hold no pictures")
+    if bad := next((n for (*_, n), label in zip(pictures, labels) if not isinstance(label, str | int)), None):
+        raise UserError(f"{bad}: its label is neither a number nor a name")
     read, names = partial(_read_part, pictures), [name for *_, name in pictures]
-    if all(str(label).isdigit() for label in labels):
+    if all(re.fullmatch("[0-9]{1,9}", str(label)) for label in labels):
         listed = paths[0].parent / "classes.txt"
         indices = [int(label) for label in labels]
-        classes = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+        with reading(listed, "cannot be read as names of classes, one a line"):
+            classes = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+        if not listed.is_file() and max(indices) > MOST_CLASSES:
+            raise UserError(f"{names[indices.index(max(indices))]}: its class is {max(indices)}, beyond {MOST_CLASSES}")
         classes = [c for c in classes if c] or [str(i) for i in range(max(indices) + 1)]
         if max(indices) >= len(classes):
             raise UserError(f"{listed}: lists {len(classes)} classes, a sample has class {max(indices)}")
@@ -310,15 +338,13 @@ def _from_hugging_face(path: Path, split: str | None) -> Pictures:
         raise UserError(f"{path}: is a Hugging Face data set; install nearfar-vision[datasets] to read it") from error
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else reading a local file is told to the hub
-    try:
+    with reading(path, "cannot be read as a Hugging Face data set"):
         if path.is_file():
             data: Any = datasets.load_dataset("parquet", data_files=str(path), split="train")
         elif _parquet(path):
             data = datasets.load_dataset(str(path))
         else:
             data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{path}: cannot be read as a Hugging Face data set ({str(error).splitlines()[0]})") from error
     name = str(path)
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
@@ -335,16 +361,23 @@ def _from_hugging_face(path: Path, split: str | None) -> Pictures:
         return wanted if wanted in data.features else typed[0]
 
     image, label = column("image", datasets.Image), column("label", datasets.ClassLabel)
-    labels = data[label]
-    classes = list(getattr(data.features[label], "names", None) or map(str, range(max(labels) + 1)))
+    with reading(path, f"cannot be read as a data set with classes in its column {label}"):
+        labels = list(data[label])
+        if not labels or not all(type(value) is int and -1 <= value < MOST_CLASSES for value in labels):
+            raise ValueError("classes are whole numbers from 0")
+        classes = list(getattr(data.features[label], "names", None) or map(str, range(max(labels) + 1)))
     raw = data.cast_column(image, datasets.Image(decode=False))
     names = [f"{name}[{i}]" for i in range(len(data))]
     return Pictures(names, list(labels), classes, partial(_read_row, raw, image, names))
 
 
 def _read_row(rows: Any, column: str, names: Sequence[str], index: int) -> Image.Image:
-    entry = rows[index][column]
-    return read_picture(entry["bytes"] or entry["path"], names[index])
+    with reading(names[index], "cannot be read as a row with a picture"):
+        entry = rows[index][column]
+        content = entry["bytes"] or entry["path"]
+        if not isinstance(content, bytes | str):
+            raise ValueError("holds no picture")
+    return read_picture(content, names[index])
 
 
 def split_pictures(pictures: Pictures, share: float, seed: int) -> tuple[list[int], list[int]]:

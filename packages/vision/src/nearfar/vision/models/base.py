@@ -1,6 +1,5 @@
 """What every nearfar picture model has, whatever its features: timm's surface and published checkpoints."""
 
-import json
 import re
 from collections.abc import Mapping
 from inspect import signature
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from nearfar.core.checkpoints import Rule, fit_shapes, load_state_dict, read, rename, save_state_dict
 from nearfar.core.errors import CheckpointError
 from nearfar.core.finite import check_weights
+from nearfar.core.reading import read_json, reading
 from nearfar.ops.common.fused import FusedConv2d, FusedLinear
 from nearfar.vision.models.fusing import fuse_sequence
 from nearfar.vision.models.registry import MODELS, VARIANTS, Variant, plain
@@ -175,9 +175,10 @@ class PictureModel(nn.Module):
     def from_pretrained(cls, folder: str | Path, **settings: Any) -> Self:
         """The model that `save_pretrained` wrote to `folder`, in eval mode; `settings` as in `from_published`."""
         config = Path(folder) / "config.json"
-        saved = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        variant = VARIANTS.get(saved.get("architecture", ""))
-        known = cls.built_as(variant, saved.get("model_args", {})) if variant else {}
+        with reading(config, "describes no model"):
+            saved = read_json(config, "settings of a model") if config.is_file() else {}
+            variant = VARIANTS.get(saved.get("architecture", ""))
+            known = cls.built_as(variant, saved.get("model_args", {})) if variant else {}
         return cls.rebuilt(Path(folder) / "model.safetensors", known, **settings)
 
     @classmethod

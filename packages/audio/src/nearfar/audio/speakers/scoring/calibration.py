@@ -1,6 +1,5 @@
 """Calibration: scores and quality measures to log-likelihood ratios."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,8 @@ from scipy.special import expit, logit
 
 from nearfar.audio.speakers.scoring.rates import bootstrap_weights, checked
 from nearfar.audio.speakers.scoring.trials import Array
-from nearfar.core.errors import UserError
 from nearfar.core.files import write_json
+from nearfar.core.reading import read_json, reading
 
 
 @dataclass(frozen=True)
@@ -107,13 +106,15 @@ class Calibration:
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
         """Read what `save` wrote. Raises UserError where it is something else."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        with reading(path, "is no calibration", "run `calibrate` again"):
+            content = read_json(path, "a calibration")
             weights = np.array(content["weights"], np.float64)
             replicates = np.array(content["replicates"], np.float64).reshape(-1, len(weights) + 1)
-            names, bias, notes = tuple(content["names"]), float(content["bias"]), content["notes"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: is no calibration ({type(error).__name__}: {error})") from error
+            names, bias, notes = tuple(content["names"]), float(content["bias"]), dict(content["notes"])
+            if weights.ndim != 1 or len(names) != len(weights) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"{len(names)} names for {weights.shape} weights")
+            if not all(np.isfinite(values).all() for values in (weights, replicates, bias)):
+                raise ValueError("its numbers are not finite")
         return cls(weights, bias, names, replicates, notes)
 
     def _features(self, features: Array) -> Array:
