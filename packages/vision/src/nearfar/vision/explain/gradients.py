@@ -261,9 +261,10 @@ def candidate_layers(model: nn.Module, image: Tensor, weights: Weights) -> dict[
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def keep(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            if shape := grid_of(output, size, prefix):
-                seen.pop(name, None)
-                seen[name] = (grid_of(arguments[0] if arguments else None, size, prefix), shape, output)
+            seen.pop(name, None)  # of several uses the last counts
+            shape = grid_of(output, size, prefix)
+            if shape and len(output) == 1 and arguments and isinstance(arguments[0], Tensor):
+                seen[name] = (grid_of(arguments[0], size, prefix), shape, output)
 
         return keep
 
