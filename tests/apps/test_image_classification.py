@@ -232,5 +232,5 @@ def test_explain(data: Path, tmp_path: Path) -> None:
             call("explain", tmp_path / "run", pictures[0], "-o", tmp_path / "bad", *option)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    with pytest.raises(BatchError, match="broken.png"):
+    with pytest.raises(BatchError, match=r"broken\.png"):
         call("explain", tmp_path / "run", pictures[0], broken, "-o", tmp_path / "two", "--method", "gradient")

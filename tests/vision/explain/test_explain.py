@@ -107,7 +107,7 @@ def test_what_cannot_be_explained() -> None:
             explain(model, x, target)
     with pytest.raises(UserError, match="Detector: gives a list, so it is no classifier"):
         explain(Detector(), x)
-    with pytest.raises(UserError, match="Segmenter: gives .*no classifier's"):
+    with pytest.raises(UserError, match=r"Segmenter: gives .*no classifier's"):
         explain(Segmenter(), x)
     with pytest.raises(ValueError, match="method is 'magic'"):
         explain(model, x, method="magic")
@@ -120,7 +120,7 @@ def test_what_cannot_be_explained() -> None:
     convnext = timm.create_model("convnext_atto", num_classes=5)
     with pytest.raises(UserError, match="of which it has none"):
         explain(convnext, x, method="guided_backpropagation")
-    with pytest.raises(UserError, match="attends? from every token|attention rollout needs"):
+    with pytest.raises(UserError, match="attention rollout needs"):
         explain(convnext, x, method="attention_rollout")
     reasons = methods_for(convnext, x)
     assert {name for name, why in reasons.items() if why} == {"guided_backpropagation", "attention_rollout"}
@@ -137,6 +137,7 @@ def test_rollout_is_the_product_of_its_layers() -> None:
 
 def test_insertion_and_deletion_by_hand() -> None:
     """A model that counts bright pixels of the left half, and maps that know or not."""
+
     class Left(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             left = x[:, 0, :, :4].mean((1, 2))
@@ -246,6 +247,7 @@ def test_planted_evidence_is_found_and_lost_with_the_weights() -> None:
 
 def test_a_network_of_two_views_is_explained_view_by_view() -> None:
     """`score` takes what any model gives: RveRNet's region, the context held still."""
+
     class View(nn.Module):
         def __init__(self, model: RveRNet, extra: Tensor) -> None:
             super().__init__()

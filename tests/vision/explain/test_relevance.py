@@ -110,7 +110,7 @@ def test_rules_of_pixels(pixels: str) -> None:
     x = torch.randn(1, 3, 2, 2, dtype=torch.float64)
     found = relevance(net, x, 0, Rules(pixels=pixels, low=(-3,) * 3, high=(3,) * 3))
     w, hidden = net[0].weight.detach().flatten(1), net[0](x).detach().flatten()
-    R = (net[3].weight.detach()[0] * hidden.clamp(min=0))
+    R = net[3].weight.detach()[0] * hidden.clamp(min=0)
     terms = {
         "box": x.flatten() * w + 3 * w.clamp(min=0) - 3 * w.clamp(max=0),
         "square": w.square(),

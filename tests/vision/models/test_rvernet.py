@@ -76,7 +76,9 @@ def test_names_of_transformers_old_and_new(version: int, distilled: bool) -> Non
     for name, value in own.items():
         parts = value.chunk(3) if ".qkv." in name else (value,)
         for part, letter in zip(parts, ("query", "key", "value"), strict=False):
-            new = name.replace("cls_token", "embeddings.cls_token").replace("reg_token", "embeddings.distillation_token")
+            new = name.replace("cls_token", "embeddings.cls_token").replace(
+                "reg_token", "embeddings.distillation_token"
+            )
             new = new.replace("pos_embed", "embeddings.position_embeddings")
             new = new.replace("patch_embed.proj", "embeddings.patch_embeddings.projection")
             if version == 4:
@@ -158,7 +160,8 @@ def test_noise_of_place_and_order() -> None:
     picture = Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3))
     mixed = np.asarray(permuted(picture, 64, np.random.default_rng(0)))
     tiles = lambda p: sorted(  # noqa: E731
-        p.reshape(4, 16, 4, 16, 3).swapaxes(1, 2).reshape(16, -1).tolist())
+        p.reshape(4, 16, 4, 16, 3).swapaxes(1, 2).reshape(16, -1).tolist()
+    )
     assert tiles(mixed) == tiles(np.asarray(picture))
     assert not np.array_equal(mixed, np.asarray(picture))
     moved = np.asarray(translocated(picture, 64, (20, -10)))
@@ -237,7 +240,7 @@ def test_masks_from_files(tmp_path: Path) -> None:
     np.testing.assert_array_equal(only.mask(), ids > 0)  # one category in one picture is one region
     content["annotations"][0]["segmentation"]["size"] = [20, 20]
     place.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="rice in a.png: its mask is for"):
+    with pytest.raises(UserError, match=r"rice in a\.png: its mask is for"):
         coco_regions(pictures, place)
     with pytest.raises(ValueError, match="three pairs"):
         polygon_mask([[1, 2, 3, 4]], (5, 5))

@@ -1,4 +1,4 @@
-"""`nearfar image-classification explain`: where a classifier's answers come from, and whether the maps mean anything."""
+"""`nearfar image-classification explain`: where answers come from, and whether the maps mean anything."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,10 +34,11 @@ def explain_pictures(
     method: Annotated[
         list[str] | None, typer.Option(help=f"Repeat. One of {', '.join(METHODS)}; `all` for every one that suits.")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="Class to explain; by default what the classifier answers.")] = None,
+    target: Annotated[str | None, typer.Option(help="Class to explain; by default its answer.")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="Layer to take maps at; by default chosen. Repeat.")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Also shuffle the model's weights, ask for other classes, and sum the shares up.")
+        bool,
+        typer.Option("--check", help="Also shuffle the weights, ask for other classes, sum the shares up."),
     ] = False,
     steps: Annotated[int, typer.Option(help="Steps of insertion and deletion.", min=2)] = 32,
     model: Published = None,
@@ -109,7 +110,7 @@ def explain_pictures(
         write_json(folder / "ranks.json", ranking)
         report.section("All pictures")
         if ranking:
-            report.table(ranking, "Mean rank over the pictures, 1 is best; 95 % bootstrap interval from six pictures on.")
+            report.table(ranking, "Mean rank, 1 is best; 95 % bootstrap interval from six pictures on.")
         report.table(rows).write(folder / "page.html")
     show([{k: v for k, v in row.items() if k != "layers"} for row in rows] if as_json else ranking or rows, as_json)
     if not as_json:
@@ -148,7 +149,9 @@ def choose_methods(asked: Sequence[str] | None, network: torch.nn.Module, x: Ten
     return [n for n, why in reasons.items() if not why], [f"{n} left out: {why}" for n, why in reasons.items() if why]
 
 
-def checked(network: torch.nn.Module, x: Tensor, explained: Explanation, layers: Sequence[str] | None) -> dict[str, float]:
+def checked(
+    network: torch.nn.Module, x: Tensor, explained: Explanation, layers: Sequence[str] | None
+) -> dict[str, float]:
     """The map against a shuffled model and another class, and what its shares leave out."""
     again = lambda m, images, target: explain(m, images, target, explained.method, layers=layers).maps  # noqa: E731
     shuffled = randomisation(network, x, explained.target, again, groups=1)[0]["correlation"]

@@ -20,7 +20,7 @@ class Distillation:
     """What a student learns from a teacher's logits beside the labels.
 
     Args:
-        kind: `soft`, T^2 KL(teacher / T || student / T) (Hinton et al. 2015); `hard`, the cross-entropy of the teacher's
+        kind: `soft`, T^2 KL(teacher / T || student / T) (Hinton et al. 2015); `hard`, the cross-entropy of its
             answer; `deit`, the same on a second classifier of the student's own, which reads the distillation token
             (Touvron et al. 2021): the student gives (class, distillation) logits, and their mean answers; `none`.
         weight: share of the teacher, in [0, 1].
@@ -136,9 +136,7 @@ def macro_f1(truth: np.ndarray, given: np.ndarray, classes: Sequence[int]) -> fl
     return float(np.mean(each))
 
 
-def score_regions(
-    scores: Tensor, labels: Tensor, ambiguous: Sequence[int] = (), seed: int = 0
-) -> dict[str, float]:
+def score_regions(scores: Tensor, labels: Tensor, ambiguous: Sequence[int] = (), seed: int = 0) -> dict[str, float]:
     """Accuracy with its 95 % bootstrap interval, F1 averaged over the classes that occur or are answered, and of the
     `ambiguous` classes: F1 averaged over them, and the accuracy on their regions."""
     given, truth = scores.argmax(1).numpy(), labels.numpy()

@@ -13,12 +13,21 @@ from nearfar.core.errors import UserError
 from nearfar.vision.contracts.torchvision_networks import network
 from nearfar.vision.explain.gradients import Pass, gradients, smooth
 from nearfar.vision.explain.methods import grad_cam
-from nearfar.vision.explain.normgrad import AGGREGATIONS, CARD, METHODS, combine, identity_map, layer_maps, stepped_weights
+from nearfar.vision.explain.normgrad import (
+    AGGREGATIONS,
+    CARD,
+    METHODS,
+    combine,
+    identity_map,
+    layer_maps,
+    stepped_weights,
+)
 
 __all__ = ["CARD", "build_contract"]
 
 NAMES = {"norm_grad": "normgrad", "norm_grad_selective": "selective_normgrad", "linear_approx": "linear_approximation"}
 """The published names of `METHODS`."""
+
 
 def published_map(x: Tensor, g: Tensor, kind: str, aggregation: str) -> Tensor:
     """`identity_map`, norms of dense convolutions in the published order of single-precision sums.
@@ -52,7 +61,9 @@ def identity(name: str) -> str:
 class Maps(nn.Module):
     """The maps that a contract's outputs name, of one network, target and score."""
 
-    def __init__(self, model: nn.Module, names: list[str], target: int | None, rate: float, sigma: float | None) -> None:
+    def __init__(
+        self, model: nn.Module, names: list[str], target: int | None, rate: float, sigma: float | None
+    ) -> None:
         super().__init__()
         self.model, self.names, self.target, self.rate, self.sigma = model, names, target, rate, sigma
 
@@ -62,7 +73,9 @@ class Maps(nn.Module):
         def at(layer: str, rate: float = 0.0, negate: bool = False) -> Pass:
             key = (layer, negate, rate)
             if key not in passes:
-                meta = {"weights": stepped_weights(self.model, images, self.target, rate, negate=negate)} if rate else {}
+                meta = (
+                    {"weights": stepped_weights(self.model, images, self.target, rate, negate=negate)} if rate else {}
+                )
                 passes[key] = gradients(self.model, images, self.target, [layer] if layer else [], **meta)
             return passes[key]
 

@@ -56,7 +56,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         activation="relu",
         output="log-softmax",
     )
-    told = contract.settings["vit_layernorm_eps"] if "vit_layernorm_eps" in contract.settings else None
+    told = contract.settings.get("vit_layernorm_eps")
     if told is not None and set(told if isinstance(told, list) else [told]) - eps:
         raise UserError(f"{contract.path}: vit_layernorm_eps is {told}; the backbones are built with {eps or None}")
     if told is None and eps and "vit_layernorm_eps" in contract.settings:

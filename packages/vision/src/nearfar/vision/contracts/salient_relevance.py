@@ -59,7 +59,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         rules=r"linear: positive weights only.*convolution: output \(with bias\).*max pooling: winner takes all.*",
         heatmap="absolute value, min-max over the whole 3-channel map.*",
     )
-    target = contract.settings["target_class"] if "target_class" in contract.settings else None
+    target = contract.settings.get("target_class")
     model = Propagated(network(contract), None if target is None else int(target), names).eval()
     if target is not None and "target_is" in contract.settings:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Networks of torchvision that explanations' contracts are recorded on, known by the names and shapes of their state."""
+"""Networks of torchvision that explanations' contracts are recorded on, known by names and shapes of their state."""
 
 import re
 

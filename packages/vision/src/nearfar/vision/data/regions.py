@@ -84,7 +84,9 @@ class Region:
     mask: Callable[[], Mask]
 
 
-def id_regions(pictures: Path, masks: Path, categories: Mapping[int, str], ignore: Sequence[int] = (0,)) -> list[Region]:
+def id_regions(
+    pictures: Path, masks: Path, categories: Mapping[int, str], ignore: Sequence[int] = (0,)
+) -> list[Region]:
     """Regions of a folder of pictures and one of PNG files of the same names, whose values are categories' numbers.
 
     `ignore`: numbers that are no category, such as the background. UserError for a picture without mask, a mask of
@@ -143,7 +145,9 @@ def coco_regions(pictures: Path, annotations: Path) -> list[Region]:
     grouped: dict[tuple[Any, Any], list[Any]] = {}
     for entry in entries:
         if entry.get("image_id") not in files or entry.get("category_id") not in names:
-            raise UserError(f"{annotations}: annotation {entry.get('id')} names a picture or category that is not listed")
+            raise UserError(
+                f"{annotations}: annotation {entry.get('id')} names a picture or category that is not listed"
+            )
         grouped.setdefault((entry["image_id"], entry["category_id"]), []).append(entry)
     found = []
     for (image, category), members in grouped.items():
@@ -312,7 +316,9 @@ def grabcut(picture: Image.Image, box: Sequence[float], rounds: int = 5, seed: i
         from skimage.segmentation import random_walker
         from sklearn.mixture import GaussianMixture
     except ImportError as error:
-        raise UserError("grabcut: needs scikit-image and scikit-learn; pip install scikit-image scikit-learn") from error
+        raise UserError(
+            "grabcut: needs scikit-image and scikit-learn; pip install scikit-image scikit-learn"
+        ) from error
     width, height = picture.size
     left, top, right, bottom = (round(v) for v in box)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
@@ -339,4 +345,9 @@ def grabcut(picture: Image.Image, box: Sequence[float], rounds: int = 5, seed: i
     rest = inside & ~mask
     other = rest & (difference <= np.median(difference[rest])) if rest.any() else rest
     labels = np.where(~inside | other, 2, np.where(sure, 1, 0))
-    return (random_walker(lab, labels, beta=90, mode="bf" if lab.shape[0] * lab.shape[1] < 2**14 else "cg_j", channel_axis=-1) == 1) & inside
+    return (
+        random_walker(
+            lab, labels, beta=90, mode="bf" if lab.shape[0] * lab.shape[1] < 2**14 else "cg_j", channel_axis=-1
+        )
+        == 1
+    ) & inside

@@ -12,7 +12,7 @@ from scipy import ndimage, stats
 from torch import Tensor, nn
 
 from nearfar.core.statistics import bootstrap_interval
-from nearfar.vision.explain.gradients import as_images, call, classes_of, evaluating, logits_of, weights_of
+from nearfar.vision.explain.gradients import as_images, call, evaluating, logits_of, weights_of
 from nearfar.vision.explain.methods import Explanation
 
 MapOf = Callable[[nn.Module, Tensor, Tensor], Tensor]

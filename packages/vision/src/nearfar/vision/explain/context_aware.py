@@ -124,7 +124,9 @@ def _saliency(one: Tensor, p: ContextAware) -> Tensor:
     if len(foci):  # distances are those to the nearest focus, in shares of the longer side
         rows, columns = (torch.arange(n, device=one.device, dtype=saliency.dtype) for n in size)
         places = torch.cartesian_prod(rows, columns)
-        distance = torch.cat([torch.cdist(places[i : i + p.chunk], foci).amin(1) for i in range(0, len(places), p.chunk)])
+        distance = torch.cat(
+            [torch.cdist(places[i : i + p.chunk], foci).amin(1) for i in range(0, len(places), p.chunk)]
+        )
         saliency = saliency * (1 - distance.reshape(1, 1, *size) / max(size)).clamp(min=0)
     return _resized(saliency, [height, width]).clamp(0, 1)
 
@@ -161,8 +163,8 @@ def salient_relevance(
         rules: of relevance, see `relevance`.
         weighted: multiply with the relevance that it was found in.
 
-    The relevance's sizes, summed over colours, are cut at their 99th percentile before they are scaled to [0, 1]: single
-    pixels leave the rest of a map near 0.
+    The relevance's sizes, summed over colours, are cut at their 99th percentile before they are scaled to [0, 1]:
+    single pixels leave the rest of a map near 0.
     """
     maps = relevance(model, images, target, rules).pixels.abs().sum(1, keepdim=True)
     high = maps.flatten(1).quantile(0.99, 1).reshape(-1, 1, 1, 1)

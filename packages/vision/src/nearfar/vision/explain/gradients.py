@@ -65,7 +65,9 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
         raise UserError(f"{name}: gives a {kind}, so it is no classifier; pass score=, a function of what it gives")
     if output.ndim != 2:
         shape = tuple(output.shape)
-        raise UserError(f"{name}: gives {shape}, no classifier's (B, classes); pass score=, a function of what it gives")
+        raise UserError(
+            f"{name}: gives {shape}, no classifier's (B, classes); pass score=, a function of what it gives"
+        )
     if not torch.isfinite(output).all():
         raise DivergedError(f"{name}: its scores of these pictures are not finite, so nothing explains them")
     return output
@@ -130,7 +132,9 @@ def watching(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Poin
     several times the last use counts."""
     named, points = dict(model.named_modules()), {}
     if unknown := [name for name in layers if name not in named]:
-        raise ValueError(f"layers: {type(model).__name__} has no {', '.join(unknown)}; names are those of named_modules")
+        raise ValueError(
+            f"layers: {type(model).__name__} has no {', '.join(unknown)}; names are those of named_modules"
+        )
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
         def keep(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor:
@@ -322,7 +326,9 @@ def choose_layers(points: Mapping[str, Point], size: Sequence[int], prefix: int,
     last = {shape: name for name, shape in alive.items()}
     if len(last) == 1:
         names = list(alive)
-        return [names[round((i + 1) * len(names) / number) - 1] for i in range(number)] if number < len(names) else names
+        return (
+            [names[round((i + 1) * len(names) / number) - 1] for i in range(number)] if number < len(names) else names
+        )
     wide = [shape for shape in last if min(shape) >= 4] or [max(last, key=math.prod)]
     chosen = set(sorted(wide, key=math.prod)[:number])
     return [name for name in last.values() if grid_of(points[name].output, size, prefix) in chosen]

@@ -1,6 +1,5 @@
 """Explanations of a classifier's answer: one call, many methods, one frame."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -241,7 +240,7 @@ METHODS: dict[str, Method] = {
     "relevance": by_relevance,
     "salient_relevance": by_salient_relevance,
 }  # fmt: skip
-"""Every method by name. `contrast` is the linear approximation of what speaks for the class rather than the next one."""
+"""Every method by name. `contrast` is the linear approximation of what speaks for the class and not the next one."""
 
 
 def explain(
@@ -261,9 +260,9 @@ def explain(
     still 4 cells wide (three for NormGrad, whose maps are multiplied, else one), of those that the class depends on; of
     a transformer with one grid, evenly through its depth.
 
-    The model is in evaluation mode meanwhile and is not changed; half precision is computed in single. Memory is that of
-    one forward and backward pass of the batch and of three copies of the layers that come into question (for relevance,
-    of a batch of one); NormGrad costs one such pass and one forward pass of one picture.
+    The model is in evaluation mode meanwhile and is not changed; half precision is computed in single. Memory is
+    that of one forward and backward pass of the batch and of three copies of the layers in question (for relevance, of
+    one picture); NormGrad costs one such pass and one forward pass of one picture.
 
     Args:
         target: a class for all, one for each, or None for what the model answers.
@@ -291,7 +290,7 @@ def explain(
 
 def methods_for(model: nn.Module, images: Tensor) -> dict[str, str]:
     """Method -> why it does not suit the model, or an empty text."""
-    reasons = {name: "" for name in METHODS}
+    reasons = dict.fromkeys(METHODS, "")
     if not any(isinstance(module, nn.ReLU) for module in model.modules()):
         reasons["guided_backpropagation"] = "has no ReLU"
     try:

@@ -164,7 +164,9 @@ def layer_map(layer: nn.Module, x: Tensor, g: Tensor, aggregation: str = "norm")
     weight = getattr(layer, "weight", None)
     if weight is None or weight.ndim != 1:
         raise ValueError(f"{type(layer).__name__}: has no weight of a kind that maps are made of")
-    plain = {name: torch.ones_like(p) if name == "weight" else torch.zeros_like(p) for name, p in layer.named_parameters()}
+    plain = {
+        name: torch.ones_like(p) if name == "weight" else torch.zeros_like(p) for name, p in layer.named_parameters()
+    }
     normalised = functional_call(layer, plain, (x,))
     if isinstance(layer, nn.LayerNorm) and (x.ndim == 3 or x.shape[1] != weight.numel()):
         normalised, g = normalised.movedim(-1, 1), g.movedim(-1, 1)

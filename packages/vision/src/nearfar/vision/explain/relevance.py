@@ -1,9 +1,9 @@
 """Layer-wise relevance propagation: how much of a class score each pixel is answerable for.
 
-Bach et al., "On Pixel-wise Explanations ... by Layer-wise Relevance Propagation" (2015). Every operation of a network is
-replaced by one with the same values that is linear in what depends on the picture, so that relevance is R = x dS / dx
-anywhere, one backward pass finds it, and what does not reach the pixels was taken by something that was added: biases,
-position tables, class tokens, which are accounted for. The operations are intercepted as they are called, whatever
+Bach et al., "On Pixel-wise Explanations ... by Layer-wise Relevance Propagation" (2015). Every operation of a network
+is replaced by one with the same values that is linear in what depends on the picture. Relevance is then R = x dS / dx
+anywhere, one backward pass finds it, and what does not reach the pixels was taken by something that was added (biases,
+position tables, class tokens), which is accounted for. The operations are intercepted as they are called, whatever
 modules a network is written with.
 
     convolution, linear     by rule, see `RULES`; a batch norm after a convolution is folded into it
@@ -21,7 +21,6 @@ residual additions, does not have.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,14 +103,15 @@ RULES = {
 bias in linear layers."""
 
 FIXED = {
-    "softmax", "log_softmax", "sigmoid", "hardsigmoid", "softplus", "sqrt", "rsqrt", "exp", "pow", "norm", "vector_norm",
-    "reciprocal", "square", "std", "var", "softmin", "sin", "cos", "log", "cumprod", "prod",
+    "softmax", "log_softmax", "sigmoid", "hardsigmoid", "softplus", "sqrt", "rsqrt", "exp", "pow", "norm",
+    "vector_norm", "reciprocal", "square", "std", "var", "softmin", "sin", "cos", "log", "cumprod", "prod",
 }  # fmt: skip
 """Functions whose values are fixed: gates, weights of attention, scales."""
 
 ACTIVATIONS = {
     "gelu", "silu", "mish", "relu6", "hardtanh", "hardswish", "leaky_relu", "elu", "selu", "celu", "tanh", "prelu",
-    "silu_", "relu6_", "hardtanh_", "hardswish_", "leaky_relu_", "elu_", "clamp", "softsign", "tanhshrink", "hardshrink",
+    "silu_", "relu6_", "hardtanh_", "hardswish_", "leaky_relu_", "elu_", "clamp", "softsign", "tanhshrink",
+    "hardshrink",
 }  # fmt: skip
 
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
@@ -220,7 +220,9 @@ class Propagation(TorchFunctionMode):
         part = s * factor
         return part + (z - part).detach()
 
-    def layer(self, func: Any, name: str, x: Tensor, w: Tensor, b: Tensor | None = None, *rest: Any, **kw: Any) -> Tensor:
+    def layer(
+        self, func: Any, name: str, x: Tensor, w: Tensor, b: Tensor | None = None, *rest: Any, **kw: Any
+    ) -> Tensor:
         """A convolution or linear layer by its rule."""
         if depends(w):  # weights made from the picture
             return self.dynamic_layer(func, x, w, b, rest, kw)
@@ -261,14 +263,18 @@ class Propagation(TorchFunctionMode):
             y.convolution = (func, name, x, w, b, rest, kw, first)  # type: ignore[attr-defined]
         return y
 
-    def first_layer(self, rule: str, first: bool, run: Callable[..., Tensor], x: Tensor, w: Tensor, z: Tensor) -> Tensor:
+    def first_layer(
+        self, rule: str, first: bool, run: Callable[..., Tensor], x: Tensor, w: Tensor, z: Tensor
+    ) -> Tensor:
         """The rules that share relevance over pixels whatever their values: `box`, `square`, `flat`."""
         leaf = lambda t: t.detach().clone().requires_grad_()  # noqa: E731
         if rule == "box":
             shape = (1, -1, *(1,) * (x.ndim - 2))
             if x.shape[1] != len(self.rules.low) or x.shape[1] != len(self.rules.high):
                 raise ValueError(f"low, high: have {len(self.rules.low)} values for {x.shape[1]} channels")
-            low, high = (leaf(x.new_tensor(list(v)).reshape(shape).expand_as(x)) for v in (self.rules.low, self.rules.high))
+            low, high = (
+                leaf(x.new_tensor(list(v)).reshape(shape).expand_as(x)) for v in (self.rules.low, self.rules.high)
+            )
             self.pixels += [low, high]
             return self.carry(run(x, w) - run(low, w.clamp(min=0)) - run(high, w.clamp(max=0)), z)
         ones = leaf(torch.ones_like(x))
@@ -378,7 +384,9 @@ class Propagation(TorchFunctionMode):
     ) -> tuple[Tensor, None]:  # fmt: skip
         """torch's attention layer, (N, B, C), written out."""
         if bias_k is not None or zero or in_w is None or kwargs.get("key_padding_mask") is not None:
-            raise UserError("relevance: nn.MultiheadAttention with masks of keys, added keys or other widths is not known")
+            raise UserError(
+                "relevance: nn.MultiheadAttention with masks of keys, added keys or other widths is not known"
+            )
         parts_b = (None,) * 3 if in_b is None else in_b.chunk(3)
         # called by name, so that this mode sees them
         with self:

@@ -43,7 +43,7 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "deit-dist": lambda: transformer(eps=1e-12, reg_tokens=1),
     "mixer": lambda: timm.create_model("mixer_b16_224"),
 }
-"""The published names of backbones; any ordered pair is a network. `mixer` is named in the paper's description and has no
+"""The published names of backbones; any ordered pair is a network. `mixer` is named beside them and has no
 published code."""
 
 PARAMS = {"mnet": 3_504_872, "vit": 86_567_656, "deit": 86_567_656, "deit-dist": 86_569_192, "mixer": 59_880_472}
@@ -134,7 +134,9 @@ class RveRNet(nn.Module):
             else:
                 parts[""][re.sub(r"^integrated_fc([12])\.", r"fc\1.", name)] = value
         if not parts["roi"] or not parts["extra"] or "fc2.weight" not in parts[""]:
-            raise CheckpointError("is no checkpoint of RveRNet: it lacks roi_module, extra_roi_module or integrated_fc2")
+            raise CheckpointError(
+                "is no checkpoint of RveRNet: it lacks roi_module, extra_roi_module or integrated_fc2"
+            )
         names, renamed = {}, dict(parts[""])
         for place, said in (("roi", roi), ("extra", extra)):
             names[place], own = published_backbone(parts[place])
@@ -188,9 +190,7 @@ class RegionPooling(nn.Module):
             raise ValueError(f"mask is {tuple(mask.shape)} for pictures {tuple(picture.shape)}; needs (B, 1, H, W)")
         features = on_grid(self.backbone.forward_features(picture), picture.shape[2:], prefix_tokens(self.backbone))
         inside = F.adaptive_avg_pool2d(mask, features.shape[2:])
-        pooled = [
-            (features * share).sum((2, 3)) / share.sum((2, 3)).clamp(min=1e-6) for share in (inside, 1 - inside)
-        ]
+        pooled = [(features * share).sum((2, 3)) / share.sum((2, 3)).clamp(min=1e-6) for share in (inside, 1 - inside)]
         return F.log_softmax(self.fc2(F.relu(self.fc1(torch.cat(pooled, 1)))), dim=1)
 
 
@@ -219,6 +219,8 @@ TORCHVISION_VIT = [
     (r"^heads\.head\.", "head."),
 ]
 
+NAMES_OF_PARTS = {"q": "query", "k": "key", "v": "value"}
+
 TRANSFORMERS_VIT = [
     (r"^(?:deit|vit)\.", ""),
     (r"^embeddings\.cls_token$", "cls_token"),
@@ -227,7 +229,7 @@ TRANSFORMERS_VIT = [
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
     (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
-    (r"\.attention\.([qkv])_proj\.", lambda m: f".attn.{dict(q='query', k='key', v='value')[m[1]]}."),
+    (r"\.attention\.([qkv])_proj\.", lambda m: f".attn.{NAMES_OF_PARTS[m[1]]}."),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.attention\.o_proj\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
