@@ -25,6 +25,7 @@ from nearfar.core.files import file_digest, locked, settle, sweep, temporary_fol
 
 KINDS = {
     "classifier": "classifier.json",
+    "region classifier": "regions.json",
     "decoder": "decoder.json",
     "segmenter": "model.json",
     "speaker model": "scoring.json",
