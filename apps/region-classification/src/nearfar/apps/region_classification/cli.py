@@ -21,8 +21,8 @@ from nearfar.vision.models.rvernet import RveRNet, Single
 
 app = typer.Typer(
     help="Name regions of pictures: an object whose look alone does not tell what it is, by what lies around it.\n\n"
-    "Regions come from a folder of pictures and either a folder of PNG masks whose values are numbers of categories, with a "
-    "JSON file of their names, or a COCO annotation file.",
+    "Regions come from a folder of pictures and either a folder of PNG masks whose values are numbers of "
+    "categories, with a JSON file of their names, or a COCO annotation file.",
     no_args_is_help=True,
 )
 

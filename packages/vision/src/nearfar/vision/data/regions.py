@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,16 @@ def id_regions(
         if unknown := [n for n in numbers if n not in categories]:
             raise UserError(f"{place}: holds {some(unknown)}, which no category has; known are {some(categories)}")
         for number in numbers:
-            found.append(
-                Region(path.stem, categories[number], _reader(path), lambda p=place, n=number: read_ids(p) == n)
-            )
+            found.append(Region(path.stem, categories[number], _reader(path), partial(_of_number, place, number)))
     return found
+
+
+def _of_number(path: Path, number: int) -> Mask:
+    return read_ids(path) == number
+
+
+def _itself(mask: Mask) -> Mask:
+    return mask
 
 
 def read_ids(path: Path) -> NDArray[np.int64]:
@@ -167,7 +174,7 @@ def coco_regions(pictures: Path, annotations: Path) -> list[Region]:
                     mask |= polygon_mask(shape, size)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{annotations}: {names[category]} in {path.name}: {error}") from error
-        found.append(Region(path.stem, names[category], _reader(path), lambda m=mask: m))
+        found.append(Region(path.stem, names[category], _reader(path), partial(_itself, mask)))
     return found
 
 
@@ -205,26 +212,27 @@ def cut_out(picture: Image.Image, mask: Mask, name: str = "mask") -> tuple[Image
     return Image.fromarray(pixels * inside), Image.fromarray(pixels * ~inside)
 
 
-def resize_and_pad(picture: Image.Image, size: int, value: int = GREY) -> Image.Image:
-    """The longer side to `size`, bicubic, sides floored; then padding, the larger half left and top."""
+def shrunk(picture: Image.Image, size: int) -> Image.Image:
+    """The longer side to `size`, bicubic, sides floored."""
     if size < 1:
         raise ValueError(f"size is {size}; needs at least 1")
     ratio = size / max(picture.size)
     width, height = (max(1, math.floor(n * ratio)) for n in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def resize_and_pad(picture: Image.Image, size: int, value: int = GREY) -> Image.Image:
+    """The longer side to `size`, then padding, the larger half left and top."""
+    small = shrunk(picture, size)
     canvas = Image.new(picture.mode, (size, size), (value,) * len(picture.getbands()))
-    canvas.paste(
-        picture.resize((width, height), Image.Resampling.BICUBIC), (-(-(size - width) // 2), -(-(size - height) // 2))
-    )
+    canvas.paste(small, (-(-(size - small.width) // 2), -(-(size - small.height) // 2)))
     return canvas
 
 
 def permuted(picture: Image.Image, size: int, generator: np.random.Generator, patch: int = 16) -> Image.Image:
     """The robustness test of patches out of order: resized, padded with black to multiples of `patch`, all patches
     permuted, then grey padding to `size`."""
-    ratio = size / max(picture.size)
-    small = picture.resize(
-        tuple(max(1, math.floor(n * ratio)) for n in picture.size), Image.Resampling.BICUBIC
-    )  # fmt: skip
+    small = shrunk(picture, size)
     pixels = np.asarray(small.convert("RGB"))
     short = [-n % patch for n in pixels.shape[:2]]
     pixels = np.pad(pixels, [(s // 2, s - s // 2) for s in short] + [(0, 0)])
@@ -238,10 +246,7 @@ def permuted(picture: Image.Image, size: int, generator: np.random.Generator, pa
 def translocated(picture: Image.Image, size: int, shift: tuple[int, int] = (60, -85)) -> Image.Image:
     """The robustness test of things out of place: resized and pasted `shift` pixels right and down on grey; what leaves
     the frame is cut."""
-    ratio = size / max(picture.size)
-    small = picture.resize(
-        tuple(max(1, math.floor(n * ratio)) for n in picture.size), Image.Resampling.BICUBIC
-    )  # fmt: skip
+    small = shrunk(picture, size)
     canvas = Image.new("RGB", (size, size), (GREY,) * 3)
     canvas.paste(small.convert("RGB"), shift)
     return canvas

@@ -16,7 +16,7 @@ from nearfar.core.errors import DivergedError, UserError
 Target = int | Sequence[int] | Tensor | None
 """A class for all pictures, one for each, or None: what the model answers."""
 
-Score = Callable[[Any, Tensor | None], Tensor]
+Score = Callable[[Any, Any], Tensor]
 """(what the model gives, classes) -> one number for each picture, which is differentiated."""
 
 Weights = Mapping[str, Tensor]
@@ -219,9 +219,9 @@ def grid_of(x: Any, size: Sequence[int], prefix: int = 0) -> tuple[int, ...] | N
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return None
     if x.ndim == len(size) + 2:
-        for shape in (x.shape[2:], x.shape[1:-1]):
-            if math.prod(shape) > 1 and _covers(shape, size):
-                return tuple(shape)
+        for cells in (x.shape[2:], x.shape[1:-1]):
+            if math.prod(cells) > 1 and _covers(cells, size):
+                return tuple(cells)
     elif x.ndim == 3:
         for extra in dict.fromkeys((prefix, *range(9))):
             if (tokens := x.shape[1] - extra) > 1:
@@ -295,7 +295,8 @@ def candidate_layers(model: nn.Module, image: Tensor, weights: Weights) -> dict[
                 descend(child, full, after)
 
     descend(model, "", None)
-    kept, outputs = {}, {}
+    kept: dict[str, tuple[int, ...]] = {}
+    outputs: dict[int, str] = {}
     for name, (_, shape, output) in seen.items():
         if name in found:
             kept.pop(outputs.get(id(output), ""), None)  # a stage gives what its last block gives
@@ -320,7 +321,8 @@ def choose_layers(points: Mapping[str, Point], size: Sequence[int], prefix: int,
     wide (or the finest there is); of a network with one grid, evenly through its depth. Those without gradient, such
     as the last block's patches where the class token alone answers, do not count.
     """
-    alive = {name: grid_of(p.output, size, prefix) for name, p in points.items() if informative(p, size, prefix)}
+    grids = {name: grid for name, p in points.items() if (grid := grid_of(p.output, size, prefix))}
+    alive = {name: shape for name, shape in grids.items() if informative(points[name], size, prefix)}
     if not alive:
         raise UserError("explain: no layer with a grid over the picture has a gradient; name one with layers=")
     last = {shape: name for name, shape in alive.items()}
@@ -329,9 +331,9 @@ def choose_layers(points: Mapping[str, Point], size: Sequence[int], prefix: int,
         return (
             [names[round((i + 1) * len(names) / number) - 1] for i in range(number)] if number < len(names) else names
         )
-    wide = [shape for shape in last if min(shape) >= 4] or [max(last, key=math.prod)]
-    chosen = set(sorted(wide, key=math.prod)[:number])
-    return [name for name in last.values() if grid_of(points[name].output, size, prefix) in chosen]
+    wide = [shape for shape in last if min(shape) >= 4] or [max(last, key=lambda shape: math.prod(shape))]
+    chosen = set(sorted(wide, key=lambda shape: math.prod(shape))[:number])
+    return [name for shape, name in last.items() if shape in chosen]
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:

@@ -171,10 +171,11 @@ def at_pixels(
             point: Point = gradients(model, images, target).images
     else:
         point = gradients(model, images, target).images
+    gradient = point.gradient if point.gradient is not None else torch.zeros_like(point.output)
     if kind == "gradient_x_input":
-        parts = point.gradient * point.output
+        parts = gradient * point.output
         return parts.sum(1, keepdim=True), {"attributions": parts}
-    return point.gradient.abs().amax(1, keepdim=True), {}
+    return gradient.abs().amax(1, keepdim=True), {}
 
 
 def by_integrated_gradients(

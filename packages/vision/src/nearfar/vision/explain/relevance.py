@@ -312,24 +312,24 @@ class Propagation(TorchFunctionMode):
     def norm(self, func: Any, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Linear in x with the deviation fixed: x less its mean, times what the norm made of that, plus the bias."""
         place = {"layer_norm": (1, 2), "group_norm": (1, 2), "instance_norm": (2, 3), "rms_norm": (1, None)}[name]
-        args = list(args)
+        values = list(args)
 
         def take(key: str, at: int | None) -> Tensor | None:
-            if at is not None and len(args) > at:
-                value, args[at] = args[at], None
+            if at is not None and len(values) > at:
+                value, values[at] = values[at], None
                 return value
             return kwargs.pop(key, None)
 
         w, b = take("weight", place[0]), take("bias", place[1])
         with torch.no_grad():
-            y = func(x, *args, **kwargs)
+            y = func(x, *values, **kwargs)
         if name == "rms_norm":
             centred = x
         elif name == "layer_norm":
-            shape = args[0] if args else kwargs["normalized_shape"]
+            shape = values[0] if values else kwargs["normalized_shape"]
             centred = x - x.mean(tuple(range(-len(tuple(shape)), 0)), keepdim=True)
         else:
-            groups = (args[0] if args else kwargs["num_groups"]) if name == "group_norm" else x.shape[1]
+            groups = (values[0] if values else kwargs["num_groups"]) if name == "group_norm" else x.shape[1]
             parts = x.unflatten(1, (groups, -1)).flatten(2)
             centred = (parts - parts.mean(2, keepdim=True)).reshape(x.shape)
         y = self.scale(centred, y)
@@ -501,6 +501,6 @@ def relevance(
             pixels = torch.stack(parts[:spread]).sum(0)
             absorbed = torch.stack([p.sum() for p in (*parts[spread:extra], x.new_zeros(()))]).sum()
             results.append((pixels, score.detach(), chosen, absorbed[None], parts[extra:]))
-    pixels, score, chosen, absorbed = (torch.cat([r[i] for r in results]) for i in range(4))
+    pixels, score, chosen, absorbed = (torch.cat(list(part)) for part in list(zip(*results, strict=True))[:4])  # type: ignore[arg-type]
     at = {name: torch.cat([r[4][i] for r in results]) for i, name in enumerate(layers)}
     return Relevance(pixels, score, chosen, absorbed, at)
