@@ -200,3 +200,37 @@ def test_small_network_beats_the_pixels_on_photographs(shared_data: Callable[[st
     rows = compare(["linear", "small-attnet_xxs"], learn, hold, recipe, tmp_path)
     assert rows[1]["accuracy"] > 0.75  # half would be chance
     assert rows[1]["accuracy"] >= rows[0]["accuracy"]
+
+
+def test_explain(data: Path, tmp_path: Path) -> None:
+    """A table with a verdict on each map, a page, and what cannot be explained."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=2)
+    Classifier(model.eval(), "test_resnet", ["digit0", "digit1"], 32, 1.0).save(tmp_path / "run")
+    pictures = sorted((data / "test").rglob("*.png"))[:2]
+    words = ["explain", tmp_path / "run", *pictures, "-o", tmp_path / "maps", "--steps", 8, "--check"]
+    rows = json.loads(call(*words, "--method", "normgrad", "--method", "relevance", "--json"))
+    assert [(row["method"], row["file"]) for row in rows] == [
+        (method, str(picture)) for picture in pictures for method in ("normgrad", "relevance")
+    ]
+    for row in rows:
+        assert row["beats noise"] == (row["score"] > row["noise"])
+        assert -1 <= row["when shuffled"] <= 1
+    assert all(row["unaccounted"] < 0.01 for row in rows if row["method"] == "relevance")
+    assert (tmp_path / "maps" / "page.html").stat().st_size > 10_000
+    assert len((tmp_path / "maps" / "maps.csv").read_text().splitlines()) == 5
+    ranking = json.loads((tmp_path / "maps" / "ranks.json").read_text())
+    assert {row["method"] for row in ranking} == {"normgrad", "relevance"}
+    text = call("explain", tmp_path / "run", pictures[0], "-o", tmp_path / "one", "--target", "digit1", "--steps", 4)
+    assert "normgrad: beats noise and edges on" in text
+    for option, message in (
+        (["--target", "digit7"], "is none of the 2 classes"),
+        (["--method", "magic"], "no such method"),
+        (["--layer", "nowhere"], "has no nowhere"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call("explain", tmp_path / "run", pictures[0], "-o", tmp_path / "bad", *option)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    with pytest.raises(BatchError, match=r"broken\.png"):
+        call("explain", tmp_path / "run", pictures[0], broken, "-o", tmp_path / "two", "--method", "gradient")

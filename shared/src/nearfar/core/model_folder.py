@@ -26,6 +26,7 @@ from nearfar.core.reading import reading
 
 KINDS = {
     "classifier": "classifier.json",
+    "region classifier": "regions.json",
     "decoder": "decoder.json",
     "segmenter": "model.json",
     "speaker model": "scoring.json",

@@ -1,6 +1,5 @@
 """`nearfar image-classification`: train, evaluate, use and compare picture classifiers."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,8 +7,10 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
+from nearfar.apps.image_classification.common import Data, Published, Trained, open_classifier, show
+from nearfar.apps.image_classification.explain import explain_pictures
 from nearfar.core.cli.batch import raise_failures
-from nearfar.core.cli.console import console, messages, table, track
+from nearfar.core.cli.console import console, messages, track
 from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, Workers, recipe_option
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import write_csv, write_json
@@ -17,7 +18,7 @@ from nearfar.core.finite import is_finite
 from nearfar.core.plots import new_figure
 from nearfar.core.report import Report
 from nearfar.vision.classification import RECIPES
-from nearfar.vision.classification.classifier import LINEAR, Classifier, card_of, evaluate_scores, small_forms
+from nearfar.vision.classification.classifier import LINEAR, card_of, evaluate_scores, small_forms
 from nearfar.vision.data.images import Pictures, is_picture, open_pictures, read_picture, training_pictures
 from nearfar.vision.models.registry import MODELS, VARIANTS
 
@@ -29,19 +30,10 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Data = Annotated[Path, typer.Argument(help="Labelled pictures: folder, zip file, tar file or data set on disk.")]
-
-
-Trained = Annotated[
-    Path, typer.Argument(help="Folder that `train` wrote, or a published ImageNet checkpoint of one of `models`.")
-]
-Published = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="Whose checkpoint it is, where names and shapes do not tell: MODEL.WEIGHTS as `models` lists."
-    ),
-]
 RecipeFile = Annotated[str | None, recipe_option(RECIPES)]
+
+
+app.command("explain")(explain_pictures)
 
 
 @app.command()
@@ -254,15 +246,6 @@ def compare(
     raise_failures([*failures, *refused], len(learn) + len(hold) + len(failures) + len(refused))
 
 
-def open_classifier(path: Path, model: str | None) -> Classifier:
-    """The classifier in a folder of `train`, or in a published checkpoint, of the model `model` if it is given."""
-    if path.is_file():
-        return Classifier.from_published(path, model)
-    if model is not None:
-        raise UserError(f"--model {model}: is for checkpoint files; {path} is none")
-    return Classifier.load(path)
-
-
 def confusion(scores: torch.Tensor, labels: list[int], names: list[str]) -> Figure:
     """Shares of predicted classes for every true class."""
     classes = len(names)
@@ -278,11 +261,3 @@ def confusion(scores: torch.Tensor, labels: list[int], names: list[str]) -> Figu
         axes.set_yticks(range(classes), names)
     axes.set(xlabel="given", ylabel="true")
     return figure
-
-
-def show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Rows as a table, or as JSON for programs."""
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        console.print(table(rows))
