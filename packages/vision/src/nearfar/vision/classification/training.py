@@ -34,6 +34,7 @@ from nearfar.core.finite import check_finite
 from nearfar.core.leakage import Side, check_apart
 from nearfar.core.model_folder import TrainedOn
 from nearfar.core.training import data_loader, train, warmup_cosine
+from nearfar.ops.tokens.patch_mixing import PatchMixing
 from nearfar.vision.classification.classifier import Classifier, create_model, evaluation_transform, identify
 from nearfar.vision.classification.token_labels import TokenLabelled, TokenLabelLoss
 from nearfar.vision.data.images import Pictures
@@ -84,6 +85,11 @@ class Recipe:
     smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
+    patch_mixing: float = 0.0
+    """Largest share of a picture's grid that Patch Mixing replaces, 0.5 for example: in half of the batches, which then
+    have neither mixup nor cutmix. 0 for none."""
+    patch_grid: int = 0
+    """Cells along each side for Patch Mixing; 0 for 7 and 14, or where they do not divide `size` for 4 and 8."""
     randaugment: str = ""
     """timm's notation, for example rand-m9-mstd0.5-inc1."""
     color_jitter: float = 0.0
@@ -130,12 +136,23 @@ class Recipe:
             raise ValueError(f"clip_mode is {self.clip_mode!r}; allowed are norm and agc")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        if self.token_labels and (self.mixup or self.cutmix or self.repeats):
+        if self.token_labels and (self.mixup or self.cutmix or self.patch_mixing or self.repeats):
             raise ValueError(
-                "token_labels goes with neither mixup nor cutmix nor repeats; boxes of patches change places"
+                "token_labels goes with neither mixup nor cutmix nor patch_mixing nor repeats; boxes change places"
             )
+        if not 0 <= self.patch_mixing <= 1:
+            raise ValueError(f"patch_mixing must be in [0, 1], got {self.patch_mixing}")
+        if self.patch_mixing and (bad := [cells for cells in self.patch_grids if cells < 1 or self.size % cells]):
+            raise ValueError(f"patch_grid must divide size={self.size}, got {bad[0]}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"batch_size must be even with mixup or cutmix, got {self.batch_size}")
+
+    @property
+    def patch_grids(self) -> tuple[int, ...]:
+        """Cells along each side that Patch Mixing draws from."""
+        if self.patch_grid:
+            return (self.patch_grid,)
+        return (7, 14) if self.size % 14 == 0 else (4, 8)
 
 
 def augmentation(recipe: Recipe) -> dict[str, Any]:
@@ -191,6 +208,11 @@ class ClassifierModule(pl.LightningModule):
             if mixing
             else None
         )
+        self.mix_patches = (
+            PatchMixing(num_classes, (0.0, recipe.patch_mixing), recipe.patch_grids, 1.0, recipe.smoothing)
+            if recipe.patch_mixing
+            else None
+        )
         self.soft_loss = SoftTargetCrossEntropy()
         truth = bool(recipe.token_truth)
         self.token_loss = TokenLabelLoss(recipe.token_weight, ground_truth=truth) if recipe.token_labels else None
@@ -203,7 +225,9 @@ class ClassifierModule(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
         x, target = batch
-        if self.mix is not None and len(x) % 2 == 0:
+        if self.mix_patches is not None and torch.rand(()) < 0.5:
+            x, target = self.mix_patches(x, target)
+        elif self.mix is not None and len(x) % 2 == 0:
             x, target = self.mix(x, target)
         out = self.model(x)
         if self.token_loss is not None:

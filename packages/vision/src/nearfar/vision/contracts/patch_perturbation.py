@@ -1,4 +1,4 @@
-"""Contracts of patch perturbation: tempered transformers, the gradient of a patch, corruptions taken over by patches."""
+"""Contracts of patch perturbation: tempered transformers, the gradient of a patch, corrupted patches."""
 
 import re
 from collections.abc import Callable

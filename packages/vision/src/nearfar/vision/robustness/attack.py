@@ -68,7 +68,9 @@ def attack(
     Raises ValueError for a mask or targets of another size, a target that is the label, steps or restarts below 1.
     """
     if mask.shape != (x.shape[0], 1, *x.shape[2:]) or mask.dtype != torch.bool:
-        raise ValueError(f"mask is {tuple(mask.shape)}, {mask.dtype}; for pictures {tuple(x.shape)} needed (B, 1, H, W)")
+        raise ValueError(
+            f"mask is {tuple(mask.shape)}, {mask.dtype}; for pictures {tuple(x.shape)} needed (B, 1, H, W)"
+        )
     if target is not None and (target.shape != labels.shape or bool((target == labels).any())):
         raise ValueError("target must have a class for every picture, other than its label")
     if start not in ("picture", "noise"):

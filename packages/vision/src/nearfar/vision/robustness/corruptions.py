@@ -306,7 +306,8 @@ def elastic_transform(x: Tensor, level: int, generator: Generator) -> Tensor:
     """A random affine map of three corners, then a smooth random displacement."""
     side = min(x.shape[-2:])
     strength, smooth, jitter = (
-        side * n for n in ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))[level]
+        side * n
+        for n in ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))[level]
     )
     height, width = x.shape[-2:]
     middle, reach = torch.tensor([width, height]) / 2, side // 3
