@@ -1,6 +1,5 @@
 """`nearfar image-classification`: train, evaluate, use and compare picture classifiers."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,16 +7,28 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
+from nearfar.apps.image_classification.common import (
+    Data,
+    Device,
+    Machine,
+    Published,
+    Trained,
+    Workers,
+    known_pictures,
+    open_classifier,
+    show,
+)
+from nearfar.apps.image_classification.prune import prune
+from nearfar.apps.image_classification.robustness import robustness
 from nearfar.core.cli.batch import raise_failures
-from nearfar.core.cli.console import console, messages, table, track
+from nearfar.core.cli.console import console, messages, track
 from nearfar.core.cli.options import Fresh
-from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.finite import is_finite
 from nearfar.core.plots import new_figure
 from nearfar.core.report import Report
-from nearfar.vision.classification.classifier import LINEAR, Classifier, card_of, evaluate_scores, small_forms
+from nearfar.vision.classification.classifier import LINEAR, card_of, evaluate_scores, small_forms
 from nearfar.vision.data.images import Pictures, is_picture, open_pictures, read_picture, training_pictures
 from nearfar.vision.models.registry import MODELS, VARIANTS
 
@@ -29,29 +40,16 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Data = Annotated[Path, typer.Argument(help="Labelled pictures: folder, zip file, tar file or data set on disk.")]
-
-
-Device = Annotated[
-    str, typer.Option(help="auto, cpu, cuda or mps.", callback=lambda name: choose_device(name, "--device"))
-]
-Trained = Annotated[
-    Path, typer.Argument(help="Folder that `train` wrote, or a published ImageNet checkpoint of one of `models`.")
-]
-Published = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="Whose checkpoint it is, where names and shapes do not tell: MODEL.WEIGHTS as `models` lists."
-    ),
-]
-Workers = Annotated[int, typer.Option(help="Processes that read pictures.")]
-Machine = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="A setting of the recipe, NAME=VALUE, for example epochs=50. Repeat.")
 ]
 RecipeFile = Annotated[
     str | None, typer.Option("--recipe", help="YAML file with settings, or a published recipe, for example hornet_1k.")
 ]
+
+
+app.command()(prune)
+app.command()(robustness)
 
 
 @app.command()
@@ -123,17 +121,7 @@ def evaluate(
 ) -> None:
     """Score a classifier on labelled pictures, with a 95 % interval."""
     trained = open_classifier(classifier, model)
-    every = open_pictures(data, split)
-    index = {name: i for i, name in enumerate(trained.classes)}
-    if unknown := [name for name in every.classes if name not in index]:
-        raise UserError(
-            f"{data}: has {len(every.classes)} classes, of which the classifier in {classifier} does not know "
-            f"{some(unknown)}; it knows {len(index)}: {some(trained.classes)}"
-        )
-    every.labels = [index[every.classes[label]] for label in every.labels]
-    pictures, failures = every.readable(lambda r: track(r, "checking"))
-    if not len(pictures):
-        raise UserError(f"{data}: none of its {len(every)} pictures can be read")
+    every, pictures, failures = known_pictures(trained, classifier, data, split)
     scores = trained.scores(pictures, device=device, num_workers=workers)
     # a picture that cannot be read is a wrong answer, not a picture less
     read = set(pictures.names)
@@ -264,15 +252,6 @@ def compare(
     raise_failures([*failures, *refused], len(learn) + len(hold) + len(failures) + len(refused))
 
 
-def open_classifier(path: Path, model: str | None) -> Classifier:
-    """The classifier in a folder of `train`, or in a published checkpoint, of the model `model` if it is given."""
-    if path.is_file():
-        return Classifier.from_published(path, model)
-    if model is not None:
-        raise UserError(f"--model {model}: is for checkpoint files; {path} is none")
-    return Classifier.load(path)
-
-
 def confusion(scores: torch.Tensor, labels: list[int], names: list[str]) -> Figure:
     """Shares of predicted classes for every true class."""
     classes = len(names)
@@ -288,11 +267,3 @@ def confusion(scores: torch.Tensor, labels: list[int], names: list[str]) -> Figu
         axes.set_yticks(range(classes), names)
     axes.set(xlabel="given", ylabel="true")
     return figure
-
-
-def show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Rows as a table, or as JSON for programs."""
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        console.print(table(rows))

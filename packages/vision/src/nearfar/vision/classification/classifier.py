@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.data import ImageNetInfo, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -53,6 +53,21 @@ class PixelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class Renormalised(nn.Module):
+    """A model of pictures normalised its own way (timm's, for example) as one of ImageNet's mean and deviation."""
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.normalised = model
+        ours = [torch.tensor(v)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+        theirs = [torch.tensor(v)[:, None, None] for v in (mean, std)]
+        self.register_buffer("scale", ours[1] / theirs[1], persistent=False)
+        self.register_buffer("shift", (ours[0] - theirs[0]) / theirs[1], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalised(x * self.scale + self.shift)
 
 
 def create_model(
@@ -113,6 +128,8 @@ class Classifier:
     crop_pct: float
     crop_mode: str = "center"
     descriptions: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Constructor arguments of our models that neither the name nor shapes tell, such as another keep rate."""
     trained_on: TrainedOn = field(default_factory=TrainedOn)
 
     @torch.inference_mode()
@@ -148,7 +165,7 @@ class Classifier:
         if name in MODELS:  # shapes tell the sizes, the name what shapes do not
             form = card_of(MODELS[name]).small.get(name, {}) if record["name"].startswith("small-") else {}
             known = MODELS[name].built_as(VARIANTS[name], form)
-            return cls(MODELS[name].rebuilt(weights, known), **record)
+            return cls(MODELS[name].rebuilt(weights, known | record.get("settings", {})), **record)
         model = create_model(record["name"], len(record["classes"]), record["size"])
         load_state_dict(model, read_state_dict(weights))
         return cls(model.eval(), **record)

@@ -1,0 +1,96 @@
+"""What the commands share: options, opening of classifiers and of pictures that they know, tables."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import typer
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+
+from nearfar.core.cli.console import console, table, track
+from nearfar.core.devices import choose_device
+from nearfar.core.errors import UserError, some
+from nearfar.vision.classification.classifier import Classifier, Renormalised
+from nearfar.vision.data.images import Pictures, open_pictures
+
+Data = Annotated[Path, typer.Argument(help="Labelled pictures: folder, zip file, tar file or data set on disk.")]
+
+
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda or mps.", callback=lambda name: choose_device(name, "--device"))
+]
+Trained = Annotated[
+    Path, typer.Argument(help="Folder that `train` wrote, or a published ImageNet checkpoint of one of `models`.")
+]
+Published = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Whose checkpoint it is, where names and shapes do not tell: MODEL.WEIGHTS as `models` lists."
+    ),
+]
+Workers = Annotated[int, typer.Option(help="Processes that read pictures.")]
+Machine = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def open_classifier(path: Path, model: str | None) -> Classifier:
+    """The classifier in a folder of `train`, or in a published checkpoint, of the model `model` if it is given."""
+    if path.is_file():
+        return Classifier.from_published(path, model)
+    if model is not None:
+        raise UserError(f"--model {model}: is for checkpoint files; {path} is none")
+    return Classifier.load(path)
+
+
+def open_any(name: str) -> Classifier:
+    """The classifier in a folder of `train`, in a published checkpoint, or of timm by name, with its published weights,
+    which timm fetches unless they are in its cache."""
+    if Path(name).exists():
+        return open_classifier(Path(name), None)
+    if not timm.is_model(name):
+        raise UserError(f"{name}: no such file or folder, and timm has no model of this name")
+    try:
+        model = timm.create_model(name, pretrained=True).eval()
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{name}: its published weights cannot be had ({str(error).splitlines()[0]})") from error
+    config, subset = resolve_data_config(model=model), infer_imagenet_subset(model)
+    if subset is None:
+        raise UserError(f"{name}: its {model.num_classes} classes are none of ImageNet's; train it on your pictures")
+    info = ImageNetInfo(subset)
+    return Classifier(
+        Renormalised(model, config["mean"], config["std"]),
+        name,
+        info.label_names(),
+        config["input_size"][-1],
+        config["crop_pct"],
+        config["crop_mode"],
+    )
+
+
+def known_pictures(
+    trained: Classifier, source: Path | str, data: Path, split: str | None
+) -> tuple[Pictures, Pictures, list[str]]:
+    """All pictures of `data` under the classifier's class numbers, those that can be read, and a line for each other.
+
+    Raises UserError for classes that the classifier does not know, and where none can be read.
+    """
+    every = open_pictures(data, split)
+    index = {name: i for i, name in enumerate(trained.classes)}
+    if unknown := [name for name in every.classes if name not in index]:
+        raise UserError(
+            f"{data}: has {len(every.classes)} classes, of which the classifier in {source} does not know "
+            f"{some(unknown)}; it knows {len(index)}: {some(trained.classes)}"
+        )
+    every.labels = [index[every.classes[label]] for label in every.labels]
+    pictures, failures = every.readable(lambda r: track(r, "checking"))
+    if not len(pictures):
+        raise UserError(f"{data}: none of its {len(every)} pictures can be read")
+    return every, pictures, failures
+
+
+def show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Rows as a table, or as JSON for programs."""
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        console.print(table(rows))
