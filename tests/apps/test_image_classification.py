@@ -246,7 +246,7 @@ def test_prune(data: Path, two_models: tuple[Path, Path], tmp_path: Path) -> Non
 
 def test_robustness(data: Path, two_models: tuple[Path, Path], tmp_path: Path) -> None:
     words = ["robustness", *two_models, data, "--split", "test", "-o", tmp_path, "--patch", 8, "--steps", 5]
-    words += ["--attacked", 8, "--seeds", 2, "--corruption", "contrast", "--corruption", "fog", "--temperature", 1]
+    words += ["--attacked", 4, "--seeds", 2, "--corruption", "contrast", "--corruption", "fog", "--temperature", 1]
     words += ["--temperature", 1.5, "--json"]
     none = json.loads(call(*words, "--seconds", 0))
     assert [row["accuracy"] > 0.8 for row in none] == [True, True]
@@ -266,7 +266,7 @@ def test_robustness(data: Path, two_models: tuple[Path, Path], tmp_path: Path) -
     assert len(result["places"]) == 2
     assert {row["attack"] for row in result["occlusion"]} == {"replacement", "drop", "permutation"}
     for row in result["adversarial"]:
-        assert row["pictures"] <= 8
+        assert row["pictures"] <= 4
     with pytest.raises(UserError, match="32 x 32 are smaller than a patch of 64"):
         call("robustness", two_models[1], data, "--split", "test", "-o", tmp_path / "y", "--patch", 64)
     with pytest.raises(UserError, match="corruption 'rain' is unknown"):

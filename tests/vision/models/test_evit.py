@@ -108,8 +108,9 @@ def test_rates_of_each_block_counts_and_models_without_class_token() -> None:
         model = randomise(timm.create_model("deit_tiny_patch16_224", img_size=64, depth=4, num_classes=5, **tokens))
         plain = model(x)
         reorganise_tokens(model, (0.5, 3), (1, 2), fuse=False)
-        seen = []
-        handles = [block.register_forward_hook(lambda _m, _i, y: seen.append(y.shape[1])) for block in model.blocks]
+        seen: list[int] = []
+        note = lambda _m, _i, y, seen=seen: seen.append(y.shape[1])  # noqa: E731
+        handles = [block.register_forward_hook(note) for block in model.blocks]
         assert not torch.allclose(model(x), plain)
         prefix = 0 if tokens else 1
         assert seen == [16 + prefix, 8 + prefix, 3 + prefix, 3 + prefix]
