@@ -40,6 +40,7 @@ from nearfar.vision.classification.token_labels import TokenLabelled, TokenLabel
 from nearfar.vision.classification.token_training import set_keep_rate, taught_loss, train_predictors
 from nearfar.vision.data.images import Pictures
 from nearfar.vision.models.pyramid import Backbone
+from nearfar.vision.models.sparsifiner import Sparsifiner
 
 logging.getLogger("timm").setLevel(logging.WARNING)
 
