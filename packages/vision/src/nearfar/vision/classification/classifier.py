@@ -58,6 +58,9 @@ class PixelLinear(nn.Module):
 class Renormalised(nn.Module):
     """A model of pictures normalised its own way (timm's, for example) as one of ImageNet's mean and deviation."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.normalised = model

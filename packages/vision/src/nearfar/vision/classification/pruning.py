@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,12 @@ def chosen_classifier(classifier: Classifier, rate: float) -> Classifier:
 
     Raises UserError for a transformer that is no DeiT, whose folder could not hold the setting.
     """
-    model = getattr(classifier.model, "normalised", classifier.model)
+    model: Any = getattr(classifier.model, "normalised", classifier.model)
     if isinstance(model, VisionTransformer):
-        settings = {"num_heads": model.blocks[0].attn.num_heads, "reduce_at": quarters(len(model.blocks)), "fuse": True}
-        plain = classifier.model is model or not bool(classifier.model.shift.any())
+        first: Any = model.blocks[0]
+        settings = {"num_heads": first.attn.num_heads, "reduce_at": quarters(len(model.blocks)), "fuse": True}
+        outer: Any = classifier.model
+        plain = outer is model or bool((outer.scale == 1).all() and (outer.shift == 0).all())
         try:
             if not plain:
                 raise CheckpointError("its pictures are normalised otherwise")
@@ -97,7 +100,7 @@ def prune_sweep(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each keep rate, the plain model first, and the rates that the time did not reach.
 
-    Times are of this device, now; "speed" compares throughput with keep rate 1 of the same run. `output` keeps what is
+    Times are of this device when they were measured; "speed" compares the throughput with that of keep rate 1. `output` keeps what is
     done. Raises UserError for a model without tokens, ValueError for rates outside (0, 1].
     """
     if bad := [rate for rate in rates if not 0 < rate <= 1]:
@@ -114,7 +117,7 @@ def prune_sweep(
         return row | cost(model, classifier.size, device, 8)
 
     for rate in track(sorted({1.0, *rates}, reverse=True), "keep rates"):
-        if (row := parts.get(f"{rate:g}", lambda rate=rate: measure(rate))) is not None:
+        if (row := parts.get(f"{rate:g}", partial(measure, rate))) is not None:
             rows.append(row)
     for row in rows:
         row["speed"] = row["pictures/s"] / rows[0]["pictures/s"]

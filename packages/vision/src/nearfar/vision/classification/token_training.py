@@ -1,5 +1,7 @@
 """Training with fewer tokens: EViT's keep-rate schedule, and what EViT and Sparsifiner learn from a dense teacher."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,7 +60,7 @@ def train_predictors(model: Sparsifiner, alone: bool) -> None:
         parameter.requires_grad_((".predictor." in name) == alone)
 
 
-def taught_loss(model: nn.Module, x: Tensor, teacher: nn.Module, weight: float) -> tuple[Tensor, Tensor]:
+def taught_loss(model: nn.Module, x: Tensor, teacher: Any, weight: float) -> tuple[Tensor, Tensor]:
     """The student's logits, and what it is to learn from a dense `teacher`.
 
     A Sparsifiner with dense attention (its first phase) learns the teacher's attention; later, and every other model,

@@ -50,8 +50,8 @@ class Plan:
     def __post_init__(self) -> None:
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
             raise ValueError(f"corruption {unknown[0]!r} is unknown; there are {', '.join(KINDS)}")
-        if bad := [level for level in self.severities if level not in range(1, 6)]:
-            raise ValueError(f"severity {bad[0]} is outside 1 .. 5")
+        if levels := [level for level in self.severities if level not in range(1, 6)]:
+            raise ValueError(f"severity {levels[0]} is outside 1 .. 5")
         if self.scope not in ("image", "patch"):
             raise ValueError(f"scope is {self.scope!r}; allowed are 'image' and 'patch'")
         if bad := [t for t in self.temperatures if not 0 < t < math.inf]:
@@ -148,7 +148,8 @@ class Assessment:
         return random_squares(len(which), self.size, side, generator, step=plan.patch, offset=plan.offset)
 
     def corruptions(self, track: Track) -> None:
-        plan, rows = self.plan, []
+        plan = self.plan
+        rows: list[dict[str, Any]] = []
         names = [f"{kind}, severity {level}" for kind in plan.kinds for level in plan.severities]
         for name in track(names, "corruptions"):
             kind, level = name.split(", severity ")

@@ -18,6 +18,9 @@ LEVEL = 1 / 255
 class OnPixels(nn.Module):
     """A classifier of normalised pictures as one of pixels in [0, 1]."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
@@ -78,7 +81,8 @@ def attack(
     if steps < 1 or restarts < 1 or step_size <= 0 or (bound is not None and not 0 < bound <= 1):
         raise ValueError(f"steps={steps}, restarts={restarts}, step_size={step_size}, bound={bound} are out of range")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    low, high = (0.0, 1.0) if bound is None else ((x - bound).clamp(min=0), (x + bound).clamp(max=1))
+    reach = 1.0 if bound is None else bound
+    low, high = (x - reach).clamp(min=0), (x + reach).clamp(max=1)
 
     def fools(pictures: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         logits = scores(pictures).float()
@@ -116,9 +120,7 @@ def attack(
                 gradient = None if gradient is None else gradient[~done]
             if gradient is None or not len(rows):
                 break
-            moved = (now + step_size * gradient.sign()).clamp(
-                *(edge if isinstance(edge, float) else edge[rows] for edge in (low, high))
-            )
+            moved = (now + step_size * gradient.sign()).clamp(low[rows], high[rows])
             now = torch.where(mask[rows], moved, now)
         found[rows] = to_levels(now)
         taken[rows] += steps

@@ -165,10 +165,8 @@ def take(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def positions(x: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column of every pixel, (H, 1) and (1, W)."""
-    return tuple(
-        torch.arange(n, device=x.device)[(slice(None), None) if axis == 0 else (None,)]
-        for axis, n in enumerate(x.shape[-2:])
-    )
+    rows, columns = (torch.arange(n, device=x.device) for n in x.shape[-2:])
+    return rows[:, None], columns[None]
 
 
 def glass_blur(x: Tensor, level: int, generator: Generator) -> Tensor:

@@ -78,7 +78,8 @@ def open_smd(source: str | Path, classes: Sequence[str]) -> tuple[Pictures, dict
     description; what fits it not is refused.
     """
     every = members(source)
-    masks, found = [], []
+    masks: list[Member] = []
+    found: list[Member] = []
     for member in every:
         (masks if "mask" in member.name.lower() else found).append(member)
     pictures = labelled(source, found, {name: i for i, name in enumerate(classes)}, list(classes))

@@ -1,5 +1,7 @@
 """Attention rollout: how much of every patch reaches the class token, through all layers."""
 
+from typing import Any
+
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ def rollout(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def feature_attention(model: nn.Module, x: Tensor) -> Tensor:
+def feature_attention(model: Any, x: Tensor) -> Tensor:
     """(B, h, w): the mean absolute value of the last feature map of a convolutional model, its counterpart."""
     features = model.forward_features(x)
     if features.ndim != 4:
