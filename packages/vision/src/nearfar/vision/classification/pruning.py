@@ -100,8 +100,8 @@ def prune_sweep(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each keep rate, the plain model first, and the rates that the time did not reach.
 
-    Times are of this device when they were measured; "speed" compares the throughput with that of keep rate 1. `output` keeps what is
-    done. Raises UserError for a model without tokens, ValueError for rates outside (0, 1].
+    Times are of this device when they were measured; "speed" compares the throughput with that of keep rate 1.
+    `output` keeps what is done. Raises UserError for a model without tokens, ValueError for rates outside (0, 1].
     """
     if bad := [rate for rate in rates if not 0 < rate <= 1]:
         raise ValueError(f"keep rate {bad[0]} is outside (0, 1]")
