@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import timm
 import typer
-from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 
 from nearfar.core.cli.console import console, table, track
 from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError, some
-from nearfar.vision.classification.classifier import Classifier, Renormalised
+from nearfar.vision.classification.classifier import Classifier
 from nearfar.vision.data.images import Pictures, open_pictures
 
 Data = Annotated[Path, typer.Argument(help="Labelled pictures: folder, zip file, tar file or data set on disk.")]
@@ -45,26 +43,7 @@ def open_classifier(path: Path, model: str | None) -> Classifier:
 def open_any(name: str) -> Classifier:
     """The classifier in a folder of `train`, in a published checkpoint, or of timm by name, with its published weights,
     which timm fetches unless they are in its cache."""
-    if Path(name).exists():
-        return open_classifier(Path(name), None)
-    if not timm.is_model(name):
-        raise UserError(f"{name}: no such file or folder, and timm has no model of this name")
-    try:
-        model = timm.create_model(name, pretrained=True).eval()
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{name}: its published weights cannot be had ({str(error).splitlines()[0]})") from error
-    config, subset = resolve_data_config(model=model), infer_imagenet_subset(model)
-    if subset is None:
-        raise UserError(f"{name}: its {model.num_classes} classes are none of ImageNet's; train it on your pictures")
-    info = ImageNetInfo(subset)
-    return Classifier(
-        Renormalised(model, config["mean"], config["std"]),
-        name,
-        info.label_names(),
-        config["input_size"][-1],
-        config["crop_pct"],
-        config["crop_mode"],
-    )
+    return open_classifier(Path(name), None) if Path(name).exists() else Classifier.from_timm(name)
 
 
 def known_pictures(

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ImageNetInfo,
+    create_transform,
+    infer_imagenet_subset,
+    resolve_data_config,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -204,6 +211,29 @@ class Classifier:
                 )
         tags = ", ".join(f"{w.tag} ({w.num_classes} classes)" for w in published) or "none"
         raise UserError(f"{path}: has {model.num_classes} classes; published weights of {base}: {tags}")
+
+    @classmethod
+    def from_timm(cls, name: str) -> "Classifier":
+        """An ImageNet classifier of timm with its published weights. Raises UserError where they cannot be had."""
+        if not timm.is_model(name):
+            raise UserError(f"{name}: no such file or folder, and timm has no model of this name")
+        try:
+            model = timm.create_model(name, pretrained=True).eval()
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{name}: its published weights cannot be had ({str(error).splitlines()[0]})") from error
+        config, subset = resolve_data_config(model=model), infer_imagenet_subset(model)
+        if subset is None:
+            raise UserError(
+                f"{name}: its {model.num_classes} classes are none of ImageNet's; train it on your pictures"
+            )
+        return cls(
+            Renormalised(model, config["mean"], config["std"]),
+            name,
+            ImageNetInfo(subset).label_names(),
+            config["input_size"][-1],
+            config["crop_pct"],
+            config["crop_mode"],
+        )
 
 
 def evaluate_scores(scores: Tensor, labels: Sequence[int], seed: int = 0) -> dict[str, float]:
