@@ -224,7 +224,7 @@ class Classifier:
         config, subset = resolve_data_config(model=model), infer_imagenet_subset(model)
         if subset is None:
             raise UserError(
-                f"{name}: its {model.num_classes} classes are none of ImageNet's; train it on your pictures"
+                f"{name}: its {model.num_classes} classes are none of ImageNet's; train it first"
             )
         return cls(
             Renormalised(model, config["mean"], config["std"]),
