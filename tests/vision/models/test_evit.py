@@ -7,7 +7,7 @@ import timm
 import torch
 
 from nearfar.core.errors import CheckpointError, UserError
-from nearfar.vision.models.evit import EViT, reorganise_tokens, scheduled_keep_rate
+from nearfar.vision.models.evit import EViT, reorganise_tokens, scheduled_keep_rate, whole_tokens
 from nearfar.vision.models.sparsifiner import Sparsifiner
 from tests.vision.base import close, randomise
 
@@ -93,8 +93,32 @@ def test_schedule_and_refusals() -> None:
         EViT(**TINY, keep_rate=(0.5, 0.5, 0.5))
     with pytest.raises(UserError, match="VisionTransformer"):
         reorganise_tokens(timm.create_model("test_resnet"))
-    with pytest.raises(UserError, match="class token"):
-        reorganise_tokens(timm.create_model("test_vit", class_token=False, global_pool="avg"), 0.5, (1,))
+    with pytest.raises(UserError, match="one class token or none, not 3"):
+        reorganise_tokens(timm.create_model("test_vit", reg_tokens=2), 0.5, (1,))
+    with pytest.raises(ValueError, match="blocks 0 to"):
+        reorganise_tokens(timm.create_model("test_vit"), 0.5, (40,))
+    with pytest.raises(ValueError, match="3 values"):
+        reorganise_tokens(timm.create_model("test_vit"), (0.5, 0.5, 0.5), (1,))
+
+
+@torch.no_grad()
+def test_rates_of_each_block_counts_and_models_without_class_token() -> None:
+    x = torch.randn(2, 3, 64, 64)
+    for tokens in ({}, {"class_token": False, "global_pool": "avg"}):
+        model = randomise(timm.create_model("deit_tiny_patch16_224", img_size=64, depth=4, num_classes=5, **tokens))
+        plain = model(x)
+        reorganise_tokens(model, (0.5, 3), (1, 2), fuse=False)
+        seen: list[int] = []
+        note = lambda _m, _i, y, seen=seen: seen.append(y.shape[1])  # noqa: E731
+        handles = [block.register_forward_hook(note) for block in model.blocks]
+        assert not torch.allclose(model(x), plain)
+        prefix = 0 if tokens else 1
+        assert seen == [16 + prefix, 8 + prefix, 3 + prefix, 3 + prefix]
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(reorganise_tokens(model, 1.0, (1, 2))(x), plain), "bit for bit"
+        assert reorganise_tokens(model, 0.5, (1, 2))(x).isfinite().all()
+    assert whole_tokens(0.7, 196) == 138 / 196
 
 
 @torch.no_grad()

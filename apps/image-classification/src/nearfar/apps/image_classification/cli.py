@@ -7,8 +7,17 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
-from nearfar.apps.image_classification.common import Data, Published, Trained, open_classifier, show
+from nearfar.apps.image_classification.common import (
+    Data,
+    Published,
+    Trained,
+    known_pictures,
+    open_classifier,
+    show,
+)
 from nearfar.apps.image_classification.explain import explain_pictures
+from nearfar.apps.image_classification.prune import prune
+from nearfar.apps.image_classification.robustness import robustness
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, messages, track
 from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, Workers, recipe_option
@@ -34,6 +43,10 @@ RecipeFile = Annotated[str | None, recipe_option(RECIPES)]
 
 
 app.command("explain")(explain_pictures)
+
+
+app.command()(prune)
+app.command()(robustness)
 
 
 @app.command()
@@ -105,17 +118,7 @@ def evaluate(
 ) -> None:
     """Score a classifier on labelled pictures, with a 95 % interval."""
     trained = open_classifier(classifier, model)
-    every = open_pictures(data, split)
-    index = {name: i for i, name in enumerate(trained.classes)}
-    if unknown := [name for name in every.classes if name not in index]:
-        raise UserError(
-            f"{data}: has {len(every.classes)} classes, of which the classifier in {classifier} does not know "
-            f"{some(unknown)}; it knows {len(index)}: {some(trained.classes)}"
-        )
-    every.labels = [index[every.classes[label]] for label in every.labels]
-    pictures, failures = every.readable(lambda r: track(r, "checking"))
-    if not len(pictures):
-        raise UserError(f"{data}: none of its {len(every)} pictures can be read")
+    every, pictures, failures = known_pictures(trained, classifier, data, split)
     scores = trained.scores(pictures, device=device, num_workers=workers)
     # a picture that cannot be read is a wrong answer, not a picture less
     read = set(pictures.names)

@@ -1,4 +1,4 @@
-"""What the commands share: options, opening of classifiers, tables."""
+"""What the commands share: options, opening of classifiers and of pictures that they know, tables."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from nearfar.core.cli.console import console, table
-from nearfar.core.errors import UserError
+from nearfar.core.cli.console import console, table, track
+from nearfar.core.errors import UserError, some
+from nearfar.core.hub import HUB, from_hub
 from nearfar.vision.classification.classifier import Classifier
+from nearfar.vision.data.images import Pictures, open_pictures
 
 Data = Annotated[Path, typer.Argument(help="Labelled pictures: folder, zip file, tar file or data set on disk.")]
 Trained = Annotated[
@@ -29,6 +31,35 @@ def open_classifier(path: Path, model: str | None) -> Classifier:
     if model is not None:
         raise UserError(f"--model {model}: is for checkpoint files; {path} is none")
     return Classifier.load(path)
+
+
+def open_any(name: str) -> Classifier:
+    """The classifier in a folder of `train` or a published checkpoint; `hub:NAME` is timm's of that name, with the
+    weights that timm fetches unless they are in its cache."""
+    if name.startswith(HUB):
+        return Classifier.from_timm(name.removeprefix(HUB))
+    return open_classifier(Path(from_hub(name, "a model with its weights")[0]), None)
+
+
+def known_pictures(
+    trained: Classifier, source: Path | str, data: Path, split: str | None
+) -> tuple[Pictures, Pictures, list[str]]:
+    """All pictures of `data` under the classifier's class numbers, those that can be read, and a line for each other.
+
+    Raises UserError for classes that the classifier does not know, and where none can be read.
+    """
+    every = open_pictures(data, split)
+    index = {name: i for i, name in enumerate(trained.classes)}
+    if unknown := [name for name in every.classes if name not in index]:
+        raise UserError(
+            f"{data}: has {len(every.classes)} classes, of which the classifier in {source} does not know "
+            f"{some(unknown)}; it knows {len(index)}: {some(trained.classes)}"
+        )
+    every.labels = [index[every.classes[label]] for label in every.labels]
+    pictures, failures = every.readable(lambda r: track(r, "checking"))
+    if not len(pictures):
+        raise UserError(f"{data}: none of its {len(every)} pictures can be read")
+    return every, pictures, failures
 
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:

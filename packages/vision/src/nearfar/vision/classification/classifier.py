@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.data import ImageNetInfo, create_transform
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ImageNetInfo,
+    create_transform,
+    infer_imagenet_subset,
+    resolve_data_config,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -18,6 +25,7 @@ from nearfar.core.cards import Card
 from nearfar.core.checkpoints import identify as identify_one
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import CheckpointError, UserError, some
+from nearfar.core.hub import unreachable
 from nearfar.core.model_folder import KINDS, TrainedOn, read, trained_on, writing
 from nearfar.core.reading import check_announced, reading
 from nearfar.core.statistics import bootstrap_interval
@@ -54,6 +62,24 @@ class PixelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class Renormalised(nn.Module):
+    """A model of pictures normalised its own way (timm's, for example) as one of ImageNet's mean and deviation."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.normalised = model
+        ours = [torch.tensor(v)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+        theirs = [torch.tensor(v)[:, None, None] for v in (mean, std)]
+        self.register_buffer("scale", ours[1] / theirs[1], persistent=False)
+        self.register_buffer("shift", (ours[0] - theirs[0]) / theirs[1], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalised(x * self.scale + self.shift)
 
 
 def create_model(
@@ -114,6 +140,8 @@ class Classifier:
     crop_pct: float
     crop_mode: str = "center"
     descriptions: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Constructor arguments of our models that neither the name nor shapes tell, such as another keep rate."""
     trained_on: TrainedOn = field(default_factory=TrainedOn)
 
     @torch.inference_mode()
@@ -145,6 +173,8 @@ class Classifier:
             classes, words = record["classes"], record.get("descriptions", {})
             if not isinstance(classes, list) or not classes or not isinstance(words, dict):
                 raise ValueError("classes and descriptions are names and their meaning")
+            if not isinstance(record.get("settings", {}), dict):
+                raise ValueError("settings are names and values")
             if not all(isinstance(text, str) for text in (*classes, *words, *words.values())):
                 raise ValueError("a class or its description is no text")
             if words and not set(classes) <= set(words):
@@ -156,7 +186,7 @@ class Classifier:
             form = card_of(MODELS[name]).small.get(name, {}) if record["name"].startswith("small-") else {}
             known = MODELS[name].built_as(VARIANTS[name], form)
             with reading(weights, "is no checkpoint of its model", "copy the folder again", CheckpointError):
-                model = MODELS[name].rebuilt(weights, known)
+                model = MODELS[name].rebuilt(weights, known | record.get("settings", {}))
         else:
             with reading(path, "describes no model", "copy the folder again"):
                 model = create_model(record["name"], len(classes), size)
@@ -195,6 +225,28 @@ class Classifier:
                 )
         tags = ", ".join(f"{w.tag} ({w.num_classes} classes)" for w in published) or "none"
         raise UserError(f"{path}: has {model.num_classes} classes; published weights of {base}: {tags}")
+
+    @classmethod
+    def from_timm(cls, name: str) -> "Classifier":
+        """An ImageNet classifier of timm with its published weights. Raises UserError where they cannot be had."""
+        if not timm.is_model(name):
+            raise UserError(f"hub:{name}: timm has no model of this name")
+        try:
+            model = timm.create_model(name, pretrained=True).eval()
+        except (RuntimeError, OSError) as error:
+            why = unreachable(name, True, error)
+            raise UserError(f"hub:{name}: its published weights cannot be had ({why})") from error
+        config, subset = resolve_data_config(model=model), infer_imagenet_subset(model)
+        if subset is None:
+            raise UserError(f"{name}: its {model.num_classes} classes are none of ImageNet's; train it first")
+        return cls(
+            Renormalised(model, config["mean"], config["std"]),
+            name,
+            ImageNetInfo(subset).label_names(),
+            config["input_size"][-1],
+            config["crop_pct"],
+            config["crop_mode"],
+        )
 
 
 def evaluate_scores(scores: Tensor, labels: Sequence[int], seed: int = 0) -> dict[str, float]:
