@@ -6,7 +6,7 @@ GF variants filter globally, through the Fourier transform, in the two deep stag
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class HorBlock(nn.Module):
         return x + self.drop_path(y.movedim(-1, 1))
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> Self:
         """Fold gammas into the projections before them, the second norm's affine part and the GELU into W1."""
         if self.gamma1 is not None:
             scale_output(self.gnconv.proj_out, self.gamma1)
@@ -70,6 +70,7 @@ class HorBlock(nn.Module):
             fold_norm(self.norm2, self.pwconv1)
             self.norm2 = nn.LayerNorm(self.norm2.normalized_shape, self.norm2.eps, elementwise_affine=False)
             self.pwconv1, self.act = FusedLinear(self.pwconv1, "gelu"), nn.Identity()
+        return self
 
 
 class HorNet(Backbone):
