@@ -37,7 +37,7 @@ from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.vision.classification.classifier import Classifier, create_model, evaluation_transform, identify
 from nearfar.vision.classification.token_labels import TokenLabelled, TokenLabelLoss
 from nearfar.vision.data.images import Pictures
-from nearfar.vision.models.pyramid import Backbone
+from nearfar.vision.models.base import PictureModel
 
 logging.getLogger("timm").setLevel(logging.WARNING)
 
@@ -383,10 +383,11 @@ def start_from(model: nn.Module, weights: str | Path) -> None:
     """
     path = Path(weights) / "model.safetensors" if Path(weights).is_dir() else Path(weights)
     state: Mapping[str, Tensor] = read_state_dict(path)
-    if isinstance(model, Backbone):
+    if isinstance(model, PictureModel):
         if type(found := identify(state, str(path))) is not type(model):
             raise UserError(f"{path}: is a checkpoint of {type(found).__name__}, not of {type(model).__name__}")
-        load_state_dict(model, model.fit_state(model.published_state(state)), ignore=model.IGNORE)
+        model.other_classes = True  # those of the pictures
+        model.take_state(model.published_state(state))
         return
     own = model.state_dict()
     heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()

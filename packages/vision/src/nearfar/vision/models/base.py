@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import timm
+import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -38,10 +39,8 @@ class Loaded:
 
     def __str__(self) -> str:
         kinds = {name.replace("_", " "): names for name, names in vars(self).items() if names}
-        return "\n".join(
-            f"{kind} {len(names)} tensors" + ("" if kind == "kept" else f": {some(names)}")
-            for kind, names in kinds.items()
-        )
+        listed = lambda kind, names: "" if kind == "kept" else f": {some(names)}"  # noqa: E731
+        return "\n".join(f"{kind} {len(names)} tensors{listed(kind, names)}" for kind, names in kinds.items())
 
 
 class PictureModel(nn.Module):
@@ -201,7 +200,8 @@ class PictureModel(nn.Module):
         """
         fitted, own = self.fit_state(state), self.state_dict()
         load_state_dict(self, fitted, ignore=self.IGNORE)
-        fresh = [n for n in own if n not in state or (n in fitted and fitted[n].data_ptr() == own[n].data_ptr())]
+        replaced = lambda n: n in fitted and fitted[n].data_ptr() == own[n].data_ptr()  # noqa: E731
+        fresh = [n for n in own if n not in state or (replaced(n) and not torch.equal(state[n], own[n]))]
         fresh = [name for name in fresh if not name.endswith("num_batches_tracked")]
         adapted = [n for n in own if n in state and n not in fresh and own[n].numel() != state[n].numel()]
         kept = [name for name in own if name in state and name not in (*fresh, *adapted)]
@@ -211,7 +211,7 @@ class PictureModel(nn.Module):
         return fitted
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's; a published layout is renamed, and a classifier for other classes left out where they were asked."""
+        """As torch's; reads published names too, and leaves out a classifier of others where classes were asked for."""
         own = self.state_dict()
         if strict and not assign and not own.keys() >= state_dict.keys():
             state_dict = self.fit_state(self.published_state(state_dict))
@@ -243,9 +243,9 @@ class PictureModel(nn.Module):
             if any(name in fitted and (name not in own or own[name].shape != fitted[name].shape) for name in names):
                 if here and not self.other_classes:
                     raise CheckpointError(
-                        f"{type(self).__name__}: the checkpoint's classifier {classifier} is for {len(fitted[names[0]])} "
-                        f"classes, the model's for {len(own[names[0]])}; give num_classes, of the checkpoint to keep its "
-                        "classifier, another for a fresh one"
+                        f"{type(self).__name__}: the checkpoint's classifier {classifier} is for "
+                        f"{len(fitted[names[0]])} classes, the model's for {len(own[names[0]])}; give num_classes, "
+                        "that of the checkpoint to keep its classifier, another for a fresh one"
                     )
                 fitted.update({name: own[name] for name in names if name in own})
                 fitted = {name: value for name, value in fitted.items() if name not in names or name in own}

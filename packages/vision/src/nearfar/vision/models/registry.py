@@ -99,9 +99,8 @@ def _one_or_more(names: tuple[str, ...]) -> Any:
 
 def _check(name: str, model: type[Any], kwargs: dict[str, Any]) -> None:
     """Raise TypeError or ValueError, in one line, for what timm's scripts may ask and this model has not."""
-    if "drop_path_rate" in kwargs and "drop_path_rate" not in signature(model).parameters:
-        if kwargs.pop("drop_path_rate"):
-            raise TypeError(f"{name}: {model.__name__} drops no paths; leave drop_path_rate out")
+    if "drop_path_rate" not in signature(model).parameters and kwargs.pop("drop_path_rate", 0):
+        raise TypeError(f"{name}: {model.__name__} drops no paths; leave drop_path_rate out")
     way = kwargs.get("feature_cls", "getter")
     if isinstance(way, str) and way not in model.FEATURE_CLASSES:
         allowed = ", ".join(model.FEATURE_CLASSES)
