@@ -296,3 +296,6 @@ def show(rows: list[dict[str, Any]], as_json: bool) -> None:
         print(json.dumps(rows, indent=2))
     else:
         console.print(table(rows))
+
+
+from nearfar.apps.image_classification import export as _export  # noqa: E402, F401  its command

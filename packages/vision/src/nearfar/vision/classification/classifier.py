@@ -11,6 +11,7 @@ import numpy as np
 import timm
 import torch
 from timm.data import ImageNetInfo, create_transform
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -124,10 +125,22 @@ class Classifier:
         return torch.cat([model(x.to(device)).float().softmax(1).cpu() for x, _ in batches])
 
     def save(self, folder: str | Path) -> None:
-        """Write `model.safetensors` and `classifier.json` to `folder`."""
+        """Write `model.safetensors` and `classifier.json` to `folder`, and for a registered model timm's `config.json`.
+
+        With the latter `timm.create_model("local-dir:FOLDER", pretrained=True)` makes the trained model.
+        """
         record = {key: value for key, value in vars(self).items() if key not in ("model", "trained_on")}
         with writing(folder, "classifier", record, self.trained_on) as place:
             save_state_dict(self.model, place / "model.safetensors")
+            if hasattr(self.model, "pretrained_cfg"):
+                size = (3, self.size, self.size)
+                shape = {"input_size": size, "crop_pct": self.crop_pct, "crop_mode": self.crop_mode}
+                save_config_for_hf(
+                    self.model,
+                    str(place / "config.json"),
+                    {"pretrained_cfg": shape, "label_names": self.classes},
+                    model_args=getattr(self.model, "created_with", None),
+                )
 
     @classmethod
     def load(cls, folder: str | Path) -> "Classifier":
