@@ -112,8 +112,14 @@ class IDConv(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         window = tuple(self.weight.shape[2:])
-        grid = grid_pooling_matrix(tuple(x.shape[2:]), window, (x.device, x.dtype))
-        pooled = (x.flatten(2) @ grid.T).unflatten(2, window)
+        if torch.compiler.is_exporting():  # axis by axis: a Kronecker product would fix the size of the map
+            pooled = x
+            for axis, (length, number) in enumerate(zip(x.shape[2:], window, strict=True), start=2):
+                means = pooling_matrix(length, number, (x.device, x.dtype))
+                pooled = (pooled.movedim(axis, -1) @ means.T).movedim(-1, axis)
+        else:
+            grid = grid_pooling_matrix(tuple(x.shape[2:]), window, (x.device, x.dtype))
+            pooled = (x.flatten(2) @ grid.T).unflatten(2, window)
         share = self.proj(pooled).unflatten(1, (self.groups, -1)).softmax(1)
         kernel = (share * self.weight).sum(1)
         bias = None

@@ -186,10 +186,15 @@ class Classifier:
         for weights in published:
             if weights.num_classes == model.num_classes and tag in ("", weights.tag):
                 info = ImageNetInfo("imagenet-1k" if model.num_classes == 1000 else "imagenet-22k")
+                if len(names := info.label_names()) != model.num_classes:  # of a selection that nobody has written down
+                    return cls(
+                        model, f"{base}.{weights.tag}", [str(i) for i in range(model.num_classes)], weights.size,
+                        weights.crop_pct, weights.crop_mode,
+                    )  # fmt: skip
                 return cls(
                     model,
                     f"{base}.{weights.tag}",
-                    info.label_names(),
+                    names,
                     weights.size,
                     weights.crop_pct,
                     weights.crop_mode,

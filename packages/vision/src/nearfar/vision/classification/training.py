@@ -205,7 +205,15 @@ class ClassifierModule(pl.LightningModule):
         x, target = batch
         if self.mix is not None and len(x) % 2 == 0:
             x, target = self.mix(x, target)
-        out = self.model(x)
+        try:
+            out = self.model(x)
+        except ValueError as error:
+            if len(x) > 1 or "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                "a batch of one picture cannot train this model, whose batch norm compares two; set batch_size to 2 or "
+                "more, and to a number that leaves no single picture over"
+            ) from error
         if self.token_loss is not None:
             loss = self.token_loss(out, target)
             self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(x))

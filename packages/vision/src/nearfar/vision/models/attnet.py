@@ -63,7 +63,8 @@ class AttNet(Backbone):
     """Two strided stem convolutions, four stages of `AttBlock`, strided convolutions between, pooled classifier.
 
     Input (B, in_chans, H, W) with H, W >= 32; strided layers round other sizes up. The generated kernels summarise
-    bands of rows, so that a network trained at one size sees others differently.
+    bands of rows, so that a network trained at one size sees others differently. The published multiply-accumulates
+    count another order of operations: a kernel projected at every position, where here the nine pooled ones are.
 
     Args:
         depths, dims, kernel_sizes: blocks, channels and attentive kernel of each stage.
