@@ -150,6 +150,9 @@ class HorNet(Backbone):
         self.finish(num_classes, in_chans, dims, [4 * 2**i for i in range(len(dims))], norms)
         self.apply(init_weights)
 
+    def dilates(self) -> bool:
+        return not any(isinstance(module, GlobalLocalFilter) for module in self.modules())
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any] | Callable[[str], tuple[int, ...]]:
         """Groups for layer decay; stage 2 two blocks at a time up to group 11."""
         if coarse or len(self.stages) != 4:

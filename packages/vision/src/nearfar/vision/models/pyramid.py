@@ -31,10 +31,14 @@ class Stage(nn.Module):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
+        self.ahead: nn.Module | None = None  # zeros for a downsampling layer that has lost its stride
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = whole(self.downsample, x)
+        if self.ahead is None:
+            x = whole(self.downsample, x)
+        else:
+            x = whole(self.downsample[1], self.ahead(whole(self.downsample[0], x)))
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
@@ -209,6 +213,33 @@ class Backbone(PictureModel):
         if prune_head:
             self.head = nn.Identity()
         return take
+
+    def set_output_stride(self, stride: int) -> None:
+        """Let strides beyond `stride` become dilation: the kept positions have the features that they had before.
+
+        For stages of convolutions alone (`dilates`) that start with a convolution as wide as its stride.
+        """
+        reductions = [info["reduction"] for info in self.feature_info]
+        if not self.dilates():
+            return super().set_output_stride(stride)
+        if stride not in reductions:
+            raise ValueError(f"output_stride is {stride}; {type(self).__name__} here allows {reductions}")
+        dilation = 1
+        for stage, info in zip(self.stages, self.feature_info, strict=True):
+            if info["reduction"] <= stride:
+                continue
+            info["reduction"] = stride
+            _, conv = stage.downsample  # a norm, and a convolution as wide as its stride, which looks ahead
+            ahead = [(n - 1) * dilation for n in conv.kernel_size]
+            conv.stride, conv.dilation = (1, 1), (dilation, dilation)
+            stage.ahead = nn.ZeroPad2d((0, ahead[1], 0, ahead[0]))
+            dilation *= 2
+            for conv in (module for module in stage.blocks.modules() if isinstance(module, DepthwiseConv)):
+                conv.dilate(dilation)
+
+    def dilates(self) -> bool:
+        """Whether strides can become dilation: every map is mixed by convolutions alone."""
+        return False
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError for an input that is not (B, C, H, W) or is smaller than the model can take."""
