@@ -1,7 +1,8 @@
 """What the field's tools do with every vision system: `python benchmarks/vision_tools.py [--slow] [SYSTEM ...]`.
 
-Writes the table between `<!-- table tools -->` and `<!-- end -->` of packages/vision/README.md. Each cell is a run of the
-system's reduced form on pictures of 64 x 96 and other sizes. --slow adds export, compilation and 8 bits (minutes a system).
+Writes the table between `<!-- table tools -->` and `<!-- end -->` of packages/vision/README.md. Each cell is a run of
+the system's reduced form on pictures of 64 x 96 and other sizes. --slow adds export, compilation and 8 bits, which take
+minutes a system.
 """
 
 import argparse

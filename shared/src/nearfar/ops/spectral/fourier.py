@@ -150,6 +150,8 @@ def from_half_spectrum(
 def _waves(frequencies: int, n: int, like: Tensor) -> tuple[Float[Tensor, "f n"], Float[Tensor, "f n"]]:
     """Cosines and sines of 2 pi f p / n."""
     place = torch.arange(n, device=like.device)
-    turns = (torch.arange(frequencies, device=like.device)[:, None] * place) % n  # exact before the rounding
+    # a tensor, as exporters take no free size as a number here
+    whole = torch.scalar_tensor(n, dtype=place.dtype, device=like.device)
+    turns = (torch.arange(frequencies, device=like.device)[:, None] * place) % whole  # exact before the rounding
     angle = turns.to(like.dtype) * (2 * math.pi / n)
     return angle.cos(), angle.sin()

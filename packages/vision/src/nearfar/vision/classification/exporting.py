@@ -91,7 +91,7 @@ def export_classifier(
             _write_onnx(program, place, told, refuse)
         rows = [difference(deployed, runner(place), size, refuse) for size in sizes]
         if calibration is not None:
-            _quantise(place, calibration, told, _pixels(classifier.size, classifier))
+            _quantise(place, calibration, told, pixels_for(classifier.size, classifier))
             rows = check(classifier, place, calibration)
     return rows
 
@@ -134,7 +134,7 @@ def check(classifier: Classifier, path: Path, pictures: Pictures, sizes: Sequenc
     run, deployed = runner(path), Deployed(classifier.model.eval().cpu()).eval()
     rows = []
     for size in sizes or (classifier.size,):
-        data = pictures.subset(range(len(pictures)), _pixels(size, classifier))
+        data = pictures.subset(range(len(pictures)), pixels_for(size, classifier))
         errors, equal = [], 0
         for first in range(0, len(data), 16):
             images = torch.stack([data[i][0] for i in range(first, min(first + 16, len(data)))])
@@ -149,7 +149,7 @@ def check(classifier: Classifier, path: Path, pictures: Pictures, sizes: Sequenc
     return rows
 
 
-def _pixels(size: int, classifier: Classifier) -> Callable[[Image.Image], Tensor]:
+def pixels_for(size: int, classifier: Classifier) -> Callable[[Image.Image], Tensor]:
     """The classifier's resizing and crop, without its normalisation: values from 0 to 255."""
     steps = create_transform(
         size, crop_pct=classifier.crop_pct, crop_mode=classifier.crop_mode, interpolation="bicubic", normalize=False

@@ -221,7 +221,8 @@ class Backbone(PictureModel):
         """
         reductions = [info["reduction"] for info in self.feature_info]
         if not self.dilates():
-            return super().set_output_stride(stride)
+            super().set_output_stride(stride)
+            return
         if stride not in reductions:
             raise ValueError(f"output_stride is {stride}; {type(self).__name__} here allows {reductions}")
         dilation = 1
