@@ -4,7 +4,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-import timm
 import typer
 
 from nearfar.apps.image_classification.cli import Machine, Published, app, open_classifier, show
@@ -35,7 +34,9 @@ def export_command(
 
     if find_spec("onnx") is None or find_spec("onnxruntime") is None or find_spec("onnxscript") is None:
         raise UserError("export needs onnx, onnxscript and onnxruntime; install nearfar-image-classification[export]")
-    trained = named(classifier) if not Path(classifier).exists() else open_classifier(Path(classifier), model)
+    trained = (
+        Classifier.named(classifier) if not Path(classifier).exists() else open_classifier(Path(classifier), model)
+    )
     rows = export_classifier(trained, output, fixed=fixed, calibration=pictures_in(int8) if int8 else None)
     if check is not None:
         step = max(32, int(getattr(trained.model, "min_size", 32)))
@@ -45,21 +46,6 @@ def export_command(
     show(rows, as_json)
     if not as_json:
         console.print(f"{len(trained.classes)} classes: {output}", soft_wrap=True)
-
-
-def named(name: str) -> Classifier:
-    """The published classifier of a name; raises UserError where its weights cannot be had."""
-    if not timm.is_model(name):
-        raise UserError(f"{name}: no such file or folder, nor a model's name; `models` lists ours, timm's serve too")
-    model = timm.create_model(name, pretrained=True).eval()
-    cfg = model.pretrained_cfg
-    classes = list(cfg.get("label_names") or ())
-    if not classes and model.num_classes == 1000:
-        classes = timm.data.ImageNetInfo("imagenet-1k").label_names()
-    return Classifier(
-        model, name, classes or [str(i) for i in range(model.num_classes)], cfg["input_size"][-1], cfg["crop_pct"],
-        cfg["crop_mode"] or "center",
-    )  # fmt: skip
 
 
 def pictures_in(place: Path) -> Pictures:

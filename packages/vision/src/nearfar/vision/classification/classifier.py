@@ -167,6 +167,20 @@ class Classifier:
         return cls(model.eval(), **record)
 
     @classmethod
+    def named(cls, name: str) -> "Classifier":
+        """The published classifier of a name of timm's registry; raises UserError where its weights cannot be had."""
+        if not timm.is_model(name):
+            raise UserError(
+                f"{name}: no such file or folder, nor a model's name; `models` lists ours, timm's serve too"
+            )
+        model = timm.create_model(name, pretrained=True).eval()
+        cfg, number = model.pretrained_cfg, model.num_classes
+        classes = list(cfg.get("label_names") or ())
+        if not classes:
+            classes = ImageNetInfo("imagenet-1k").label_names() if number == 1000 else [str(i) for i in range(number)]
+        return cls(model, name, classes, cfg["input_size"][-1], cfg["crop_pct"], cfg["crop_mode"] or "center")
+
+    @classmethod
     def from_published(cls, path: str | Path, name: str | None = None) -> "Classifier":
         """A published ImageNet checkpoint of a nearfar model, with its published input size and crop.
 
