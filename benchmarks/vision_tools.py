@@ -1,6 +1,6 @@
 """What the field's tools do with every vision system: `python benchmarks/vision_tools.py [--slow] [SYSTEM ...]`.
 
-Writes the table between `<!-- table tools -->` and `<!-- end -->` of packages/vision/README.md. Each cell is a run of
+Writes the table between `<!-- tools -->` and `<!-- end -->` of packages/vision/README.md. Each cell is a run of
 the system's reduced form on pictures of 64 x 96 and other sizes. --slow adds export, compilation and 8 bits, which take
 minutes a system.
 """
@@ -179,7 +179,7 @@ def write(rows: list[dict[str, str]]) -> None:
     lines += ["| " + " | ".join(r.values()) + " |" for r in rows]
     text = README.read_text(encoding="utf-8")
     new = re.sub(
-        r"(<!-- table tools -->\n).*?(<!-- end -->)",
+        r"(<!-- tools -->\n).*?(<!-- end -->)",
         lambda m: m[1] + "\n".join(lines) + "\n" + m[2],
         text,
         flags=re.DOTALL,
