@@ -126,9 +126,9 @@ def half_spectrum(x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h f"]
     The tables are computed from the sizes, which stay free while a graph is traced. Cost O(N (H + W)).
     """
     height, width = x.shape[-2:]
-    cosine, sine = _waves(width // 2 + 1, width, x)
+    cosine, sine = _free_waves(width // 2 + 1, width, x)
     real, imaginary = x @ cosine.T, -(x @ sine.T)
-    cosine, sine = _waves(height, height, x)
+    cosine, sine = _free_waves(height, height, x)
     scale = (height * width) ** -0.5
     return (cosine @ real + sine @ imaginary) * scale, (cosine @ imaginary - sine @ real) * scale
 
@@ -138,16 +138,16 @@ def from_half_spectrum(
 ) -> Float[Tensor, "b c h w"]:
     """The real maps of `width` of a `half_spectrum`, as irfft2 gives them: what no real map has is left out."""
     height = real.shape[-2]
-    cosine, sine = _waves(height, height, real)
+    cosine, sine = _free_waves(height, height, real)
     real, imaginary = cosine @ real - sine @ imaginary, cosine @ imaginary + sine @ real
     frequency = torch.arange(width // 2 + 1, device=real.device)
     twice = 2.0 - (frequency == 0).to(real.dtype) - (2 * frequency == width).to(real.dtype)
-    cosine, sine = _waves(width // 2 + 1, width, real)
+    cosine, sine = _free_waves(width // 2 + 1, width, real)
     scale = (height * width) ** -0.5
     return ((real * twice) @ cosine - (imaginary * twice) @ sine) * scale
 
 
-def _waves(frequencies: int, n: int, like: Tensor) -> tuple[Float[Tensor, "f n"], Float[Tensor, "f n"]]:
+def _free_waves(frequencies: int, n: int, like: Tensor) -> tuple[Float[Tensor, "f n"], Float[Tensor, "f n"]]:
     """Cosines and sines of 2 pi f p / n."""
     place = torch.arange(n, device=like.device)
     # a tensor, as exporters take no free size as a number here
