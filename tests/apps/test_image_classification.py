@@ -274,7 +274,7 @@ def test_prune(data: Path, two_models: tuple[Path, Path], tmp_path: Path) -> Non
         call("prune", two_models[1], data, "-o", tmp_path / "cnn", "--split", "test")
     with pytest.raises(UserError, match=r"--keep 1.5: is a share of the tokens in \(0, 1\]"):
         call("prune", two_models[0], data, "-o", tmp_path / "x", "--keep", 1.5)
-    with pytest.raises(UserError, match="no such file or folder; to take a model .* write hub:deit_of_dreams"):
+    with pytest.raises(UserError, match=r"no such file or folder; to take a model .* write hub:deit_of_dreams"):
         call("prune", "deit_of_dreams", data, "-o", tmp_path / "x")
     with pytest.raises(UserError, match="hub:deit_of_dreams: timm has no model of this name"):
         call("prune", "hub:deit_of_dreams", data, "-o", tmp_path / "x")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import segmentation_models_pytorch as smp
 import timm
 import torch
 import torchvision
@@ -18,6 +19,34 @@ from nearfar.core.errors import CheckpointError, UserError
 from nearfar.vision.contracts.convnext import build_contract
 from nearfar.vision.models.convnext import ConvNeXt
 from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
+
+
+@pytest.mark.parametrize("name", ["nearfar_convnext_tiny", "hornet_tiny_7x7"])
+@torch.no_grad()
+def test_output_stride(name: str) -> None:
+    """Dilated stages have at every kept position what the strided ones have there; also fused, and in decoders."""
+    form = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32) if "convnext" in name else (8, 16, 32, 64)}
+    strided = randomise(timm.create_model(name, **form))
+    x = torch.randn(1, 3, 128, 96)
+    for stride in (16, 8):
+        dilated = timm.create_model(name, output_stride=stride, **form).eval()
+        dilated.load_state_dict(strided.state_dict())
+        assert dilated.feature_info[-1]["reduction"] == stride
+        maps = dilated.forward_features(x)
+        assert maps.shape[-2:] == (128 // stride, 96 // stride)
+        step = 32 // stride
+        close(maps[..., ::step, ::step], strided.forward_features(x), 1e-6)
+        close(dilated.fuse().forward_features(x), maps, 1e-5)
+    with pytest.raises(ValueError, match="allows"):
+        timm.create_model(name, output_stride=6, **form)
+    net = smp.DeepLabV3(f"tu-{name}", encoder_weights=None, classes=2, **form).eval()
+    assert net(torch.randn(1, 3, 64, 64)).shape == (1, 2, 64, 64)
+
+
+@pytest.mark.parametrize("name", ["hornet_tiny_gf", "lsnet_t"])
+def test_output_stride_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="no convolution that could be dilated"), torch.device("meta"):
+        timm.create_model(name, output_stride=16)
 
 
 class TestConvNeXt(BackboneTester):

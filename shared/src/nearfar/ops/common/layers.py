@@ -80,6 +80,7 @@ class DepthwiseConv(nn.Module):
         self.weight, self.bias = conv.weight, conv.bias
         self.convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
         self.padding = 0 if causal else kernel_size // 2
+        self.dilation = 1
         self.left = kernel_size - 1 if causal else 0
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
@@ -88,7 +89,14 @@ class DepthwiseConv(nn.Module):
             return x * scale if self.bias is None else torch.addcmul(self.bias.reshape(scale.shape), x, scale)
         if self.left:
             x = F.pad(x, (self.left, 0))
-        return self.convolve(x, self.weight, self.bias, padding=self.padding, groups=len(self.weight))
+        padding, dilation = self.padding * self.dilation, self.dilation
+        return self.convolve(x, self.weight, self.bias, padding=padding, dilation=dilation, groups=len(self.weight))
+
+    def dilate(self, dilation: int) -> None:
+        """Set the taps `dilation` positions apart."""
+        if self.left:
+            raise ValueError("a causal convolution is not dilated here")
+        self.dilation = dilation
 
     def extra_repr(self) -> str:
         dim, _, *kernel = self.weight.shape

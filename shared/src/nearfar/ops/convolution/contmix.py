@@ -80,9 +80,10 @@ class RepConvBlock(nn.Module):
         y = self.proj(x)
         return self.ls(x) + y if self.res_scale else x + self.ls(y)
 
-    def fuse(self) -> None:
+    def fuse(self) -> "RepConvBlock":
         """Merge the large kernel with the norm after it."""
         fuse_pair(self.proj, 1)
+        return self
 
 
 class GridPool(nn.Module):
@@ -295,9 +296,10 @@ class ContMixBlock(ContextMixer):
         """Shortcut plus branch, one of them scaled."""
         return scale(x) + self.drop_path(branch) if self.res_scale else x + self.drop_path(scale(branch))
 
-    def fuse(self) -> None:
+    def fuse(self) -> "ContMixBlock":
         """Merge the large kernel with the norm after it."""
         fuse_pair(self.lepe, 0)
+        return self
 
     def attention_map(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b g n m"]:
         """The large kernels, (B, heads, positions, taps of the window), rows summing to one."""

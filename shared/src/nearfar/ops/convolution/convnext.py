@@ -61,7 +61,7 @@ class ConvNeXtBlock(nn.Module):
         return torch.addcmul(x, y, self.gamma.reshape(-1, *(1,) * (x.ndim - 2)))
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "ConvNeXtBlock":
         """Fold the norm's affine part and the GELU into W1, gamma into W2, for inference; the outputs stay the same."""
         if self.norm.elementwise_affine:
             fold_norm(self.norm, self.pwconv1)
@@ -71,6 +71,7 @@ class ConvNeXtBlock(nn.Module):
             self.gamma = None
         if isinstance(self.pwconv1, nn.Linear):
             self.pwconv1, self.act = FusedLinear(self.pwconv1, "gelu"), nn.Identity()
+        return self
 
 
 def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> None:

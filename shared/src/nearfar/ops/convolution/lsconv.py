@@ -43,15 +43,16 @@ class ConvNorm(nn.Module):
         return y.relu() if self.relu else y
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "ConvNorm":
         """Fold norm and ReLU into the convolution, for inference; the outputs stay the same."""
         if isinstance(self.bn, nn.Identity):
-            return
+            return self
         fold_batch_norm(self.c, self.bn)
         self.bn = nn.Identity()
         if self.dims == 2:
             self.c = FusedConv2d(self.c, "relu" if self.relu else "none")
             self.relu = False
+        return self
 
     @property
     def fused(self) -> nn.Module | None:
@@ -80,10 +81,10 @@ class RepVGGDepthwise(nn.Module):
         return self.conv(x) + self.conv1(x) + x
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "RepVGGDepthwise":
         """Merge the branches, for inference; the outputs stay the same."""
         if self.conv1 is None:
-            return
+            return self
         self.conv.fuse()
         self.conv1.fuse()
         kernel = self.conv.c.weight
@@ -91,6 +92,7 @@ class RepVGGDepthwise(nn.Module):
         kernel[(slice(None), 0, *here)] += self.conv1.c.weight.flatten() + 1
         self.conv.c.bias += self.conv1.c.bias
         self.conv1 = None
+        return self
 
 
 class LargeKernelPerception(nn.Module):
@@ -169,7 +171,8 @@ class LSConv(nn.Module):
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         return self.bn(position_depthwise(x, self.lkp(x), causal=self.causal)) + x
 
-    def fuse(self) -> None:
+    def fuse(self) -> "LSConv":
         """Make one multiply-add of the norm, for inference; the outputs stay the same."""
         if not isinstance(self.bn, LayerScale):
             self.bn = scale_of_norm(self.bn, self.dims)
+        return self

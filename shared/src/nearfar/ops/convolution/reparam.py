@@ -54,10 +54,10 @@ class DilatedReparam(nn.Module):
         return out
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "DilatedReparam":
         """Merge the branches, for inference; the outputs stay the same."""
         if not self.branches:
-            return
+            return self
         fold_batch_norm(self.lk_origin, self.origin_bn)
         self.origin_bn = nn.Identity()
         size = self.lk_origin.kernel_size[0]
@@ -71,6 +71,7 @@ class DilatedReparam(nn.Module):
             delattr(self, f"dil_conv_k{k}_{r}")
             delattr(self, f"dil_bn_k{k}_{r}")
         self.branches = ()
+        return self
 
 
 class ResidualDepthwise(DepthwiseConv):
@@ -82,12 +83,13 @@ class ResidualDepthwise(DepthwiseConv):
         return x + super().forward(x) if self.residual else super().forward(x)
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "ResidualDepthwise":
         """Add the shortcut to the centre tap, for inference; the outputs stay the same."""
         if self.residual:
             centre = (n // 2 for n in self.weight.shape[2:])
             self.weight[(slice(None), 0, *centre)] += 1
             self.residual = False
+        return self
 
 
 def fuse_pair(sequence: nn.Sequential, index: int) -> None:

@@ -16,6 +16,7 @@ from nearfar.apps.image_classification.common import (
     show,
 )
 from nearfar.apps.image_classification.explain import explain_pictures
+from nearfar.apps.image_classification.export import export
 from nearfar.apps.image_classification.prune import prune
 from nearfar.apps.image_classification.robustness import robustness
 from nearfar.core.cli.batch import raise_failures
@@ -43,6 +44,7 @@ RecipeFile = Annotated[str | None, recipe_option(RECIPES)]
 
 
 app.command("explain")(explain_pictures)
+app.command()(export)
 
 
 app.command()(prune)

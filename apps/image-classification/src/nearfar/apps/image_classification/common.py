@@ -33,12 +33,12 @@ def open_classifier(path: Path, model: str | None) -> Classifier:
     return Classifier.load(path)
 
 
-def open_any(name: str) -> Classifier:
+def open_any(name: str, model: str | None = None) -> Classifier:
     """The classifier in a folder of `train` or a published checkpoint; `hub:NAME` is timm's of that name, with the
     weights that timm fetches unless they are in its cache."""
     if name.startswith(HUB):
         return Classifier.from_timm(name.removeprefix(HUB))
-    return open_classifier(Path(from_hub(name, "a model with its weights")[0]), None)
+    return open_classifier(Path(from_hub(name, "a model with its weights")[0]), model)
 
 
 def known_pictures(

@@ -18,6 +18,7 @@ from timm.data import (
     infer_imagenet_subset,
     resolve_data_config,
 )
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -153,10 +154,22 @@ class Classifier:
         return torch.cat([model(x.to(device)).float().softmax(1).cpu() for x, _ in batches])
 
     def save(self, folder: str | Path) -> None:
-        """Write `model.safetensors` and `classifier.json` to `folder`."""
+        """Write `model.safetensors` and `classifier.json` to `folder`, and for a registered model timm's `config.json`.
+
+        With the latter `timm.create_model("local-dir:FOLDER", pretrained=True)` makes the trained model.
+        """
         record = {key: value for key, value in vars(self).items() if key not in ("model", "trained_on")}
         with writing(folder, "classifier", record, self.trained_on) as place:
             save_state_dict(self.model, place / "model.safetensors")
+            if hasattr(self.model, "pretrained_cfg"):
+                size = (3, self.size, self.size)
+                shape = {"input_size": size, "crop_pct": self.crop_pct, "crop_mode": self.crop_mode}
+                save_config_for_hf(
+                    self.model,
+                    str(place / "config.json"),
+                    {"pretrained_cfg": shape, "label_names": self.classes},
+                    model_args=getattr(self.model, "created_with", None),
+                )
 
     @classmethod
     def load(cls, folder: str | Path) -> "Classifier":
@@ -214,10 +227,15 @@ class Classifier:
         for weights in published:
             if weights.num_classes == model.num_classes and tag in ("", weights.tag):
                 info = ImageNetInfo("imagenet-1k" if model.num_classes == 1000 else "imagenet-22k")
+                if len(names := info.label_names()) != model.num_classes:  # of a selection that nobody has written down
+                    return cls(
+                        model, f"{base}.{weights.tag}", [str(i) for i in range(model.num_classes)], weights.size,
+                        weights.crop_pct, weights.crop_mode,
+                    )  # fmt: skip
                 return cls(
                     model,
                     f"{base}.{weights.tag}",
-                    info.label_names(),
+                    names,
                     weights.size,
                     weights.crop_pct,
                     weights.crop_mode,

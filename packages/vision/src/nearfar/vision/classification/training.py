@@ -39,7 +39,7 @@ from nearfar.vision.classification.classifier import Classifier, create_model, e
 from nearfar.vision.classification.token_labels import TokenLabelled, TokenLabelLoss
 from nearfar.vision.classification.token_training import set_keep_rate, taught_loss, train_predictors
 from nearfar.vision.data.images import Pictures
-from nearfar.vision.models.pyramid import Backbone
+from nearfar.vision.models.base import PictureModel
 from nearfar.vision.models.sparsifiner import Sparsifiner
 
 logging.getLogger("timm").setLevel(logging.WARNING)
@@ -259,7 +259,15 @@ class ClassifierModule(pl.LightningModule):
             loss = taught if getattr(self.model, "dense", False) else self.loss(logits, target) + taught
             self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
             return loss
-        out = self.model(x)
+        try:
+            out = self.model(x)
+        except ValueError as error:
+            if len(x) > 1 or "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                "a batch of one picture cannot train this model, whose batch norm compares two; set batch_size to 2 or "
+                "more, and to a number that leaves no single picture over"
+            ) from error
         if self.token_loss is not None:
             loss = self.token_loss(out, target)
             self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
@@ -456,10 +464,11 @@ def start_from(model: nn.Module, weights: str | Path) -> None:
     """
     path = Path(weights) / "model.safetensors" if Path(weights).is_dir() else Path(weights)
     state: Mapping[str, Tensor] = read_state_dict(path)
-    if isinstance(model, Backbone):
+    if isinstance(model, PictureModel):
         if type(found := identify(state, str(path))) is not type(model):
             raise UserError(f"{path}: is a checkpoint of {type(found).__name__}, not of {type(model).__name__}")
-        load_state_dict(model, model.fit_state(model.published_state(state)), ignore=model.IGNORE)
+        model.other_classes = True  # those of the pictures
+        model.take_state(model.published_state(state))
         return
     own = model.state_dict()
     heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
