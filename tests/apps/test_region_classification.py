@@ -42,8 +42,11 @@ def data(tmp_path: Path) -> tuple[Path, Path, Path]:
 def test_train_evaluate_predict(data: tuple[Path, Path, Path], tmp_path: Path) -> None:
     pictures, masks, names = data
     given = [pictures, masks, "--names", names]
-    small = ["--roi", "test_resnet", "--extra", "none", "--size", 32, "--epochs", 12, "--batch-size", 8]
-    call("train", *given, "-o", tmp_path / "model", *small, "--learning-rate", 0.003, "--json")
+    small = ["roi=test_resnet", "extra=none", "size=32", "epochs=12", "batch_size=8", "learning_rate=0.003"]
+    words = [word for setting in small for word in ("--set", setting)]
+    (first,) = json.loads(call("train", *given, "-o", tmp_path / "model", *words, "--device", "cpu", "--json"))
+    (again,) = json.loads(call("train", *given, "-o", tmp_path / "model", *words, "--device", "cpu", "--json"))
+    assert again == first, "a finished run is not trained again"
     (row,) = json.loads(call("evaluate", tmp_path / "model", *given, "--ambiguous", "red", "--json"))
     assert row["regions"] == 16
     assert row["accuracy"] > 0.8

@@ -45,8 +45,6 @@ RecipeFile = Annotated[str | None, recipe_option(RECIPES)]
 
 app.command("explain")(explain_pictures)
 app.command()(export)
-
-
 app.command()(prune)
 app.command()(robustness)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,11 +12,14 @@ import torch
 import typer
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
-from nearfar.core.cli.console import console, table, track
+from nearfar.core.cli.console import console, messages, table, track
+from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, recipe_option
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.model_folder import TrainedOn, read, trained_on, writing
-from nearfar.vision.classification.regions import answers, score_regions, train_regions
+from nearfar.core.reading import reading
+from nearfar.core.recipes import read_recipe
+from nearfar.vision.classification.regions import RegionRecipe, answers, score_regions, train_regions
 from nearfar.vision.data.regions import Region, Views, coco_regions, cut_out, id_regions
 from nearfar.vision.models.rvernet import RveRNet, Single
 
@@ -34,45 +38,37 @@ Names = Annotated[
     Path | None, typer.Option("--names", help='JSON file of categories, {"1": "rice"}, for a folder of masks.')
 ]
 Model = Annotated[Path, typer.Argument(help="Folder that `train` wrote.")]
-Machine = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command("train")
 def train_command(
     pictures: PicturesFolder,
     masks: Masks,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the model.")],
+    output: RunFolder,
     names: Names = None,
-    roi: Annotated[
-        str, typer.Option(help="Backbone of the region: mnet, vit, deit, deit-dist, mixer or timm's.")
-    ] = "mnet",
-    extra: Annotated[str, typer.Option(help="Backbone of the surroundings, or `none`: the region alone.")] = "mnet",
-    size: Annotated[int, typer.Option(help="Pixels that each view has.", min=16)] = 224,
-    epochs: Annotated[int, typer.Option(min=1)] = 30,
-    batch_size: Annotated[int, typer.Option(min=1)] = 50,
-    learning_rate: float = 1e-4,
-    published: Annotated[
-        bool, typer.Option("--published", help="Views as released: not normalised, mirrored each by itself.")
-    ] = False,
-    seed: int = 0,
-    as_json: Machine = False,
+    recipe: Annotated[str | None, recipe_option()] = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    fresh: Fresh = False,
+    as_json: Json = False,
 ) -> None:
-    """Train on every region, and write the model."""
+    """Train on every region, and write the model. Views are held in memory."""
+    chosen = read_recipe(RegionRecipe, recipe, settings or ())
     regions = open_regions(pictures, masks, names)
     classes = sorted({region.category for region in regions})
     if len(classes) < 2:
         raise UserError(f"{masks}: has regions of {some(classes)} alone; at least two categories are needed")
-    views = Views.published(size) if published else Views(size)
+    views = Views.published(chosen.size) if chosen.published else Views(chosen.size)
     inputs = load_views(regions, views)
     labels = torch.tensor([classes.index(region.category) for region in regions])
-    torch.manual_seed(seed)
-    record = {
-        "roi": roi, "extra": extra, "classes": classes, "size": size, "mean": list(views.mean), "std": list(views.std)
-    }  # fmt: skip
+    torch.manual_seed(chosen.seed)
+    record = {"roi": chosen.roi, "extra": chosen.extra, "classes": classes, "size": chosen.size}
+    record |= {"mean": list(views.mean), "std": list(views.std)}
     model = build(record)
     losses = train_regions(
-        model, inputs, labels, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
-        paired=views.paired, flip=views.flip,
+        model, inputs, labels, epochs=chosen.epochs, batch_size=chosen.batch_size, learning_rate=chosen.learning_rate,
+        seed=chosen.seed, paired=views.paired, flip=views.flip, folder=output, settings=asdict(chosen), device=device,
+        fresh=fresh, show_progress=messages.is_terminal,
     )  # fmt: skip
     with writing(output, KIND, record, TrainedOn.of(digests(regions))) as place:
         save_state_dict(model, place / "model.safetensors")
@@ -87,7 +83,7 @@ def evaluate(
     names: Names = None,
     ambiguous: Annotated[list[str] | None, typer.Option(help="Categories that look alike. Repeat.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file of the scores.")] = None,
-    as_json: Machine = False,
+    as_json: Json = False,
 ) -> None:
     """Score a model on regions whose categories are known: accuracy with a 95 % interval, macro F1, look-alikes."""
     network, record = load(model)
@@ -117,7 +113,7 @@ def predict(
     names: Names = None,
     top: Annotated[int, typer.Option(help="Categories for each region.", min=1)] = 3,
     output: Annotated[Path, typer.Option("--output", "-o", help="Table to write, CSV.")] = Path("regions.csv"),
-    as_json: Machine = False,
+    as_json: Json = False,
 ) -> None:
     """Name regions: picture, what the mask calls it, category, probability, alternatives in further rows."""
     network, record = load(model)
@@ -144,10 +140,8 @@ def open_regions(pictures: Path, masks: Path, names: Path | None) -> list[Region
     elif names is None:
         raise UserError(f"{masks}: a folder of masks needs --names, a JSON file of its categories")
     else:
-        try:
+        with reading(names, 'cannot be read as {"1": "rice", ...}'):
             categories = {int(number): str(name) for number, name in json.loads(names.read_text("utf-8")).items()}
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f'{names}: cannot be read as {{"1": "rice", ...}} ({error})') from error
         regions = id_regions(pictures, masks, categories)
     if not regions:
         raise UserError(f"{masks}: has no regions")
@@ -184,12 +178,10 @@ def build(record: dict[str, Any]) -> RveRNet | Single:
 def load(folder: Path) -> tuple[RveRNet | Single, dict[str, Any]]:
     """What `train` wrote."""
     record = read(folder, KIND)
-    try:
+    with reading(folder, "damaged", "train again"):
         model = build(record)
         views_of(record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: damaged ({type(error).__name__}: {error}); train again") from error
-    load_state_dict(model, read_state_dict(folder / "model.safetensors"))
+        load_state_dict(model, read_state_dict(folder / "model.safetensors"))
     return model.eval(), record
 
 

@@ -3,14 +3,19 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import TensorDataset
 
-from nearfar.core.finite import check_weights
 from nearfar.core.statistics import bootstrap_interval
+from nearfar.core.training import data_loader, train
 
 DISTILLATIONS = ("none", "soft", "hard", "deit")
 
@@ -76,47 +81,102 @@ def warm_ramp(rate: float, steps: int, share: float = 0.1) -> Callable[[int], fl
     return at
 
 
+@dataclass(frozen=True)
+class RegionRecipe:
+    """Settings of a training.
+
+    `roi`, `extra`: backbones of the region and of its surroundings (mnet, vit, deit, deit-dist, mixer, or timm's);
+    extra "none" is the region alone. `size`: pixels of a view. `published`: views as released, not normalised and each
+    mirrored by itself.
+    """
+
+    roi: str = "mnet"
+    extra: str = "mnet"
+    size: int = 224
+    epochs: int = 30
+    batch_size: int = 50
+    learning_rate: float = 1e-4
+    published: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("size", 16), ("epochs", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
+
+
+class RegionModule(pl.LightningModule):
+    """The loss of a model on both views, mirrored by chance together or each by itself."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        steps: int,
+        paired: bool,
+        flip: float,
+        distillation: Distillation,
+        teacher: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.model, self.rate, self.steps = model, learning_rate, steps
+        self.paired, self.flip, self.distillation = paired, flip, distillation
+        self.taught_by = [teacher]  # in a list, so that it is no part of what is saved
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], _index: int) -> Tensor:
+        *views, labels = batch
+        chance = (torch.rand(2, len(labels)) < self.flip).to(labels.device)
+        mirrored = (chance[0], chance[0] if self.paired else chance[1])
+        views = [torch.where(m[:, None, None, None], view.flip(-1), view) for view, m in zip(views, mirrored)]
+        taught = None
+        if (teacher := self.taught_by[0]) is not None:
+            with torch.no_grad():
+                taught = teacher(*views)
+        loss = self.distillation.loss(self.model(*views), labels, taught)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], self.rate)
+        ramp = warm_ramp(self.rate, self.steps)
+        schedule = LambdaLR(optimizer, lambda step: ramp(step + 1) / self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def train_regions(
-    model: nn.Module, inputs: tuple[Tensor, Tensor], labels: Tensor, *, epochs: int = 10, batch_size: int = 32,
-    learning_rate: float = 1e-3, seed: int = 0, paired: bool = True, flip: float = 0.5,
-    distillation: Distillation | None = None, teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> list[float]:  # fmt: skip
+    model: nn.Module,
+    inputs: tuple[Tensor, Tensor],
+    labels: Tensor,
+    *,
+    epochs: int = 10,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    paired: bool = True,
+    flip: float = 0.5,
+    distillation: Distillation | None = None,
+    teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
+    folder: str | Path | None = None,
+    device: str = "cpu",
+    **options: Any,
+) -> list[float]:
     """Train on pairs of tensors held in memory, (views, views) or (pictures, masks): the loss of every epoch.
 
     Views are mirrored together, unless `paired` is False, as published. All randomness follows from the seed.
+    `folder` and `options`: see `nearfar.core.training.train`; an interrupted run goes on in its folder.
     """
     learn = distillation or Distillation()
     if (learn.kind != "none") != (teacher is not None):
         raise ValueError(f"distillation is {learn.kind!r}, teacher is {teacher}; one needs the other")
     if not len(labels):
         raise ValueError("there is nothing to learn from")
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], learning_rate)
-    steps = epochs * -(-len(labels) // batch_size)
-    rate, step, losses = warm_ramp(learning_rate, steps), 0, []
-    for _ in range(epochs):
-        model.train()
-        total = 0.0
-        for part in torch.randperm(len(labels), generator=generator).split(batch_size):
-            views = [x[part].clone() for x in inputs]
-            chance = torch.rand(2, len(part), generator=generator) < flip
-            for view, mirrored in zip(views, (chance[0], chance[0] if paired else chance[1]), strict=True):
-                view[mirrored] = view[mirrored].flip(-1)
-            taught = None
-            if teacher is not None:
-                with torch.no_grad():
-                    taught = teacher(*views)
-            for group in optimiser.param_groups:
-                group["lr"] = rate(step + 1)
-            optimiser.zero_grad()
-            loss = learn.loss(model(*views), labels[part], taught)
-            loss.backward()
-            optimiser.step()
-            total, step = total + float(loss.detach()) * len(part), step + 1
-        losses.append(total / len(labels))
-    check_weights(model.state_dict(), type(model).__name__)
-    model.eval()
-    return losses
+    loader = data_loader(TensorDataset(*inputs, labels), batch_size, shuffle=True, seed=seed)
+    module = RegionModule(model, learning_rate, epochs * len(loader), paired, flip, learn, teacher)
+    history = train(module, loader, epochs=epochs, seed=seed, folder=folder, device=device, **options)
+    model.cpu().eval()
+    return [row["train_loss"] for row in history]
 
 
 @torch.inference_mode()
