@@ -223,9 +223,7 @@ class Classifier:
             raise UserError(f"{name}: its published weights cannot be had ({str(error).splitlines()[0]})") from error
         config, subset = resolve_data_config(model=model), infer_imagenet_subset(model)
         if subset is None:
-            raise UserError(
-                f"{name}: its {model.num_classes} classes are none of ImageNet's; train it first"
-            )
+            raise UserError(f"{name}: its {model.num_classes} classes are none of ImageNet's; train it first")
         return cls(
             Renormalised(model, config["mean"], config["std"]),
             name,
