@@ -22,6 +22,9 @@ DEFLATE = 1032
 UNIFORM = 1 << 24
 """Numbers up to which a picture or a slice may be compressed by whatever factor."""
 
+LEAST_SIZE = 1 << 16
+"""What a model's settings may always say."""
+
 UNWRITTEN = 1 << 26
 """Bytes of a data set in HDF5 that may lie in no chunk, and have its fill value."""
 
@@ -162,7 +165,7 @@ def check_sizes(path: str | Path, settings: Any, weights: str | Path, known: Cal
 
     `known`: names that count; all by default.
     """
-    size = Path(weights).stat().st_size if Path(weights).is_file() else 1 << 30
+    size = max(LEAST_SIZE, Path(weights).stat().st_size) if Path(weights).is_file() else 1 << 30
     for name, value in whole_numbers(settings):
         if known(name) and abs(value) > size:
             raise UserError(f"{path}: {name} is {value}, more than its weights have bytes; copy the folder again")

@@ -349,15 +349,10 @@ def _read_dicom(folder: Path) -> Scan:
     if len(seen) > 1:
         counts = ", ".join(f"{len(names)} files such as {names[0]}" for names in seen.values())
         raise UserError(f"{folder}: holds {len(seen)} series mixed ({counts}); put each into a folder of its own")
-    with reading(
-        folder, "a slice lacks its position, orientation or spacing", "take it out or export the series again"
-    ):
-        directions = np.array([s.ImageOrientationPatient for s in slices], float).reshape(len(slices), 6)
-        positions = np.array([s.ImagePositionPatient for s in slices], float).reshape(len(slices), 3)
-        in_plane = [(int(s.Rows), int(s.Columns), *map(float, s.PixelSpacing)) for s in slices]
-        thickness = float(slices[0].get("SliceThickness") or 1.0)
-        if not all(np.isfinite(v).all() for v in (directions, positions, in_plane, thickness)) or len(in_plane[0]) != 4:
-            raise ValueError("it is not finite")
+    geometry = [_geometry(item) for item in slices]
+    directions, positions = (np.stack(values) for values in list(zip(*geometry))[:2])
+    in_plane = [plane for *_, plane, _ in geometry]
+    thickness = geometry[0][3]
     if np.abs(directions - directions[0]).max() > 1e-4 or len(set(in_plane)) > 1:
         raise UserError(f"{folder}: the slices differ in orientation, size or pixel spacing")
     row, column = directions[0, :3], directions[0, 3:]
@@ -388,6 +383,19 @@ def _read_dicom(folder: Path) -> Scan:
     affine[:3, 3] = positions[0]
     volume = np.stack(planes, -1).transpose(1, 0, 2)  # (rows, columns, slices) to (x, y, z)
     return Scan(folder, volume[None].astype(np.float32), LPS_TO_RAS @ affine, "dicom", slices)
+
+
+def _geometry(item: Any) -> tuple[np.ndarray, np.ndarray, tuple[float, ...], float]:
+    """Directions of rows and columns (6,), position (3,), rows, columns and their spacing, thickness of a slice."""
+    with reading(Path(item.filename), "lacks its position, orientation or spacing", "export the series again"):
+        direction = np.array(item.ImageOrientationPatient, float).reshape(6)
+        position = np.array(item.ImagePositionPatient, float).reshape(3)
+        down, across = map(float, item.PixelSpacing)
+        plane = (int(item.Rows), int(item.Columns), down, across)
+        thickness = float(item.get("SliceThickness") or 1.0)
+        if not all(np.isfinite(values).all() for values in (direction, position, plane, thickness)):
+            raise ValueError("a number is not finite")
+        return direction, position, plane, thickness
 
 
 def _rescaled(item: Any) -> np.ndarray:
