@@ -259,7 +259,7 @@ def read_statistics(path: Path) -> None:
     from nearfar.vision.forecasting.fields import Statistics
 
     found = Statistics.load(path.parent)
-    found.restore(found.normalise(np.ones((2, 5, 6), np.float32)))
+    found.restore(found.normalize(np.ones((2, 5, 6), np.float32)))
     np.datetime64(found.last)
 
 

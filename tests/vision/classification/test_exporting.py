@@ -51,7 +51,7 @@ def test_onnx_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for row in check(trained, path, noise(), (64, 96)):
         assert row["equal answers"] == 1
         assert row["largest error"] < 1e-5
-    # what the app computes, resizing and normalisation of its own
+    # what the app computes, resizing and normalization of its own
     want = trained.scores(noise())
     data = noise().subset(range(6), pixels_for(64, trained))
     raw = torch.stack([data[i][0] for i in range(6)])

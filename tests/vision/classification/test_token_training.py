@@ -21,7 +21,7 @@ from nearfar.vision.data.images import Pictures, split_pictures
 from nearfar.vision.explain.attention import attention_maps
 from nearfar.vision.models.evit import EViT
 from nearfar.vision.models.sparsifiner import Sparsifiner
-from tests.vision.base import close, randomise
+from tests.vision.base import close, randomize
 
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 3}
 
@@ -47,8 +47,8 @@ def test_schedule_moves_in_whole_tokens() -> None:
 def test_losses_against_plain_forms() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32)
-    teacher = randomise(EViT(**SIZES, reduce_at=()))
-    student = randomise(Sparsifiner(**SIZES, keep_rate=0.5))
+    teacher = randomize(EViT(**SIZES, reduce_at=()))
+    student = randomize(Sparsifiner(**SIZES, keep_rate=0.5))
     p, q = student(x).softmax(1), teacher(x).softmax(1)
     close(distillation(student(x), teacher(x)), (p * (p.log() - q.log())).sum(1).mean(), 1e-5)
     train_predictors(student, True)

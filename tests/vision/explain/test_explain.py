@@ -19,14 +19,14 @@ from nearfar.vision.explain.checks import (
     insertion_deletion,
     judge,
     pointing,
-    randomisation,
+    randomization,
     rank_correlation,
     ranks,
 )
 from nearfar.vision.explain.context_aware import ContextAware
 from nearfar.vision.explain.methods import METHODS, attention_rollout, explain, methods_for
 from nearfar.vision.models.rvernet import RveRNet
-from tests.vision.base import randomise
+from tests.vision.base import randomize
 
 SMALL = {"salient_relevance": {"parameters": ContextAware(longer_side=32, neighbours=16)}}
 
@@ -35,9 +35,9 @@ SMALL = {"salient_relevance": {"parameters": ContextAware(longer_side=32, neighb
 def test_every_method_gives_a_map_for_each_picture(method: str) -> None:
     torch.manual_seed(0)
     if method == "attention_rollout":
-        model = randomise(timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, num_classes=5))
+        model = randomize(timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, num_classes=5))
     else:
-        model = randomise(timm.create_model("resnet10t", num_classes=5))
+        model = randomize(timm.create_model("resnet10t", num_classes=5))
     x = torch.randn(3, 3, 64, 64)
     found = explain(model.train(), x, [0, 2, 4], method, **SMALL.get(method, {}))
     assert model.training
@@ -66,7 +66,7 @@ def test_every_method_gives_a_map_for_each_picture(method: str) -> None:
 )
 def test_transformers_and_hybrids(name: str, settings: dict) -> None:
     torch.manual_seed(0)
-    model = randomise(timm.create_model(name, num_classes=5, **settings))
+    model = randomize(timm.create_model(name, num_classes=5, **settings))
     size = settings.get("img_size", 64)
     found = explain(model, torch.randn(2, 3, size, size))
     assert found.maps.shape == (2, size, size)
@@ -76,7 +76,7 @@ def test_transformers_and_hybrids(name: str, settings: dict) -> None:
 
 def test_networks_that_change_their_activations_in_place_and_half_precision() -> None:
     torch.manual_seed(0)
-    model = randomise(torchvision.models.squeezenet1_1(num_classes=5))
+    model = randomize(torchvision.models.squeezenet1_1(num_classes=5))
     x = torch.randn(1, 3, 64, 64)
     target = model(x).argmax(1)  # its classes end in a ReLU, so others may be dead
     want = explain(model, x, target, "selective_normgrad", layers=["features.5", "features.9"])
@@ -102,7 +102,7 @@ class Segmenter(nn.Module):
 
 
 def test_what_cannot_be_explained() -> None:
-    model, x = randomise(timm.create_model("resnet10t", num_classes=5)), torch.randn(1, 3, 64, 64)
+    model, x = randomize(timm.create_model("resnet10t", num_classes=5)), torch.randn(1, 3, 64, 64)
     for target, message in ((5, "class 5 is outside"), (-1, "outside"), ([1, 2], "names 2 classes"), (1.5, "whole")):
         with pytest.raises(UserError, match=message):
             explain(model, x, target)
@@ -129,7 +129,7 @@ def test_what_cannot_be_explained() -> None:
 
 def test_rollout_is_the_product_of_its_layers() -> None:
     torch.manual_seed(0)
-    model, x = randomise(timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64)), torch.randn(1, 3, 64, 64)
+    model, x = randomize(timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64)), torch.randn(1, 3, 64, 64)
     first, second = (m.mean(1)[0] for m in attention_maps(model, x).values())
     one = torch.eye(17)
     want = ((second + one) / 2 @ ((first + one) / 2))[0, 1:].reshape(4, 4)
@@ -209,13 +209,13 @@ def small_net(seed: int) -> nn.Module:
 
 def trained(seed: int) -> nn.Module:
     net = small_net(seed)
-    optimiser = torch.optim.Adam(net.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     x, y, _ = cues(512, seed)
     for _ in range(8):
         for part in torch.randperm(len(x)).split(32):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             nn.functional.cross_entropy(net(x[part]), y[part]).backward()
-            optimiser.step()
+            optimizer.step()
     return net.eval()
 
 
@@ -238,7 +238,7 @@ def test_planted_evidence_is_found_and_lost_with_the_weights() -> None:
     def maps_of(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
         return explain(model, images, target, "gradient_x_input").maps
 
-    rows = randomisation(net, x[:8], y[:8], maps_of, groups=3)
+    rows = randomization(net, x[:8], y[:8], maps_of, groups=3)
     assert len(rows) == 3
     assert rows[-1]["correlation"] < 0.6
     assert float(class_sensitivity(net, x[:8], maps_of).mean()) < 0.9
@@ -258,6 +258,6 @@ def test_a_network_of_two_views_is_explained_view_by_view() -> None:
             return self.model(roi, self.extra)
 
     backbones = [timm.create_model("resnet10t", num_classes=7) for _ in range(2)]
-    model = randomise(RveRNet(*backbones, num_classes=3, hidden=8))
+    model = randomize(RveRNet(*backbones, num_classes=3, hidden=8))
     roi, extra = torch.randn(2, 1, 3, 64, 64)
     assert explain(View(model, extra), roi, 1).maps.shape == (1, 64, 64)

@@ -98,7 +98,7 @@ def test_linear_layers_and_norms(aggregation: str) -> None:
     want = aggregated(torch.einsum("bni,bno->boin", x, g).flatten(1, 2), aggregation)
     torch.testing.assert_close(layer_map(linear, x, g, aggregation), want, rtol=1e-9, atol=1e-9)
     norm, g = nn.LayerNorm(4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
-    nn.init.normal_(norm.weight)  # the map is that of the normalised input, whatever the weight
+    nn.init.normal_(norm.weight)  # the map is that of the normalized input, whatever the weight
     want = aggregated((F.layer_norm(x, (4,)) * g).mT, aggregation)
     torch.testing.assert_close(layer_map(norm, x, g, aggregation), want, rtol=1e-9, atol=1e-9)
     image, g = pair(2, 4, 3, 3)
@@ -180,11 +180,11 @@ def test_meta_saliency_is_one_step_of_descent() -> None:
     model, x = net()
     moved = stepped_weights(model, x, 2, 0.1)
     model.eval()
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = weights_of(model)
     before = {name: t.clone() for name, t in before.items()}
     F.cross_entropy(model(x), torch.full((3,), 2)).backward()
-    optimiser.step()
+    optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(moved[name], p.detach())
         model.get_parameter(name).data.copy_(before[name])

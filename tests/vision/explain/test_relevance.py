@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nearfar.core.errors import UserError
 from nearfar.vision.explain.context_aware import ContextAware, context_aware_saliency, salient_relevance
 from nearfar.vision.explain.relevance import RULES, Rules, relevance
-from tests.vision.base import randomise
+from tests.vision.base import randomize
 from tests.vision.models.test_hornet import TestHorNet as HorNetTest
 
 NETWORKS = {
@@ -37,7 +37,7 @@ NETWORKS = {
 def test_relevance_sums_to_the_logit(name: str) -> None:
     torch.manual_seed(0)
     build, size = NETWORKS[name]
-    model = randomise(build()).double()
+    model = randomize(build()).double()
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
     found = relevance(model, x, 3)
     torch.testing.assert_close(found.score, model(x)[:, 3].detach(), rtol=1e-6, atol=1e-9)  # values stay
@@ -54,7 +54,7 @@ def test_relevance_sums_to_the_logit(name: str) -> None:
 def test_relevance_sums_to_the_logit_of_whole_networks(name: str) -> None:
     torch.manual_seed(0)
     place, _, own = name.rpartition(":")
-    model = randomise(torchvision.models.get_model(own) if place else timm.create_model(own))
+    model = randomize(torchvision.models.get_model(own) if place else timm.create_model(own))
     found = relevance(model, torch.randn(1, 3, 224, 224))
     assert float(found.lost.max()) < 0.01, found.lost
 
@@ -123,7 +123,7 @@ def test_rules_of_pixels(pixels: str) -> None:
 
 def test_batch_norm_is_folded_into_its_convolution() -> None:
     torch.manual_seed(0)
-    net = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)))
+    net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)))
     folded = nn.Sequential(torch.nn.utils.fuse_conv_bn_eval(net[0], net[1]), *net[2:])
     x = torch.randn(1, 3, 6, 6)
     for rules in RULES.values():
@@ -206,7 +206,7 @@ def test_what_stands_out_is_salient_and_chunks_change_nothing() -> None:
 
 def test_salient_relevance_of_a_network() -> None:
     torch.manual_seed(0)
-    model = randomise(timm.create_model("resnet10t", num_classes=4))
+    model = randomize(timm.create_model("resnet10t", num_classes=4))
     parameters = ContextAware(longer_side=48, neighbours=16)
     x = torch.randn(2, 3, 48, 48)
     found = salient_relevance(model, x, 1, parameters=parameters)

@@ -44,7 +44,7 @@ from nearfar.vision.models.rvernet import (
     published_backbone,
     transformer,
 )
-from tests.vision.base import randomise
+from tests.vision.base import randomize
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -71,7 +71,7 @@ def small_transformer(prefix: int) -> nn.Module:
 @pytest.mark.parametrize("version", [4, 5])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_names_of_transformers_old_and_new(version: int, distilled: bool) -> None:
-    own = randomise(small_transformer(int(distilled))).state_dict()
+    own = randomize(small_transformer(int(distilled))).state_dict()
     kind, theirs = "deit" if distilled else "vit", {}
     for name, value in own.items():
         parts = value.chunk(3) if ".qkv." in name else (value,)

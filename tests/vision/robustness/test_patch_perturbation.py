@@ -13,14 +13,14 @@ from torch import nn
 
 from nearfar.core.errors import UserError
 from nearfar.vision.models import convit, cvt, volo  # noqa: F401 - timm knows them then
-from nearfar.vision.models.evit import EViT, reorganise_tokens
+from nearfar.vision.models.evit import EViT, reorganize_tokens
 from nearfar.vision.robustness.attack import OnPixels, attack, attack_best_position, patch_gradients
 from nearfar.vision.robustness.corruptions import IMAGENET_C, KINDS, corrupt, corrupt_patches, gaussian_matrix, mirrored
 from nearfar.vision.robustness.measures import common_correct, fooling_rate
 from nearfar.vision.robustness.patches import given_patches, random_patches, random_squares, squares
 from nearfar.vision.robustness.rollout import attention_picture, draw_rollout, rollout
 from nearfar.vision.robustness.tempering import attention_layers, temper, temperatures, tempered
-from tests.vision.base import close, randomise
+from tests.vision.base import close, randomize
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
 
@@ -35,7 +35,7 @@ OTHERS = {
 
 
 def vit() -> nn.Module:
-    return randomise(timm.create_model("deit_tiny_patch16_224", **TINY))
+    return randomize(timm.create_model("deit_tiny_patch16_224", **TINY))
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def test_temperatures_of_other_transformers() -> None:
                 for layer in layers:
                     layer.fused_attn = not layer.fused_attn
         assert torch.equal(model(picture), plain), name
-    switched = reorganise_tokens(vit(), 0.5, (1,))
+    switched = reorganize_tokens(vit(), 0.5, (1,))
     small = x[..., :32, :32]
     assert not torch.allclose(switched(small), temper(switched, 2.0)(small))
 

@@ -16,7 +16,7 @@ from nearfar.ops.spectral.fourier import (
     from_half_spectrum,
     half_spectrum,
     low_frequencies,
-    synthesise,
+    synthesize,
 )
 
 MODES = ("afno", "fourcastnet", "lowpass")
@@ -189,7 +189,7 @@ class AFNO(SpectralMLP):
             if scale != 1:
                 real, imaginary = real * scale, imaginary * scale
             real, imaginary = self.mix(real, imaginary)
-            y = synthesise(real, imaginary, frequencies, size, matrices=matrices)
+            y = synthesize(real, imaginary, frequencies, size, matrices=matrices)
         return x + (y if scale == 1 else y / scale).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -247,5 +247,5 @@ class AdaptiveFrequencyFilter(SpectralMLP):
             mask_real, mask_imaginary = self.mix(real, imaginary)
             filtered_real = mask_real * real - mask_imaginary * imaginary
             filtered_imaginary = mask_real * imaginary + mask_imaginary * real
-            y = synthesise(filtered_real, filtered_imaginary, frequencies, size, matrices=matrices)
+            y = synthesize(filtered_real, filtered_imaginary, frequencies, size, matrices=matrices)
         return x + y.to(x.dtype)

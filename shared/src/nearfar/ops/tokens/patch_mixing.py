@@ -106,7 +106,7 @@ class PatchMixing:
         smoothing: eps of the labels.
 
     What is published leaves the grid, r and the probability open: 7 and 14 cells, r up to 0.5 and 0.5 are choices here.
-    Samples are (B, C, *S) after normalisation; with one axis the grid cuts windows of time.
+    Samples are (B, C, *S) after normalization; with one axis the grid cuts windows of time.
 
     Raises ValueError for values out of range.
     """

@@ -20,7 +20,7 @@ from nearfar.core.plots import new_figure, style
 from nearfar.core.report import Report
 from nearfar.vision.classification.classifier import Classifier, evaluation_transform
 from nearfar.vision.data.images import Pictures, is_picture, read_picture
-from nearfar.vision.explain.checks import class_sensitivity, completeness, judge, randomisation, ranks
+from nearfar.vision.explain.checks import class_sensitivity, completeness, judge, randomization, ranks
 from nearfar.vision.explain.methods import METHODS, Explanation, explain, methods_for
 
 DEFAULT = ("normgrad", "selective_normgrad", "grad_cam", "linear_approximation", "gradient", "relevance")
@@ -155,7 +155,7 @@ def checked(
 ) -> dict[str, float]:
     """The map against a shuffled model and another class, and what its shares leave out."""
     again = lambda m, images, target: explain(m, images, target, explained.method, layers=layers).maps  # noqa: E731
-    shuffled = randomisation(network, x, explained.target, again, groups=1)[0]["correlation"]
+    shuffled = randomization(network, x, explained.target, again, groups=1)[0]["correlation"]
     row = {"when shuffled": shuffled, "of another class": float(class_sensitivity(network, x, again))}
     if explained.attributions is not None:
         row["unaccounted"] = float(completeness(network, x, explained))

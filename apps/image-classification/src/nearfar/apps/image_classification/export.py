@@ -24,7 +24,7 @@ def export(
     check: Annotated[Path | None, typer.Option(help="Pictures on which the file is compared with the model.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a classifier as ONNX or torch.export: free batch, height and width, normalisation and softmax inside.
+    """Write a classifier as ONNX or torch.export: free batch, height and width, normalization and softmax inside.
 
     The file must say what the model says for pictures of three sizes, or nothing is written. It takes RGB values from
     0 to 255; names of classes, size and crop are its metadata. --check prints the largest error and the share of equal

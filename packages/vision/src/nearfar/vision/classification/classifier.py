@@ -50,7 +50,7 @@ def card_of(kind: type) -> Card:
 
 
 def evaluation_transform(size: int, crop_pct: float = 0.875, crop_mode: str = "center") -> Callable:
-    """Shorter side to floor(size / crop_pct), bicubic, centre crop (or the whole picture squashed), normalisation."""
+    """Shorter side to floor(size / crop_pct), bicubic, centre crop (or the whole picture squashed), normalization."""
     return create_transform(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="bicubic")
 
 
@@ -65,22 +65,22 @@ class PixelLinear(nn.Module):
         return self.layers(x)
 
 
-class Renormalised(nn.Module):
-    """A model of pictures normalised its own way (timm's, for example) as one of ImageNet's mean and deviation."""
+class Renormalized(nn.Module):
+    """A model of pictures normalized its own way (timm's, for example) as one of ImageNet's mean and deviation."""
 
     scale: Tensor
     shift: Tensor
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.normalised = model
+        self.normalized = model
         ours = [torch.tensor(v)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
         theirs = [torch.tensor(v)[:, None, None] for v in (mean, std)]
         self.register_buffer("scale", ours[1] / theirs[1], persistent=False)
         self.register_buffer("shift", (ours[0] - theirs[0]) / theirs[1], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.normalised(x * self.scale + self.shift)
+        return self.normalized(x * self.scale + self.shift)
 
 
 def create_model(
@@ -258,7 +258,7 @@ class Classifier:
         if subset is None:
             raise UserError(f"{name}: its {model.num_classes} classes are none of ImageNet's; train it first")
         return cls(
-            Renormalised(model, config["mean"], config["std"]),
+            Renormalized(model, config["mean"], config["std"]),
             name,
             ImageNetInfo(subset).label_names(),
             config["input_size"][-1],

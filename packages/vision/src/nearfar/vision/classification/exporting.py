@@ -1,6 +1,6 @@
 """A classifier as one file for other programs: ONNX, ONNX in 8 bits, or a program of torch.export.
 
-The file takes pictures as they are, RGB values from 0 to 255, and gives class probabilities: normalisation and softmax
+The file takes pictures as they are, RGB values from 0 to 255, and gives class probabilities: normalization and softmax
 are inside, names of classes, input size and crop are its metadata. Resizing and cropping stay outside.
 """
 
@@ -91,7 +91,7 @@ def export_classifier(
             _write_onnx(program, place, told, refuse)
         rows = [difference(deployed, runner(place), size, refuse) for size in sizes]
         if calibration is not None:
-            _quantise(place, calibration, told, pixels_for(classifier.size, classifier))
+            _quantize(place, calibration, told, pixels_for(classifier.size, classifier))
             rows = check(classifier, place, calibration)
     return rows
 
@@ -150,7 +150,7 @@ def check(classifier: Classifier, path: Path, pictures: Pictures, sizes: Sequenc
 
 
 def pixels_for(size: int, classifier: Classifier) -> Callable[[Image.Image], Tensor]:
-    """The classifier's resizing and crop, without its normalisation: values from 0 to 255."""
+    """The classifier's resizing and crop, without its normalization: values from 0 to 255."""
     steps = create_transform(
         size, crop_pct=classifier.crop_pct, crop_mode=classifier.crop_mode, interpolation="bicubic", normalize=False
     )
@@ -170,7 +170,7 @@ def _write_onnx(program: Any, path: Path, told: dict[str, str], refuse: Callable
     onnx.save(model, path)
 
 
-def _quantise(path: Path, pictures: Pictures, told: dict[str, str], pixels: Callable[[Image.Image], Tensor]) -> None:
+def _quantize(path: Path, pictures: Pictures, told: dict[str, str], pixels: Callable[[Image.Image], Tensor]) -> None:
     """The ONNX file with weights and activations in 8 bits, whose ranges `pictures` show."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static

@@ -18,7 +18,7 @@ from nearfar.core.plots import COLORS, new_figure, style
 from nearfar.vision.classification.classifier import Classifier, evaluate_scores
 from nearfar.vision.cost import cost
 from nearfar.vision.data.images import Pictures
-from nearfar.vision.models.evit import EViT, reorganise_tokens
+from nearfar.vision.models.evit import EViT, reorganize_tokens
 from nearfar.vision.models.sparsifiner import Sparsifiner
 from nearfar.vision.robustness.parts import Parts
 
@@ -31,13 +31,13 @@ def keep_switch(model: nn.Module) -> Callable[[float], Any]:
     An `EViT` reduces in its own blocks, a `Sparsifiner` where it prunes, a VisionTransformer of timm after a quarter, a
     half and three quarters of its blocks. Raises UserError for another model.
     """
-    inner = getattr(model, "normalised", model)
+    inner = getattr(model, "normalized", model)
     if isinstance(inner, EViT):
         return lambda rate: setattr(inner, "keep_rate", rate)
     if isinstance(inner, Sparsifiner):
         return lambda rate: setattr(inner, "token_keep_rate", rate)
     if isinstance(inner, VisionTransformer):
-        return lambda rate: reorganise_tokens(inner, rate, quarters(len(inner.blocks)))
+        return lambda rate: reorganize_tokens(inner, rate, quarters(len(inner.blocks)))
     raise UserError(
         f"{type(inner).__name__}: keeps no tokens that could be left out; "
         "this is for EViT, Sparsifiner and timm's VisionTransformer"
@@ -54,7 +54,7 @@ def chosen_classifier(classifier: Classifier, rate: float) -> Classifier:
 
     Raises UserError for a transformer that is no DeiT, whose folder could not hold the setting.
     """
-    model: Any = getattr(classifier.model, "normalised", classifier.model)
+    model: Any = getattr(classifier.model, "normalized", classifier.model)
     if isinstance(model, VisionTransformer):
         first: Any = model.blocks[0]
         settings = {"num_heads": first.attn.num_heads, "reduce_at": quarters(len(model.blocks)), "fuse": True}
@@ -62,7 +62,7 @@ def chosen_classifier(classifier: Classifier, rate: float) -> Classifier:
         plain = outer is model or bool((outer.scale == 1).all() and (outer.shift == 0).all())
         try:
             if not plain:
-                raise CheckpointError("its pictures are normalised otherwise")
+                raise CheckpointError("its pictures are normalized otherwise")
             twin = EViT.from_published(model.state_dict(), keep_rate=rate, **settings)
         except CheckpointError as error:
             raise UserError(f"{classifier.name}: no model folder holds it with fewer tokens ({error})") from error

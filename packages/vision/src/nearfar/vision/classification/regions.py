@@ -86,7 +86,7 @@ class RegionRecipe:
     """Settings of a training.
 
     `roi`, `extra`: backbones of the region and of its surroundings (mnet, vit, deit, deit-dist, mixer, or timm's);
-    extra "none" is the region alone. `size`: pixels of a view. `published`: views as released, not normalised and each
+    extra "none" is the region alone. `size`: pixels of a view. `published`: views as released, not normalized and each
     mirrored by itself.
     """
 

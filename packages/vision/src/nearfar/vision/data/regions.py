@@ -258,7 +258,7 @@ class Views:
 
     Args:
         size: pixels.
-        mean, std: normalisation; the published code has none.
+        mean, std: normalization; the published code has none.
         flip: probability of mirroring, in training.
         paired: mirror both views or none; the published code draws for each, so half of its pairs do not fit.
     """

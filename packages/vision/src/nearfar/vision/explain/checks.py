@@ -127,7 +127,7 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def randomisation(
+def randomization(
     model: nn.Module, images: Tensor, target: Tensor, maps_of: MapOf, *, cascading: bool = True, groups: int = 4,
     seed: int = 0,
 ) -> list[dict[str, Any]]:  # fmt: skip

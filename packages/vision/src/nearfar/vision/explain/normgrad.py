@@ -145,7 +145,7 @@ def layer_map(layer: nn.Module, x: Tensor, g: Tensor, aggregation: str = "norm")
     """The map of a layer's own weight from its input x and the gradient g at its output, at the output's grid.
 
     Convolutions (any kernel, stride, padding, dilation, groups; 1, 2 or 3 axes), nn.Linear on the last axis, and norms
-    with a weight for each channel, whose input is the normalised one. (B, 1, *S'), or (B, 1, N) of tokens.
+    with a weight for each channel, whose input is the normalized one. (B, 1, *S'), or (B, 1, N) of tokens.
     """
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         padding: Any = layer.padding
@@ -167,10 +167,10 @@ def layer_map(layer: nn.Module, x: Tensor, g: Tensor, aggregation: str = "norm")
     plain = {
         name: torch.ones_like(p) if name == "weight" else torch.zeros_like(p) for name, p in layer.named_parameters()
     }
-    normalised = functional_call(layer, plain, (x,))
+    normalized = functional_call(layer, plain, (x,))
     if isinstance(layer, nn.LayerNorm) and (x.ndim == 3 or x.shape[1] != weight.numel()):
-        normalised, g = normalised.movedim(-1, 1), g.movedim(-1, 1)
-    return convolution_map(normalised, g, aggregation, groups=normalised.shape[1])
+        normalized, g = normalized.movedim(-1, 1), g.movedim(-1, 1)
+    return convolution_map(normalized, g, aggregation, groups=normalized.shape[1])
 
 
 def layer_maps(
@@ -238,7 +238,7 @@ def stepped_weights(
 ) -> dict[str, Tensor]:
     """The weights after one plain step of gradient descent on the mean cross-entropy of the batch: meta-saliency.
 
-    All parameters move, normalisation keeps its running statistics, and the model itself stays as it is.
+    All parameters move, normalization keeps its running statistics, and the model itself stays as it is.
 
     Args:
         target: the classes; None for what the model answers.

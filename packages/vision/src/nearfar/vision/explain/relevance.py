@@ -50,12 +50,12 @@ class Rules:
 
     Args:
         conv, linear: of convolutions and of linear layers.
-        pixels: of the first of them, also `box` (z^B: relevance above and below the range of normalised pixels),
+        pixels: of the first of them, also `box` (z^B: relevance above and below the range of normalized pixels),
             `square` (w^2), `flat`; None for the rule of its kind.
         gamma: share of the positive weights added, of rule `gamma`.
         epsilon: what keeps denominators from zero, with their sign.
         overlap: `add`, or `overwrite`, the published: of the windows that share a winner the last one counts.
-        low, high: normalised values of black and white, one for each channel, of rule `box`.
+        low, high: normalized values of black and white, one for each channel, of rule `box`.
     """
 
     conv: str = "epsilon"

@@ -16,7 +16,7 @@ LEVEL = 1 / 255
 
 
 class OnPixels(nn.Module):
-    """A classifier of normalised pictures as one of pixels in [0, 1]."""
+    """A classifier of normalized pictures as one of pixels in [0, 1]."""
 
     mean: Tensor
     std: Tensor

@@ -59,7 +59,7 @@ def replace_patches(
 
 
 def drop_patches(x: Tensor, labels: Tensor, share: float, cells: int, generator: Generator | None = None) -> Tensor:
-    """floor(share N) cells of the grid black; `x` is pixels in [0, 1], for 0 after normalisation would be grey."""
+    """floor(share N) cells of the grid black; `x` is pixels in [0, 1], for 0 after normalization would be grey."""
     mask = random_cells(len(x), cells**2, share, generator)
     return mix_cells(x, torch.zeros_like(x), mask.to(x.device), (cells, cells))
 
