@@ -176,7 +176,7 @@ def test_evaluate_writes_tables_pictures_and_a_page(folder, tmp_path, capsys):
     assert len(results) == 2 * 2 * 2
     assert set(results["protocol"]) == {"cross-session"}
     figures = {p.name for p in (tmp_path / "out" / "figures").iterdir()}
-    assert {"subjects.png", "training-AGTCNet.png", "spatial-AGTCNet.png", "desynchronisation.png"} <= figures
+    assert {"subjects.png", "training-AGTCNet.png", "spatial-AGTCNet.png", "desynchronization.png"} <= figures
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png") == len([name for name in figures if name.endswith(".png")])
     assert run(*arguments) == 0, "a second run takes the fits from the cache"
@@ -295,4 +295,4 @@ def test_imagery_of_a_real_subject(shared_data, tmp_path, capsys):
     assert set(results["n_test"]) == {15}
     assert set(results["n_train"] + results["n_validation"]) == {30}
     assert (results["chance_bound"] > 0.5).all()
-    assert (tmp_path / "out" / "figures" / "desynchronisation.png").exists()
+    assert (tmp_path / "out" / "figures" / "desynchronization.png").exists()

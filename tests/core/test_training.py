@@ -111,7 +111,7 @@ def test_other_settings_are_refused(tmp_path):
         run(tmp_path / "run", epochs=1, settings={"lr": 0.2})
 
 
-def test_settings_of_every_plain_kind_are_recognised(tmp_path):
+def test_settings_of_every_plain_kind_are_recognized(tmp_path):
     settings = {"lr": 1e-5, "shape": (1, 2), "path": tmp_path, "on": True, "none": None}
     for _ in range(2):
         run(tmp_path / "run", epochs=1, settings=settings)

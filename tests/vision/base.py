@@ -64,7 +64,7 @@ def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def randomise(model: torch.nn.Module) -> torch.nn.Module:
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
     """Give every tensor values of a sane scale, so that no branch is hidden by its initial scale; eval mode."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
@@ -108,7 +108,7 @@ class PictureTester:
     autocast_tolerance = 0.05
 
     def create(self, **settings: Any) -> Any:
-        return randomise(timm.create_model(self.name, **{"num_classes": 5, **self.tiny, **settings}))
+        return randomize(timm.create_model(self.name, **{"num_classes": 5, **self.tiny, **settings}))
 
     counted: ClassVar[dict[str, Any]] = {}
     """Settings of the form that the paper counts."""
@@ -216,7 +216,7 @@ class PictureTester:
     @torch.no_grad()
     def test_save_and_load(self, tmp_path: Path) -> None:
         model, x = timm.create_model(self.name, num_classes=5, **self.tiny), self.input(1)
-        randomise(model).save_pretrained(tmp_path)
+        randomize(model).save_pretrained(tmp_path)
         close(self.model.from_pretrained(tmp_path)(x), model(x), 1e-6)
         close(timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **self.tiny).eval()(x), model(x), 1e-6)
         # a classifier for other classes and a first convolution for other channels

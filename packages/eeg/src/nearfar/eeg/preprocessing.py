@@ -1,4 +1,4 @@
-"""From a continuous recording to trials: filter, resample, reference, standardise, cut.
+"""From a continuous recording to trials: filter, resample, reference, standardize, cut.
 
 `Preprocessing` holds the settings and is all that a model needs to treat new recordings as those it was trained on.
 """
@@ -47,7 +47,7 @@ class Preprocessing:
     order: "continuous" filters the whole recording and cuts afterwards. "published" is AGTCNet's own order, trial by
         trial: cut; where the rate changes, low-pass at the new Nyquist frequency (Butterworth, order 12, forward and
         backward, in transfer-function form) and FFT resampling; average reference. It has neither band-pass, notch nor
-        standardisation, and the ends of each trial carry the filter's transients.
+        standardization, and the ends of each trial carry the filter's transients.
     """
 
     tmin: float = 0.0
@@ -209,9 +209,9 @@ class Preprocessing:
         )
 
     def apply_trials(self, epochs: mne.BaseEpochs) -> mne.EpochsArray:
-        """Treat trials that were cut elsewhere, each by itself: window, rate, reference, standardisation per trial.
+        """Treat trials that were cut elsewhere, each by itself: window, rate, reference, standardization per trial.
 
-        What takes a continuous recording (band-pass, notch, exponential moving standardisation) is refused as a
+        What takes a continuous recording (band-pass, notch, exponential moving standardization) is refused as a
         `UserError`, as is a window that the trials do not hold. The rate may go up as well, which adds nothing.
         """
         continuous = [name for name in ("l_freq", "h_freq", "notch") if getattr(self, name) is not None]

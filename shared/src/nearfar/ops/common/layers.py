@@ -11,7 +11,7 @@ from nearfar.ops.common.dims import CONVOLUTIONS, check_dims, check_odd
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channel axis of `(B, C, *S)`: y_c = w_c (x_c - mean_c x) / sqrt(var_c x + eps) + b_c.
 
-    The variance is biased. Runs as `F.layer_norm` on the channels-last view, so a channels-last map is normalised
+    The variance is biased. Runs as `F.layer_norm` on the channels-last view, so a channels-last map is normalized
     without a copy and any other comes out channels-last. `eps` defaults to 1e-6.
     """
 

@@ -1,4 +1,4 @@
-"""Context-mixing dynamic convolution (ContMix) and the re-parameterised large kernels that go with it."""
+"""Context-mixing dynamic convolution (ContMix) and the re-parameterized large kernels that go with it."""
 
 import torch
 import torch.nn.functional as F

@@ -11,7 +11,7 @@ from nearfar.ops.common.layers import GELU, DepthwiseConv, DropPath
 class ConvNeXtBlock(nn.Module):
     """x + DropPath(gamma * W2 GELU(W1 LN(DW(x)))), with DW a depthwise k x k convolution.
 
-    Liu et al., "A ConvNet for the 2020s" (2022), section 2.6. DW is biased and keeps the size; LN normalises over
+    Liu et al., "A ConvNet for the 2020s" (2022), section 2.6. DW is biased and keeps the size; LN normalizes over
     channels (eps 1e-6); W1: C -> r C and W2: r C -> C are pointwise and biased; GELU is exact; gamma is a vector.
     `forward` maps (B, C, *S) to (B, C, *S). Cost per position: C k^dims + 2 r C^2 multiply-adds, linear in N.
 

@@ -97,7 +97,7 @@ class LargeKernelPerception(nn.Module):
     """Kernels (B, C/share, k^dims, *S) for every position, from a wide look around it.
 
     W = GN(conv(ReLU(BN conv1(BN DW_K(ReLU(BN conv1(x))))))), of widths C -> C/2 -> C/2 -> k^dims C / share, the last
-    biased; GN has one group per kernel, so a kernel is normalised over its taps and all positions (eps 1e-5).
+    biased; GN has one group per kernel, so a kernel is normalized over its taps and all positions (eps 1e-5).
     Wang et al., "LSNet" (2025), section 3.2. The paper speaks of C/8 groups of channels; in the published code 8 is
     the number of channels that share a kernel, as here. With `causal` the depthwise convolution is left-padded and
     the group norm, which sees every position, is left out.

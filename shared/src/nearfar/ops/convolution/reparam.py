@@ -24,7 +24,7 @@ BRANCHES = {
 class DilatedReparam(nn.Module):
     """BN(DW_K(x)) + sum of BN(DW_(k, dilation r)(x)) over the branches of `BRANCHES[K]`.
 
-    The dilated re-parameterisation of UniRepLKNet (2024) as OverLoCK (2025) takes it. `fuse` spreads every branch over
+    The dilated re-parameterization of UniRepLKNet (2024) as OverLoCK (2025) takes it. `fuse` spreads every branch over
     the large kernel and adds them up: one biased depthwise K-tap convolution, which `merged=True` makes from the
     start. (B, C, *S) to (B, C, *S); merged cost C K^dims per position.
 

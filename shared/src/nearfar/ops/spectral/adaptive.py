@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nearfar.ops.common.dims import check_dims
 from nearfar.ops.common.precision import full_precision
-from nearfar.ops.spectral.fourier import Frequencies, all_frequencies, analyse, low_frequencies, synthesise
+from nearfar.ops.spectral.fourier import Frequencies, all_frequencies, analyse, low_frequencies, synthesize
 
 MODES = ("afno", "fourcastnet", "lowpass")
 """Ways of choosing the frequencies that an AFNO keeps; `kept_frequencies` says how."""
@@ -177,7 +177,7 @@ class AFNO(SpectralMLP):
             if scale != 1:
                 real, imaginary = real * scale, imaginary * scale
             real, imaginary = self.mix(real, imaginary)
-            y = synthesise(real, imaginary, frequencies, size, matrices=matrices)
+            y = synthesize(real, imaginary, frequencies, size, matrices=matrices)
         return x + (y if scale == 1 else y / scale).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -229,5 +229,5 @@ class AdaptiveFrequencyFilter(SpectralMLP):
             mask_real, mask_imaginary = self.mix(real, imaginary)
             filtered_real = mask_real * real - mask_imaginary * imaginary
             filtered_imaginary = mask_real * imaginary + mask_imaginary * real
-            y = synthesise(filtered_real, filtered_imaginary, frequencies, size, matrices=matrices)
+            y = synthesize(filtered_real, filtered_imaginary, frequencies, size, matrices=matrices)
         return x + y.to(x.dtype)

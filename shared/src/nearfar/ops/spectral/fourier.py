@@ -49,7 +49,7 @@ def analyse(
     return spectrum.real, spectrum.imag
 
 
-def synthesise(
+def synthesize(
     real: Float[Tensor, "b c *f"],
     imaginary: Float[Tensor, "b c *f"],
     frequencies: Frequencies,
@@ -79,7 +79,7 @@ def synthesise(
 
 
 def real_fourier(x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-    """Re sum_{p,q} x_pq exp(-2 pi i (n p / N + c q / C)), unnormalised; with real matrices during export."""
+    """Re sum_{p,q} x_pq exp(-2 pi i (n p / N + c q / C)), unnormalized; with real matrices during export."""
     n, c = x.shape[1:]
     if not torch.compiler.is_exporting():
         return torch.fft.fft2(x).real

@@ -148,7 +148,7 @@ def rollout(
     if fields.size != net.image_size:
         raise UserError(f"{fields.source}: its grid is {fields.size}, the net's is {net.image_size}; regrid the fields")
     net = net.to(device)
-    state = torch.from_numpy(statistics.normalise(fields.read(index)))[None].to(next(net.parameters()).device)
+    state = torch.from_numpy(statistics.normalize(fields.read(index)))[None].to(next(net.parameters()).device)
     names = [name.replace("@", "_") for name in statistics.names]
     shown: list[np.ndarray] = []
     with atomic_path(output) as temporary, h5netcdf.File(temporary, "w") as file, progress() as bar:

@@ -155,7 +155,7 @@ def from_plan(
     configuration: Annotated[str, typer.Option(help="Configuration of the plan, such as 2d.")] = "3d_fullres",
     placement: Annotated[str, typer.Option(help="bottleneck (U-Mamba_Bot) or encoder (U-Mamba_Enc).")] = "bottleneck",
 ) -> None:
-    """Write a recipe that trains the U-Mamba of an nnU-Net plan, with nnU-Net's optimiser and loss."""
+    """Write a recipe that trains the U-Mamba of an nnU-Net plan, with nnU-Net's optimizer and loss."""
     if placement not in PLACEMENTS:
         raise UserError(f"--placement {placement}: must be one of {', '.join(PLACEMENTS)}")
     template = yaml.safe_load((RECIPES / "umamba.yaml").read_text(encoding="utf-8"))
@@ -287,7 +287,7 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="Folder of the data set with the truth.")],
     output: Output,
     convention: Annotated[Convention, typer.Option(help="How empty structures count, and units.")] = Convention.nearfar,
-    tolerance: Annotated[float | None, typer.Option(help="Also the normalised surface Dice at this many mm.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Also the normalized surface Dice at this many mm.")] = None,
     worst: Annotated[int, typer.Option(help="Worst cases to show on the page.")] = 3,
     against: Annotated[Path | None, typer.Option(help="Label maps of another method: paired tests.")] = None,
 ) -> None:

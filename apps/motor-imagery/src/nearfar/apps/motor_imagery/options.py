@@ -45,7 +45,7 @@ Window = Annotated[
 Band = Annotated[tuple[float, float] | None, typer.Option(help="Band-pass in Hz, e.g. 4 38. (default: as recorded)")]
 Notch = Annotated[float | None, typer.Option(help="Remove this mains frequency and its harmonics, in Hz.")]
 Resample = Annotated[float | None, typer.Option("--resample", help="Resample to this rate, in Hz.")]
-Standardize = Annotated[Standardization | None, typer.Option(help="Standardise each channel. (default: no)")]
+Standardize = Annotated[Standardization | None, typer.Option(help="Standardize each channel. (default: no)")]
 Published = Annotated[
     bool,
     typer.Option(

@@ -24,7 +24,7 @@ CAPTIONS = {
     "training": "Training curves of the networks: thin lines are single fits, thick ones their mean.",
     "confusion": "Confusion matrix",
     "spatial": "Spatial weights of the last fit",
-    "desynchronisation": "Event-related desynchronisation: change of power against the time before the cue.",
+    "desynchronization": "Event-related desynchronization: change of power against the time before the cue.",
 }
 
 
@@ -81,7 +81,7 @@ def evaluation_page(folder: Path, report: Report | None = None, level: int = 2) 
     )
     report.table(summary_rows(tables["summary"], rows))
     columns = ["model", "subject", "session", "repeat", "n_train", "n_test", "accuracy", "kappa", "chance_bound"]
-    _figures(report, folder / "figures", "subjects", "training", "confusion", "spatial", "desynchronisation")
+    _figures(report, folder / "figures", "subjects", "training", "confusion", "spatial", "desynchronization")
     report.section("All results", level + 1).table(rows[columns].to_dict("records"))
     comparison = pd.read_csv(folder / "comparison.csv")
     if len(comparison):

@@ -140,7 +140,7 @@ def embed(
     mix_channels: MixChannels = False,
     device: Device = "auto",
 ) -> None:
-    """Write the embeddings of recordings, before normalisation. Nothing is gated; the qualities are written too."""
+    """Write the embeddings of recordings, before normalization. Nothing is gated; the qualities are written too."""
     refuse_folder(output)
     system = SpeakerSystem.load(model, device)
     utterances = _recordings(paths, layout)
@@ -175,7 +175,7 @@ def enroll(
     min_bandwidth: LeastBandwidth = GATE.bandwidth,
     device: Device = "auto",
 ) -> None:
-    """Put a speaker into a gallery: the mean of the normalised embeddings of their recordings."""
+    """Put a speaker into a gallery: the mean of the normalized embeddings of their recordings."""
     system = SpeakerSystem.load(model, device)
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)
     embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels)

@@ -230,7 +230,7 @@ def read_pipe(file: Readable, raw: str | None = None) -> tuple[int, Iterator[Sam
     Unbuffered, or blocks come in the buffer's size. raw: samples without a header, as `CODING:RATE[:CHANNELS]` with
     ffmpeg's word for the coding: "s16le:16000", "f32le:48000:2".
 
-    Raises UserError where nothing is recognised, and from the iterator for damage or values that are no numbers.
+    Raises UserError where nothing is recognized, and from the iterator for damage or values that are no numbers.
     """
     options = {}
     coding, *numbers = (raw or "").split(":")

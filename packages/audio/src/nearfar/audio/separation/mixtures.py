@@ -60,7 +60,7 @@ def find_mixtures(
         `s{}`; in LibriMix `mix_clean`; in WHAM! `mix_both`; in WHAMR! `mix_both_reverb` with `s{}_anechoic`, the
         standard task: separate, remove the noise and the reverberation.
 
-    Raises UserError where nothing is recognised, the tree leaves a choice (it is listed), or files are missing.
+    Raises UserError where nothing is recognized, the tree leaves a choice (it is listed), or files are missing.
     """
     root = Path(root)
     if root.is_file():

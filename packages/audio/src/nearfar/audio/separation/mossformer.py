@@ -312,7 +312,7 @@ VARIANTS: dict[str, tuple[type[MossFormer], dict[str, Any]]] = {
 
 
 def create_model(variant: str, **settings: Any) -> MossFormer:
-    """A freshly initialised model of the named size; `settings` override or add constructor arguments.
+    """A freshly initialized model of the named size; `settings` override or add constructor arguments.
 
     Raises ValueError for an unknown name.
     """

@@ -66,7 +66,7 @@ class Recipe:
             raise ValueError("learning_rate and seconds must be positive and factor between 0 and 1")
 
     def build(self) -> MossFormer:
-        """A freshly initialised model."""
+        """A freshly initialized model."""
         settings = {"num_speakers": self.num_speakers, "sample_rate": self.rate, **self.model}
         return create_model(self.variant, **settings)
 
@@ -84,7 +84,7 @@ def seen_by(*sets: Any) -> TrainedOn:
 
 
 class SeparationTraining(pl.LightningModule):
-    """The model with its loss and optimiser. Logs `loss` and `si_sdri` (validation, dB over the mixture)."""
+    """The model with its loss and optimizer. Logs `loss` and `si_sdri` (validation, dB over the mixture)."""
 
     def __init__(self, model: MossFormer, recipe: Recipe) -> None:
         super().__init__()

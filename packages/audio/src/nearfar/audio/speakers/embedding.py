@@ -21,7 +21,7 @@ from nearfar.core.finite import check_finite
 
 @dataclass(frozen=True)
 class Embedded:
-    """An utterance's embedding, before normalisation, and its quality."""
+    """An utterance's embedding, before normalization, and its quality."""
 
     embedding: NDArray[np.float32]
     quality: Quality
@@ -41,7 +41,7 @@ def model_digest(model: SpeakerEncoder) -> str:
 class Embedder:
     """Recordings to embeddings, each whole and on its own, with a cache on disk.
 
-    A recording longer than `max_seconds` is embedded in equal parts of at most that length and their normalised
+    A recording longer than `max_seconds` is embedded in equal parts of at most that length and their normalized
     embeddings are averaged, so memory does not grow with its length.
 
     Args:

@@ -38,7 +38,7 @@ def sample_mask(waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
 class MaskedGroupNorm(nn.GroupNorm):
     """GroupNorm with one group per channel that takes its statistics over the real frames (`mask`) only.
 
-    The base wav2vec2, HuBERT and WavLM normalise their first convolution over all of time, so padding would change
+    The base wav2vec2, HuBERT and WavLM normalize their first convolution over all of time, so padding would change
     every frame of a padded item; with the mask it changes none.
     """
 
@@ -112,7 +112,7 @@ class SelfSupervised(nn.Module):
         """A backbone from a folder that transformers saved, or from the Hugging Face hub by `hub:NAME`.
 
         `normalize=None` follows the preprocessor config that lies with it; the authors' trainer of the layer-aware TDNN
-        never normalises: pass False for it.
+        never normalizes: pass False for it.
 
         Raises UserError where it cannot be read, or has no preprocessor config and `normalize` is None.
         """
@@ -132,7 +132,7 @@ class SelfSupervised(nn.Module):
         except (OSError, ValueError, AttributeError) as error:
             if normalize is None:
                 raise UserError(
-                    f"{name}: has no preprocessor_config.json that says whether to normalise the samples; "
+                    f"{name}: has no preprocessor_config.json that says whether to normalize the samples; "
                     "add it or choose by hand"
                 ) from error
         try:

@@ -120,7 +120,7 @@ class LTDNN(SpeakerHead):
         dropout: in both pools (0.1).
         kernel_size, num_blocks, dilations, scale, depth, se_channels: see `FrameNetwork`.
 
-    Shapes: hidden states `(B, L, T, D)`, mask `(B, T)`, to `(B, embedding_dim)`, before L2 normalisation.
+    Shapes: hidden states `(B, L, T, D)`, mask `(B, T)`, to `(B, embedding_dim)`, before L2 normalization.
 
     With D = 768 and L = 13 the ECAPA form has 5.717 M parameters and the D3Net form 6.481 M; at 50 frames per second
     they cost about 2.98 and 3.47 GMAC per second of speech.
@@ -299,7 +299,7 @@ class SpeakerEncoder(nn.Module):
     """Samples to speaker embeddings: a front end (`SelfSupervised` or `KaldiFbank`) and a head that fits it.
 
     `model(waveforms, lengths)` takes `(B, N)` samples in [-1, 1] at `model.sample_rate` and returns `(B, E)` before L2
-    normalisation, which is what the classification loss trains; compare embeddings by cosine. A shorter item in a
+    normalization, which is what the classification loss trains; compare embeddings by cosine. A shorter item in a
     padded batch gets the embedding that it has alone.
 
     Raises:

@@ -80,7 +80,7 @@ class SpeakerSystem:
     @property
     def convention(self) -> str:
         """How scores are made, in words, for the record."""
-        words = "PLDA of length-normalised embeddings" if self.backend == "plda" else "cosine"
+        words = "PLDA of length-normalized embeddings" if self.backend == "plda" else "cosine"
         words += " after subtracting the training mean" if self.mean is not None else ""
         if self.backend == "plda":
             return words

@@ -40,7 +40,7 @@ class Recipe:
     `responses` are folders for augmentation, applied with `augment_probability`; `validation` is the share of the
     speakers that is kept apart to choose the epoch.
     Loss: AAM-softmax with `margin` (ramped up over `margin_epochs`), `scale`, `sub_centers`, `top_k`, `penalty`.
-    Optimisation: `epochs` (0 leaves the network untrained, to compare with), Adam, `schedule` "cosine" (10 % warm-up)
+    Optimization: `epochs` (0 leaves the network untrained, to compare with), Adam, `schedule` "cosine" (10 % warm-up)
     or "onecycle", `learning_rate` for the head and `backbone_learning_rate` for what is tuned of the backbone,
     gradient norm at most `clip`.
     """

@@ -13,7 +13,7 @@ from nearfar.medical.data.scans import NIFTI, NRRD, PICTURES
 
 
 def find_cases(folder: str | Path) -> Collection:
-    """Recognise the layout of `folder` and list its cases; see `LAYOUTS`.
+    """Recognize the layout of `folder` and list its cases; see `LAYOUTS`.
 
     Raises UserError where nothing in it can be read here.
     """
@@ -321,4 +321,4 @@ LAYOUTS: tuple[Callable[[Path], Collection | None], ...] = (
     _pairs,
     _loose,
 )
-"""Recognisers, tried in this order."""
+"""Recognizers, tried in this order."""

@@ -88,7 +88,7 @@ def check_tile_split(train: Iterable[Tile], validation: Iterable[Tile]) -> None:
 def aggregate(probabilities: Tensor, how: str = "mean") -> Tensor:
     """Class probabilities of a slide `(K,)` from those of its tiles `(N, K)`.
 
-    "mean" averages, "vote" counts each tile's most likely class, "max" takes each class's highest and normalises.
+    "mean" averages, "vote" counts each tile's most likely class, "max" takes each class's highest and normalizes.
     """
     if how not in AGGREGATIONS:
         raise ValueError(f"how is {how!r}; allowed are {', '.join(AGGREGATIONS)}")

@@ -40,7 +40,7 @@ def card_of(kind: type) -> Card:
 
 
 def evaluation_transform(size: int, crop_pct: float = 0.875, crop_mode: str = "center") -> Callable:
-    """Shorter side to floor(size / crop_pct), bicubic, centre crop (or the whole picture squashed), normalisation."""
+    """Shorter side to floor(size / crop_pct), bicubic, centre crop (or the whole picture squashed), normalization."""
     return create_transform(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="bicubic")
 
 

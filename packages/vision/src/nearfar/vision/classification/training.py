@@ -51,7 +51,7 @@ class Recipe:
     epochs: int = 30
     batch_size: int = 64
     accumulate: int = 1
-    """Batches per step of the optimiser."""
+    """Batches per step of the optimizer."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     learning_rate_batch: int = 0
@@ -139,7 +139,7 @@ def augmentation(recipe: Recipe) -> dict[str, Any]:
 
 
 def training_transform(recipe: Recipe) -> Callable:
-    """Random crop, flip, RandAugment or colour jitter, tensor, normalisation, random erasing."""
+    """Random crop, flip, RandAugment or colour jitter, tensor, normalization, random erasing."""
     transform = create_transform(is_training=True, **augmentation(recipe))
     mend_posterize(transform)
     return transform
@@ -159,7 +159,7 @@ def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 class ClassifierModule(pl.LightningModule):
-    """Lightning's view of a classifier in training: loss, optimiser, averaged weights, validation accuracy.
+    """Lightning's view of a classifier in training: loss, optimizer, averaged weights, validation accuracy.
 
     `validation_pictures`: their number; what a distributed sampler repeats beyond it does not count.
     """

@@ -202,7 +202,7 @@ class Statistics:
     last: str
     digest: str
 
-    def normalise(self, fields: np.ndarray) -> np.ndarray:
+    def normalize(self, fields: np.ndarray) -> np.ndarray:
         return (fields - self.mean[:, None, None]) / self.std[:, None, None]
 
     def restore(self, fields: np.ndarray) -> np.ndarray:

@@ -70,7 +70,7 @@ def relative_l2(forecast: Tensor, truth: Tensor) -> Tensor:
 
 
 class Windows(Dataset):
-    """Normalised stretches of steps + 1 fields, (steps + 1, C, H, W); a series of up to `memory` bytes is read once."""
+    """Normalized stretches of steps + 1 fields, (steps + 1, C, H, W); a series of up to `memory` bytes is read once."""
 
     def __init__(self, fields: Fields, statistics: Statistics, steps: int, memory: int = 2**29) -> None:
         self.fields, self.statistics, self.steps = fields, statistics, steps
@@ -78,7 +78,7 @@ class Windows(Dataset):
         self.held = np.stack([self.read(i) for i in range(len(fields))]) if fits else None
 
     def read(self, index: int) -> np.ndarray:
-        return self.statistics.normalise(self.fields.read(index)).astype(np.float32)
+        return self.statistics.normalize(self.fields.read(index)).astype(np.float32)
 
     def __len__(self) -> int:
         return max(len(self.fields) - self.steps, 0)

@@ -61,7 +61,7 @@ class AttBlock(nn.Module):
 class AttNet(Backbone):
     """Two strided stem convolutions, four stages of `AttBlock`, strided convolutions between, pooled classifier.
 
-    Input (B, in_chans, H, W) with H, W >= 32; strided layers round other sizes up. The generated kernels summarise
+    Input (B, in_chans, H, W) with H, W >= 32; strided layers round other sizes up. The generated kernels summarize
     bands of rows, so that a network trained at one size sees others differently.
 
     Args:

@@ -16,7 +16,7 @@ from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.predicted_sparsity import Connectivity, ConnectivityPredictor, PredictedSparseAttention
 from nearfar.ops.common.layers import DropPath
-from nearfar.ops.tokens.reorganise import keep_count
+from nearfar.ops.tokens.reorganize import keep_count
 from nearfar.vision.models.pyramid import drop_path_rates, linear
 from nearfar.vision.models.registry import Variant, register
 from nearfar.vision.models.tokens import (

@@ -42,7 +42,7 @@ class Calibration:
         seed: int = 0,
         notes: Mapping[str, Any] | None = None,
     ) -> "Calibration":
-        """Fit by logistic regression whose trials weigh as if `prior` of them were targets; prior 0.5 minimises Cllr.
+        """Fit by logistic regression whose trials weigh as if `prior` of them were targets; prior 0.5 minimizes Cllr.
 
         Newton's method on the convex objective, to convergence. With `smoothing` the labels are Platt's, (n+1)/(n+2)
         and 1/(n+2): few trials then never claim certainty, and many are not affected. Without, it is the plain maximum
@@ -127,7 +127,7 @@ class Calibration:
 
 
 def _fit_logistic(x: Array, labels: Array, weights: Array, prior: float, smoothing: bool) -> Array:
-    """(weights..., bias) of the log-likelihood ratio that minimises the prior-weighted cross entropy."""
+    """(weights..., bias) of the log-likelihood ratio that minimizes the prior-weighted cross entropy."""
     targets, others = weights * labels, weights * (1 - labels)
     if targets.sum() == 0 or others.sum() == 0:
         raise ValueError("needs targets and non-targets")
@@ -189,7 +189,7 @@ def quality_features(
 ) -> Array:
     """Inputs `(n, 13)` or `(n, 9)` for a calibration that knows about quality (QMF); names in `QUALITY_NAMES`.
 
-    "wespeaker": the normalised score and, of duration (at most 20 s), embedding norm after mean subtraction and cohort
+    "wespeaker": the normalized score and, of duration (at most 20 s), embedding norm after mean subtraction and cohort
     mean: least, greatest, difference and greatest over least of the two sides. "lap": the score and, of each side, log
     duration, L1 and L2 norm and standard deviation of the embedding. Each pair is (enrolment, test), one row per trial.
     (The published calibrations stop a gradient method early; `Calibration.fit` goes on to the optimum.)
