@@ -218,7 +218,7 @@ def _fit(value: Any, hint: Any, key: Key, source: _Source) -> Any:
         if lacking := _lacking(kind, inner):  # type: ignore[arg-type]
             raise source.error(key, f"lacks {', '.join(lacking)}")
         try:
-            return kind(**inner)
+            return kind(**inner)  # type: ignore[operator]
         except (TypeError, ValueError, OverflowError) as error:
             raise source.error(key, str(error)) from error
     if isinstance(value, float | int) and not isinstance(value, bool):

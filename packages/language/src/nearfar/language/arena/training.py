@@ -118,7 +118,7 @@ def train_on_arena(
         ArenaModule(model, recipe),
         *loaders,
         epochs=epochs,
-        max_steps=recipe.steps,
+        limit_train_batches=min(recipe.steps, max(1, len(loaders[0]))),  # beyond `steps` the rate is 0
         monitor="validation_accuracy",
         seed=recipe.seed,
         folder=Path(folder) / "run",
