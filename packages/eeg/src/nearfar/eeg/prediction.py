@@ -74,7 +74,8 @@ def decode_all_along(
 
     Also the scores of the commands by the events, and what is needed to draw both, where the events' classes are known.
     """
-    n_times, sfreq = decoder.network.n_times, decoder.sfreq
+    network: Any = decoder.network
+    n_times, sfreq = int(network.n_times), decoder.sfreq
     known = events or recording.events or {name: name for name in decoder.classes}
     marks = {name: decoder.classes.index(cls) for name, cls in event_classes(known).items() if cls in decoder.classes}
     scores: dict[str, float] = {}
@@ -119,5 +120,6 @@ def _seen(decoder: Decoder, X: np.ndarray) -> list[bool]:
 
 def _rows(decoder: Decoder, onsets: np.ndarray, probabilities: np.ndarray, threshold: float) -> pd.DataFrame:
     answers = [decoder.classes[row.argmax()] if row.max() >= threshold else "n/a" for row in probabilities]
-    columns = {"onset": onsets, "duration": decoder.network.n_times / decoder.sfreq, "trial_type": answers}
+    network: Any = decoder.network
+    columns = {"onset": onsets, "duration": network.n_times / decoder.sfreq, "trial_type": answers}
     return pd.DataFrame(columns | {f"p_{name}": probabilities[:, i] for i, name in enumerate(decoder.classes)})

@@ -334,7 +334,7 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
             raise UserError(
                 f"{path}, line {line}: {odd[0]} is {row[odd[0]]!r}, no number; mend it or run the sweep again"
             )
-        if not all(math.isfinite(row[name]) for name in ("dim", "learning_rate", *NUMBERS)):
+        if not all(math.isfinite(float(row[name])) for name in ("dim", "learning_rate", *NUMBERS)):
             raise UserError(f"{path}, line {line}: a number is not finite; run the sweep again")
     if not rows:
         raise UserError(f"{path}: no results of a recall sweep")

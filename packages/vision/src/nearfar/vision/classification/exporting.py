@@ -28,6 +28,9 @@ TOLERANCE = 1e-3
 class Deployed(nn.Module):
     """Pictures (B, 3, H, W), RGB from 0 to 255, to class probabilities (B, classes)."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -137,7 +140,7 @@ def check(classifier: Classifier, path: Path, pictures: Pictures, sizes: Sequenc
         data = pictures.subset(range(len(pictures)), pixels_for(size, classifier))
         errors, equal = [], 0
         for first in range(0, len(data), 16):
-            images = torch.stack([data[i][0] for i in range(first, min(first + 16, len(data)))])
+            images = _batch(data, first, 16)
             with torch.no_grad():
                 want = deployed(images).numpy()
             got = run(images.numpy())
@@ -157,12 +160,20 @@ def pixels_for(size: int, classifier: Classifier) -> Callable[[Image.Image], Ten
     return lambda picture: steps(picture).float()
 
 
+def _batch(data: Pictures, first: int, number: int) -> Tensor:
+    """Pictures from `first` on, transformed to tensors."""
+    pictures: list[Any] = [data[i][0] for i in range(first, min(first + number, len(data)))]
+    return torch.stack(pictures)
+
+
 def _write_onnx(program: Any, path: Path, told: dict[str, str], refuse: Callable[[str], UserError]) -> None:
     import onnx
 
-    names = {"input_names": ["images"], "output_names": ["probabilities"]}
     try:
-        torch.onnx.export(program, (), path, verbose=False, external_data=False, **names)
+        torch.onnx.export(
+            program, (), path, verbose=False, external_data=False, input_names=["images"],
+            output_names=["probabilities"],
+        )  # fmt: skip
     except Exception as error:  # the exporter's own kinds
         raise refuse(f"has no ONNX form: {_line(error)}") from error
     model = onnx.load(path)
@@ -186,7 +197,7 @@ def _quantize(path: Path, pictures: Pictures, told: dict[str, str], pixels: Call
             first = next(self.batches, None)
             if first is None:
                 return None
-            return {"images": torch.stack([data[i][0] for i in range(first, min(first + 8, len(data)))]).numpy()}
+            return {"images": _batch(data, first, 8).numpy()}
 
     ready = path.with_name("ready.onnx")
     quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)

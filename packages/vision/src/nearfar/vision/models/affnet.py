@@ -209,7 +209,7 @@ class AFFNet(Backbone):
         return rename(rename(state, cls.RULES), [(r"\.block\.", ".")], anywhere=True)
 
     @classmethod
-    def stride(cls, settings: Mapping[str, Any]) -> int:
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
         return settings.get("output_stride", 32)
 
     @classmethod

@@ -76,7 +76,7 @@ class PictureModel(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def stride(cls, settings: Mapping[str, Any]) -> int:
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
         """Pixels of the input between the last features of the model with these settings."""
         return 32
 

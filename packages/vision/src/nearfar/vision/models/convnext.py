@@ -147,7 +147,7 @@ class ConvNeXt(Backbone):
             parameter.data.mul_(head_init_scale)
 
     @classmethod
-    def stride(cls, settings: Mapping[str, Any]) -> int:
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
         return settings.get("patch_size", 4) * 2 ** (len(settings["depths"]) - 1)
 
     def dilates(self) -> bool:

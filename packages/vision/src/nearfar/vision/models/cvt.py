@@ -183,7 +183,7 @@ class CvT(TokenModel):
         self.apply(init_linear)
 
     @classmethod
-    def stride(cls, settings: Mapping[str, Any]) -> int:
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
         return math.prod(settings.get("strides", (4, 2, 2)))
 
     def embed(self, x: Tensor) -> State:

@@ -300,7 +300,7 @@ class GMMPiT(MaskedModel):
         return tuple(range(len(settings["depths"])))
 
     @classmethod
-    def stride(cls, settings: Mapping[str, Any]) -> int:
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
         return settings.get("patch_size", 2) * 2 ** (len(settings["depths"]) - 1)
 
     def apply_block(self, index: int, state: State) -> State:

@@ -153,7 +153,7 @@ class LSNet(Backbone):
         return len(settings["depths"]) + 2
 
     @classmethod
-    def stride(cls, settings: Mapping[str, Any]) -> int:
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
         return 2 ** (len(settings["depths"]) + 2)
 
     @classmethod

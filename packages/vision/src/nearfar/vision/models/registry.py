@@ -77,7 +77,7 @@ def register(model: type[Any], variants: Mapping[str, Variant]) -> None:
                 "input_size": (3, weights.size, weights.size),
                 "min_input_size": (3, model.min_size, model.min_size),
                 "fixed_input_size": False,
-                "pool_size": (weights.size // model.stride(variant.settings),) * 2,
+                "pool_size": (weights.size // model.last_stride(variant.settings),) * 2,
                 "crop_pct": weights.crop_pct,
                 "crop_mode": weights.crop_mode,
                 "interpolation": "bicubic",

@@ -188,7 +188,7 @@ class TNT(TokenModel):
         self.apply(init_linear)
 
     @classmethod
-    def stride(cls, settings: Mapping[str, Any]) -> int:
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
         return PATCH
 
     def embed(self, x: Tensor) -> State:
@@ -465,7 +465,7 @@ class PyramidTNT(TokenModel):
         return grids
 
     @classmethod
-    def stride(cls, settings: Mapping[str, Any]) -> int:
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
         return 64
 
     def embed(self, x: Tensor) -> State:

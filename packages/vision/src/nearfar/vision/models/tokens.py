@@ -284,7 +284,7 @@ class TokenModel(PictureModel):
         return cls.default_indices
 
     @classmethod
-    def stride(cls, settings: Mapping[str, Any]) -> int:
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
         takes = signature(cls).parameters
         return settings.get("stride") or settings.get("patch_size") or takes["patch_size"].default
 

@@ -166,7 +166,7 @@ class VOLO(TokenModel):
         self.apply(init_linear)
 
     @classmethod
-    def stride(cls, settings: Mapping[str, Any]) -> int:
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
         return 16
 
     @classmethod
