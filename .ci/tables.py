@@ -30,7 +30,8 @@ def vision() -> list[list[str]]:
         names = [name for name, model in MODELS.items() if model is kind]
         shared = commonprefix(names).rpartition("_")[0] + "_"  # noqa: RUF071 (no paths)
         listed = f"{shared}{{{','.join(name.removeprefix(shared) for name in names)}}}" if names[1:] else "".join(names)
-        rows.append([card.title, f"`{listed or f'{kind.__module__}.{kind.__name__}'}`", card.what])  # type: ignore[union-attr]
+        place = f"{kind.__module__}.{kind.__name__}" if kind else "nearfar.vision.explain"
+        rows.append([card.title, f"`{listed or place}`", card.what])
     return rows
 
 

@@ -99,12 +99,12 @@ def timed(action: Callable[[], object], device: str) -> float:
 def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
     """One step of SGD on random labels."""
     labels = torch.arange(len(x), device=x.device)
-    optimiser = torch.optim.SGD(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
     def step() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), labels).backward()
-        optimiser.step()
+        optimizer.step()
 
     return step
 

@@ -35,7 +35,7 @@ from nearfar.ops.recurrence.rwkv4 import RWKV4TimeMix
 
 
 class MambaLoop(Mamba):
-    """The selective scan as a loop over positions on materialised decays."""
+    """The selective scan as a loop over positions on materialized decays."""
 
     def forward(self, x: Tensor) -> Tensor:
         u, z = self.in_proj(x).chunk(2, -1)

@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/chasedb1"))
     options = parser.parse_args()
-    recipe = read_recipe(Recipe, RECIPES[options.job])
+    recipe = read_recipe(Recipe, options.job, folder=RECIPES)
     if options.job == "brain":
         collection = find_cases(write_brain(options.output / "data", resolution=2))
         test, train = [[case] for case in collection.cases]

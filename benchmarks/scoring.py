@@ -3,7 +3,7 @@
     uv run --group bench python benchmarks/scoring.py [--trials 580000] [--utterances 145000] [--cohort 6000]
 
 Synthetic 192-d embeddings. Next to it, on a subset: speechbrain's EER and minDCF, whose time grows with the square of
-the trials, and a loop that normalises one trial at a time, compared per trial. Both must give our numbers.
+the trials, and a loop that normalizes one trial at a time, compared per trial. Both must give our numbers.
 """
 
 import argparse
@@ -38,14 +38,14 @@ def embeddings(rng: np.random.Generator, centers: np.ndarray, speakers: np.ndarr
 
 def one_by_one(x, left, right, scores, cohort, top_n):
     """AS-norm as scripts do it: both sides meet the cohort anew in each trial."""
-    normalised = np.empty(len(scores))
+    normalized = np.empty(len(scores))
     for n, (i, j, score) in enumerate(zip(left, right, scores)):
         total = 0.0
         for side in (x[i], x[j]):
             top = np.sort(cohort @ side)[-top_n:]
             total += (score - top.mean()) / top.std()
-        normalised[n] = total / 2
-    return normalised
+        normalized[n] = total / 2
+    return normalized
 
 
 def main() -> None:

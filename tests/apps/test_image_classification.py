@@ -184,7 +184,7 @@ def test_recipes_by_name_and_corrupt_training_pictures(data: Path, tmp_path: Pat
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["finished"]
     assert record["settings"]["cutmix"] == 1.0
-    with pytest.raises(UserError, match=r"nor a published recipe; those are .*hornet_1k"):
+    with pytest.raises(UserError, match=r"none that comes along; those are .*hornet_1k"):
         call("train", data, "-o", tmp_path, "--recipe", "hornet_2k")
 
 
@@ -200,3 +200,110 @@ def test_small_network_beats_the_pixels_on_photographs(shared_data: Callable[[st
     rows = compare(["linear", "small-attnet_xxs"], learn, hold, recipe, tmp_path)
     assert rows[1]["accuracy"] > 0.75  # half would be chance
     assert rows[1]["accuracy"] >= rows[0]["accuracy"]
+
+
+def test_explain(data: Path, tmp_path: Path) -> None:
+    """A table with a verdict on each map, a page, and what cannot be explained."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=2)
+    Classifier(model.eval(), "test_resnet", ["digit0", "digit1"], 32, 1.0).save(tmp_path / "run")
+    pictures = sorted((data / "test").rglob("*.png"))[:2]
+    words = ["explain", tmp_path / "run", *pictures, "-o", tmp_path / "maps", "--steps", 8, "--check"]
+    rows = json.loads(call(*words, "--method", "normgrad", "--method", "relevance", "--json"))
+    assert [(row["method"], row["file"]) for row in rows] == [
+        (method, str(picture)) for picture in pictures for method in ("normgrad", "relevance")
+    ]
+    for row in rows:
+        assert row["beats noise"] == (row["score"] > row["noise"])
+        assert -1 <= row["when shuffled"] <= 1
+    assert all(row["unaccounted"] < 0.01 for row in rows if row["method"] == "relevance")
+    assert (tmp_path / "maps" / "page.html").stat().st_size > 10_000
+    assert len((tmp_path / "maps" / "maps.csv").read_text().splitlines()) == 5
+    ranking = json.loads((tmp_path / "maps" / "ranks.json").read_text())
+    assert {row["method"] for row in ranking} == {"normgrad", "relevance"}
+    text = call("explain", tmp_path / "run", pictures[0], "-o", tmp_path / "one", "--target", "digit1", "--steps", 4)
+    assert "normgrad: beats noise and edges on" in text
+    for option, message in (
+        (["--target", "digit7"], "is none of the 2 classes"),
+        (["--method", "magic"], "no such method"),
+        (["--layer", "nowhere"], "has no nowhere"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call("explain", tmp_path / "run", pictures[0], "-o", tmp_path / "bad", *option)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    with pytest.raises(BatchError, match=r"broken\.png"):
+        call("explain", tmp_path / "run", pictures[0], broken, "-o", tmp_path / "two", "--method", "gradient")
+
+
+@pytest.fixture(scope="module")
+def two_models(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small transformer and a small CNN that know two digits."""
+    root = tmp_path_factory.mktemp("models")
+    for name in ("small-evit_deit_tiny", "test_resnet"):
+        words = ["--model", name, *SHORT, "--set", "epochs=6"]
+        call("train", data, "-o", root / name, *words, "--json")
+    return root / "small-evit_deit_tiny", root / "test_resnet"
+
+
+def test_prune(data: Path, two_models: tuple[Path, Path], tmp_path: Path) -> None:
+    words = [
+        "prune",
+        two_models[0],
+        data,
+        "--split",
+        "test",
+        "-o",
+        tmp_path,
+        "--keep",
+        0.5,
+        "--write",
+        tmp_path / "few",
+    ]
+    rows = json.loads(call(*words, "--loss", 1, "--json"))
+    assert [row["keep rate"] for row in rows] == [1, 0.5]
+    assert rows[1]["MMACs"] < rows[0]["MMACs"]
+    assert {"table.csv", "table.json", "plot.png", "page.html"} <= {p.name for p in tmp_path.iterdir()}
+    written = Classifier.load(tmp_path / "few")
+    fastest = max(rows, key=lambda row: row["pictures/s"])["keep rate"]
+    assert written.model.keep_rate == fastest
+    assert json.loads(call(*words, "--loss", 1, "--json")) == rows, "what is done is not measured again"
+    with pytest.raises(UserError, match="holds results of other model"):
+        call("prune", tmp_path / "few", data, "--split", "train", "-o", tmp_path)
+    with pytest.raises(UserError, match="keeps no tokens"):
+        call("prune", two_models[1], data, "-o", tmp_path / "cnn", "--split", "test")
+    with pytest.raises(UserError, match=r"--keep 1.5: is a share of the tokens in \(0, 1\]"):
+        call("prune", two_models[0], data, "-o", tmp_path / "x", "--keep", 1.5)
+    with pytest.raises(UserError, match=r"no such file or folder; to take a model .* write hub:deit_of_dreams"):
+        call("prune", "deit_of_dreams", data, "-o", tmp_path / "x")
+    with pytest.raises(UserError, match="hub:deit_of_dreams: timm has no model of this name"):
+        call("prune", "hub:deit_of_dreams", data, "-o", tmp_path / "x")
+
+
+def test_robustness(data: Path, two_models: tuple[Path, Path], tmp_path: Path) -> None:
+    words = ["robustness", *two_models, data, "--split", "test", "-o", tmp_path, "--patch", 8, "--steps", 5]
+    words += ["--attacked", 4, "--seeds", 2, "--corruption", "contrast", "--corruption", "fog", "--temperature", 1]
+    words += ["--temperature", 1.5, "--json"]
+    none = json.loads(call(*words, "--seconds", 0))
+    assert [row["accuracy"] > 0.8 for row in none] == [True, True]
+    spoilt = data / "test/digit0/broken.png"
+    spoilt.write_bytes(b"not a picture")
+    try:
+        with pytest.raises(BatchError, match=r"broken\.png"):
+            call(*words)
+    finally:
+        spoilt.unlink()
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert {row["corruption"] for row in result["corruptions"]} == {"contrast", "fog"}
+    assert len(result["adversarial"]) == 4
+    assert [row["T"] for row in result["temperature"]] == [1, 1.5]
+    for row in result["temperature"]:
+        assert row["adaptive (%)"] >= row["transferred (%)"]
+    assert len(result["places"]) == 2
+    assert {row["attack"] for row in result["occlusion"]} == {"replacement", "drop", "permutation"}
+    for row in result["adversarial"]:
+        assert row["pictures"] <= 4
+    with pytest.raises(UserError, match="32 x 32 are smaller than a patch of 64"):
+        call("robustness", two_models[1], data, "--split", "test", "-o", tmp_path / "y", "--patch", 64)
+    with pytest.raises(UserError, match="corruption 'rain' is unknown"):
+        call("robustness", two_models[1], data, "-o", tmp_path / "y", "--corruption", "rain")

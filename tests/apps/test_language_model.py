@@ -101,7 +101,7 @@ def test_audit_of_ours_passes(trained):
         (["train", "book.txt", "--output", "x", "--set", "mixers=[atention]"], "unknown mixer 'atention'"),
         (["train", "book.txt", "--output", "x", "--set", "width=3"], "unknown setting width"),
         (["train", "book.txt", "--output", "x", "--set", "context=100000"], "use more text"),
-        (["evaluate", "no/such/model", "book.txt"], "no/such/model: no causal language model"),
+        (["evaluate", "no/such/model", "book.txt"], "no/such/model: no such file or folder"),
         (["evaluate", "model"], "name texts to score"),
         (["generate", "model"], "prompt"),
         (["generate", "model", "a", "--load-state", "book.txt"], "no saved state"),

@@ -110,6 +110,19 @@ def test_predict_all_along_scores_commands_and_draws(decoder, tmp_path, capsys):
     assert "bits/min" in capsys.readouterr().out
 
 
+def test_trials_seen_in_training_are_marked(decoder, tmp_path, capsys):
+    new = recording(tmp_path / "new_raw.fif", seed=5)
+    for every in ([], ["--every", "0.5"]):
+        assert (
+            run("predict", decoder, decoder.parent / "train_raw.fif", new, "-o", tmp_path / f"o{len(every)}", *every)
+            == 0
+        )
+        assert capsys.readouterr().out.count("12 of 12 seen in training") == 1
+    tables = [pd.read_csv(tmp_path / "o0" / f"{name}_raw_predictions.tsv", sep="\t") for name in ("train", "new")]
+    assert tables[0]["seen_in_training"].all()
+    assert "seen_in_training" not in tables[1]
+
+
 def test_threshold_abstains(decoder, tmp_path):
     new = recording(tmp_path / "new_raw.fif", seed=5)
     assert run("predict", decoder, new, "-o", tmp_path / "out", "--threshold", "1.0") == 0
@@ -137,6 +150,11 @@ def test_train_tests_once_and_fine_tunes(decoder, tmp_path, capsys):
     assert description["training"]["start"] == str(decoder)
     assert description["training"]["history"][0]["lr"] == 5e-4
     assert description["metrics"]["trials"]["test"] == 12
+    assert "marked" not in description["metrics"]["test"]
+    assert len(description["trained_on"]["items"]) == 12  # the decoder it began from has seen the same
+    known = decoder.parent / "train_raw.fif"
+    assert run("train", second, "--test", known, "--start", decoder, "-o", tmp_path / "again", *TRAINING) == 0
+    assert "12 of 12 seen in training: too good" in " ".join(capsys.readouterr().out.split())
 
 
 def test_train_refuses_test_trials_that_it_learns_from(tmp_path, capsys):
@@ -158,7 +176,7 @@ def test_evaluate_writes_tables_pictures_and_a_page(folder, tmp_path, capsys):
     assert len(results) == 2 * 2 * 2
     assert set(results["protocol"]) == {"cross-session"}
     figures = {p.name for p in (tmp_path / "out" / "figures").iterdir()}
-    assert {"subjects.png", "training-AGTCNet.png", "spatial-AGTCNet.png", "desynchronisation.png"} <= figures
+    assert {"subjects.png", "training-AGTCNet.png", "spatial-AGTCNet.png", "desynchronization.png"} <= figures
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png") == len([name for name in figures if name.endswith(".png")])
     assert run(*arguments) == 0, "a second run takes the fits from the cache"
@@ -277,4 +295,4 @@ def test_imagery_of_a_real_subject(shared_data, tmp_path, capsys):
     assert set(results["n_test"]) == {15}
     assert set(results["n_train"] + results["n_validation"]) == {30}
     assert (results["chance_bound"] > 0.5).all()
-    assert (tmp_path / "out" / "figures" / "desynchronisation.png").exists()
+    assert (tmp_path / "out" / "figures" / "desynchronization.png").exists()

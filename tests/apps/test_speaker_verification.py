@@ -132,6 +132,19 @@ def test_score_evaluate_calibrate(model, test_folder, tmp_path, capsys):
         run("calibrate", tmp_path / "llr.txt", "-m", model)
 
 
+def test_trials_of_the_training_are_marked(model, corpus, test_folder, tmp_path, capsys):
+    lines = ["1 s00/0.wav s00/1.wav", "0 s00/0.wav s01/0.wav", "1 s02/0.wav s02/1.wav", "0 s01/0.wav s02/1.wav"]
+    (tmp_path / "trials.txt").write_text("\n".join(lines))
+    score = ["score", tmp_path / "trials.txt", "--root", corpus, "-o", tmp_path / "seen", "-m", model]
+    run(*score, "--norm", "none", "--keep-cohort-speakers")
+    capsys.readouterr()
+    run("evaluate", tmp_path / "seen", "-o", tmp_path / "eval", "--draws", "0")
+    assert "4 of 4 seen in training" in capsys.readouterr().out
+    assert json.loads((tmp_path / "eval" / "evaluation.json").read_text())["marked"] == "4 of 4 seen in training"
+    run("verify", corpus / "s00/0.wav", test_folder / "t0/0.wav", "-m", model, "--json", "--no-gate")
+    assert json.loads(capsys.readouterr().out)["marked"] == "1 of 2 seen in training"
+
+
 def test_plda_and_quality_measures_are_calibrated_and_used(model, test_folder, tmp_path, capsys):
     """`calibrate` takes over how a list was scored; `score --llr` and `verify` follow it."""
     own = tmp_path / "model"

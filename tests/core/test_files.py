@@ -121,3 +121,55 @@ def test_permissions_are_those_of_the_umask(tmp_path):
         os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
     (tmp_path / "plain").touch()
     assert (tmp_path / "private").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from nearfar.core.cli.root import interrupted, stop_signals
+from nearfar.core.files import atomic_path
+
+number = int(sys.argv[2])
+calls = 0
+
+def trace(frame, event, argument):
+    global calls
+    if "contextlib" in frame.f_code.co_filename or frame.f_code.co_filename.endswith("core/files.py"):
+        calls += 1
+        if calls == number:
+            sys.settrace(None)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return trace
+
+try:
+    with stop_signals():
+        sys.settrace(trace)
+        with atomic_path(Path(sys.argv[1]) / "result") as temporary:
+            temporary.write_text("result")
+        sys.settrace(None)
+except KeyboardInterrupt as stop:
+    os._exit(interrupted(stop))  # whatever the interpreter would do at its end
+os._exit(0)
+"""
+
+
+def test_a_signal_at_any_line_leaves_no_temporary_folder(tmp_path):
+    """In one process that forks at each line, so that it takes a second."""
+    code = STOPPED.replace(
+        "number = int(sys.argv[2])",
+        "number = 0\n"
+        "for line in range(1, 120):\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        number = line\n"
+        "        break\n"
+        "    os.waitpid(child, 0)\n"
+        "    left = [p.name for p in Path(sys.argv[1]).iterdir() if p.name[0] == '.']\n"
+        "    assert not left, (line, left)\n"
+        "    (Path(sys.argv[1]) / 'result').unlink(missing_ok=True)\n"
+        "else:\n"
+        "    print('done')\n"
+        "    os._exit(0)",
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -58,6 +58,7 @@ def test_files_that_are_not_the_described_ones_are_refused(tmp_path):
     [
         ("{", "damaged"),
         ("[]", "damaged"),
+        ('{"kind": "segmenter", "labels": []}', "an older nearfar wrote it; train again"),
         ('{"kind": "segmenter", "format": 1}', "damaged"),
         ('{"kind": "segmenter", "format": "x", "files": {}}', "damaged"),
         ('{"kind": "segmenter", "format": 2, "files": {}}', "has format 2, this nearfar reads up to 1"),

@@ -76,8 +76,8 @@ def test_every_setting_counts(path, monkeypatch):
 
 @pytest.mark.parametrize("system", sorted(BUILDERS))
 def test_an_unknown_setting_is_refused(system):
-    path = min(shipped(system), key=lambda path: path.stat().st_size)
-    contract = Contract.load(path)
+    contract = min(map(Contract.load, shipped(system)), key=lambda c: c.content.get("parameters", 0))
+    path = contract.path
     altered = Contract(path, contract.content | {"settings": contract.content["settings"] | {"wings": 2}})
     with pytest.raises(UserError, match="wings"):
         contracts.verify(altered, BUILDERS[system])

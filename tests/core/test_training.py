@@ -1,6 +1,5 @@
 """Run folders: exact resume, best weights, refusals."""
 
-import dataclasses
 import json
 import math
 import subprocess
@@ -15,7 +14,6 @@ from torch.utils.data import TensorDataset
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import DivergedError, UserError
-from nearfar.core.recipes import read_recipe
 from nearfar.core.training import data_loader, train, warmup_cosine
 
 
@@ -113,7 +111,7 @@ def test_other_settings_are_refused(tmp_path):
         run(tmp_path / "run", epochs=1, settings={"lr": 0.2})
 
 
-def test_settings_of_every_plain_kind_are_recognised(tmp_path):
+def test_settings_of_every_plain_kind_are_recognized(tmp_path):
     settings = {"lr": 1e-5, "shape": (1, 2), "path": tmp_path, "on": True, "none": None}
     for _ in range(2):
         run(tmp_path / "run", epochs=1, settings=settings)
@@ -188,39 +186,6 @@ def test_one_process_per_run_folder(tmp_path):
 def test_unknown_monitor_is_named():
     with pytest.raises(ValueError, match="logs no 'val_kappa'"):
         run(None, epochs=1, monitor="val_kappa")
-
-
-@dataclasses.dataclass
-class Recipe:
-    lr: float = 1e-3
-    epochs: int = 10
-
-    def __post_init__(self):
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-
-
-def test_recipe_from_file_and_overrides(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("lr: 1e-2\nepochs: 5\n")
-    assert read_recipe(Recipe, tmp_path / "recipe.yaml", ["epochs=7"]) == Recipe(0.01, 7)
-    assert read_recipe(Recipe, None, ["lr=5e-4"]) == Recipe(5e-4, 10)
-    assert read_recipe(Recipe) == Recipe()
-
-
-@pytest.mark.parametrize(
-    ("text", "overrides", "message"),
-    [
-        ("learning_rate: 1", [], "unknown setting learning_rate; known are lr, epochs"),
-        ("- 1", [], "list of `name: value`"),
-        ("a: [", [], "cannot be read as a YAML recipe"),
-        ("", ["epochs"], "written name=value"),
-        ("", ["epochs=0"], "at least 1"),
-    ],
-)
-def test_bad_recipes_are_named(tmp_path, text, overrides, message):
-    (tmp_path / "recipe.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_recipe(Recipe, tmp_path / "recipe.yaml", overrides)
 
 
 def test_warmup_cosine_ends():

@@ -122,7 +122,7 @@ def test_topographic_maps():
         plots.topographic_maps(weights[:, :7], info)
 
 
-def test_desynchronisation_finds_the_drop_in_power():
+def test_desynchronization_finds_the_drop_in_power():
     rng = np.random.default_rng(0)
     sos = signal.butter(4, (10, 14), "bandpass", fs=100, output="sos")
     data = 10 * signal.sosfilt(sos, rng.normal(size=(60, 2, 700)), axis=-1)[..., 100:] + rng.normal(size=(60, 2, 600))
@@ -130,7 +130,7 @@ def test_desynchronisation_finds_the_drop_in_power():
     events = np.stack([np.arange(60), np.zeros(60, int), np.arange(60) // 30], axis=1)
     info = mne.create_info(["C3", "C4"], 100.0, "eeg")
     epochs = mne.EpochsArray(1e-6 * data, info, events, tmin=-2.0, event_id={"left": 0, "right": 1}, verbose="ERROR")
-    axes = drawn(plots.desynchronisation(epochs))
+    axes = drawn(plots.desynchronization(epochs))
     change = {a.get_title(): next(c for c in a.collections if isinstance(c, QuadMesh)).get_array() for a in axes[:4]}
     assert list(change) == ["C3, left", "C4, left", "C3, right", "C4, right"]
     times = epochs.times[(epochs.times >= -1.75) & (epochs.times <= epochs.times[-1] - 0.25)]
@@ -139,9 +139,9 @@ def test_desynchronisation_finds_the_drop_in_power():
     for name in ("C4, left", "C3, right", "C4, right"):
         assert abs(change[name][8, after].mean()) < 30
     with pytest.raises(UserError, match="no channel Cz to draw"):
-        plots.desynchronisation(epochs, ["Cz"])
+        plots.desynchronization(epochs, ["Cz"])
     with pytest.raises(UserError, match="leaves no time before it"):
-        plots.desynchronisation(epochs.copy().crop(0, None))
+        plots.desynchronization(epochs.copy().crop(0, None))
 
 
 def test_online_timeline():

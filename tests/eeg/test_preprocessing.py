@@ -115,7 +115,7 @@ def test_named_reference(make_raw):
         Preprocessing(reference=("TP9",)).apply(raw)
 
 
-def test_trial_standardisation_gives_unit_variance(make_raw):
+def test_trial_standardization_gives_unit_variance(make_raw):
     preprocessing = Preprocessing(standardization="trial")
     data = preprocessing.cut(preprocessing.apply(make_raw()), EVENTS).get_data() * 1e6
     np.testing.assert_allclose(data.mean(axis=2), 0, atol=1e-9)
@@ -223,7 +223,7 @@ def test_warnings_go_to_the_log(recwarn, caplog):
     assert "annotation outside the data" in caplog.text
 
 
-# Exponential moving standardisation
+# Exponential moving standardization
 
 
 def _moving_oracle(x, factor_new, eps=1e-4):
@@ -237,7 +237,7 @@ def _moving_oracle(x, factor_new, eps=1e-4):
     return result
 
 
-def test_moving_standardisation_is_its_definition():
+def test_moving_standardization_is_its_definition():
     x = np.random.default_rng(0).normal(3, 20, size=(2, 300))
     done = ExponentialMovingStandardizer(0.01, init_block_size=None).push(x)
     np.testing.assert_allclose(done, _moving_oracle(x, 0.01), atol=1e-9)
@@ -272,7 +272,7 @@ def test_the_first_block_is_held_back():
         ExponentialMovingStandardizer(factor_new=0)
 
 
-def test_preprocessing_standardises_microvolts(make_raw):
+def test_preprocessing_standardizes_microvolts(make_raw):
     raw = make_raw()
     done = Preprocessing(reference=None, standardization="exponential-moving").apply(raw)
     expected = ExponentialMovingStandardizer().push(raw.get_data() * 1e6)

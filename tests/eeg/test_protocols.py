@@ -291,7 +291,7 @@ def test_check_refuses_recorded_statistics_of_test_trials(example):
                 check_split(split, metadata, trial_seconds=SECONDS, fitted=[alignment])
 
 
-def standardised(X, rows):
+def standardized(X, rows):
     mean, deviation = X[rows].mean((0, 2), keepdims=True), X[rows].std((0, 2), keepdims=True)
     return (X - mean) / deviation
 
@@ -301,8 +301,8 @@ def test_check_sees_statistics_of_test_trials_in_the_data(example):
     X = signals(y, metadata)
     subject, session = metadata["subject"].to_numpy(), metadata["session"].to_numpy()
     leaks = {
-        "standardised over all trials": standardised(X, np.arange(len(y))),
-        "standardised over subject 1": np.where(subject[:, None, None] == 1, standardised(X, subject == 1), X),
+        "standardized over all trials": standardized(X, np.arange(len(y))),
+        "standardized over subject 1": np.where(subject[:, None, None] == 1, standardized(X, subject == 1), X),
         "whitened over subject 1, session 1": EuclideanAlignment().fit_transform(
             X, domains=[f"{a}-{b}" for a, b in zip(subject, session)]
         ),
@@ -315,7 +315,7 @@ def test_check_sees_statistics_of_test_trials_in_the_data(example):
         with pytest.raises(LeakageError, match="test trials included"):
             evaluate({"d": decoder}, data, y, metadata, "leave-one-subject-out", sfreq=10)
     each = (X - X.mean(-1, keepdims=True)) / X.std(-1, keepdims=True)
-    honest = [X, X - X.mean(1, keepdims=True), each, standardised(X, split.train)]
+    honest = [X, X - X.mean(1, keepdims=True), each, standardized(X, split.train)]
     honest.append(EuclideanAlignment().fit(X[split.train]).transform(X))
     for data in honest:
         check_split(split, metadata, trial_seconds=SECONDS, treated=leakage.treatments(data, metadata))
@@ -325,9 +325,9 @@ def test_statistics_that_only_training_subjects_share_are_no_leak(example):
     split, metadata, y = example
     X = signals(y, metadata)
     others = np.isin(metadata["subject"], [2])
-    X[others] = standardised(X, others)[others]
+    X[others] = standardized(X, others)[others]
     treated = leakage.treatments(X, metadata)
-    assert [how for how, _ in treated] == ["standardised over subject 2"]
+    assert [how for how, _ in treated] == ["standardized over subject 2"]
     check_split(split, metadata, trial_seconds=SECONDS, treated=treated)
 
 

@@ -325,7 +325,7 @@ def test_missing_and_bad_channels_are_interpolated(make_raw, tmp_path):
     trial = data[:, 5 * 160 : 7 * 160]
     error = np.linalg.norm(epochs.get_data()[0] - trial, axis=1) / np.linalg.norm(trial, axis=1)
     assert error[[names.index("C3"), names.index("Cz")]].max() < 0.1
-    assert np.delete(error, [names.index("C3"), names.index("Cz")]).max() < 0.02  # quantised only
+    assert np.delete(error, [names.index("C3"), names.index("Cz")]).max() < 0.02  # quantized only
     with pytest.raises(UserError, match="9 of 17 channels are missing or bad, too many to interpolate"):
         select_channels(read_recording(path).pick(["F3", "Fz", "F4", "C3", "C4", "P3", "Pz", "P4", "T7"]), names, True)
 

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from scipy import ndimage
 from skimage.filters import frangi
 
-from nearfar.core.errors import UserError
+from nearfar.core.contracts import Contract, shipped
+from nearfar.core.errors import CheckpointError, UserError
 from nearfar.medical.data.layouts import find_cases
 from nearfar.medical.data.scans import Scan, read_scan
 from nearfar.medical.losses import SegmentationLoss
 from nearfar.medical.metrics import score_case
-from nearfar.medical.networks import create_network
+from nearfar.medical.networks import create_network, load_published
 from nearfar.medical.preparation import Preparation
 from nearfar.medical.recipe import Recipe
 from nearfar.medical.refinement import crf_bytes, refine, search_crf
@@ -232,3 +233,18 @@ def test_bad_settings() -> None:
         create_network("macmd", 2, 1, 3, {})
     with pytest.raises(UserError, match="no trained segmenter"):
         Segmenter.load("/nonexistent")
+
+
+@pytest.mark.slow
+def test_a_published_checkpoint_is_told_by_its_tensors() -> None:
+    for system, name in (
+        ("duoformer", "DuoFormer"),
+        ("multi-scale-guided-attention", "GuidedAttention"),
+        ("macmd", "MACMD"),
+    ):
+        whole = [c for c in map(Contract.load, shipped(system)) if not c.variant.startswith("op-")]
+        if whole:
+            contract = min(whole, key=lambda c: c.content.get("parameters", 0))
+            assert type(load_published(contract.state())).__name__ == name
+    with pytest.raises(CheckpointError, match=r"is none of \d+ known"):
+        load_published({"weight": torch.zeros(3)})

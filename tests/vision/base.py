@@ -14,8 +14,12 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from timm.models import FeatureGraphNet
+from timm.models._manipulate import reparameterize_model
 from timm.optim import param_groups_layer_decay
+from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from nearfar.core.contracts import Contract, fill, shipped, verify
 from nearfar.core.errors import CheckpointError
@@ -64,7 +68,7 @@ def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def randomise(model: torch.nn.Module) -> torch.nn.Module:
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
     """Give every tensor values of a sane scale, so that no branch is hidden by its initial scale; eval mode."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
@@ -108,7 +112,7 @@ class PictureTester:
     autocast_tolerance = 0.05
 
     def create(self, **settings: Any) -> Any:
-        return randomise(timm.create_model(self.name, **{"num_classes": 5, **self.tiny, **settings}))
+        return randomize(timm.create_model(self.name, **{"num_classes": 5, **self.tiny, **settings}))
 
     counted: ClassVar[dict[str, Any]] = {}
     """Settings of the form that the paper counts."""
@@ -216,7 +220,7 @@ class PictureTester:
     @torch.no_grad()
     def test_save_and_load(self, tmp_path: Path) -> None:
         model, x = timm.create_model(self.name, num_classes=5, **self.tiny), self.input(1)
-        randomise(model).save_pretrained(tmp_path)
+        randomize(model).save_pretrained(tmp_path)
         close(self.model.from_pretrained(tmp_path)(x), model(x), 1e-6)
         close(timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **self.tiny).eval()(x), model(x), 1e-6)
         # a classifier for other classes and a first convolution for other channels
@@ -253,6 +257,81 @@ class PictureTester:
 
     fuses = True
 
+    def test_what_timm_is_told(self) -> None:
+        """The registered configuration of every variant names what the model has."""
+        for name in (name for name, model in MODELS.items() if model is self.model):
+            with torch.device("meta"):
+                model = timm.create_model(name)
+            cfg, state = timm.get_pretrained_cfg(name), model.state_dict()
+            classifiers = cfg.classifier if isinstance(cfg.classifier, tuple) else (cfg.classifier,)
+            assert {f"{part}.weight" for part in (*classifiers, cfg.first_conv)} <= state.keys(), name
+            assert all(f"{part}.weight" not in state for part in set(model.CLASSIFIERS) - set(classifiers)), name
+            assert cfg.pool_size == (cfg.input_size[-1] // model.feature_info[-1]["reduction"],) * 2, name
+            assert cfg.num_classes == model.num_classes
+
+    @torch.no_grad()
+    def test_traced_by_torch_fx(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also by torchvision's own tracer, and the graph is for any size and batch."""
+        without_shape_checks(monkeypatch)
+        model = self.create()
+        node = model.feature_info[-1]["module"]
+        extractor = create_feature_extractor(model, [node, "head"])
+        other = self.input(3, size=(96, 64))
+        outputs = list(extractor(other).values())
+        assert len(outputs) == 2
+        whole = FeatureGraphNet(model, (len(model.feature_info) - 1,))
+        assert len(whole(other)) == 1
+        graph = fx.symbolic_trace(model)
+        close(graph(other), model(other), 1e-6)
+
+    @torch.no_grad()
+    def test_timm_fuses_it(self) -> None:
+        model, x = self.create(), self.input(2)
+        close(reparameterize_model(model)(x), model(x), 1e-5)
+
+    def test_one_line_for_what_it_has_not(self) -> None:
+        with pytest.raises(TypeError):
+            self.create(not_a_setting=1)
+        with pytest.raises(NotImplementedError, match=r"^[^\n]*torch.jit.script[^\n]*$"):
+            torch.jit.script(self.create(**self.least))
+        for way in {"list", "hook"} - set(self.model.FEATURE_CLASSES):
+            with pytest.raises(ValueError, match="feature_cls is"):
+                self.create(features_only=True, feature_cls=way)
+        if "drop_path_rate" not in inspect.signature(self.model).parameters:
+            self.create(drop_path_rate=0.0)
+            with pytest.raises(TypeError, match="drops no paths"):
+                self.create(drop_path_rate=0.1)
+
+    @torch.no_grad()
+    def test_classifiers_of_checkpoints(self, tmp_path: Path) -> None:
+        """One that fits is kept; one that does not is an error unless other classes were asked for."""
+        model, settings = timm.create_model(self.name, num_classes=5, **self.tiny), dict(self.tiny)
+        file = tmp_path / "five.pth"
+        torch.save(model.state_dict(), file)
+        load = lambda **more: timm.create_model(  # noqa: E731
+            self.name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **settings, **more
+        )
+        asked = load(num_classes=5)
+        assert torch.equal(asked.get_classifier().weight, model.get_classifier().weight)
+        assert asked.pretrained_cfg["num_classes"] == 5
+        assert not asked.loaded.fresh
+        with pytest.raises(CheckpointError, match="is for 5 classes"):
+            load()
+        other = load(num_classes=3, in_chans=1)
+        assert "head.fc.weight" in other.loaded.fresh
+        assert other.loaded.adapted
+        assert str(other.loaded).count("\n") >= 2
+        assert other.get_classifier().out_features == 3
+        path = {"checkpoint_path": str(file), **settings}
+        five = timm.create_model(self.name, num_classes=5, **path)
+        assert torch.equal(five.get_classifier().weight, model.get_classifier().weight)
+        assert timm.create_model(self.name, num_classes=3, **path).get_classifier().out_features == 3
+        with pytest.raises((CheckpointError, RuntimeError), match="head"):
+            timm.create_model(self.name, **path)
+        assert len(load(features_only=True).eval()(self.input(1))) > 0
+        with pytest.raises(ValueError, match="save it before fuse"):
+            model.fuse().save_pretrained(tmp_path)
+
     def test_layer_decay_groups(self) -> None:
         model = self.create()
         groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.8)
@@ -283,6 +362,13 @@ class BackboneTester(PictureTester):
         )
         whole = self.create()
         final, levels = whole.forward_intermediates(x)
+        ways = []
+        for way in ("hook", "getter"):
+            torch.manual_seed(0)
+            ways.append(timm.create_model(self.name, features_only=True, feature_cls=way, **self.tiny).eval())
+        hooked, getter = ways
+        for told, mine in zip(hooked(x), getter(x), strict=True):
+            close(told, mine, 1e-6)
         close(whole.forward_head(final), whole(x), 1e-6)
         assert len(levels) == len(features)
 

@@ -94,7 +94,7 @@ def test_statistics(water: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(statistics.std, values.std((0, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(statistics.climatology, values.mean(0), atol=1e-6)
     x = fields.read(70)
-    np.testing.assert_allclose(statistics.restore(statistics.normalise(x)), x, atol=1e-6)
+    np.testing.assert_allclose(statistics.restore(statistics.normalize(x)), x, atol=1e-6)
     statistics.save(tmp_path)
     again = type(statistics).load(tmp_path)
     np.testing.assert_array_equal(again.climatology, statistics.climatology)
@@ -184,7 +184,7 @@ def test_windows_and_loss(water: Path) -> None:
     window = Windows(fields, statistics, 2)[4]
     assert window.shape == (3, 3, 16, 32)
     torch.testing.assert_close(Windows(fields, statistics, 2, memory=0)[4], window)
-    torch.testing.assert_close(window[2], torch.from_numpy(statistics.normalise(fields.read(6))))
+    torch.testing.assert_close(window[2], torch.from_numpy(statistics.normalize(fields.read(6))))
     a, b = torch.randn(2, 4, 3, 5, 6)
     want = sum((a[i] - b[i]).norm() / b[i].norm() for i in range(4)) / 4
     torch.testing.assert_close(relative_l2(a, b), want)

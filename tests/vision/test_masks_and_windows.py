@@ -20,7 +20,7 @@ from nearfar.vision.models.convsharevit import ConvShareViT, in_light, optical_p
 from nearfar.vision.models.gaussian_mask import GMMPiT, GMMViT, add_gaussian_mask
 from nearfar.vision.models.tic import TiCBlock, TiCLike
 
-from .base import BackboneTester, TokenTester, check_contract, close, contracts, described, randomise, shapes_of
+from .base import BackboneTester, TokenTester, check_contract, close, contracts, described, randomize, shapes_of
 
 
 class TestGMMViT(TokenTester):
@@ -68,7 +68,7 @@ def test_contract_of_msa_conv(path: Path) -> None:
 @torch.no_grad()
 def test_pit() -> None:
     settings = {"dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2), "head_dim": 8, "img_size": 16, "patch_size": 2}
-    model = randomise(timm.create_model("gmm_pit_32", **settings))
+    model = randomize(timm.create_model("gmm_pit_32", **settings))
     x = torch.randn(2, 3, 16, 16)
     assert model(x).shape == (2, 10)
     assert model(torch.randn(1, 3, 20, 12)).shape == (1, 10)
@@ -88,7 +88,7 @@ def test_pit() -> None:
 
 @torch.no_grad()
 def test_masks_closed_and_clipped_agree_on_small_grids() -> None:
-    closed = randomise(GMMViT(24, 2, 2, head_dim=8))
+    closed = randomize(GMMViT(24, 2, 2, head_dim=8))
     clipped = GMMViT(24, 2, 2, head_dim=8, clipped=True).eval()
     clipped.load_state_dict(closed.state_dict())
     x = torch.randn(1, 3, 32, 32)
@@ -109,7 +109,7 @@ HOSTS = {
 def test_mask_on_timms_models(name: str) -> None:
     """A mask of ones leaves the model as it is; another changes it; all other tensors keep their names."""
     torch.manual_seed(0)
-    plain = randomise(timm.create_model(name, num_classes=5, **HOSTS[name]))  # CaiT's branches start near zero
+    plain = randomize(timm.create_model(name, num_classes=5, **HOSTS[name]))  # CaiT's branches start near zero
     masked = add_gaussian_mask(copy.deepcopy(plain)).eval()
     kept = {n: v for n, v in masked.state_dict().items() if ".gaussian." not in n}
     assert kept.keys() == plain.state_dict().keys()
@@ -141,7 +141,7 @@ def test_mask_learns_on_timms_vit() -> None:
 
 @torch.no_grad()
 def test_contracts_that_are_not_shipped() -> None:
-    op = randomise(MSAConv(8, 6, (3, 5), num_heads=2, border="mask", padding=(1, 2)))
+    op = randomize(MSAConv(8, 6, (3, 5), num_heads=2, border="mask", padding=(1, 2)))
     x = torch.randn(1, 8, 6, 7)
     settings = {"kernel_size": [3, 5], "heads": 2, "output_conv_padding": [1, 2], "padding_keys": "masked"}
     close(tic.build_contract(described(shapes_of(op), settings, [tuple(x.shape)]))(x), op(x), 1e-6)
@@ -206,7 +206,7 @@ def test_light_with_few_levels_is_near() -> None:
 
 @torch.no_grad()
 def test_convsharevit() -> None:
-    model = randomise(timm.create_model("convsharevit_cifar", dim=36, depth=2, num_heads=2, num_classes=5))
+    model = randomize(timm.create_model("convsharevit_cifar", dim=36, depth=2, num_heads=2, num_classes=5))
     x = torch.randn(2, 3, 32, 32)
     close(to_electronic(model)(x), model(x), 1e-5)
     close(ConvShareViT.from_published(model.state_dict(), num_heads=2)(x), model(x), 1e-6)

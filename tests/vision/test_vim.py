@@ -9,7 +9,7 @@ import torch
 from nearfar.core.contracts import shipped
 from nearfar.vision.contracts.mamba_medical import build_contract
 from nearfar.vision.models.vim import VIMS, Vim
-from tests.vision.base import check_contract, close, randomise
+from tests.vision.base import check_contract, close, randomize
 
 TINY = {"dim": 16, "depth": 2, "num_classes": 5, "img_size": 64, "d_state": 4}
 
@@ -29,7 +29,7 @@ def test_parameters(name: str, params: int | None) -> None:
 
 @torch.no_grad()
 def test_features_and_sizes() -> None:
-    model = randomise(Vim(**TINY)).eval()
+    model = randomize(Vim(**TINY)).eval()
     x = torch.randn(2, 3, 64, 48)
     assert model(x).shape == (2, 5)
     features = model.forward_features(x)
@@ -48,14 +48,14 @@ def test_features_and_sizes() -> None:
 
 @torch.no_grad()
 def test_own_state_and_changed_classifier() -> None:
-    model = randomise(Vim(**TINY)).eval()
+    model = randomize(Vim(**TINY)).eval()
     x = torch.randn(1, 3, 64, 64)
     close(Vim.from_published(model.state_dict())(x), model(x), 1e-6)
     assert Vim.from_published(model.state_dict(), num_classes=3)(x).shape == (1, 3)
 
 
 def test_gradients_reach_every_parameter() -> None:
-    model = randomise(Vim(**TINY)).train()
+    model = randomize(Vim(**TINY)).train()
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -67,7 +67,7 @@ def test_without_scans_a_patch_reaches_few_others() -> None:
     far[..., :16, :] += 1
     moved = {}
     for scan in (True, False):
-        model = randomise(Vim(**TINY, scan=scan)).eval()
+        model = randomize(Vim(**TINY, scan=scan)).eval()
         maps = [model.forward_intermediates(t, [1])[1][0][0, :, :, 0] for t in (x, far)]
         moved[scan] = bool((maps[0] - maps[1])[:, -1].abs().max() > 0)
     assert moved == {True: True, False: False}

@@ -9,7 +9,7 @@ import torch
 from nearfar.core.contracts import shipped
 from nearfar.vision.contracts.mamba_medical import build_contract
 from nearfar.vision.models.vmamba import VMamba
-from tests.vision.base import BackboneTester, check_contract, close, randomise
+from tests.vision.base import BackboneTester, check_contract, close, randomize
 
 FIRST: dict[str, Any] = {
     "stem": "patches",
@@ -55,7 +55,7 @@ def test_contract(path: Path) -> None:
 
 @torch.no_grad()
 def test_older_names_and_pointwise_convolutions() -> None:
-    model = randomise(VMamba((1, 1), (8, 16), num_classes=3, **FIRST))
+    model = randomize(VMamba((1, 1), (8, 16), num_classes=3, **FIRST))
     x = torch.randn(1, 3, 40, 36)
     old = {}
     for name, value in model.state_dict().items():
@@ -88,7 +88,7 @@ def test_without_scans_a_pixel_reaches_no_further_than_the_convolutions() -> Non
     settings = {"depths": (1,), "dims": (16,), "num_classes": 0, "global_pool": ""}
     reach = {}
     for scan in (True, False):
-        model = randomise(VMamba(**settings, scan=scan))
+        model = randomize(VMamba(**settings, scan=scan))
         x = torch.randn(1, 3, 64, 64, requires_grad=True)
         model.forward_features(x)[0, :, 0, 0].sum().backward()
         reach[scan] = x.grad[0, :, 32:, 32:].abs().max() > 0

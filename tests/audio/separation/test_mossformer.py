@@ -24,7 +24,7 @@ def small(cls=MossFormer, **settings):
     torch.manual_seed(0)
     extra = RECURRENT if cls is MossFormer2 else {}
     model = cls(**{**SMALL, **extra, **settings}).eval()
-    with torch.no_grad():  # let the local branch speak: it is silent at initialisation
+    with torch.no_grad():  # let the local branch speak: it is silent at initialization
         for block in model.blocks:
             block.gamma.mul_(20)
     return model

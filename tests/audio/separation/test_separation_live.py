@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -220,8 +221,13 @@ def test_a_budget_changes_the_window_but_not_what_one_window_gives():
     model, mix = small(num_filters=64, dim=64).eval(), noise(4 * RATE)
     whole = model_separator(model)(mix)
     np.testing.assert_allclose(model_separator(model, "cpu", 32)(mix), whole, atol=1e-5)
-    with pytest.raises(UserError, match=r"--memory: 1M are too few; this model and program need \d+M"):
+    with pytest.raises(UserError, match=r"--memory: 1M are too few, (\d+)M are needed \(the program") as refused:
         fit_window(model, 1 << 20, 10.0)
+    total, *parts = (int(number) for number in re.findall(r"(\d+)M", str(refused.value))[1:])
+    assert total <= sum(parts) <= total + len(parts)
+    assert "the model's weights" in str(refused.value)
+    room = (total - parts[0] + 1) << 20  # above what this process holds, whatever that is
+    assert fit_window(model, resident_memory() + room, 10.0)[1] == model.blocks[0].attention.group_size
     assert fit_window(model, resident_memory() + RESERVE + (1 << 30), 10.0) == (10.0, None)
 
 

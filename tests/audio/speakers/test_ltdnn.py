@@ -274,7 +274,7 @@ def test_first_layers_give_the_states_of_the_whole_backbone(large):
     torch.testing.assert_close(states[:, -1], last)
 
 
-def test_normalisation_follows_the_preprocessor_of_the_backbone(tmp_path):
+def test_normalization_follows_the_preprocessor_of_the_backbone(tmp_path):
     waveforms = 0.1 * torch.randn(1, 3000) + 0.05
     on = SelfSupervised.from_pretrained(saved_backbone(tmp_path / "on", do_normalize=True))
     off = SelfSupervised.from_pretrained(saved_backbone(tmp_path / "off", do_normalize=False))

@@ -254,7 +254,7 @@ def test_wrong_names_are_refused():
         min_dcf(scores, labels, Cost(0.0))
 
 
-# Embeddings and normalisation --------------------------------------------------------------------------------------
+# Embeddings and normalization --------------------------------------------------------------------------------------
 
 
 def test_pair_scores_equal_the_loop():
@@ -516,7 +516,7 @@ def test_impossible_trials_are_refused():
 
 
 def speaker_trials(speakers=20, each=4, spread=1.0, seed=0):
-    """All pairs; speakers differ in how well they are recognised, so trials of one speaker hang together."""
+    """All pairs; speakers differ in how well they are recognized, so trials of one speaker hang together."""
     rng = np.random.default_rng(seed)
     names = np.repeat(np.arange(speakers), each)
     left, right = np.triu_indices(len(names), 1)

@@ -398,7 +398,7 @@ def break_constraints(model: AGTCNet) -> None:
 
 @pytest.mark.parametrize("made", ["itself", "deepcopy", "pickle", "compiled"])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
-def test_constraints_follow_any_optimiser(made, optimizer):
+def test_constraints_follow_any_optimizer(made, optimizer):
     model = small()
     if made == "deepcopy":
         model = copy.deepcopy(model)
@@ -460,7 +460,7 @@ def test_constraints_under_lightning(tmp_path):
 # ---------------------------------------------------------------- a braindecode model
 
 
-def lateralised(trials: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def lateralized(trials: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Microvolts: noise, and a 10 Hz rhythm of random phase that weakens over the hemisphere opposite to the hand."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, 2, trials)
@@ -474,7 +474,7 @@ def lateralised(trials: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return X.astype(np.float32), y
 
 
-def test_learns_a_lateralised_rhythm_as_an_eegclassifier():
+def test_learns_a_lateralized_rhythm_as_an_eegclassifier():
     torch.manual_seed(1)
     model = AGTCNet(chs_info=SMALL, n_outputs=2, n_times=97, sfreq=97)
     for module in model.modules():
@@ -490,15 +490,15 @@ def test_learns_a_lateralised_rhythm_as_an_eegclassifier():
         train_split=None,
         verbose=0,
     )
-    net.fit(*lateralised(192, seed=0))
-    X, y = lateralised(100, seed=1)
+    net.fit(*lateralized(192, seed=0))
+    X, y = lateralized(100, seed=1)
     assert (net.predict(X) == y).mean() > chance_bound(100, 2) + 0.1
     assert lengths(net.module_) <= (1 + 1e-5, 0.25 + 1e-5)
 
 
 def test_eegclassifier_builds_it_from_the_data():
     net = EEGClassifier(AGTCNet, module__chs_info=SMALL, batch_size=4, max_epochs=1, train_split=None, verbose=0)
-    X, y = lateralised(8, seed=0)
+    X, y = lateralized(8, seed=0)
     net.fit(X, y)
     assert (net.module_.n_chans, net.module_.n_times, net.module_.n_outputs) == (13, 97, 2)
     assert net.predict_proba(X).shape == (8, 2)

@@ -56,7 +56,7 @@ def test_a_state_of_no_known_mixer_is_refused():
         from_published(state)
 
 
-def test_a_hyena_of_another_filter_network_is_recognised():
+def test_a_hyena_of_another_filter_network_is_recognized():
     d, order, length = 16, 24, 40
     shapes = {
         "in_proj.weight": (3 * d, d),
@@ -141,7 +141,7 @@ def mixer_shapes(kind, d):
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
 @pytest.mark.parametrize("state_mixer", ["mlp", "rwkv4-channel-mix", "identity", "none"])
-def test_checkpoints_of_any_size_are_recognised_and_loaded(kinds, settings, expected, state_mixer):
+def test_checkpoints_of_any_size_are_recognized_and_loaded(kinds, settings, expected, state_mixer):
     d, vocabulary = 24, 37
     shapes = {"backbone.embeddings.word_embeddings.weight": (vocabulary, d)}
     for i in range(3):

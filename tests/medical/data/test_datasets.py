@@ -1,4 +1,4 @@
-"""Layouts are recognised, labels checked, splits kept apart."""
+"""Layouts are recognized, labels checked, splits kept apart."""
 
 import json
 from pathlib import Path

@@ -55,7 +55,7 @@ def test_encoders_and_sizes(encoder: str) -> None:
     ],
 )
 def test_other_published_states_round_trip(encoder: str, classes: int, channels: int, settings: dict) -> None:
-    """Names of the given contract, tensors of another variant: it is recognised and computes the same."""
+    """Names of the given contract, tensors of another variant: it is recognized and computes the same."""
     names = {next(iter(published_state({k: v})), None): k for k, v in Contract.load(WHOLE).state().items()}
     model = MACMD(classes, channels, encoder, **settings).eval()
     state = {

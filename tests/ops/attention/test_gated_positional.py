@@ -22,7 +22,7 @@ def agree(fast: torch.Tensor, slow: torch.Tensor, inputs: list[torch.Tensor]) ->
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
-def randomised(operator: GatedPositionalAttention) -> GatedPositionalAttention:
+def randomized(operator: GatedPositionalAttention) -> GatedPositionalAttention:
     for parameter in operator.parameters():
         nn.init.normal_(parameter, std=0.4)
     return operator.double()
@@ -57,7 +57,7 @@ def slow_weights(operator: GatedPositionalAttention, x: torch.Tensor) -> torch.T
     ],
 )
 def test_gated_attention_is_its_formula(size: tuple[int, ...], settings: dict[str, Any]) -> None:
-    operator = randomised(GatedPositionalAttention(8, 2, **settings))
+    operator = randomized(GatedPositionalAttention(8, 2, **settings))
     x = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
     weights = slow_weights(operator, x)
     v = operator.v(x.flatten(2).mT).unflatten(2, (2, -1)).transpose(1, 2)
@@ -68,7 +68,7 @@ def test_gated_attention_is_its_formula(size: tuple[int, ...], settings: dict[st
 
 
 def test_kept_matrices_follow_the_weights_and_the_grid() -> None:
-    operator = randomised(GatedPositionalAttention(8, 2)).eval()
+    operator = randomized(GatedPositionalAttention(8, 2)).eval()
     with torch.no_grad():
         for size in ((3, 4), (4, 3), (3, 4)):
             x = torch.randn(1, 8, *size, dtype=torch.float64)
@@ -100,7 +100,7 @@ def test_surplus_heads_start_at_random() -> None:
 
 
 def test_it_does_not_look_ahead() -> None:
-    operator = randomised(GatedPositionalAttention(4, 2, dims=1, causal=True))
+    operator = randomized(GatedPositionalAttention(4, 2, dims=1, causal=True))
     x = torch.randn(1, 4, 9, dtype=torch.float64)
     for cut in range(1, 9):
         changed = x.clone()

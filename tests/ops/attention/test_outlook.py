@@ -23,7 +23,7 @@ def agree(fast: torch.Tensor, slow: torch.Tensor, inputs: list[torch.Tensor]) ->
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
-def randomised(operator: OutlookAttention) -> OutlookAttention:
+def randomized(operator: OutlookAttention) -> OutlookAttention:
     for parameter in operator.parameters():
         nn.init.normal_(parameter, std=0.4)
     return operator.double()
@@ -70,14 +70,14 @@ def slow_outlook(operator: OutlookAttention, x: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_outlook_is_its_formula(size: tuple[int, ...], settings: dict[str, Any]) -> None:
-    operator = randomised(OutlookAttention(4, 2, **settings))
+    operator = randomized(OutlookAttention(4, 2, **settings))
     x = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
     # a value without bias is zero outside the grid
     agree(operator(x), slow_outlook(operator, x), [x, *operator.parameters()])
 
 
 def test_outlook_does_not_look_ahead() -> None:
-    operator = randomised(OutlookAttention(4, 2, dims=1, causal=True))
+    operator = randomized(OutlookAttention(4, 2, dims=1, causal=True))
     x = torch.randn(1, 4, 9, dtype=torch.float64)
     for cut in range(1, 9):
         changed = x.clone()
@@ -86,7 +86,7 @@ def test_outlook_does_not_look_ahead() -> None:
 
 
 def test_outlook_moves_with_its_input() -> None:
-    operator = randomised(OutlookAttention(4, 2, stride=2))
+    operator = randomized(OutlookAttention(4, 2, stride=2))
     x = torch.zeros(1, 4, 16, 16, dtype=torch.float64)
     x[..., 4:8, 4:8] = torch.randn(4, 4, 4)
     moved = operator(x.roll((2, 4), (2, 3)))
@@ -95,7 +95,7 @@ def test_outlook_moves_with_its_input() -> None:
 
 def test_outlook_on_a_line_is_the_one_axis_form() -> None:
     """A kernel of the plane whose places above and below see and give nothing."""
-    line, plane = randomised(OutlookAttention(4, 2, dims=1)), randomised(OutlookAttention(4, 2))
+    line, plane = randomized(OutlookAttention(4, 2, dims=1)), randomized(OutlookAttention(4, 2))
     with torch.no_grad():
         for name in ("v", "proj"):
             getattr(plane, name).load_state_dict(getattr(line, name).state_dict())
@@ -109,7 +109,7 @@ def test_outlook_on_a_line_is_the_one_axis_form() -> None:
 
 
 def test_attention_map_is_what_is_applied() -> None:
-    operator = randomised(OutlookAttention(6, 3, stride=2))
+    operator = randomized(OutlookAttention(6, 3, stride=2))
     weights = operator.attention_map(torch.randn(2, 6, 5, 8, dtype=torch.float64))
     assert weights.shape == (2, 3, 12, 9, 9)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))

@@ -28,7 +28,7 @@ def doubles(*size: int) -> torch.Tensor:
     return torch.randn(*size, dtype=torch.float64, requires_grad=True)
 
 
-def randomised(operator: nn.Module) -> nn.Module:
+def randomized(operator: nn.Module) -> nn.Module:
     for parameter in operator.parameters():
         nn.init.normal_(parameter, std=0.4)
     return operator.double()
@@ -51,7 +51,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, scale:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_self_attention_is_its_formula(causal: bool) -> None:
-    operator, x = randomised(SelfAttention(12, 3, qkv_bias=True, causal=causal)), doubles(2, 7, 12)
+    operator, x = randomized(SelfAttention(12, 3, qkv_bias=True, causal=causal)), doubles(2, 7, 12)
     q, k, v = F.linear(x, operator.qkv.weight, operator.qkv.bias).split(12, 2)
     slow = operator.proj(attend(q, k, v, 3, 0.5, (lambda i, j: j <= i) if causal else None))
     agree(operator(x), slow, [x, *operator.parameters()])
@@ -61,7 +61,7 @@ def test_self_attention_is_its_formula(causal: bool) -> None:
 
 
 def test_a_bias_shifts_the_logits() -> None:
-    operator, x = randomised(SelfAttention(8, 2)), doubles(1, 5, 8)
+    operator, x = randomized(SelfAttention(8, 2)), doubles(1, 5, 8)
     bias = doubles(2, 5, 5)
     q, k, v = (t.unflatten(2, (2, 4)).transpose(1, 2) for t in operator.qkv(x).chunk(3, 2))
     weights = (q @ k.mT / 2 + bias).softmax(-1)
@@ -73,7 +73,7 @@ def test_a_bias_shifts_the_logits() -> None:
 
 @pytest.mark.parametrize("queries", [1, 2])
 def test_class_attention_is_self_attention_of_the_leading_tokens(queries: int) -> None:
-    operator, x = randomised(ClassAttention(12, 4, qkv_bias=True, num_queries=queries)), doubles(2, 6, 12)
+    operator, x = randomized(ClassAttention(12, 4, qkv_bias=True, num_queries=queries)), doubles(2, 6, 12)
     k, v = operator.kv(x).chunk(2, 2)
     slow = operator.proj(attend(operator.q(x)[:, :queries], k, v, 4, 3**-0.5))
     agree(operator(x), slow, [x, *operator.parameters()])
@@ -85,7 +85,7 @@ def test_class_attention_is_self_attention_of_the_leading_tokens(queries: int) -
 @pytest.mark.parametrize(("size", "reduction"), [((6,), 2), ((5, 7), 2), ((4, 4), 1), ((3, 4, 2), 2)])
 def test_pooled_attention_is_its_formula(size: tuple[int, ...], reduction: int) -> None:
     dims, n = len(size), math.prod(size)
-    operator, x = randomised(PooledAttention(8, 2, reduction, dims=dims)), doubles(2, n, 8)
+    operator, x = randomized(PooledAttention(8, 2, reduction, dims=dims)), doubles(2, n, 8)
     cells = [s // reduction for s in size]
     grid = x.mT.unflatten(2, size)
     means = []
@@ -145,7 +145,7 @@ def slow_projection(operator: ConvProjectionAttention, x: torch.Tensor, size: tu
     ],
 )
 def test_conv_projection_is_its_formula(size: tuple[int, ...], prefix: int, settings: dict[str, Any]) -> None:
-    operator = randomised(ConvProjectionAttention(6, 2, **settings)).eval()
+    operator = randomized(ConvProjectionAttention(6, 2, **settings)).eval()
     for conv in (operator.conv_q, operator.conv_k, operator.conv_v):
         nn.init.normal_(conv[1].running_mean)
         nn.init.uniform_(conv[1].running_var, 0.5, 2)
@@ -157,7 +157,7 @@ def test_conv_projection_is_its_formula(size: tuple[int, ...], prefix: int, sett
 
 
 def test_conv_projection_does_not_look_ahead() -> None:
-    operator, x = randomised(ConvProjectionAttention(4, 2, dims=1, causal=True)).eval(), doubles(1, 10, 4)
+    operator, x = randomized(ConvProjectionAttention(4, 2, dims=1, causal=True)).eval(), doubles(1, 10, 4)
     for cut in range(1, 10):
         changed = x.detach().clone()
         changed[:, cut:] += 1

@@ -12,7 +12,7 @@ from nearfar.ops.tokens.channel_mixer import ChannelMix, CrossScaleMix, quad_shi
 SIZES = {1: (15,), 2: (9, 7), 3: (5, 6, 4)}
 
 
-def randomise(module: nn.Module) -> nn.Module:
+def randomize(module: nn.Module) -> nn.Module:
     for layer in module.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             nn.init.normal_(layer.running_mean, std=0.1)
@@ -30,7 +30,7 @@ def same(ours: Tensor, slow: Tensor, inputs: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_multi_dilated_convolution(dims: int) -> None:
-    module = randomise(MultiDilatedConv(8, dims=dims))
+    module = randomize(MultiDilatedConv(8, dims=dims))
     x = torch.randn(2, 8, *SIZES[dims], dtype=torch.float64, requires_grad=True)
     results = [conv(x).chunk(4, 1) for conv in module.convs]
     slow = torch.cat([sum(results[a][(a + m) % 4] for a in range(4)) for m in range(4)], 1)
@@ -57,10 +57,10 @@ def test_every_output_sees_every_input() -> None:
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_gates(dims: int) -> None:
     x = torch.randn(2, 32, *SIZES[dims], dtype=torch.float64, requires_grad=True)
-    gate = randomise(ContextGate(32, dims=dims))
+    gate = randomize(ContextGate(32, dims=dims))
     r = gate.context_norm(gate.context(x)).clamp(min=0)
     same(gate(x), r * torch.sigmoid(gate.gate_norm(gate.gate(r))), [x])
-    block = randomise(EfficientAttention(32, dims=dims))
+    block = randomize(EfficientAttention(32, dims=dims))
     y = x
     for conv, norm in zip(block.convs, block.norms):
         y = norm(conv(y)).clamp(min=0)
@@ -72,7 +72,7 @@ def test_gates(dims: int) -> None:
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_attention_pooled_modulation(dims: int) -> None:
-    module = randomise(AttentionPooledModulation((8, 6, 4), 8, dims=dims))
+    module = randomize(AttentionPooledModulation((8, 6, 4), 8, dims=dims))
     maps = [
         torch.randn(2, c, *(n,) * dims, dtype=torch.float64, requires_grad=True) for c, n in ((8, 8), (6, 4), (4, 2))
     ]

@@ -16,7 +16,7 @@ def without_shape_checks():
 
 
 def randomize(module, seed=0):
-    """Random parameters and running statistics, so that no normalisation is the identity; evaluation mode, float64."""
+    """Random parameters and running statistics, so that no normalization is the identity; evaluation mode, float64."""
     generator = torch.Generator().manual_seed(seed)
     module.double().eval()
     for name, tensor in module.state_dict().items():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nearfar.ops.spectral.adaptive import AFNO, AdaptiveFrequencyFilter, kept_frequencies
-from nearfar.ops.spectral.fourier import all_frequencies, analyse, low_frequencies, synthesise
+from nearfar.ops.spectral.fourier import all_frequencies, analyse, low_frequencies, synthesize
 
 SIZES = [(9,), (8,), (5, 6), (6, 7), (3, 4, 5)]
 
@@ -113,7 +113,7 @@ def test_low_frequencies(n: int) -> None:
 def test_synthesis_undoes_analysis(size: tuple[int, ...], matrices: bool) -> None:
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     kept = all_frequencies(size)
-    torch.testing.assert_close(synthesise(*analyse(x, kept, matrices=matrices), kept, size, matrices=matrices), x)
+    torch.testing.assert_close(synthesize(*analyse(x, kept, matrices=matrices), kept, size, matrices=matrices), x)
 
 
 def wave(size: tuple[int, int], rows: int, columns: int) -> torch.Tensor:

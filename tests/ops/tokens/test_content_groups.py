@@ -35,7 +35,7 @@ def oracle(layer, x):
 
 def make(**settings):
     layer = ContentGroupAttention(6, 4, 2, num_centres=3, **{"group_size": 4, **settings}).double().eval()
-    layer.initialised.fill_(True)
+    layer.initialized.fill_(True)
     return layer
 
 
@@ -64,7 +64,7 @@ def test_centres_are_learned_and_stay_in_evaluation():
     ends = F.normalize(torch.randn(2, 6), dim=-1)
     x = (ends[torch.arange(40) % 2] + 0.05 * torch.randn(40, 6))[None]
     layer.train()(x)
-    assert bool(layer.initialised)
+    assert bool(layer.initialized)
     found = F.normalize(layer.centres, dim=-1) @ ends.T
     assert found.max(0).values.min() > 0.98, "both directions are found"
     before = layer.centres.clone()

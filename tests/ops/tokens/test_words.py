@@ -27,7 +27,7 @@ def doubles(*size: int) -> torch.Tensor:
     return torch.randn(*size, dtype=torch.float64, requires_grad=True)
 
 
-def randomised(operator: nn.Module) -> Any:
+def randomized(operator: nn.Module) -> Any:
     for parameter in operator.parameters():
         nn.init.normal_(parameter, std=0.4)
     return operator.double()
@@ -37,7 +37,7 @@ def randomised(operator: nn.Module) -> Any:
 @pytest.mark.parametrize("isolated", [True, False])
 def test_word_embedding_is_its_formula(size: tuple[int, ...], isolated: bool) -> None:
     dims = len(size)
-    operator, x = randomised(WordEmbedding(2, 3, 4, 2, isolated=isolated, dims=dims)), doubles(2, 2, *size)
+    operator, x = randomized(WordEmbedding(2, 3, 4, 2, isolated=isolated, dims=dims)), doubles(2, 2, *size)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     weight, bias = operator.proj.weight, operator.proj.bias
     side = 4 if isolated else 2
@@ -59,7 +59,7 @@ def test_word_embedding_is_its_formula(size: tuple[int, ...], isolated: bool) ->
 @pytest.mark.parametrize("legacy", [False, True])
 def test_sentences_gain_what_their_words_say(legacy: bool) -> None:
     settings = {"norm_each": True, "bias": True, "norm_out": False} if legacy else {}
-    operator = randomised(WordsToSentences(8, 3, 4, **settings))
+    operator = randomized(WordsToSentences(8, 3, 4, **settings))
     words, sentences = doubles(6, 4, 3), doubles(2, 4, 8)
     rows = []
     for sample in range(2):
@@ -77,7 +77,7 @@ def test_sentences_gain_what_their_words_say(legacy: bool) -> None:
 @pytest.mark.parametrize("size", [(4,), (3,), (4, 6), (3, 4), (5, 3), (2, 3, 2)])
 def test_merging_is_a_convolution_within_groups_of_sentences(size: tuple[int, ...]) -> None:
     dims, words = len(size), 2
-    operator = randomised(WordMerging(3, 5, words, dims=dims))
+    operator = randomized(WordMerging(3, 5, words, dims=dims))
     x = doubles(2 * math.prod(size), words**dims, 3)
     normed = operator.norm(x).unflatten(0, (2, *size))
     groups = []

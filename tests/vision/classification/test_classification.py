@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 
 from nearfar.core.errors import CheckpointError, UserError
-from nearfar.core.recipes import read_recipe
+from nearfar.core.recipes import find_recipe, read_recipe
+from nearfar.vision.classification import RECIPES
 from nearfar.vision.classification.classifier import LINEAR, Classifier, identify, small_forms
 from nearfar.vision.classification.training import (
-    RECIPES,
     ClassifierModule,
     Recipe,
-    find_recipe,
     loaders,
     new_model,
     start_from,
@@ -40,10 +39,10 @@ def shades(number: int, first: int = 0) -> Pictures:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_recipes_train(name: str) -> None:
-    published = read_recipe(Recipe, find_recipe(name))
+    published = read_recipe(Recipe, name, folder=RECIPES)
     assert published.learning_rate <= 4e-3
     small = ["size=32", "epochs=1", "cooldown_epochs=0", "batch_size=4", "learning_rate_batch=4", "warmup_epochs=0"]
-    recipe = read_recipe(Recipe, find_recipe(name), small)
+    recipe = read_recipe(Recipe, name, small, RECIPES)
     model = "small-nearfar_convnext_atto" if recipe.layer_decay else "test_resnet"
     classifier, history = train_classifier(model, shades(12), shades(3, 100), recipe)
     assert len(history) == 1
@@ -51,7 +50,7 @@ def test_published_recipes_train(name: str) -> None:
 
 
 def test_published_recipes_say_what_the_papers_say() -> None:
-    recipes = {name: read_recipe(Recipe, find_recipe(name)) for name in PUBLISHED}
+    recipes = {name: read_recipe(Recipe, name, folder=RECIPES) for name in PUBLISHED}
     assert recipes["convnext_1k"].mixup == 0.8
     assert recipes["convnext_1k"].ema == 0.9999
     assert (recipes["convnext_22k_to_1k"].layer_decay, recipes["convnext_22k_to_1k"].learning_rate) == (0.8, 5e-5)
@@ -60,8 +59,8 @@ def test_published_recipes_say_what_the_papers_say() -> None:
     assert (recipes["lsnet_1k"].clip_mode, recipes["lsnet_1k"].clip) == ("agc", 0.02)
     assert recipes["transxnet_1k"].interpolation == "random"
     assert recipes["overlock_1k"].auxiliary == 0.4
-    with pytest.raises(UserError, match=r"nor a published recipe; those are .*convnext_1k"):
-        find_recipe("resnet_1k")
+    with pytest.raises(UserError, match=r"none that comes along; those are .*convnext_1k"):
+        find_recipe("resnet_1k", RECIPES)
 
 
 def test_random_augmentation_takes_every_operation() -> None:
@@ -105,6 +104,7 @@ def test_repeated_augmentation_shows_every_view_of_a_share(monkeypatch: pytest.M
 
 SCRIPT = """
 import sys, torch
+from nearfar.vision.classification import RECIPES
 from nearfar.vision.classification.training import Recipe, train_classifier
 from tests.vision.classification.test_classification import shades
 torch.set_num_threads(1)

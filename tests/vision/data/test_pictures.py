@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from nearfar.core.errors import UserError
-from nearfar.vision.data.images import Pictures, open_pictures, read_picture, split_pictures
+from nearfar.vision.data.images import Pictures, open_pictures, read_picture, split_pictures, training_pictures
 
 
 def folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int = 3) -> Path:
@@ -183,3 +183,52 @@ def test_splits_hold_every_class() -> None:
     assert sorted(rest + held) == list(range(22))
     assert sorted(pictures.labels[i] for i in held) == [0, 0, 1]
     assert split_pictures(pictures, 0.1, seed=0) == (rest, held)
+
+
+def test_every_file_is_used_or_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = folder(tmp_path / "data")
+    (root / "cat/notes.txt").write_text("of cats")
+    (root / "cat/clip.mov").write_bytes(b"film")
+    (root / "dog/.DS_Store").write_bytes(b"x")
+    Image.new("RGB", (8, 6)).save(root / "dog/phone.jfif", "JPEG")
+    assert len(open_pictures(root)) == 7
+    (told,) = caplog.messages
+    assert "3 files are not used" in told
+    assert "clip.mov" in told
+    assert "1 beside the pictures" in told
+    assert "1 hidden" in told
+    caplog.clear()
+    shown = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(shown, "PNG")
+    with tarfile.open(tmp_path / "dots.tar", "w") as archive:  # keys with dots, and a second picture in every sample
+        for i in range(6):
+            parts = {"png": shown.getvalue(), "seg.png": shown.getvalue(), "cls": b"cat" if i % 2 else b"dog"}
+            for suffix, data in parts.items():
+                member = tarfile.TarInfo(f"./v1.{i} a.{suffix}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    pictures = open_pictures(tmp_path / "dots.tar")
+    assert len(pictures) == 6
+    assert not any(name.endswith("seg.png") for name in pictures.names)
+    assert "6 files are not used" in caplog.messages[0]
+
+
+def test_classes_of_splits_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder(tmp_path / "train", ("cat", "dog", "Dog"), 6)
+    folder(tmp_path / "val", ("cat", "dog"), 2)
+    learn, hold, _ = training_pictures(tmp_path, 0.1, 0)
+    assert hold.classes == learn.classes
+    assert [hold.classes[label] for label in hold.labels] == ["cat", "cat", "dog", "dog"]
+    assert any("differ by case alone" in told and "Dog and dog" in told for told in caplog.messages)
+    assert any("none of the class Dog" in told for told in caplog.messages)
+    folder(tmp_path / "val", ("bird",), 2)
+    with pytest.raises(UserError, match="classes that the training has not: bird"):
+        training_pictures(tmp_path, 0.1, 0)
+
+
+def test_the_test_split_chooses_nothing(tmp_path: Path) -> None:
+    folder(tmp_path / "train", each=10)
+    folder(tmp_path / "test", each=4)
+    learn, hold, _ = training_pictures(tmp_path, 0.2, 0)
+    assert len(learn) + len(hold) == 20
+    assert not any("/test/" in name for name in (*learn.names, *hold.names))

@@ -7,7 +7,7 @@ import torch
 from nearfar.core.errors import UserError
 from nearfar.vision.explain.attention import attention_maps, draw_attention, grid, place
 from nearfar.vision.generation.sit import SiT
-from tests.vision.base import randomise
+from tests.vision.base import randomize
 from tests.vision.models.test_lsnet import TestLSNet as LSNetTest
 from tests.vision.models.test_overlock import TestOverLoCK as OverLoCKTest
 from tests.vision.models.test_transxnet import TestTransXNet as TransXNetTest
@@ -44,7 +44,7 @@ def test_weights_lie_where_their_keys_are() -> None:
 
 @torch.no_grad()
 def test_kernels_lie_in_their_windows() -> None:
-    model = randomise(timm.create_model("overlock_xt", num_classes=5, **OverLoCKTest.tiny))
+    model = randomize(timm.create_model("overlock_xt", num_classes=5, **OverLoCKTest.tiny))
     x = torch.randn(1, 3, 160, 192)
     name, weights = next(iter(attention_maps(model, x).items()))
     layer = model.get_submodule(name)
@@ -66,7 +66,7 @@ def test_kernels_lie_in_their_windows() -> None:
     ],
 )
 def test_pictures_of_every_family_with_maps(name: str, settings: dict, panels: int) -> None:
-    figure = draw_attention(randomise(timm.create_model(name, **settings)), torch.randn(2, 3, 64, 96), at=(0.2, 0.9))
+    figure = draw_attention(randomize(timm.create_model(name, **settings)), torch.randn(2, 3, 64, 96), at=(0.2, 0.9))
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert len(titles) == panels + 1
     assert titles[0] == "picture"

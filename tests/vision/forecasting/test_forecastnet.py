@@ -12,7 +12,7 @@ from nearfar.core.checkpoints import save_state_dict
 from nearfar.core.errors import CheckpointError
 from nearfar.vision.contracts.afno import build_contract
 from nearfar.vision.forecasting.forecastnet import ForecastNet, forecast_net
-from tests.vision.base import close, described, randomise, shapes_of, without_shape_checks
+from tests.vision.base import close, described, randomize, shapes_of, without_shape_checks
 
 SMALL = {"image_size": (16, 32), "in_channels": 3, "patch_size": 4, "dim": 16, "depth": 2, "num_blocks": 4}
 
@@ -34,7 +34,7 @@ def test_published_counts() -> None:
 @torch.no_grad()
 def test_published_file(tmp_path: Path) -> None:
     """FourCastNet's layout: wrapped, prefixed, positions (1, N, C), a norm that is not used."""
-    net = randomise(ForecastNet(**SMALL, precipitation=True, out_channels=1))
+    net = randomize(ForecastNet(**SMALL, precipitation=True, out_channels=1))
     state = {f"module.backbone.{name}": value for name, value in net.state_dict().items() if "conv." not in name}
     state = {name.replace("patch_embed.", "patch_embed.proj."): value for name, value in state.items()}
     state |= {f"module.{name}": value for name, value in net.state_dict().items() if name.startswith("conv.")}
@@ -59,7 +59,7 @@ def test_published_file(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_saved_with_its_settings(tmp_path: Path) -> None:
-    net = randomise(ForecastNet(**SMALL, modes="lowpass", fraction=0.5, residual=True))
+    net = randomize(ForecastNet(**SMALL, modes="lowpass", fraction=0.5, residual=True))
     net.save_pretrained(tmp_path)
     x = torch.randn(1, 3, 16, 32)
     close(ForecastNet.from_pretrained(tmp_path).eval()(x), net(x), 1e-6)
@@ -67,9 +67,9 @@ def test_saved_with_its_settings(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_grids() -> None:
-    net = randomise(ForecastNet(**SMALL, modes="lowpass"))
+    net = randomize(ForecastNet(**SMALL, modes="lowpass"))
     assert net(torch.randn(1, 3, 24, 40)).shape == (1, 3, 24, 40)
-    tall = randomise(ForecastNet((12, 16), 2, 5, (3, 4), 16, 1, 4))
+    tall = randomize(ForecastNet((12, 16), 2, 5, (3, 4), 16, 1, 4))
     assert tall(torch.randn(2, 2, 12, 16)).shape == (2, 5, 12, 16)
     with pytest.raises(ValueError, match="for example to 16 x 32"):
         net(torch.randn(1, 3, 19, 33))
@@ -95,7 +95,7 @@ def test_pixels_of_a_patch_lie_where_they_came_from() -> None:
 
 @torch.no_grad()
 def test_precipitation_head_is_periodic_along_rows() -> None:
-    net = randomise(ForecastNet(**SMALL, precipitation=True)).double()
+    net = randomize(ForecastNet(**SMALL, precipitation=True)).double()
     y = torch.randn(1, 3, 16, 32, dtype=torch.float64)
     net.forward_body = None
     plain = ForecastNet(**SMALL).double()
@@ -113,7 +113,7 @@ def test_a_residual_net_starts_as_persistence() -> None:
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:
-    net = randomise(ForecastNet(**SMALL)).double().train()
+    net = randomize(ForecastNet(**SMALL)).double().train()
     x = torch.randn(2, 3, 16, 32, dtype=torch.float64)
     grads = []
     for enable in (False, True):
@@ -127,7 +127,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 @torch.no_grad()
 def test_export_and_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     without_shape_checks(monkeypatch)
-    net = randomise(ForecastNet(**SMALL))
+    net = randomize(ForecastNet(**SMALL))
     x = torch.randn(2, 3, 16, 32)
     program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
     close(program.module()(x[:1].repeat(3, 1, 1, 1)), net(x[:1].repeat(3, 1, 1, 1)), 1e-5)
@@ -142,7 +142,7 @@ def test_export_and_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 def test_contract_reads_its_settings() -> None:
-    net = randomise(ForecastNet(**SMALL, fraction=0.5, threshold=0.2))
+    net = randomize(ForecastNet(**SMALL, fraction=0.5, threshold=0.2))
     settings = {"image_size": [16, 32], "hard_thresholding_fraction": 0.5, "sparsity_threshold": 0.2, "mlp_ratio": 4}
     shapes = shapes_of(net) | {"pos_embed": (1, 32, 16)}
     built = build_contract(described(shapes, settings, [(1, 3, 16, 32)]))

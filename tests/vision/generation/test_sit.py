@@ -8,7 +8,7 @@ import torch
 
 from nearfar.vision.explain.attention import attention_maps
 from nearfar.vision.generation.sit import MIXERS, SiT, _dopri5, position_table, sit
-from tests.vision.base import close, randomise
+from tests.vision.base import close, randomize
 
 SMALL = {"input_size": 8, "depth": 2, "dim": 16, "num_heads": 2, "num_classes": 4}
 
@@ -36,7 +36,7 @@ def test_position_table_is_its_formula() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_checkpoints(mixer: str, tmp_path: Path) -> None:
-    model = randomise(SiT(**SMALL, mixer=mixer))
+    model = randomize(SiT(**SMALL, mixer=mixer))
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 3])
     want = model(x, t, y)
     assert want.shape == x.shape
@@ -55,7 +55,7 @@ def test_checkpoints(mixer: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_guidance() -> None:
-    model = randomise(SiT(**SMALL))
+    model = randomize(SiT(**SMALL))
     x, t, y = torch.randn(2, 4, 8, 8), torch.full((4,), 0.3), torch.tensor([1, 2, 4, 4])
     plain = model(torch.cat((x, x)), t, y)
     guided = model.guided(torch.cat((x, torch.zeros_like(x))), t, y, guidance=2.5)
@@ -115,14 +115,14 @@ def test_samplers_reach_a_known_distribution(method: str, reverse: bool) -> None
 def test_it_learns_and_its_samples_follow_the_label() -> None:
     torch.manual_seed(0)
     model = SiT(8, 2, 32, 2, "hybrid", num_classes=2)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0)
     for _ in range(150):
         labels = torch.randint(2, (32,))
         pictures = (2.0 * labels - 1)[:, None, None, None] + 0.1 * torch.randn(32, 4, 8, 8)
         loss = model.loss(pictures, labels)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     model.eval()
     labels = torch.tensor([0, 1] * 8)
     means = model.sample(torch.randn(16, 4, 8, 8), labels, "heun", steps=8).mean((1, 2, 3))

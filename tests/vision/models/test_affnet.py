@@ -10,7 +10,7 @@ from torch import nn
 from nearfar.core.errors import UserError
 from nearfar.vision.contracts.affnet import build_contract
 from nearfar.vision.models.affnet import AFFNet, FilterBlock, PixelNorm
-from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomize, shapes_of
 
 
 class TestAFFNet(BackboneTester):
@@ -51,13 +51,13 @@ def test_pixel_norm_is_its_formula() -> None:
 
 @torch.no_grad()
 def test_contract_of_other_builds() -> None:
-    model = randomise(AFFNet(**TestAFFNet.tiny, num_classes=3, activation="relu", norm="pixel"))
+    model = randomize(AFFNet(**TestAFFNet.tiny, num_classes=3, activation="relu", norm="pixel"))
     x = torch.randn(1, 3, 64, 64)
     settings = {"activation": "ReLU everywhere", "block_norm": "layer_norm, per pixel", "softshrink": 0.01}
     close(build_contract(described(shapes_of(model), settings))(x), model(x), 1e-6)
     with pytest.raises(UserError, match="num_classes"):
         build_contract(described(shapes_of(model), {"num_classes": 7}))
-    block = randomise(FilterBlock(16, 24, 4, nn.SiLU, "group", 1))
+    block = randomize(FilterBlock(16, 24, 4, nn.SiLU, "group", 1))
     y = torch.randn(1, 16, 6, 5)
     close(build_contract(described(shapes_of(block), {}, [tuple(y.shape)]))(y), block(y), 1e-6)
 

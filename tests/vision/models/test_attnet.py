@@ -10,7 +10,7 @@ from nearfar.vision.contracts.attentive_convolution import build_contract
 from nearfar.vision.generation.sit import SiT, position_table
 from nearfar.vision.models.attnet import AttBlock, AttNet
 from nearfar.vision.models.pyramid import Backbone
-from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomize, shapes_of
 
 
 class TestAttNet(BackboneTester):
@@ -27,7 +27,7 @@ class TestAttNet(BackboneTester):
 
 @torch.no_grad()
 def test_settings_are_read_from_a_checkpoint() -> None:
-    source = randomise(
+    source = randomize(
         AttNet((1, 2, 1, 1), (8, 12, 16, 20), 3, expansions=(8, 6, 4, 3), kernel_sizes=(5, 3, 3, 3), mlp_norm=True)
     )
     x = torch.randn(1, 3, 64, 64)
@@ -38,7 +38,7 @@ def test_settings_are_read_from_a_checkpoint() -> None:
 
 @torch.no_grad()
 def test_contract_without_depthwise_convolution_in_the_mlp() -> None:
-    source = randomise(AttNet((1, 1, 1, 1), (8, 8, 12, 16), 3, mlp_depthwise=False, layer_scale=0.1))
+    source = randomize(AttNet((1, 1, 1, 1), (8, 8, 12, 16), 3, mlp_depthwise=False, layer_scale=0.1))
     x = torch.randn(1, 3, 64, 64)
     contract = described(shapes_of(source), {"glu_depthwise": False})
     close(build_contract(contract)(x), source(x), 1e-6)
@@ -47,7 +47,7 @@ def test_contract_without_depthwise_convolution_in_the_mlp() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("norm", [False, True])
 def test_contract_of_a_block(norm: bool) -> None:
-    block = randomise(AttBlock(12, 20, 5, mlp_norm=norm, layer_scale=0.1))
+    block = randomize(AttBlock(12, 20, 5, mlp_norm=norm, layer_scale=0.1))
     published = {
         name.replace("gamma_", "layer_scale_") + (".gamma" if name.startswith("gamma") else ""): shape
         for name, shape in shapes_of(block).items()
@@ -75,7 +75,7 @@ def test_contract_of_a_kernel_without_some_biases() -> None:
 @torch.no_grad()
 def test_contracts_of_diffusion_transformers() -> None:
     model = SiT(input_size=8, depth=3, dim=16, num_heads=4, mixer="hybrid", num_classes=2, learn_sigma=False)
-    shapes = shapes_of(randomise(model))
+    shapes = shapes_of(randomize(model))
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 2])
     settings = {"heads": 4, "num_classes": 2, "activation": "tanh GELU"}
     built = build_contract(described(shapes, settings))

@@ -16,7 +16,7 @@ from nearfar.ops.common.layers import DepthwiseConv
 from nearfar.vision.contracts.biformer import build_contract
 from nearfar.vision.explain.attention import attention_maps
 from nearfar.vision.models.biformer import BiFormer, BiFormerBlock
-from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomize, shapes_of
 
 
 class TestBiFormer(BackboneTester):
@@ -78,7 +78,7 @@ def published_names(model: BiFormer, channels_first: bool = False, stl: bool = T
 def test_builds_of_the_swin_layout(channels_first: bool, norm: str) -> None:
     form = {"patch_stem": True, "position": False, "channels_first": channels_first, "norm": norm}
     sizes = {**TestBiFormer.tiny, "dims": (32, 64, 64, 64), "num_heads": None, "regions": 7, "topks": (1, 4, 16, 0)}
-    model, x = randomise(BiFormer(**sizes, **form, num_classes=5)), torch.randn(2, 3, 224, 224)
+    model, x = randomize(BiFormer(**sizes, **form, num_classes=5)), torch.randn(2, 3, 224, 224)
     loaded = BiFormer.from_published(published_names(model, channels_first))
     assert loaded.stages[0].blocks[0].attn.padding == ("values" if channels_first else "input")
     assert loaded.stages[3].blocks[0].attn.enhance == ("values" if channels_first else "input")
@@ -99,13 +99,13 @@ def test_builds_of_the_swin_layout(channels_first: bool, norm: str) -> None:
 @torch.no_grad()
 def test_released_names() -> None:
     sizes = {**TestBiFormer.tiny, "dims": (32, 64, 64, 64), "num_heads": None, "regions": 7, "topks": (1, 4, 16, 0)}
-    model, x = randomise(BiFormer(**sizes, layer_scale=0.1, num_classes=5)), torch.randn(1, 3, 64, 96)
+    model, x = randomize(BiFormer(**sizes, layer_scale=0.1, num_classes=5)), torch.randn(1, 3, 64, 96)
     close(BiFormer.from_published({"model": published_names(model, stl=False)}["model"])(x), model(x), 1e-6)
 
 
 @torch.no_grad()
 def test_routes_are_kept() -> None:
-    model, x = randomise(BiFormer(**TestBiFormer.tiny, num_classes=3)), torch.randn(1, 3, 96, 64)
+    model, x = randomize(BiFormer(**TestBiFormer.tiny, num_classes=3)), torch.randn(1, 3, 96, 64)
     again = BiFormer.from_published(model.state_dict())
     found = [(s.blocks[0].attn.num_heads, getattr(s.blocks[0].attn, "topk", 0)) for s in again.stages]
     assert found == [(1, 1), (2, 4), (2, 2), (4, 0)]
@@ -119,7 +119,7 @@ def test_routes_are_kept() -> None:
 @torch.no_grad()
 def test_dense_checkpoint() -> None:
     """The released detection and segmentation backbones: no head, a norm on every output that is not fed on."""
-    model = randomise(BiFormer(**TestBiFormer.tiny, num_classes=0, feature_norms=True))
+    model = randomize(BiFormer(**TestBiFormer.tiny, num_classes=0, feature_norms=True))
     given = {key: TestBiFormer.tiny[key] for key in ("num_heads", "regions", "topks")}
     x = torch.randn(1, 3, 64, 96)
     loaded = BiFormer.from_published(published_names(model, stl=False), **given).contract_form()
@@ -129,7 +129,7 @@ def test_dense_checkpoint() -> None:
 
 
 def test_maps_of_regions_and_positions() -> None:
-    model = randomise(timm.create_model("biformer_tiny", **TestBiFormer.tiny))
+    model = randomize(timm.create_model("biformer_tiny", **TestBiFormer.tiny))
     maps = attention_maps(model, torch.randn(2, 3, 64, 64))
     assert [tuple(m.shape) for m in maps.values()] == [(2, 1, 16, 16), (2, 1, 9, 9), (2, 1, 4, 4), (2, 4, 4, 4)]
     for weights in maps.values():
@@ -139,7 +139,7 @@ def test_maps_of_regions_and_positions() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("position", [True, False])
 def test_contract_of_a_block(position: bool) -> None:
-    block = randomise(BiFormerBlock(16, BiLevelRoutingAttention(16, 2, 3, 2), 3, position, "layer", 1.0, 0.0))
+    block = randomize(BiFormerBlock(16, BiLevelRoutingAttention(16, 2, 3, 2), 3, position, "layer", 1.0, 0.0))
     x = torch.randn(1, 16, 7, 6)
     shapes = {
         name.replace("attn.qkv", "attn.qkv.qkv").replace("attn.proj", "attn.wo"): shape

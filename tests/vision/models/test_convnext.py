@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import segmentation_models_pytorch as smp
 import timm
 import torch
 import torchvision
@@ -17,7 +18,35 @@ from transformers.models.convnext.modeling_convnext import ConvNextLayer as Tran
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.vision.contracts.convnext import build_contract
 from nearfar.vision.models.convnext import ConvNeXt
-from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomize, shapes_of
+
+
+@pytest.mark.parametrize("name", ["nearfar_convnext_tiny", "hornet_tiny_7x7"])
+@torch.no_grad()
+def test_output_stride(name: str) -> None:
+    """Dilated stages have at every kept position what the strided ones have there; also fused, and in decoders."""
+    form = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32) if "convnext" in name else (8, 16, 32, 64)}
+    strided = randomize(timm.create_model(name, **form))
+    x = torch.randn(1, 3, 128, 96)
+    for stride in (16, 8):
+        dilated = timm.create_model(name, output_stride=stride, **form).eval()
+        dilated.load_state_dict(strided.state_dict())
+        assert dilated.feature_info[-1]["reduction"] == stride
+        maps = dilated.forward_features(x)
+        assert maps.shape[-2:] == (128 // stride, 96 // stride)
+        step = 32 // stride
+        close(maps[..., ::step, ::step], strided.forward_features(x), 1e-6)
+        close(dilated.fuse().forward_features(x), maps, 1e-5)
+    with pytest.raises(ValueError, match="allows"):
+        timm.create_model(name, output_stride=6, **form)
+    net = smp.DeepLabV3(f"tu-{name}", encoder_weights=None, classes=2, **form).eval()
+    assert net(torch.randn(1, 3, 64, 64)).shape == (1, 2, 64, 64)
+
+
+@pytest.mark.parametrize("name", ["hornet_tiny_gf", "lsnet_t"])
+def test_output_stride_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="no convolution that could be dilated"), torch.device("meta"):
+        timm.create_model(name, output_stride=16)
 
 
 class TestConvNeXt(BackboneTester):
@@ -66,7 +95,7 @@ def test_layouts_of_other_libraries(source: str) -> None:
             )
         ),
     }[source]()
-    randomise(theirs)
+    randomize(theirs)
     ours = ConvNeXt.from_published(theirs.state_dict()).contract_form()
     x = torch.randn(2, 3, 64, 96)
     want, got = theirs(x), ours(x)
@@ -105,7 +134,7 @@ def test_contracts_of_other_options(source: str, settings: dict[str, Any], outpu
             transformers.ConvNextConfig(out_features=["stage2", "stage4"], **sizes)
         ),
     }[source]()
-    randomise(theirs)
+    randomize(theirs)
     x = torch.randn(1, 3, 64, 64)
     want = theirs(x)
     want = getattr(want, "logits", getattr(want, "feature_maps", want))
@@ -126,7 +155,7 @@ def test_contracts_of_blocks(source: str) -> None:
         "norm of maps": lambda: LayerNorm2d(8),
     }[source]()
     x = torch.randn(2, 9, 5, 8) if source == "norm" else torch.randn(2, 8, 9, 5)
-    contract = described(shapes_of(randomise(theirs)), inputs=[tuple(x.shape)])
+    contract = described(shapes_of(randomize(theirs)), inputs=[tuple(x.shape)])
     close(build_contract(contract)(x), theirs(x), 1e-5)
 
 
@@ -140,7 +169,7 @@ def test_a_setting_that_cannot_be_honoured_is_refused() -> None:
 
 @torch.no_grad()
 def test_dense_checkpoint() -> None:
-    model = randomise(
+    model = randomize(
         timm.create_model("nearfar_convnext_tiny", num_classes=0, feature_norms=True, **TestConvNeXt.tiny)
     )
     loaded = ConvNeXt.from_published(official(model.state_dict()))
@@ -155,7 +184,7 @@ def test_dense_checkpoint() -> None:
 
 @torch.no_grad()
 def test_files_of_training_scripts(tmp_path: Path) -> None:
-    model = randomise(timm.create_model("nearfar_convnext_tiny", num_classes=5, **TestConvNeXt.tiny))
+    model = randomize(timm.create_model("nearfar_convnext_tiny", num_classes=5, **TestConvNeXt.tiny))
     state = {f"module.{name}": value for name, value in official(model.state_dict()).items()}
     torch.save({"model": state, "epoch": 3}, tmp_path / "convnext.pth")
     x = torch.randn(1, 3, 64, 64)

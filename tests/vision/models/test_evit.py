@@ -7,9 +7,9 @@ import timm
 import torch
 
 from nearfar.core.errors import CheckpointError, UserError
-from nearfar.vision.models.evit import EViT, reorganise_tokens, scheduled_keep_rate
+from nearfar.vision.models.evit import EViT, reorganize_tokens, scheduled_keep_rate, whole_tokens
 from nearfar.vision.models.sparsifiner import Sparsifiner
-from tests.vision.base import close, randomise
+from tests.vision.base import close, randomize
 
 TINY = {"dim": 64, "depth": 4, "num_heads": 2, "img_size": 64, "num_classes": 5, "reduce_at": (1, 2)}
 
@@ -28,7 +28,7 @@ def test_published_sizes() -> None:
 
 @torch.no_grad()
 def test_keep_rate_one_is_the_plain_model_and_timms() -> None:
-    theirs = randomise(timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3, num_classes=5))
+    theirs = randomize(timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3, num_classes=5))
     ours = EViT.from_published(theirs.state_dict(), keep_rate=1.0, reduce_at=(1, 2), fuse=True)
     x = torch.randn(2, 3, 64, 64)
     close(ours(x), theirs(x), 1e-5)
@@ -36,14 +36,14 @@ def test_keep_rate_one_is_the_plain_model_and_timms() -> None:
     assert torch.equal(ours(x), plain(x)), "bit for bit"
     for keep, fuse in ((0.5, True), (0.5, False), (5, True)):
         ours.keep_rate, ours.fuse_tokens = keep, fuse
-        switched = reorganise_tokens(theirs, keep, (1, 2), fuse=fuse)
+        switched = reorganize_tokens(theirs, keep, (1, 2), fuse=fuse)
         close(ours(x), switched(x), 1e-5)
         assert list(switched.state_dict()) == list(theirs.state_dict())
 
 
 @torch.no_grad()
 def test_maps_are_whole_and_tokens_fewer() -> None:
-    model, x = randomise(EViT(**TINY, keep_rate=0.5)), torch.randn(2, 3, 64, 64)
+    model, x = randomize(EViT(**TINY, keep_rate=0.5)), torch.randn(2, 3, 64, 64)
     for fuse in (True, False):
         model.fuse_tokens = fuse
         tokens, trail = model.trail(x)
@@ -62,7 +62,7 @@ def test_maps_are_whole_and_tokens_fewer() -> None:
 @torch.no_grad()
 def test_what_no_shape_tells_is_asked_for_and_saved(tmp_path: Path) -> None:
     settings = {name: value for name, value in TINY.items() if name != "num_classes"}
-    model = randomise(timm.create_model("evit_deit_tiny", num_classes=5, keep_rate=0.4, fuse=False, **settings))
+    model = randomize(timm.create_model("evit_deit_tiny", num_classes=5, keep_rate=0.4, fuse=False, **settings))
     x = torch.randn(2, 3, 64, 64)
     model.save_pretrained(tmp_path)
     found = EViT.from_pretrained(tmp_path)
@@ -70,7 +70,7 @@ def test_what_no_shape_tells_is_asked_for_and_saved(tmp_path: Path) -> None:
     close(found(x), model(x), 1e-6)
     with pytest.raises(CheckpointError, match="do not tell num_heads and keep_rate and reduce_at and fuse"):
         EViT.from_published(model.state_dict())
-    sparse = randomise(timm.create_model("sparsifiner_deit_small", img_size=64, depth=2, keep_rate=0.5, threshold=0.1))
+    sparse = randomize(timm.create_model("sparsifiner_deit_small", img_size=64, depth=2, keep_rate=0.5, threshold=0.1))
     sparse.save_pretrained(tmp_path / "sparse")
     close(Sparsifiner.from_pretrained(tmp_path / "sparse")(x), sparse(x), 1e-6)
 
@@ -92,26 +92,50 @@ def test_schedule_and_refusals() -> None:
     with pytest.raises(ValueError, match="2 blocks"):
         EViT(**TINY, keep_rate=(0.5, 0.5, 0.5))
     with pytest.raises(UserError, match="VisionTransformer"):
-        reorganise_tokens(timm.create_model("test_resnet"))
-    with pytest.raises(UserError, match="class token"):
-        reorganise_tokens(timm.create_model("test_vit", class_token=False, global_pool="avg"), 0.5, (1,))
+        reorganize_tokens(timm.create_model("test_resnet"))
+    with pytest.raises(UserError, match="one class token or none, not 3"):
+        reorganize_tokens(timm.create_model("test_vit", reg_tokens=2), 0.5, (1,))
+    with pytest.raises(ValueError, match="blocks 0 to"):
+        reorganize_tokens(timm.create_model("test_vit"), 0.5, (40,))
+    with pytest.raises(ValueError, match="3 values"):
+        reorganize_tokens(timm.create_model("test_vit"), (0.5, 0.5, 0.5), (1,))
+
+
+@torch.no_grad()
+def test_rates_of_each_block_counts_and_models_without_class_token() -> None:
+    x = torch.randn(2, 3, 64, 64)
+    for tokens in ({}, {"class_token": False, "global_pool": "avg"}):
+        model = randomize(timm.create_model("deit_tiny_patch16_224", img_size=64, depth=4, num_classes=5, **tokens))
+        plain = model(x)
+        reorganize_tokens(model, (0.5, 3), (1, 2), fuse=False)
+        seen: list[int] = []
+        note = lambda _m, _i, y, seen=seen: seen.append(y.shape[1])  # noqa: E731
+        handles = [block.register_forward_hook(note) for block in model.blocks]
+        assert not torch.allclose(model(x), plain)
+        prefix = 0 if tokens else 1
+        assert seen == [16 + prefix, 8 + prefix, 3 + prefix, 3 + prefix]
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(reorganize_tokens(model, 1.0, (1, 2))(x), plain), "bit for bit"
+        assert reorganize_tokens(model, 0.5, (1, 2))(x).isfinite().all()
+    assert whole_tokens(0.7, 196) == 138 / 196
 
 
 @torch.no_grad()
 def test_sparsifiner_is_the_dense_model_when_it_keeps_all() -> None:
     sizes = {"dim": 64, "depth": 3, "num_heads": 2, "img_size": 64, "num_classes": 5}
-    sparse = randomise(Sparsifiner(**sizes, keep_rate=1.0, coefficients=100))
+    sparse = randomize(Sparsifiner(**sizes, keep_rate=1.0, coefficients=100))
     plain = EViT(**sizes, reduce_at=())
     plain.load_state_dict({k: v for k, v in sparse.state_dict().items() if "predictor" not in k})
     x = torch.randn(2, 3, 64, 64)
     close(sparse(x), plain.eval()(x), 1e-5)
-    assert not torch.allclose(randomise(Sparsifiner(**sizes, keep_rate=0.2))(x), plain(x), atol=1e-3)
-    pruned = randomise(Sparsifiner(**sizes, token_keep_rate=0.5, prune_at=(0, 1)))
+    assert not torch.allclose(randomize(Sparsifiner(**sizes, keep_rate=0.2))(x), plain(x), atol=1e-3)
+    pruned = randomize(Sparsifiner(**sizes, token_keep_rate=0.5, prune_at=(0, 1)))
     features, told, active = pruned.details(x)
     assert active.sum(1).tolist() == [4, 4]
     assert len(told) == 3
     assert features.isfinite().all()
-    conv = randomise(Sparsifiner(**sizes, stem="conv", aux_head=True, skip_lambda=2.0, qkv_bias=False, eps=1e-5))
+    conv = randomize(Sparsifiner(**sizes, stem="conv", aux_head=True, skip_lambda=2.0, qkv_bias=False, eps=1e-5))
     assert Sparsifiner.from_published(conv.state_dict(), num_heads=2)(x).shape == (2, 5)
     close(Sparsifiner.from_published(conv.state_dict(), num_heads=2)(x), conv(x), 1e-6)
     with pytest.raises(ValueError, match="64 x 64"):

@@ -11,7 +11,7 @@ from nearfar.core.errors import CheckpointError, UserError
 from nearfar.vision.contracts.halonet import build_contract
 from nearfar.vision.explain.attention import attention_maps, draw_attention, place
 from nearfar.vision.models.halonet import HALONETS, HaloNet
-from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomize, shapes_of
 
 
 class TestHaloNet(BackboneTester):
@@ -47,7 +47,7 @@ class TestHaloNet(BackboneTester):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sehalonet33ts", "eca_halonext26ts", "haloregnetz_b", "halonet50ts"])
 def test_agrees_with_timm(name: str) -> None:
-    theirs = randomise(timm.create_model(name, num_classes=7))
+    theirs = randomize(timm.create_model(name, num_classes=7))
     x = torch.randn(1, *theirs.pretrained_cfg["input_size"])
     ours = HaloNet.from_published(theirs.state_dict())
     close(ours(x), theirs(x), 1e-5)
@@ -76,7 +76,7 @@ def test_agrees_with_timm(name: str) -> None:
 def test_settings_are_kept() -> None:
     settings = {**TestHaloNet.tiny, "halo_size": 3, "act": "silu", "stem": "tiered_strided", "value_ratio": 2.0}
     settings |= {"channel_attention": "se", "group_size": 4, "head_dim": 3, "final_dim": 40}
-    model, x = randomise(HaloNet(**settings, num_classes=3)), torch.randn(1, 3, 64, 96)
+    model, x = randomize(HaloNet(**settings, num_classes=3)), torch.randn(1, 3, 64, 96)
     again = HaloNet.from_published(model.state_dict())
     found = HaloNet.published_settings(model.state_dict())
     assert {key: found[key] for key in ("halo_size", "act", "stem", "head_dim", "value_ratio", "group_size")} == {
@@ -94,7 +94,7 @@ def test_what_names_and_shapes_do_not_tell_must_be_said() -> None:
 
 @torch.no_grad()
 def test_sizes_that_blocks_do_not_divide() -> None:
-    strict = randomise(HaloNet(**TestHaloNet.tiny, num_classes=3, pad=False))
+    strict = randomize(HaloNet(**TestHaloNet.tiny, num_classes=3, pad=False))
     loose = HaloNet.from_published(strict.state_dict())
     x = torch.randn(1, 3, 128, 256)
     close(loose(x), strict(x), 1e-6)
@@ -105,7 +105,7 @@ def test_sizes_that_blocks_do_not_divide() -> None:
 
 @torch.no_grad()
 def test_maps_lie_in_their_windows() -> None:
-    model = randomise(timm.create_model("nearfar_halonet26t", **TestHaloNet.tiny))
+    model = randomize(timm.create_model("nearfar_halonet26t", **TestHaloNet.tiny))
     x = torch.randn(1, 3, 64, 96)
     maps = attention_maps(model, x)
     assert [tuple(m.shape) for m in maps.values()] == [(1, 2, 96, 64), (1, 2, 24, 64), (1, 4, 6, 64)]

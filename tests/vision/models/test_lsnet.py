@@ -16,7 +16,7 @@ from tests.vision.base import (
     BackboneTester,
     close,
     described,
-    randomise,
+    randomize,
     shapes_of,
 )
 
@@ -30,7 +30,7 @@ class TestLSNet(BackboneTester):
 
 
 def test_distilled_form(tmp_path: Path) -> None:
-    model = randomise(timm.create_model("lsnet_t_distill", num_classes=5, **TestLSNet.tiny))
+    model = randomize(timm.create_model("lsnet_t_distill", num_classes=5, **TestLSNet.tiny))
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         features, y = model.forward_features(x), model(x)
@@ -49,7 +49,7 @@ def test_distilled_form(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_resolution_of_a_checkpoint_is_kept() -> None:
-    larger = randomise(LSNet((0, 1, 1, 2), (16, 32, 48, 64), num_classes=3, resolution=5))
+    larger = randomize(LSNet((0, 1, 1, 2), (16, 32, 48, 64), num_classes=3, resolution=5))
     loaded = LSNet.from_published(larger.state_dict())
     assert loaded.stages[3].blocks[1].mixer.attention_biases.shape == (4, 25)
     x = torch.randn(1, 3, 288, 288)
@@ -58,7 +58,7 @@ def test_resolution_of_a_checkpoint_is_kept() -> None:
 
 @torch.no_grad()
 def test_weights_loaded_after_eval_count() -> None:
-    source = randomise(timm.create_model("lsnet_t", num_classes=3, **TestLSNet.tiny))
+    source = randomize(timm.create_model("lsnet_t", num_classes=3, **TestLSNet.tiny))
     late = timm.create_model("lsnet_t", num_classes=3, **TestLSNet.tiny).eval()
     x = torch.randn(1, 3, 64, 64)
     late(x)
@@ -68,7 +68,7 @@ def test_weights_loaded_after_eval_count() -> None:
 
 @torch.no_grad()
 def test_indices_of_a_published_file_are_computed_here(tmp_path: Path) -> None:
-    source = randomise(timm.create_model("lsnet_t", num_classes=3, **TestLSNet.tiny))
+    source = randomize(timm.create_model("lsnet_t", num_classes=3, **TestLSNet.tiny))
     table = source.stages[3].blocks[1].mixer.attention_biases
     index = {"blocks4.3.mixer.m.attention_bias_idxs": torch.zeros(16, 16, dtype=torch.long)}
     torch.save({"model": {**source.state_dict(), **index}}, tmp_path / "lsnet.pth")
@@ -124,7 +124,7 @@ def test_checkpoints_in_the_fused_form() -> None:
 @pytest.mark.parametrize("kind", ["depthwise", "convolution", "attention"])
 def test_contract_of_a_block(kind: str) -> None:
     attention = OffsetBiasAttention(32, 4, 16, 3) if kind == "attention" else None
-    block = randomise(LSBlock(32, int(kind != "depthwise"), attention, large_kernel=5, small_kernel=5, share=16))
+    block = randomize(LSBlock(32, int(kind != "depthwise"), attention, large_kernel=5, small_kernel=5, share=16))
     published = {
         re.sub(r"^(ffn|mixer(?=\.(?:att|qkv|dw|proj)))\.", r"\1.m.", name): shape
         for name, shape in shapes_of(block).items()

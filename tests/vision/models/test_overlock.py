@@ -11,7 +11,7 @@ from nearfar.core.errors import UserError
 from nearfar.vision.contracts.overlock import build_contract
 from nearfar.vision.explain.attention import attention_maps
 from nearfar.vision.models.overlock import OverLoCK
-from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomize, shapes_of
 
 
 class TestOverLoCK(BackboneTester):
@@ -31,7 +31,7 @@ class TestOverLoCK(BackboneTester):
 
 @torch.no_grad()
 def test_training_and_merged_checkpoints() -> None:
-    model = randomise(timm.create_model("overlock_xt", num_classes=5, aux_head=True, **TestOverLoCK.tiny))
+    model = randomize(timm.create_model("overlock_xt", num_classes=5, aux_head=True, **TestOverLoCK.tiny))
     x = torch.randn(1, 3, 64, 64)
     want = model(x)
     loaded = OverLoCK.from_published(model.state_dict())
@@ -62,7 +62,7 @@ def test_auxiliary_head_in_training() -> None:
 @torch.no_grad()
 def test_dense_form() -> None:
     model = timm.create_model("overlock_xt", num_classes=0, feature_norms=True, **TestOverLoCK.tiny)
-    randomise(model)
+    randomize(model)
     x = torch.randn(1, 3, 64, 96)
     plain = OverLoCK.from_published(
         {
@@ -79,7 +79,7 @@ def test_dense_form() -> None:
 
 
 def test_kernels_are_the_attention_maps() -> None:
-    model = randomise(timm.create_model("overlock_xt", num_classes=5, **TestOverLoCK.tiny))
+    model = randomize(timm.create_model("overlock_xt", num_classes=5, **TestOverLoCK.tiny))
     maps = attention_maps(model, torch.randn(1, 3, 64, 96))
     # the 4 x 6 map is enlarged to 7 x 10 for a window of 7, the 2 x 3 map to 5 x 7 for one of 5
     assert [tuple(m.shape) for m in maps.values()] == [(1, 2, 70, 49), (1, 4, 35, 25), (1, 4, 35, 25)]

@@ -14,7 +14,7 @@ from nearfar.ops.attention.manhattan import decay_rates
 from nearfar.vision.contracts.rmt import build_contract
 from nearfar.vision.explain.attention import attention_maps
 from nearfar.vision.models.rmt import RMT, RMTBlock
-from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomize, shapes_of
 
 
 class TestRMT(BackboneTester):
@@ -46,7 +46,7 @@ class TestRMT(BackboneTester):
 
 
 def labelled(**settings: int) -> RMT:
-    return randomise(RMT(**TestRMT.tiny, num_classes=5, **settings))
+    return randomize(RMT(**TestRMT.tiny, num_classes=5, **settings))
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def test_decay_and_decomposition_are_kept() -> None:
         "decay_range": (3, 4, 5.5, 6),
         "decomposed": (False, True, True, False),
     }
-    model, x = randomise(RMT(**settings, num_classes=3)), torch.randn(1, 3, 64, 64)
+    model, x = randomize(RMT(**settings, num_classes=3)), torch.randn(1, 3, 64, 64)
     again = RMT.from_published(model.state_dict())
     assert [stage.blocks[0].attn.decomposed for stage in again.stages] == [False, True, True, False]
     assert [stage.blocks[0].attn.decay_initial for stage in again.stages] == [1, 2, 2, 3]
@@ -117,7 +117,7 @@ def test_published_variants_need_no_tables() -> None:
 @torch.no_grad()
 def test_dense_checkpoint() -> None:
     """The released detection and segmentation backbones: no head, a norm of eps 1e-5 on every output."""
-    model = randomise(RMT(**TestRMT.tiny, num_classes=0, feature_norms=True))
+    model = randomize(RMT(**TestRMT.tiny, num_classes=0, feature_norms=True))
     state = {name.replace("feature_norms.", "extra_norms."): value for name, value in model.state_dict().items()}
     x = torch.randn(1, 3, 64, 96)
     loaded = RMT.from_published(state).contract_form()
@@ -127,7 +127,7 @@ def test_dense_checkpoint() -> None:
 
 
 def test_maps_of_every_block_and_ranges_of_every_head() -> None:
-    model = randomise(timm.create_model("rmt_t", **TestRMT.tiny))
+    model = randomize(timm.create_model("rmt_t", **TestRMT.tiny))
     maps = attention_maps(model, torch.randn(1, 3, 64, 64))
     assert [tuple(m.shape) for m in maps.values()] == [
         (1, 2, 256, 256), (1, 2, 64, 64), (1, 4, 16, 16), (1, 4, 4, 4), (1, 4, 4, 4),
@@ -139,7 +139,7 @@ def test_maps_of_every_block_and_ranges_of_every_head() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("decomposed", [True, False])
 def test_contract_of_a_block(decomposed: bool) -> None:
-    attention = randomise(timm.create_model("rmt_t", **TestRMT.tiny)).stages[2].blocks[0].attn
+    attention = randomize(timm.create_model("rmt_t", **TestRMT.tiny)).stages[2].blocks[0].attn
     attention.decomposed = decomposed
     block, x = RMTBlock(32, attention, 3, 1.0, 0.0), torch.randn(1, 6, 5, 32)
     names = (("norm1", "retention_layer_norm"), ("norm2", "final_layer_norm"), ("pos_embed", "pos.conv"))

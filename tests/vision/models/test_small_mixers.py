@@ -13,7 +13,7 @@ from nearfar.vision.contracts.afno import build_contract
 from nearfar.vision.models.afno import AFNOTransformer
 from nearfar.vision.models.dhvt import DHVT, DHVTBlock
 from nearfar.vision.models.ninformer import NiNBlock, NiNformer
-from tests.vision.base import TokenTester, check_contract, close, contracts, described, randomise, shapes_of
+from tests.vision.base import TokenTester, check_contract, close, contracts, described, randomize, shapes_of
 
 
 class TestAFNO(TokenTester):
@@ -71,17 +71,17 @@ def test_variants_of_dhvt_are_told_apart() -> None:
 
 @torch.no_grad()
 def test_contracts_that_are_not_shipped() -> None:
-    block = randomise(DHVTBlock(48, 3, 96))
+    block = randomize(DHVTBlock(48, 3, 96))
     x = torch.randn(2, 17, 48)
     close(dhvt.build_contract(described(shapes_of(block), {}, [(2, 17, 48)]))(x), block(x, (4, 4)), 1e-6)
-    net = randomise(DHVT(48, 2, 3, 7, patch_size=2, img_size=16))
+    net = randomize(DHVT(48, 2, 3, 7, patch_size=2, img_size=16))
     picture = torch.randn(1, 3, 16, 16)
     published = {n.replace("head.fc.", "head."): s for n, s in shapes_of(net).items()}
     built = dhvt.build_contract(described(published, {"num_heads": 3, "patch_size": 2}, [(1, 3, 16, 16)]))
     assert built(picture).shape == (1, 7)
     with pytest.raises(UserError, match="num_heads"):
         dhvt.build_contract(described(published, {"num_heads": 4}))
-    plain = randomise(AFNOTransformer(16, 2, 4, 3, img_size=16, double_skip=False, threshold=0.3, modes="fourcastnet"))
+    plain = randomize(AFNOTransformer(16, 2, 4, 3, img_size=16, double_skip=False, threshold=0.3, modes="fourcastnet"))
     shapes = {n.replace("head.fc.", "head."): s for n, s in shapes_of(plain).items() if "pos_embed" not in n}
     settings = {"double_skip": False, "sparsity_threshold": 0.3, "modes": "fourcastnet", "patch_size": 4}
     afno = build_contract(described(shapes | {"pos_embed": (1, 16, 16)}, settings, [(1, 3, 16, 16)]))
@@ -94,7 +94,7 @@ def test_contracts_that_are_not_shipped() -> None:
 
 @torch.no_grad()
 def test_ninformer_refuses_other_grids_and_says_what_to_call() -> None:
-    model = randomise(timm.create_model("ninformer_cifar10", dim=32, hidden=48))
+    model = randomize(timm.create_model("ninformer_cifar10", dim=32, hidden=48))
     x = torch.randn(2, 3, 32, 48)
     with pytest.raises(ValueError, match=r"set_input_size\(\(32, 48\)\)"):
         model(x)
@@ -105,7 +105,7 @@ def test_ninformer_refuses_other_grids_and_says_what_to_call() -> None:
     assert model.forward_intermediates(x, intermediates_only=True)[-1].shape == (2, 32, 8, 12)
     again = NiNformer.from_published(model.state_dict(), img_size=(32, 48))
     close(again(x), model(x), 1e-6)
-    fourier = randomise(timm.create_model("ninformer_fourier", dim=32, hidden=48))
+    fourier = randomize(timm.create_model("ninformer_fourier", dim=32, hidden=48))
     assert fourier(x).shape == (2, 10)
     assert NiNformer.published_settings(fourier.state_dict())["gate"] == "fourier"
     with pytest.raises(ValueError, match="allowed are mixer, fourier"):
@@ -126,7 +126,7 @@ def test_ninformer_surface(gate: str, tmp_path: Path) -> None:
     model = timm.create_model("ninformer_cifar100" if gate == "mixer" else "ninformer_fourier", dim=16, hidden=24)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        randomise(model).save_pretrained(tmp_path)
+        randomize(model).save_pretrained(tmp_path)
         close(NiNformer.from_pretrained(tmp_path)(x), model(x), 1e-6)
         program = torch.export.export(model, (x,))
         close(program.module()(x), model(x), 1e-5)
@@ -139,7 +139,7 @@ def test_ninformer_surface(gate: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_ninformer_contracts_that_are_not_shipped() -> None:
-    block = randomise(NiNBlock(8, 5, 6, gate="fourier"))
+    block = randomize(NiNBlock(8, 5, 6, gate="fourier"))
     shapes = {n.replace("ffn.", "ffn.net."): s for n, s in shapes_of(block).items()}
     assert ninformer.build_contract(described(shapes, {"dim": 8}, [(2, 5, 8)]))(torch.randn(2, 5, 8)).shape == (2, 5, 8)
     with pytest.raises(UserError, match="norm_eps"):

@@ -8,7 +8,7 @@ import torch
 from nearfar.core.errors import UserError
 from nearfar.vision.contracts.spartan import build_contract
 from nearfar.vision.models.spartan import SpaRTAN, SpaRTANBlock
-from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomize, shapes_of
 
 
 class TestSpaRTAN(BackboneTester):
@@ -21,7 +21,7 @@ class TestSpaRTAN(BackboneTester):
 
 @torch.no_grad()
 def test_flat_layout() -> None:
-    model = randomise(SpaRTAN((1, 2, 1), (8, 16, 24), (3, 2, 2), num_classes=4))
+    model = randomize(SpaRTAN((1, 2, 1), (8, 16, 24), (3, 2, 2), num_classes=4))
     published, flat = {}, {}
     order = ["stages.0.blocks.0.", "stages.1.downsample.", "stages.1.blocks.0.", "stages.1.blocks.1."]
     order += ["stages.2.downsample.", "stages.2.blocks.0."]
@@ -50,10 +50,10 @@ def test_drop_path_does_not_reach_its_rate() -> None:
 @torch.no_grad()
 def test_contract_of_a_block() -> None:
     for early in (True, False):
-        block = randomise(SpaRTANBlock(16, 2, early))
+        block = randomize(SpaRTANBlock(16, 2, early))
         x = torch.randn(1, 16, 6, 7)
         close(build_contract(described(shapes_of(block), {}, [tuple(x.shape)]))(x), block(x), 1e-6)
-    model = randomise(SpaRTAN(**TestSpaRTAN.tiny, num_classes=3))
+    model = randomize(SpaRTAN(**TestSpaRTAN.tiny, num_classes=3))
     with pytest.raises(UserError, match="depths"):
         build_contract(described(shapes_of(model), {"depths": [1, 1, 3, 1]}))
 

@@ -11,7 +11,7 @@ from nearfar.ops.convolution.dmixer import DMixer
 from nearfar.vision.contracts.transxnet import build_contract
 from nearfar.vision.explain.attention import attention_maps
 from nearfar.vision.models.transxnet import TransXBlock, TransXNet
-from tests.vision.base import BackboneTester, close, described, randomise, shapes_of
+from tests.vision.base import BackboneTester, close, described, randomize, shapes_of
 
 
 class TestTransXNet(BackboneTester):
@@ -45,7 +45,7 @@ class TestTransXNet(BackboneTester):
 
 @torch.no_grad()
 def test_dense_checkpoint() -> None:
-    model = randomise(timm.create_model("transxnet_t", num_classes=0, feature_norms=True, **TestTransXNet.tiny))
+    model = randomize(timm.create_model("transxnet_t", num_classes=0, feature_norms=True, **TestTransXNet.tiny))
     state = {}
     for name, value in model.state_dict().items():
         if name.startswith("feature_norms."):
@@ -60,7 +60,7 @@ def test_dense_checkpoint() -> None:
 
 @torch.no_grad()
 def test_tables_are_kept_per_size_and_follow_their_weights() -> None:
-    model = randomise(timm.create_model("transxnet_t", num_classes=3, **TestTransXNet.tiny))
+    model = randomize(timm.create_model("transxnet_t", num_classes=3, **TestTransXNet.tiny))
     sizes = [(64, 64), (96, 64), (64, 64)]
     first = [model(torch.ones(1, 3, *size)) for size in sizes]
     close(first[0], first[2], 1e-6)
@@ -70,7 +70,7 @@ def test_tables_are_kept_per_size_and_follow_their_weights() -> None:
 
 @torch.no_grad()
 def test_spatial_tables_agree_at_their_own_size() -> None:
-    model = randomise(timm.create_model("transxnet_t", num_classes=3, table_size=64, **TestTransXNet.tiny))
+    model = randomize(timm.create_model("transxnet_t", num_classes=3, table_size=64, **TestTransXNet.tiny))
     spatial = TransXNet.from_published(model.state_dict(), table="spatial")
     x = torch.randn(1, 3, 64, 64)
     close(spatial(x), model(x), 1e-6)
@@ -79,7 +79,7 @@ def test_spatial_tables_agree_at_their_own_size() -> None:
 
 
 def test_attention_maps_of_every_block() -> None:
-    model = randomise(timm.create_model("transxnet_t", num_classes=3, **TestTransXNet.tiny)).train()
+    model = randomize(timm.create_model("transxnet_t", num_classes=3, **TestTransXNet.tiny)).train()
     maps = attention_maps(model, torch.randn(2, 3, 64, 64))
     assert [tuple(m.shape) for m in maps.values()] == [(2, 1, 256, 4), (2, 2, 64, 4), (2, 2, 16, 4), (2, 4, 4, 4)]
     for weights in maps.values():
@@ -92,7 +92,7 @@ def test_attention_maps_of_every_block() -> None:
 def test_contract_of_a_block(sr_ratio: int, heads: int) -> None:
     block = TransXBlock(16, DMixer(16, 5, 3, heads, sr_ratio), 31 / 16, 1e-5, 0.0, 0.0)
     x, table = torch.randn(1, 16, 8, 6), torch.randn(1, heads, 48, 48 // sr_ratio**2)
-    contract = described(shapes_of(randomise(block)), inputs=[tuple(x.shape), tuple(table.shape)])
+    contract = described(shapes_of(randomize(block)), inputs=[tuple(x.shape), tuple(table.shape)])
     close(build_contract(contract)(x, table), block(x, table), 1e-6)
 
 

@@ -10,7 +10,7 @@ from nearfar.vision.restoration.catanet import CATANet
 from nearfar.vision.restoration.drct import DRCT
 from nearfar.vision.restoration.networks import create_restorer, load_restorer, restorers
 from nearfar.vision.restoration.restorer import pad_to
-from tests.vision.base import randomise
+from tests.vision.base import randomize
 
 SMALL = {
     DRCT: {"groups": 2, "dim": 12, "growth": 4, "num_heads": 2, "window_size": 4, "features": 8},
@@ -63,11 +63,11 @@ def test_published_sizes() -> None:
 @pytest.mark.parametrize("scale", [2, 3, 4])
 @torch.no_grad()
 def test_any_picture(kind: type, scale: int) -> None:
-    model = randomise(kind(scale=scale, **SMALL[kind]))
+    model = randomize(kind(scale=scale, **SMALL[kind]))
     if kind is CATANet:
         for module in model.modules():
-            if hasattr(module, "initialised"):
-                module.initialised.fill_(True)
+            if hasattr(module, "initialized"):
+                module.initialized.fill_(True)
     for height, width in ((1, 1), (3, 17), (16, 9)):
         y = model(torch.rand(2, 3, height, width))
         assert y.shape == (2, 3, scale * height, scale * width)
@@ -79,7 +79,7 @@ def test_any_picture(kind: type, scale: int) -> None:
 @pytest.mark.parametrize("kind", SMALL)
 @torch.no_grad()
 def test_save_reload_and_train(kind: type, tmp_path: Path) -> None:
-    model = randomise(kind(scale=2, **SMALL[kind]))
+    model = randomize(kind(scale=2, **SMALL[kind]))
     model.save_pretrained(tmp_path)
     x = torch.rand(1, 3, 12, 12)
     torch.testing.assert_close(kind.from_pretrained(tmp_path).eval()(x), model(x))
@@ -93,7 +93,7 @@ def test_save_reload_and_train(kind: type, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_a_checkpoint_tells_its_variant(tmp_path: Path) -> None:
     for scale in (2, 3, 4):
-        model = randomise(DRCT(scale=scale, **SMALL[DRCT]))
+        model = randomize(DRCT(scale=scale, **SMALL[DRCT]))
         x = torch.rand(1, 3, 8, 12)
         torch.save({"params_ema": published(model), "params": {"a": x}}, tmp_path / "net.pth")
         found = load_restorer(tmp_path / "net.pth")
@@ -112,7 +112,7 @@ def test_a_checkpoint_tells_its_variant(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_without_gradients_the_dense_group_is_the_same() -> None:
-    model = randomise(DRCT(scale=2, **SMALL[DRCT]))
+    model = randomize(DRCT(scale=2, **SMALL[DRCT]))
     x = torch.rand(1, 3, 8, 8)
     with torch.enable_grad():
         expected = model(x)

@@ -1,6 +1,7 @@
 """Reading published checkpoints safely, with an account of every key."""
 
 import math
+import pickle
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
@@ -11,12 +12,12 @@ import h5py
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nearfar.core.errors import CheckpointError
 from nearfar.core.files import atomic_path
 from nearfar.core.finite import check_weights
+from nearfar.core.reading import DEFLATE, check_hdf5, reading
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,25 +51,31 @@ def read_state_dict(path: str | Path, *, wrappers: Iterable[str] = WRAPPERS) -> 
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     suffix = path.suffix.lower()
-    try:
+    with reading(
+        path, "cannot be read as a checkpoint", "it may be damaged or cut off; copy it again", CheckpointError
+    ):
         if suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(path)
         elif suffix in (".h5", ".hdf5"):
             content = read_hdf5(path)
         else:
-            with torch.serialization.safe_globals([Namespace]):  # training scripts keep their arguments, plain values
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged, or no checkpoint ({_first_line(error)})") from error
-    except Exception as error:  # torch raises pickle.UnpicklingError for anything beyond tensors and plain values
+            content = _read_torch(path)
+        state = unwrap(content, wrappers)
+        for name, value in state.items():  # strides of 0 announce more than is stored
+            if value.numel() * value.element_size() > DEFLATE * path.stat().st_size:
+                raise CheckpointError(f"{path}: {name} announces {value.numel():,} numbers, which it does not hold")
+        return state
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([Namespace]):  # training scripts keep their arguments, plain values
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # its words advise to load it all the same
         raise CheckpointError(
             f"{path}: holds Python objects beside tensors, which could run code when loaded; "
             "save its state_dict alone, best as .safetensors"
         ) from error
-    try:
-        return unwrap(content, wrappers)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def unwrap(content: Mapping[str, Any], wrappers: Iterable[str] = WRAPPERS) -> dict[str, Tensor]:
@@ -94,6 +101,7 @@ def read_hdf5(path: str | Path) -> dict[str, Tensor]:
         if isinstance(item, h5py.Dataset) and np.issubdtype(item.dtype, np.number):
             arrays[name] = torch.from_numpy(np.asarray(item[()]))
 
+    check_hdf5(path)
     with h5py.File(path, "r") as file:
         file.visititems(visit)
     return arrays
@@ -138,10 +146,6 @@ def save_state_dict(model: nn.Module, path: str | Path) -> Path:
         state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
         safetensors.torch.save_file(state, temporary)
     return Path(path)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def fit_shapes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ Every setting of a contract counts. A builder reads it (`contract.settings[...]`
 (`contract.document`); `verify` refuses a contract with settings that nobody accounted for.
 """
 
-import json
 import math
 import re
 import zlib
@@ -37,8 +36,10 @@ import torch
 from torch import Tensor, nn
 
 from nearfar.core.errors import UserError
+from nearfar.core.reading import read_arrays, read_json, reading
 
 MAX_VALUES = 4096  # values kept per output, evenly strided over the flattened tensor
+LARGEST = 1 << 31  # numbers in the state, the inputs or the outputs
 
 
 def fill(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -104,13 +105,11 @@ class Contract:
         if path.suffix not in (".json", ".npz"):
             path = path.with_name(path.name + ".json")
         path = path.with_suffix(".json")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            missing = {"system", "variant", "settings", "inputs", "outputs", "state"} - set(content)
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: cannot be read as a contract ({error})") from error
-        if missing:
+        content = read_json(path, "a contract")
+        if missing := {"system", "variant", "settings", "inputs", "outputs", "state"} - set(content):
             raise UserError(f"{path}: is no contract, it lacks {', '.join(sorted(missing))}")
+        with reading(path, "cannot be read as a contract"):
+            _check(content)
         if not path.with_suffix(".npz").is_file():
             raise UserError(f"{path.with_suffix('.npz')}: the recorded outputs are missing")
         return cls(path, content)
@@ -196,8 +195,17 @@ class Contract:
     @cached_property
     def recorded(self) -> dict[str, np.ndarray]:
         """Sampled values of each output, as the published code gave them."""
-        with np.load(self.path.with_suffix(".npz"), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        path = self.path.with_suffix(".npz")
+        arrays = read_arrays(path, "recorded outputs")
+        for spec in self.outputs:
+            values = arrays.get(spec["name"])
+            if (
+                values is None
+                or values.dtype.kind not in "fiu"
+                or values.size != min(MAX_VALUES, math.prod(spec["shape"]))
+            ):
+                raise UserError(f"{path}: does not hold the values of {spec['name']} that {self.path.name} announces")
+        return arrays
 
 
 def relative_errors(contract: Contract, outputs: Any) -> dict[str, float]:
@@ -279,6 +287,34 @@ def verify(
             "told by a shape, or be on the system's list of documentation"
         )
     return relative_errors(contract, outputs)
+
+
+def _check(content: Mapping[str, Any]) -> None:
+    """Raise ValueError where parts of a contract are of another kind, or larger than any model is."""
+    kinds = {"system": str, "variant": str, "settings": dict, "inputs": list, "outputs": list, "state": list}
+    for name, kind in kinds.items():
+        if not isinstance(content[name], kind):
+            raise ValueError(f"{name} is no {kind.__name__}")
+    needs = {"inputs": ("name", "dist"), "outputs": ("name",), "state": ("name", "kind")}
+    for part, names in needs.items():
+        total = 0
+        for spec in content[part]:
+            shape = spec["shape"]
+            if not all(isinstance(spec[name], str) for name in names):
+                raise ValueError(f"{part} have {' and '.join(names)} in words")
+            if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+                raise ValueError(f"{spec['name']} of the {part} has the shape {shape!r}")
+            total += math.prod(shape)
+        if total > LARGEST:
+            raise ValueError(f"the {part} have {total:,} numbers, more than {LARGEST:,}")
+    for spec in content["inputs"]:
+        if spec["dist"] == "randint" and not (type(spec["high"]) is int and 0 < spec["high"] < 2**31):
+            raise ValueError(f"the input {spec['name']} is below {spec['high']!r}")
+        if not math.isfinite(spec.get("scale", 1.0)):
+            raise ValueError(f"the input {spec['name']} has the scale {spec['scale']}")
+    tolerance = content.get("tolerance")
+    if tolerance is not None and (isinstance(tolerance, bool) or not 0 < tolerance < math.inf):
+        raise ValueError(f"the tolerance is {tolerance!r}")
 
 
 def _plain(value: Any) -> Any:

@@ -1,10 +1,12 @@
 """Writing files so that an interruption, a kill or a loss of power leaves nothing half-written."""
 
+import atexit
 import csv
 import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -26,6 +28,7 @@ TEMPORARY = ".nearfar-tmp-"
 _held: set[int] = set()
 _owned: set[tuple[Path, int]] = set()
 _swept: set[Path] = set()
+_mine: set[Path] = set()
 _umask = os.umask(0o077)
 os.umask(_umask)
 
@@ -37,6 +40,7 @@ def _forget_locks() -> None:
             os.close(handle)
     _held.clear()
     _owned.clear()
+    _mine.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -108,7 +112,9 @@ def temporary_folder(parent: str | Path | None = None, name: str = "") -> Iterat
         sweep(parent)
         _swept.add(parent)
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{name[:50]}{TEMPORARY}", dir=parent))
+        folder = parent / f".{name[:50]}{TEMPORARY}{secrets.token_hex(6)}"
+        _mine.add(folder)  # before it is there: a signal may come at any line
+        folder.mkdir(mode=0o700)
         if fcntl is None:
             handle = None
             break
@@ -123,8 +129,19 @@ def temporary_folder(parent: str | Path | None = None, name: str = "") -> Iterat
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _mine.discard(folder)
         if handle is not None:
             _unlock(handle)
+
+
+def remove_left() -> None:
+    """Remove what temporary folders this process has, where it ends by a signal that came while one was left."""
+    for folder in list(_mine):
+        shutil.rmtree(folder, ignore_errors=True)
+    _mine.clear()
+
+
+atexit.register(remove_left)
 
 
 def sweep(parent: str | Path) -> None:

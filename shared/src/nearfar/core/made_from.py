@@ -20,7 +20,7 @@ class MadeFrom:
 
     def __init__(self, target: Path, inputs: Iterable[Path], model: str, **options: Any) -> None:
         self.target = target
-        self.record = target.with_name(f".{target.name}.made-from.json")
+        self.record = record_of(target)
         self.sources = {
             "input": data_digest([content_digest(path) for path in inputs]),
             "model": model,
@@ -38,8 +38,8 @@ class MadeFrom:
             return False
         try:
             found = json.loads(self.record.read_text(encoding="utf-8"))
-            sources, result = found["sources"], found["result"]
-        except (OSError, ValueError, KeyError, TypeError):
+            sources, result = dict(found["sources"]), found["result"]
+        except Exception:  # not there, or damaged in whatever way
             raise UserError(
                 f"{self.target}: is there, and nothing tells what it was made from; move it away or name another output"
             ) from None
@@ -52,9 +52,24 @@ class MadeFrom:
             )
         return False
 
-    def write(self) -> None:
-        """Note that the result is there."""
-        write_json(self.record, {"sources": self.sources, "result": content_digest(self.target)})
+    def write(self, marked: str = "") -> None:
+        """Note that the result is there, and a mark for every figure on it, see `model_folder.mark`."""
+        record = {"sources": self.sources, "result": content_digest(self.target)}
+        write_json(self.record, record | ({"marked": marked} if marked else {}))
+
+
+def mark_beside(target: Path) -> str:
+    """The mark that was noted with a result, "" where there is none."""
+    try:
+        record = json.loads(record_of(target).read_text(encoding="utf-8"))
+        return str(record.get("marked", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def record_of(target: Path) -> Path:
+    """The hidden file that tells what a result was made from."""
+    return target.with_name(f".{target.name}.made-from.json")
 
 
 def model_digest(path: str | Path) -> str:

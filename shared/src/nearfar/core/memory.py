@@ -1,6 +1,8 @@
 """Memory in bytes: what a user allows, and what this process holds."""
 
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from nearfar.core.errors import UserError
@@ -18,6 +20,13 @@ def parse_memory(text: str) -> int:
     if value <= 0:
         raise UserError(f"--memory {text}: must be a positive size such as 800M or 2G")
     return value
+
+
+def refuse_memory(budget: int, shares: Mapping[str, float]) -> UserError:
+    """The error that `budget` bytes are too few: what is needed, and by what."""
+    need = f"{math.ceil(sum(max(0, share) for share in shares.values()) / 2**20)}M"
+    parts = ", ".join(f"{name} {math.ceil(max(0, share) / 2**20)}M" for name, share in shares.items())
+    return UserError(f"--memory: {budget >> 20}M are too few, {need} are needed ({parts})")
 
 
 def resident_memory(peak: bool = False) -> int:

@@ -12,7 +12,7 @@ and are then moved into place, the description last. A kill in between is made g
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -22,9 +22,11 @@ from typing import Any
 from nearfar.core.environment import environment
 from nearfar.core.errors import UserError
 from nearfar.core.files import file_digest, locked, settle, sweep, temporary_folder, write_json
+from nearfar.core.reading import reading
 
 KINDS = {
     "classifier": "classifier.json",
+    "region classifier": "regions.json",
     "decoder": "decoder.json",
     "segmenter": "model.json",
     "speaker model": "scoring.json",
@@ -33,6 +35,7 @@ KINDS = {
 }
 """Each kind of model and its description's name."""
 
+AGAIN = "copy the folder again"
 NEXT = ".next"
 FORMAT = 1
 
@@ -49,6 +52,10 @@ class TrainedOn:
         """From digests of the items' content and names of the groups."""
         named = (str(group) for group in groups if group is not None)
         return cls(frozenset(map(_short, items)), frozenset(map(_short, named)))
+
+    def __or__(self, other: "TrainedOn") -> "TrainedOn":
+        """What either has seen, as for a model that began from another."""
+        return TrainedOn(self.items | other.items, self.groups | other.groups)
 
     def seen(self, items: Iterable[str], groups: Iterable[Any] = ()) -> list[bool]:
         """Which of `items`, given by the digests of their content, or of their `groups`, the model has seen."""
@@ -115,16 +122,21 @@ def describe(folder: str | Path, kind: str) -> dict[str, Any]:
     folder = Path(folder)
     _finish(folder)
     path = folder / KINDS[kind]
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        others = found["kind"] != kind or not all(Path(name).name == name for name in found["files"])
-        later = found["format"] > FORMAT
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.is_file():
         what = next((other for other, name in KINDS.items() if (folder / name).is_file()), None)
         other = f"; it is one of a {what}" if what else "; name one that training wrote"
-        raise UserError(f"{folder}: holds no trained {kind}, it lacks {path.name}{other}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the folder again") from error
+        raise UserError(f"{folder}: holds no trained {kind}, it lacks {path.name}{other}")
+    with reading(path, "damaged", AGAIN):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and "format" not in found:
+            raise UserError(
+                f"{path}: names no format, so an older nearfar wrote it; train again with the same data and settings "
+                "into a new folder"
+            )
+        files: dict[str, str] = found["files"]
+        plain = all(Path(name).name == name and name.isprintable() and isinstance(files[name], str) for name in files)
+        others = found["kind"] != kind or not plain
+        later = found["format"] > FORMAT
     if later:
         raise UserError(f"{path}: has format {found['format']}, this nearfar reads up to {FORMAT}; install a newer one")
     if others:
@@ -135,13 +147,14 @@ def describe(folder: str | Path, kind: str) -> dict[str, Any]:
 def trained_on(folder: str | Path) -> TrainedOn:
     """What the model in `folder` has seen; nothing where that was not recorded."""
     for path in (Path(folder) / name for name in KINDS.values()):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")).get("trained_on", {"items": (), "groups": ()})
-            return TrainedOn(frozenset(found["items"]), frozenset(found["groups"]))
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.is_file():
             continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: damaged ({error}); copy the folder again") from error
+        with reading(path, "damaged", AGAIN):
+            found = json.loads(path.read_text(encoding="utf-8")).get("trained_on", {"items": (), "groups": ()})
+            items, groups = found["items"], found["groups"]
+            if any(not isinstance(names, list | tuple) for names in (items, groups)):
+                raise TypeError("trained_on holds no lists")
+            return TrainedOn(frozenset(items), frozenset(groups))
     return TrainedOn()
 
 
@@ -168,5 +181,9 @@ def _finish(folder: Path) -> None:
 
 def mark_seen(folder: str | Path, items: Iterable[str], groups: Iterable[Any] = ()) -> str:
     """A mark for every figure on these items: "" where the model has seen none of them, else how many it has."""
-    seen = trained_on(folder).seen(items, groups)
+    return mark(trained_on(folder).seen(items, groups))
+
+
+def mark(seen: Sequence[bool]) -> str:
+    """A mark for every figure on items of which a model has seen some: "" for none, else how many."""
     return f"{sum(seen)} of {len(seen)} seen in training" if any(seen) else ""

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import random
-import re
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -30,16 +29,13 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
+from nearfar.core.devices import check_precision
 from nearfar.core.environment import environment
 from nearfar.core.errors import DivergedError, UserError
 from nearfar.core.files import atomic_path, locked, process_rank, sweep, write_csv, write_json
 from nearfar.core.fingerprint import data_digest, source_digest
 from nearfar.core.finite import check_weights
-from nearfar.core.recipes import _Loader
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+from nearfar.core.reading import reading
 
 
 def seed_epoch(seed: int, epoch: int) -> None:
@@ -131,6 +127,7 @@ def train(
     `trainer_options` go to Lightning's Trainer: `devices`, `precision`, `accumulate_grad_batches`,
     `gradient_clip_val`, `strategy` ...
     """
+    check_precision(str(trainer_options.get("precision", "")), device)
     run = _Run(monitor, mode, seed, None if folder is None else Path(folder), dict(settings or {}))
     with nullcontext() if folder is None else locked(folder, "trains"):
         if folder is not None:
@@ -223,14 +220,10 @@ class _Run(Callback):
                 self.forget()  # a state without its record: nothing tells what it was made from
             write_json(path, record)
             return False
-        try:
+        with reading(path, "is no record of a run", "start anew with --fresh"):
             found = json.loads(path.read_text(encoding="utf-8"))
-            theirs, made_from = found["settings"] | {"seed": found["seed"]}, found.get("made_from", {})
-            finished, history = found["finished"], found.get("history", [])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: is no record of a run ({type(error).__name__}: {error}); start anew with --fresh"
-            ) from error
+            theirs, made_from = dict(found["settings"]) | {"seed": found["seed"]}, dict(found.get("made_from", {}))
+            finished, history = bool(found["finished"]), list(found.get("history", []))
         ours = json.loads(json.dumps(self.settings, default=str)) | {"seed": self.seed}  # tuples come back as lists
         settings = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
         different = [f"settings ({', '.join(settings)})"] if settings else []

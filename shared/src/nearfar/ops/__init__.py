@@ -2,4 +2,4 @@
 
 from nearfar.ops.common.precision import guard_bfloat16
 
-guard_bfloat16()  # before the first computation
+BFLOAT16_GUARDED = guard_bfloat16()  # before the first computation

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.core.errors import UserError
+from nearfar.core.reading import reading, reason
 
 
 class Container:
@@ -40,7 +41,7 @@ class Container:
             raise UserError(f"{path}: holds no sound") from None
         except av.FFmpegError as error:
             where = f"damaged at {self.frames / max(rates):.1f} s" if self.frames else "cannot be read as sound"
-            raise UserError(f"{path}: {where} ({error.strerror})") from error
+            raise UserError(f"{path}: {where} ({reason(error)}); copy it again, or leave it out") from error
         if len(rates) > 2 or len(channels) > 2:
             raise UserError(f"{path}: changes its sample rate or channels on the way; convert it to flac")
         self.samplerate, self.channels = max(rates), max(channels)
@@ -51,7 +52,8 @@ class Container:
         self._start()
 
     def _open(self) -> av.container.InputContainer:
-        return av.open(str(self._path), options={"protocol_whitelist": "file"})  # a playlist must not reach the network
+        # a playlist must not reach the network; tags may be in any coding
+        return av.open(str(self._path), options={"protocol_whitelist": "file"}, metadata_errors="ignore")
 
     def _start(self) -> None:
         self._container = self._open()
@@ -85,10 +87,8 @@ class Container:
         return found
 
     def _next(self) -> NDArray[np.float32] | None:
-        try:
+        with reading(self._path, f"damaged at {self._end / self.samplerate:.1f} s"):
             return next(self._decoded, None)
-        except av.FFmpegError as error:
-            raise UserError(f"{self._path}: damaged at {self._end / self.samplerate:.1f} s ({error})") from error
 
     def close(self) -> None:
         self._container.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 from nearfar.audio.sound import SUFFIXES
 from nearfar.core.errors import UserError
+from nearfar.core.reading import reading
 
 LAYOUTS = {
     "voxceleb": r"(?:.*/)?(?P<name>(?P<speaker>id\d{5})/(?P<session>[^/]+)/[^/]+)",
@@ -105,7 +106,9 @@ def _kaldi(root: Path) -> list[Utterance]:
 
 def _two_columns(path: Path) -> dict[str, str]:
     rows: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    with reading(path, "cannot be read as UTF-8 text", "save it as UTF-8"):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         name, *rest = line.split(maxsplit=1)
@@ -120,17 +123,20 @@ def _two_columns(path: Path) -> dict[str, str]:
 
 
 def _audiofolder(root: Path, table: Path) -> list[Utterance]:
-    text = table.read_text(encoding="utf-8-sig")
-    try:
+    with reading(table, "cannot be read as a table of recordings", "mend it, or leave it out"):
+        text = table.read_text(encoding="utf-8-sig")
         if table.suffix == ".csv":
             rows = list(csv.DictReader(text.splitlines()))
         else:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise UserError(f"{table}: cannot be read ({error})") from error
-    if not rows or "file_name" not in rows[0]:
+    if not rows or not isinstance(rows[0], dict) or "file_name" not in rows[0]:
         raise UserError(f"{table}: needs rows with a column file_name")
     column = next((name for name in ("speaker", "speaker_id", "client_id", "label") if name in rows[0]), None)
+    for number, row in enumerate(rows, 1):
+        for name in ("file_name", column):
+            value = row.get(name) if isinstance(row, dict) else None
+            if name is not None and not (isinstance(value, str | int) and str(value).strip()):
+                raise UserError(f"{table}, row {number}: has no {name}; every row needs one")
     names = [str(row["file_name"]) for row in rows]
     if len(set(names)) != len(names):
         raise UserError(f"{table}: names a file twice")

@@ -15,6 +15,7 @@ from scipy.signal import resample_poly
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
+from nearfar.core.reading import reading
 
 Samples = NDArray[np.float32]
 
@@ -51,6 +52,13 @@ SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".m4a", ".aac", "
 """Endings of the files that are looked for in a folder."""
 
 
+HIGHEST_RATE = 1_000_000
+"""Hz that a header may say."""
+
+PIECE = 1 << 20
+"""Numbers that are decoded at once."""
+
+
 class Recording:
     """A recording read piece by piece; its channels are averaged to one.
 
@@ -69,39 +77,49 @@ class Recording:
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file")
-        _refuse_truncated(self.path)
         self._file: Any
-        try:
-            self._file = soundfile.SoundFile(self.path)
-        except soundfile.LibsndfileError as error:
+        with reading(self.path, "cannot be read as sound"):
+            _refuse_truncated(self.path)
             try:
-                from nearfar.audio.containers import Container
-            except ImportError:
-                raise UserError(
-                    f"{self.path}: cannot be read as sound ({error}); m4a, aac, webm and the like need "
-                    "`pip install nearfar-audio[containers]`"
-                ) from error
-            self._file = Container(self.path)
+                self._file = soundfile.SoundFile(self.path)
+            except soundfile.LibsndfileError as error:
+                try:
+                    from nearfar.audio.containers import Container
+                except ImportError:
+                    raise UserError(
+                        f"{self.path}: cannot be read as sound ({error}); m4a, aac, webm and the like need "
+                        "`pip install nearfar-audio[containers]`"
+                    ) from error
+                self._file = Container(self.path)
         self.rate, self.channels, self.frames = self._file.samplerate, self._file.channels, self._file.frames
-        if self.frames <= 0:
+        if self.frames <= 0 or self.channels < 1:
             self.close()
             raise UserError(f"{self.path}: holds no sound")
+        if not 0 < self.rate <= HIGHEST_RATE:
+            self.close()
+            raise UserError(f"{self.path}: its header says {self.rate} Hz, which no recording has; mend or convert it")
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Samples start .. stop-1 as float32, the channels averaged."""
-        try:
+        pieces: list[NDArray[np.float32]] = []
+        there, size = start, max(1, PIECE // self.channels)
+        with reading(self.path, f"damaged at {start / self.rate:.1f} s"):
             self._file.seek(start)
-            samples = self._file.read(stop - start, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise UserError(f"{self.path}: damaged at {start / self.rate:.1f} s ({error})") from error
-        if len(samples) < stop - start:
-            raise UserError(f"{self.path}: ends at {(start + len(samples)) / self.rate:.1f} s, its header says later")
+            while there < stop:  # a header may announce more than there is: memory is that of what is there
+                piece = self._file.read(min(size, stop - there), dtype="float32", always_2d=True)
+                pieces.append(piece.mean(axis=1))
+                there += len(piece)
+                if not len(piece):
+                    break
+        if there < stop:
+            raise UserError(f"{self.path}: ends at {there / self.rate:.1f} s, its header says later")
+        samples = np.concatenate(pieces) if pieces else np.empty(0, np.float32)
         if not np.isfinite(samples).all():
-            bad = start + int(np.flatnonzero(~np.isfinite(samples).all(axis=1))[0])
+            bad = start + int(np.flatnonzero(~np.isfinite(samples))[0])
             raise UserError(
                 f"{self.path}: holds a value that is no number (NaN or infinite) at {bad / self.rate:.3f} s"
             )
-        return np.ascontiguousarray(samples.mean(axis=1))
+        return samples
 
     def blocks(self, seconds: float = 10.0) -> Iterator[NDArray[np.float32]]:
         """The whole recording in pieces."""

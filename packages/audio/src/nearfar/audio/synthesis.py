@@ -1,7 +1,7 @@
 """Synthetic speech from eSpeak NG, for tests and demonstrations that must not download anything.
 
 The library and its data come with the wheel `espeakng-loader` (extra `samples`). Its voices are variants of one
-formant synthesiser: easy to tell apart, and nothing like a test of real speakers. Always say that they are synthetic.
+formant synthesizer: easy to tell apart, and nothing like a test of real speakers. Always say that they are synthetic.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Making recordings alike: exponential moving standardisation in time, Euclidean alignment in space."""
+"""Making recordings alike: exponential moving standardization in time, Euclidean alignment in space."""
 
 from typing import Self
 
@@ -8,11 +8,11 @@ from scipy.signal import lfilter
 from sklearn.base import BaseEstimator, TransformerMixin
 
 EXPONENTIAL_MOVING = {"factor_new": 1e-3, "init_block_size": 1000, "eps": 1e-4}
-"""Settings of exponential moving standardisation that `Preprocessing` uses, for data in microvolts."""
+"""Settings of exponential moving standardization that `Preprocessing` uses, for data in microvolts."""
 
 
 class ExponentialMovingStandardizer:
-    """Exponential moving standardisation of a stream, chunk by chunk, with the state carried on.
+    """Exponential moving standardization of a stream, chunk by chunk, with the state carried on.
 
     For each channel, with a = `factor_new` and weights w_i = (1 - a)^i,
 
@@ -41,7 +41,7 @@ class ExponentialMovingStandardizer:
         self._held: list[NDArray] | None = [] if init_block_size else None
 
     def push(self, chunk: NDArray) -> NDArray:
-        """Standardise the next `chunk` (channels, times); while the first block fills the result has no samples."""
+        """Standardize the next `chunk` (channels, times); while the first block fills the result has no samples."""
         if self._held is None:
             return self._moving(chunk)
         self._held.append(np.asarray(chunk))

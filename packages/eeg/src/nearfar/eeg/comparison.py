@@ -41,7 +41,7 @@ def compare(
     Args:
         protocol: a name in `nearfar.eeg.protocols.PROTOCOLS`.
         models: `CSP+LDA`, `FBCSP` ... as in `nearfar.eeg.models.baselines`, or any network of braindecode.
-        wide: the trials from before the cue on, for the maps of desynchronisation.
+        wide: the trials from before the cue on, for the maps of desynchronization.
         progress: called with fits done, of all, and what is next.
         options: as in `nearfar.eeg.evaluation.evaluate`.
     """
@@ -86,7 +86,7 @@ def draw(
 ) -> None:
     """Write the pictures of an evaluation as PNG files.
 
-    wide: trials that begin before the cue, for the maps of desynchronisation. fitted: the last estimator of each
+    wide: trials that begin before the cue, for the maps of desynchronization. fitted: the last estimator of each
     decoder, where it was fitted in this run (not taken from the cache).
     """
     _save(plots.subject_accuracies(results.rows), folder / "subjects.png")
@@ -100,7 +100,7 @@ def draw(
                 partial(plots.topographic_maps, weights, epochs.info, label=label), folder, f"spatial-{model}"
             )
     if wide is not None and (names := _over_motor_cortex(wide)):
-        _save_if_possible(partial(plots.desynchronisation, wide, names), folder, "desynchronisation")
+        _save_if_possible(partial(plots.desynchronization, wide, names), folder, "desynchronization")
 
 
 def spatial_weights(estimator: Any) -> tuple[np.ndarray | None, str]:

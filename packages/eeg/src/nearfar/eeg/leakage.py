@@ -140,10 +140,10 @@ def trial_digests(X: np.ndarray) -> list[bytes]:
 def treatments(X: np.ndarray, metadata: pd.DataFrame) -> list[tuple[str, np.ndarray]]:
     """Groups of trials that bear the marks of statistics taken over the whole group, for `check_split`.
 
-    Standardising by the mean and deviation of a group of trials leaves that group with mean 0 and one and the same
+    Standardizing by the mean and deviation of a group of trials leaves that group with mean 0 and one and the same
     variance in every channel; whitening (Euclidean alignment) leaves it with one and the same variance in every
     direction. Neither happens by chance. Looked at are all trials, each subject's and each session's. Trials that were
-    each standardised by themselves are innocent. Unseen stay statistics with shrinkage or of other groups: declare
+    each standardized by themselves are innocent. Unseen stay statistics with shrinkage or of other groups: declare
     these by `fitted`.
 
     Returns:
@@ -166,7 +166,7 @@ def treatments(X: np.ndarray, metadata: pd.DataFrame) -> list[tuple[str, np.ndar
         if len(strengths) > 2 and np.ptp(strengths) < tolerance * strengths[-1]:
             return "whitened"
         level = np.abs(mean).max() < tolerance * np.sqrt(scale)
-        return "standardised" if level and np.ptp(variance) < tolerance * scale else ""
+        return "standardized" if level and np.ptp(variance) < tolerance * scale else ""
 
     found = ((treatment(rows), name, rows) for name, rows in groups)
     return [(f"{how} over {name}", rows) for how, name, rows in found if how and not treatment(rows[:1])]

@@ -56,6 +56,14 @@ def proportion_interval(share: float, n_trials: int, level: float = 0.95) -> tup
     return float(interval.low), float(interval.high)
 
 
+def score(y_true: ArrayLike, y_pred: ArrayLike, n_classes: int) -> dict[str, float]:
+    """Accuracy with its 95 % interval (`low`, `high`), kappa, chance and the bound that chance stays below."""
+    share, trials = accuracy(y_true, y_pred), len(np.asarray(y_true))
+    low, high = proportion_interval(share, trials)
+    chances = {"chance": 1 / n_classes, "chance_bound": chance_bound(trials, n_classes)}
+    return {"accuracy": share, "low": low, "high": high, "kappa": kappa(y_true, y_pred), **chances}
+
+
 def moving_average_accuracy(curve: ArrayLike, window: int = 20) -> float:
     """SMA20: the largest mean of `window` successive epochs' accuracies; NaN for a curve with fewer epochs.
 

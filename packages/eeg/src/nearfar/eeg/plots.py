@@ -166,7 +166,7 @@ def topographic_maps(weights: np.ndarray, info: mne.Info, titles: Sequence[str] 
     return figure
 
 
-def desynchronisation(
+def desynchronization(
     epochs: mne.BaseEpochs,
     channels: Sequence[str] = ("C3", "C4"),
     baseline: tuple[float, float] | None = None,
@@ -175,7 +175,7 @@ def desynchronisation(
     """Change of power with time and frequency after the cue, in percent of the time before it, per class and channel.
 
     100 (P - P_0) / P_0, where P is the mean power over the trials of a class (Morlet wavelets of f / 2 cycles) and P_0
-    its mean over `baseline`. Blue is desynchronisation. A quarter of a second at both ends, where wavelets leave the
+    its mean over `baseline`. Blue is desynchronization. A quarter of a second at both ends, where wavelets leave the
     trial, is not shown.
 
     Args:

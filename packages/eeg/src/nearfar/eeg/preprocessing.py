@@ -1,12 +1,13 @@
-"""From a continuous recording to trials: filter, resample, reference, standardise, cut.
+"""From a continuous recording to trials: filter, resample, reference, standardize, cut.
 
 `Preprocessing` holds the settings and is all that a model needs to treat new recordings as those it was trained on.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import mne
@@ -17,6 +18,7 @@ from scipy import signal
 from nearfar.core.errors import UserError
 from nearfar.eeg.alignment import EXPONENTIAL_MOVING
 from nearfar.eeg.annotations import Events, annotate, annotations, event_classes, event_counts, quiet, source_name
+from nearfar.eeg.conventions import known_set
 
 logger = logging.getLogger("nearfar.eeg")
 
@@ -45,7 +47,7 @@ class Preprocessing:
     order: "continuous" filters the whole recording and cuts afterwards. "published" is AGTCNet's own order, trial by
         trial: cut; where the rate changes, low-pass at the new Nyquist frequency (Butterworth, order 12, forward and
         backward, in transfer-function form) and FFT resampling; average reference. It has neither band-pass, notch nor
-        standardisation, and the ends of each trial carry the filter's transients.
+        standardization, and the ends of each trial carry the filter's transients.
     """
 
     tmin: float = 0.0
@@ -93,6 +95,13 @@ class Preprocessing:
         if name not in PRESETS:
             raise UserError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**PRESETS[name] | changes)
+
+    @classmethod
+    def for_files(cls, paths: Iterable[Path], **changes: Any) -> Self:
+        """The preset of the known set that all files are of, else a window of 3 s, with `changes`."""
+        names = {known_set(path) for path in paths}
+        preset = PRESETS.get(names.pop() or "", {}) if len(names) == 1 else {}
+        return cls(**preset | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is the way back."""
@@ -200,9 +209,9 @@ class Preprocessing:
         )
 
     def apply_trials(self, epochs: mne.BaseEpochs) -> mne.EpochsArray:
-        """Treat trials that were cut elsewhere, each by itself: window, rate, reference, standardisation per trial.
+        """Treat trials that were cut elsewhere, each by itself: window, rate, reference, standardization per trial.
 
-        What takes a continuous recording (band-pass, notch, exponential moving standardisation) is refused as a
+        What takes a continuous recording (band-pass, notch, exponential moving standardization) is refused as a
         `UserError`, as is a window that the trials do not hold. The rate may go up as well, which adds nothing.
         """
         continuous = [name for name in ("l_freq", "h_freq", "notch") if getattr(self, name) is not None]

@@ -11,7 +11,9 @@ X, y, classes = trials_array(epochs)
 """
 
 import logging
+import math
 import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ import mne
 import numpy as np
 
 from nearfar.core.errors import UserError
+from nearfar.core.reading import check_announced, reading
 from nearfar.eeg import conventions
 from nearfar.eeg.annotations import Events, annotate, event_counts, quiet, source_name
 
@@ -28,8 +31,10 @@ logger = logging.getLogger("nearfar.eeg")
 FORMATS = (".edf", ".bdf", ".gdf", ".vhdr", ".set", ".fif", ".fif.gz", ".cnt", ".mff", ".nxe", ".mat")
 """Endings that count as recordings in a folder; a file named outright may be anything that `mne.io.read_raw` opens."""
 
-SAMPLE = "finger-movements"
+SAMPLE = conventions.SAMPLE
 """Stands for the real EEG of `nearfar.eeg.samples` wherever a path is asked for."""
+
+DAMAGED = "the file may be damaged, incomplete or of another type"
 
 UNITS = {"V": 1.0, "mV": 1e-3, "uV": 1e-6, "µV": 1e-6, "nV": 1e-9}
 
@@ -115,13 +120,13 @@ def read_recording(
     Raises `UserError` for a missing, truncated or foreign file, for names that occur twice, and where the amplitudes
     cannot be volts.
     """
+    if unit is not None and unit not in UNITS:
+        raise UserError(f"unit must be one of {', '.join(UNITS)}, not {unit!r}")
     raw = recording.copy() if isinstance(recording, mne.io.BaseRaw) else _open(Path(recording))
-    with quiet():
+    with quiet(), reading(source_name(raw), "its header and its samples do not go together", DAMAGED):
         raw.load_data()
         _name_channels(raw, rename)
         if unit is not None:
-            if unit not in UNITS:
-                raise UserError(f"unit must be one of {', '.join(UNITS)}, not {unit!r}")
             raw.apply_function(
                 lambda x: x * UNITS[unit], picks=mne.pick_types(raw.info, eeg=True, eog=True, exclude=())
             )
@@ -220,35 +225,32 @@ def _open(path: Path) -> mne.io.BaseRaw:
         return conventions.read_bnci(path)
     if path.suffix.lower() in (".edf", ".bdf"):
         _check_edf(path)
-    with quiet():
-        try:
-            if _is_bids(path):
-                return _open_bids(path)
-            return mne.io.read_raw(path, preload=True)
-        except UserError:
-            raise
-        except Exception as error:  # the readers raise anything on a file that is not what its name says
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
-                f"{path}: cannot be read as {path.suffix or 'a recording'} ({reason[:200]}); "
-                "the file may be damaged, incomplete or of another type"
-            ) from error
+    with quiet(), reading(path, f"cannot be read as {path.suffix or 'a recording'}", DAMAGED):
+        if _is_bids(path):
+            return _open_bids(path)
+        if path.suffix.lower() == ".gdf":
+            _check_gdf(path)
+        return mne.io.read_raw(path, preload=True)
 
 
 def _check_edf(path: Path) -> None:
     """Compare the size that the header of an EDF or BDF file announces with the file's."""
     size = path.stat().st_size
-    with path.open("rb") as stream:
-        head = stream.read(256)
-        try:
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(256)
             header, records, signals = int(head[184:192]), int(head[236:244]), int(head[252:256])
-            samples = [
-                int(value) for value in np.frombuffer(stream.read(256 * signals)[216 * signals :], "S8")[:signals]
-            ]
-        except ValueError as error:
-            raise UserError(
-                f"{path}: not an {path.suffix[1:].upper()} file; give the recording in its own format"
-            ) from error
+            columns = stream.read(256 * signals)[216 * signals :]
+        samples = [int(value) for value in np.frombuffer(columns, "S8")[:signals]]
+        seconds = float(head[244:252])
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not an {path.suffix[1:].upper()} file; give the recording in its own format"
+        ) from error
+    if min(signals, *samples, 1) < 1 or not 0 <= seconds < math.inf or header < 256 * (signals + 1):
+        raise UserError(f"{path}: its header is damaged ({signals} signals, records of {seconds:g} s); copy it again")
+    if signals * max(samples) > 1000 * sum(samples):
+        raise UserError(f"{path}: has {max(samples):,} samples in one of {signals} signals and few in the others")
     expected = header + records * sum(samples) * (3 if path.suffix.lower() == ".bdf" else 2)
     if size < expected:
         raise UserError(f"{path}: truncated, {size} of {expected} bytes; copy or download it again")
@@ -256,6 +258,23 @@ def _check_edf(path: Path) -> None:
         raise UserError(
             f"{path}: has interruptions (EDF+D), which MNE joins without a mark; convert it to parts without"
         )
+
+
+def _check_gdf(path: Path) -> None:
+    """Compare the size that the header of a GDF file announces with the file's."""
+    with path.open("rb") as stream:
+        head = stream.read(256)
+        if not head.startswith(b"GDF 2") or len(head) < 256:
+            return  # of 1.x, mne tells
+        (records,), (signals,) = struct.unpack("<q", head[236:244]), struct.unpack("<H", head[252:254])
+        rest = stream.read(256 * signals)
+    samples, kinds = (np.frombuffer(rest[n * signals : (n + 4) * signals], "<u4") for n in (216, 220))
+    if len(kinds) != signals:
+        raise UserError(f"{path}: truncated, the header of {signals} channels is not whole; copy it again")
+    widths = {1: 1, 2: 1, 3: 2, 4: 2, 5: 4, 6: 4, 7: 8, 8: 8, 16: 4, 17: 8}
+    if records >= 0:
+        each = sum(int(n) * widths.get(int(kind), 3) for n, kind in zip(samples, kinds, strict=True))
+        check_announced(path, records * each)
 
 
 def _is_bids(path: Path) -> bool:

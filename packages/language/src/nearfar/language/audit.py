@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nearfar.core.devices import check_precision
 from nearfar.core.finite import check_finite
 from nearfar.language.cache import MixerCache
 from nearfar.language.evaluation import cache_argument, read_on
@@ -181,6 +182,7 @@ def step_by_step(model: PreTrainedModel, ids: Tensor, state: Any) -> Tensor:
 
 def half_precision(bench: Bench) -> float:
     """The whole text and, with the state, step by step in bfloat16."""
+    check_precision("bfloat16", bench.model.device.type)
     bench.model.bfloat16()
     out = []
     for text in bench.texts:

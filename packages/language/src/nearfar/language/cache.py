@@ -12,8 +12,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
+from nearfar.core.reading import reading
 from nearfar.language.packing import Layout
 from nearfar.ops.common.streaming import State
+
+MOST_LAYERS = 10_000
+"""Layers that a saved state may name."""
 
 
 def digest(ids: Tensor, before: Tensor | None = None) -> Tensor:
@@ -149,20 +153,21 @@ class MixerCache(Cache):
         cls, path: str | Path, device: str | torch.device = "cpu", model: "PreTrainedModel | None" = None
     ) -> "MixerCache":
         """Read what `save` wrote. With `model`, a state that another model left is a UserError."""
-        try:
+        with reading(path, "is no saved state of a nearfar language model", "read the text again"):
             with safetensors.safe_open(str(path), "pt", device=str(device)) as file:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if not 0 < int(about["layers"]) <= MOST_LAYERS or int(about["tokens"]) < 0:
+                raise ValueError(f"{about['layers']} layers, {about['tokens']} tokens")
             cache = cls(int(about["layers"]))
             tokens = int(about["tokens"])
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path}: is no saved state of a nearfar language model ({error})") from error
         if model is not None and about.get("model") != model.fingerprint():
             raise UserError(f"{path}: is the state of another model; read the text again with this one")
-        for name in sorted(tensors, key=lambda n: int(n.rsplit(".", 1)[1])):
-            i, part, _ = name.split(".")
-            layer = cache.layers[int(i)]
-            layer.states[part] = (*layer.states.get(part, ()), tensors[name])
+        with reading(path, "is no saved state of a nearfar language model", "read the text again"):
+            for name in sorted(tensors, key=lambda n: int(n.rsplit(".", 1)[1])):
+                i, part, _ = name.split(".")
+                layer = cache.layers[int(i)]
+                layer.states[part] = (*layer.states.get(part, ()), tensors[name])
         for layer in cache.layers:
             layer.tokens = tokens
         return cache

@@ -1,6 +1,7 @@
 """The configuration of a language model with exchangeable sequence mixers."""
 
 from dataclasses import field
+from math import isfinite
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -55,6 +56,18 @@ class MixerConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise UserError(f"{name} is {value!r}; it must be a positive whole number")
+        for name in ("norm_eps", "embed_scale", "embed_dropout", "dropout", "initializer_range"):
+            if (
+                isinstance(value := getattr(self, name), bool)
+                or not isinstance(value, int | float)
+                or not isfinite(value)
+            ):
+                raise UserError(f"{name} is {value!r}; it must be a finite number")
+        if not isinstance(self.mixers, list | tuple) or not all(isinstance(each, str | dict) for each in self.mixers):
+            raise UserError(f"mixers is {self.mixers!r}; it must be a list of names or mappings with a type")
         if not self.mixers:
             raise UserError(f"mixers is empty; name at least one of {', '.join(sorted(MIXERS))}")
         for norm in (self.norm, self.final_norm or self.norm):

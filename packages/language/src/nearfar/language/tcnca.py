@@ -26,7 +26,7 @@ from nearfar.language.modeling import MixerForCausalLM, MixerModel, MixerPreTrai
 
 
 class RealEmbedding(nn.Module):
-    """A number as a vector, `x w + b`: pixels, normalised."""
+    """A number as a vector, `x w + b`: pixels, normalized."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

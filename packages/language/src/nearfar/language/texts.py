@@ -1,6 +1,7 @@
 """Text as tokens: plain files, folders, tables and `datasets` corpora; bytes or any tokenizer; models by name."""
 
 import codecs
+import json
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +19,9 @@ import nearfar.language.modeling  # noqa: F401 - registers MixerForCausalLM with
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path
 from nearfar.core.finite import check_weights
+from nearfar.core.hub import from_hub, unreachable
 from nearfar.core.model_folder import KINDS, NEXT, read
+from nearfar.core.reading import check_announced, read_json, reading, reason, whole_numbers
 
 TEXT_ENDINGS = (".txt", ".raw", ".md", ".rst", ".py", ".html", ".csv", ".tex", "")
 TABLE_ENDINGS = (".jsonl", ".json", ".parquet")
@@ -31,38 +35,64 @@ def byte_tokenizer() -> ByT5Tokenizer:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """ "bytes", a folder, or a transformers id."""
+    """ "bytes", a folder, or hub:NAME."""
     if name == "bytes":
         return byte_tokenizer()
+    place, is_hub = from_hub(name, "a tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no tokenizer there ({first_line(error)}); give a folder, an id, or bytes") from error
+        return AutoTokenizer.from_pretrained(place, local_files_only=not is_hub, trust_remote_code=False)
+    except Exception as error:  # the hub's client has errors of its own, and damaged files raise anything
+        raise UserError(f"{name}: no tokenizer there ({unreachable(name, is_hub, error)})") from error
 
 
 def load_causal_lm(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
-    """A model in eval mode with its tokenizer, from a folder or by its transformers id.
+    """A model in eval mode with its tokenizer, from a folder, or of the hub by `hub:NAME`.
 
     A folder without a tokenizer whose model has 256 or 259 tokens reads bytes.
     """
     if (Path(name) / NEXT).exists() or (Path(name) / KINDS["language model"]).exists():
         read(name, "language model")
+    place, is_hub = from_hub(name, "a model")
+    asked: Any = {"local_files_only": not is_hub, "trust_remote_code": False}
+    _check_config(Path(place))
     try:
         options = {} if dtype is None else {"dtype": dtype}
-        loading: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        loading: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **asked, **options)
         model, found = loading
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: no causal language model there ({first_line(error)})") from error
+    except Exception as error:  # the hub's client has errors of its own, and damaged files raise anything
+        raise UserError(f"{name}: no causal language model there ({unreachable(name, is_hub, error)})") from error
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{name}: lacks {some(missing)}; the model would have random weights there")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(place, **asked)
+    except Exception as error:  # damaged files raise anything
         if model.config.vocab_size != len(byte_tokenizer()):
-            raise UserError(f"{name}: the model comes without a tokenizer ({first_line(error)})") from error
+            raise UserError(f"{name}: the model comes without a tokenizer ({reason(error)})") from error
         tokenizer = byte_tokenizer()
     check_weights(model.state_dict(), name)
     return model.to(device).eval(), tokenizer
+
+
+def _check_config(folder: Path) -> None:
+    """Raise UserError where a local config.json is damaged, or announces a model that its weights cannot fill."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    config = read_json(path, "the settings of a language model")
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = 0
+    for file in files:
+        with reading(file, "cannot be read as weights"), safetensors.safe_open(str(file), "pt") as weights:
+            tensors += len(weights.keys())
+    if not files:
+        return
+    size = max(sum(file.stat().st_size for file in files), 1 << 20)
+    layers = config.get("num_hidden_layers", 0)
+    if not isinstance(layers, int) or not 0 <= layers <= tensors:
+        raise UserError(f"{path}: num_hidden_layers is {layers!r}, and its weights are {tensors} tensors")
+    for name, value in whole_numbers(config):
+        if abs(value) > size:
+            raise UserError(f"{path}: {name} is {value}, more than its weights have bytes")
 
 
 def read_tokens(
@@ -108,6 +138,7 @@ def token_parts(sources: Iterable[str | Path], tokenizer: PreTrainedTokenizerBas
             for text in hub_texts(str(source)):
                 yield np.array([*encode(text, tokenizer).tolist(), *end], np.int64)
             continue
+        from_hub(source, "a corpus")
         for path in text_files(Path(source)):
             if path.suffix.lower() in TABLE_ENDINGS:
                 for text in table_texts(path):
@@ -174,17 +205,36 @@ def text_pieces(path: Path) -> Iterator[bytes]:
 
 def table_texts(path: Path) -> Iterator[str]:
     """The column `text` of a table."""
-    import datasets  # takes a second to import, and few need it
+    with reading(path, "is damaged or no table"):
+        if path.suffix.lower() == ".parquet":
+            import datasets  # takes a second to import, and few need it
 
-    kind = "parquet" if path.suffix.lower() == ".parquet" else "json"
-    try:
-        rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+            datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else reading a local file is told to the hub
+            rows: Any = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        else:
+            rows = json_rows(path)
+        empty = True
         for row in rows:
+            empty = False
             yield text_of(row, path)
-    except UserError:
-        raise
-    except Exception as error:  # each format's reader has its own errors
-        raise UserError(f"{path}: is damaged or no table ({first_line(error)})") from error
+        if empty:
+            raise UserError(f"{path}: is empty")
+
+
+def json_rows(path: Path) -> Iterator[Any]:
+    """The records of a JSON file: one a line, or all in one list. Nesting that is too deep is an error, no crash."""
+    with path.open("rb") as file:
+        listed = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        file.seek(0)
+        if listed:
+            yield from json.loads(file.read().decode("utf-8-sig"))
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from error
 
 
 def hub_texts(source: str) -> Iterator[str]:
@@ -197,13 +247,16 @@ def hub_texts(source: str) -> Iterator[str]:
             yield text_of(row, source)
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"{source}: cannot be streamed ({first_line(error)})") from error
+    except Exception as error:  # the hub's client has errors of its own
+        raise UserError(f"{source}: cannot be streamed ({unreachable(source, True, error)})") from error
 
 
-def text_of(row: dict[str, Any], source: object) -> str:
-    if not isinstance(row.get("text"), str):
-        raise UserError(f"{source}: has no column `text`; it has {', '.join(row)}")
+def text_of(row: Any, source: object) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        there = some(row) if isinstance(row, dict) else f"a {type(row).__name__} in its place"
+        raise UserError(f"{source}: has no column `text`; it has {there}")
+    if not row["text"].isascii() and any(0xD800 <= ord(c) < 0xE000 for c in row["text"]):
+        raise UserError(f"{source}: holds half of a character (a lone surrogate); write it anew as UTF-8")
     return row["text"]
 
 
@@ -213,14 +266,13 @@ def split_enwik8(path: str | Path, folder: str | Path) -> list[Path]:
     `path` is the file `enwik8` or a zip archive that holds it.
     """
     path = Path(path)
-    try:
+    with reading(path, "no EnWik8 there"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                check_announced(path, archive.getinfo("enwik8").file_size, compressed=True)
                 data = archive.read("enwik8")
         else:
             data = path.read_bytes()
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: no EnWik8 there ({first_line(error)})") from error
     if len(data) != 100_000_000:
         raise UserError(f"{path}: EnWik8 has 100,000,000 bytes, this has {len(data):,}")
     written = []

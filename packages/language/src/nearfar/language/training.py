@@ -29,7 +29,7 @@ class Recipe:
     Args:
         mixers, hidden_size, num_hidden_layers, state_mixer, norm, dropout, learned_positions,
         max_position_embeddings: of the model, see `MixerConfig`; the last is at least `context`.
-        tokenizer: "bytes", a folder, or a transformers id.
+        tokenizer: "bytes", a folder, or hub:NAME.
         context: tokens per example.
         batch_size: examples per step.
         epochs: passes over the text; the weights of the one with the best validation loss are kept.
@@ -221,7 +221,7 @@ def train_language_model(
         mode="min",
         seed=recipe.seed,
         folder=Path(folder) / "run",
-        settings=dataclasses.asdict(recipe),
+        settings=dataclasses.asdict(recipe) | {"precision": precision},
         fresh=fresh,
         show_progress=show_progress,
         device=device,

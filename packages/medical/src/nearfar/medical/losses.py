@@ -17,7 +17,7 @@ class SegmentationLoss(nn.Module):
     """A loss between logits (B, K, *S) and labels (B, *S), summed over the outputs of networks that have several.
 
     - `dice_ce`: cross-entropy + Dice over the foreground classes, per image.
-    - `nnunet`: the same with sums over the batch, smoothing 1e-5; coarser outputs weigh 1/2^i, normalised.
+    - `nnunet`: the same with sums over the batch, smoothing 1e-5; coarser outputs weigh 1/2^i, normalized.
     - `transunet`: 0.4 CE + 0.6 Dice with squared denominators, over the batch, background included.
     - `binary`: BCE + Dice of one sigmoid output, Dice per image with smoothing 1.
     - `structure`: BCE and IoU of one sigmoid output weighted by 1 + 5 |mean of 31 x 31 (mask) - mask| (2-D).

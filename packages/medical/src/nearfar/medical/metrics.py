@@ -82,7 +82,7 @@ def hausdorff(
 
 
 def surface_dice(prediction: Array, truth: Array, tolerance: float, spacing: Sequence[float] | None = None) -> float:
-    """Normalised surface Dice: share of both surfaces within `tolerance` (mm) of the other, by area of subvoxels.
+    """Normalized surface Dice: share of both surfaces within `tolerance` (mm) of the other, by area of subvoxels.
 
     NaN where both masks are empty, 0 where one is.
     """

@@ -1,6 +1,8 @@
 """The networks that can be trained and used by name."""
 
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import monai.networks.nets
@@ -8,12 +10,27 @@ import segmentation_models_pytorch as smp
 from torch import nn
 
 from nearfar.core.cards import Card, models
+from nearfar.core.checkpoints import Checkpoint, identify, read
 from nearfar.core.errors import UserError
+from nearfar.core.hub import pretrained_setting
 
 
 def networks() -> dict[str, tuple[type[nn.Module], Card]]:
     """Name -> class and card of nearfar's own networks."""
     return {name: (kind, kind.CARD) for kind in models("nearfar.medical.models") for name in kind.CARD.networks}  # type: ignore[attr-defined]
+
+
+def load_published(source: Checkpoint, **settings: Any) -> nn.Module:
+    """The network of nearfar's that a released checkpoint holds, with its weights, in eval mode.
+
+    Exactly one class has to account for every tensor; `settings` say what shapes do not tell, as its `from_published`
+    takes them. Raises CheckpointError with the reason of each where there is none, or more than one.
+    """
+    is_path = isinstance(source, str | Path)
+    content = source if is_path and Path(source).suffix == ".caffemodel" else read(source)  # type: ignore[arg-type]
+    kinds = {kind.__name__: kind for kind in models("nearfar.medical.models") if hasattr(kind, "from_published")}
+    attempts = {name: partial(kind.from_published, content, **settings) for name, kind in kinds.items()}
+    return identify(attempts, str(source) if is_path else "the state dict")[1]
 
 
 MONAI_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -23,12 +40,16 @@ MONAI_DEFAULTS: dict[str, dict[str, Any]] = {
 """Settings of MONAI networks where none are given: nnU-Net's shape, and a U-Net that trains in minutes."""
 
 
-def create_network(name: str, num_classes: int, in_channels: int, dims: int, settings: Mapping[str, Any]) -> nn.Module:
+def create_network(
+    name: str, num_classes: int, in_channels: int, dims: int, settings: Mapping[str, Any], *, fetch: bool = True
+) -> nn.Module:
     """A network by name: ours (`networks`), `smp.Unet` ... (2-D), or `monai.DynUNet`, `monai.SwinUNETR` ...
 
-    `settings` go to its constructor, before them those of `MONAI_DEFAULTS`.
+    `settings` go to its constructor, before them those of `MONAI_DEFAULTS`. Weights are fetched where they ask for it,
+    `pretrained: hub:timm` or smp's `encoder_weights: hub:imagenet`, and not at all without `fetch`.
     Raises UserError for an unknown name or settings that the network refuses.
     """
+    settings = pretrained_setting(settings, fetch)
     try:
         if name in (own := networks()):
             network, card = own[name]

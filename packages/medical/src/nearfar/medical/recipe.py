@@ -1,6 +1,7 @@
 """The settings of a training run."""
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from nearfar.medical.losses import LOSSES
@@ -64,6 +65,17 @@ class Recipe:
             raise ValueError(f"loss is {self.loss!r}; allowed are {', '.join(LOSSES)}")
         if self.spacing is not None and self.resize is not None:
             raise ValueError("spacing and resize both set the grid; give one")
+        for name, count in (("window", 2), ("resize", 2), ("spacing", None)):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            sound = isinstance(values, list | tuple) and all(isinstance(v, int | float) and isfinite(v) for v in values)
+            if not sound or len(values) != (count or len(values)) or not values:
+                raise ValueError(f"{name} is {values!r}; it must be {count or 'two or three'} finite numbers")
+            if name == "window" and not values[0] < values[1]:
+                raise ValueError(f"window is {values!r}; it must go from a lower to a higher number")
+            if name != "window" and min(values) <= 0:
+                raise ValueError(f"{name} is {values!r}; it must be positive")
         if not 0 <= self.foreground <= 1:
             raise ValueError(f"foreground is {self.foreground}; it must lie between 0 and 1")
         if self.scales and min(self.scales) <= 0:

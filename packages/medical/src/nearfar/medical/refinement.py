@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearfar.core.errors import UserError
+from nearfar.core.memory import refuse_memory
 from nearfar.medical.metrics import score_case, summarize
 from nearfar.ops.graph.dense_crf import DenseCRF, unary_from_softmax
 
@@ -45,7 +45,8 @@ def refine(
         plane = crf_bytes(math.prod(size) // size[axis], labels, len(image), len(size))
         depth = min(depth, memory // plane)
         if depth < 1:
-            raise UserError(f"--memory: the CRF needs {plane / 2**20:.0f} MB for a single slice of {tuple(size)}")
+            shares = {f"the CRF on one slice of {'x'.join(map(str, size))}": plane}
+            raise refuse_memory(memory, shares)
     widest = np.max([np.max(crf.spatial_std), np.max(crf.bilateral_std)]) / (spacing[axis] if spacing else 1)
     margin = 0 if depth == size[axis] else min(math.ceil(2 * widest), depth // 4)
     result = np.zeros(size, np.uint8 if labels <= 256 else np.int32)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.files import temporary_folder
-from nearfar.core.model_folder import TrainedOn, read, trained_on, writing
+from nearfar.core.model_folder import KINDS, TrainedOn, read, trained_on, writing
+from nearfar.core.reading import check_sizes, reading
 from nearfar.medical.data.scans import Scan
 from nearfar.medical.inference import WINDOW_MEMORY, segment, window_scores
 from nearfar.medical.networks import create_network
@@ -46,13 +47,16 @@ class Segmenter:
         self.preparation = Preparation(recipe.spacing, recipe.window, recipe.intensity, recipe.resize)
 
     @classmethod
-    def create(cls, recipe: Recipe, labels: Mapping[int, str], in_channels: int) -> "Segmenter":
-        """A segmenter with fresh weights. Class k of the network is the k-th label value."""
+    def create(cls, recipe: Recipe, labels: Mapping[int, str], in_channels: int, *, fetch: bool = True) -> "Segmenter":
+        """A segmenter with fresh weights, or with fetched ones where the recipe asks for them and `fetch` is set.
+
+        Class k of the network is the k-th label value.
+        """
         classes = 1 + len([v for v in labels if v])
         if recipe.binary and classes != 2:
             raise UserError(f"loss {recipe.loss} is for one label, the data have {classes - 1}")
         outputs = 1 if recipe.binary else classes
-        network = create_network(recipe.network, outputs, in_channels, len(recipe.roi), recipe.settings)
+        network = create_network(recipe.network, outputs, in_channels, len(recipe.roi), recipe.settings, fetch=fetch)
         return cls(network, labels, recipe, in_channels)
 
     def __call__(
@@ -146,15 +150,18 @@ class Segmenter:
         """Read what `save` wrote; raises UserError where it is not there or does not fit."""
         folder = Path(folder)
         content = read(folder, "segmenter")
-        try:
+        description, weights = folder / KINDS["segmenter"], folder / "model.safetensors"
+        check_sizes(
+            description, [content.get("in_channels"), content.get("recipe")], weights, lambda name: name != "seed"
+        )
+        with reading(description, "holds no trained model", "copy the folder again"):
             recipe = Recipe(**content["recipe"])
-            labels = {int(k): v for k, v in content["labels"].items()}
-            segmenter = cls.create(recipe, labels, content["in_channels"])
+            labels = {int(k): str(v) for k, v in content["labels"].items()}
+            segmenter = cls.create(recipe, labels, content["in_channels"], fetch=False)
             segmenter.crf, segmenter.spacing_seen = content.get("crf"), content.get("spacing_seen")
             segmenter.trained_on = trained_on(folder)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder}: holds no trained model ({error})") from error
-        load_state_dict(segmenter.network, read_state_dict(folder / "model.safetensors"))
+        with reading(weights, "does not fit its description", "copy the folder again"):
+            load_state_dict(segmenter.network, read_state_dict(weights))
         return segmenter
 
 

@@ -1,9 +1,49 @@
-"""Options that commands of several apps share."""
+"""Options that commands of several apps share: one name, one meaning, one help text."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from nearfar.core.errors import UserError
+from nearfar.core.recipes import shipped_recipes
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+def _device(name: str) -> str:
+    from nearfar.core.devices import choose_device  # imports torch
+
+    return choose_device(name, "--device")
+
+
+def _precision(name: str) -> str:
+    if name not in PRECISIONS:
+        raise UserError(f"--precision {name}: must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}")
+    return name
+
+
+Device = Annotated[str, typer.Option("--device", help="auto (the fastest), cpu, cuda or mps.", callback=_device)]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Forget the run that the folder holds and start anew, e.g. with other data.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Memory = Annotated[str | None, typer.Option("--memory", help="Most memory to use, such as 800M or 2G.")]
+Precision = Annotated[
+    str, typer.Option("--precision", help=f"Of the training: {', '.join(PRECISIONS)}.", callback=_precision)
+]
+RunFolder = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder of the run and its model; the same command goes on there.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting of the recipe, NAME=VALUE, e.g. epochs=50. Repeat for more."),
+]
+Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that read the data.")]
+
+
+def recipe_option(folder: Path | None = None) -> Any:
+    """The option --recipe of an app whose recipes lie in `folder`."""
+    names = [] if folder is None else shipped_recipes(folder)
+    return typer.Option("--recipe", help=f"YAML file with settings{', or ' if names else ''}{', '.join(names)}.")

@@ -24,7 +24,7 @@ from nearfar.core.cli.tour import tour
 from nearfar.core.cli.verify import verify
 from nearfar.core.entry_points import load_entry_point
 from nearfar.core.errors import UserError
-from nearfar.core.files import new_start
+from nearfar.core.files import new_start, remove_left
 
 
 def root(arguments: Sequence[str]) -> typer.Typer:
@@ -119,7 +119,8 @@ def stop_signals() -> Iterator[None]:
 
 
 def interrupted(stop: KeyboardInterrupt) -> int:
-    """Say that the command was stopped; its exit status."""
+    """Leave nothing half-written, and say that the command was stopped; its exit status."""
+    remove_left()
     messages.print("interrupted; finished outputs are kept, run the same command again to go on")
     return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nearfar.core.cli.console import clean
+from nearfar.core.cli.options import Device
 from nearfar.core.entry_points import load_entry_point
 from nearfar.core.errors import UserError
 
@@ -17,7 +18,7 @@ def verify(
         list[Path] | None,
         typer.Argument(help="Contract files or folders of them. Default: those of the installed packages."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, float64; bfloat16, float16: autocast.")] = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="Run each model under torch.compile.")] = False,
     tolerance: Annotated[
@@ -33,17 +34,13 @@ def verify(
     import torch  # not at the top: printing help should not wait for it
 
     from nearfar.core import contracts
-    from nearfar.ops.common.precision import check_bfloat16
+    from nearfar.core.devices import check_precision
 
     dtypes = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
     if dtype not in dtypes:
         raise UserError(f"--dtype {dtype}: must be one of {', '.join(dtypes)}")
     half = dtype in ("bfloat16", "float16")
-    if dtype == "bfloat16" and device == "cpu":
-        try:
-            check_bfloat16()
-        except RuntimeError as problem:
-            raise UserError(f"--dtype bfloat16: {problem}") from problem
+    check_precision(dtype, device)
     points: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group="nearfar.contracts"):
         points.setdefault(point.name, []).append(point)

@@ -15,7 +15,7 @@ class ChannelPooling(nn.Module):
         y[c m + j, t] = SELU(BN(sum_n weight[c, j, n] x[c, n, t]))      j < m
 
     x: (B, C, N, T) -> (B, m C, T); no bias. `constrain()` scales every filter weight[c, j] down to an L2 norm over the
-    nodes of `max_norm` at most; call it after each optimiser step, as Keras' max-norm constraint does. Source: the
+    nodes of `max_norm` at most; call it after each optimizer step, as Keras' max-norm constraint does. Source: the
     depthwise spatial filter of EEGNet (Lawhern et al. 2018), as AGTCNet uses it. Cost O(B m C N T).
 
     Args:

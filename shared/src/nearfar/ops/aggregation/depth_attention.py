@@ -243,7 +243,7 @@ class DepthResiduals:
         self.partial = y if self.partial is None else self.partial + y
 
     def prepare(self, attends: Sequence[DepthAttention]) -> None:
-        """Phase one: all queries of a block over the finished sources: unnormalised sums, totals and maxima."""
+        """Phase one: all queries of a block over the finished sources: unnormalized sums, totals and maxima."""
         dtype, unchanged = wide(self.blocks[0])
         with unchanged:
             keys = torch.stack([attend.key().to(dtype) for attend in attends])

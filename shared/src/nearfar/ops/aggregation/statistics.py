@@ -22,7 +22,7 @@ def masked_moments(
 
 
 class AttentiveStatisticsPool(nn.Module):
-    """Channel-wise attentive statistics over time, then a linear embedding between two batch normalisations.
+    """Channel-wise attentive statistics over time, then a linear embedding between two batch normalizations.
 
     With mu and sigma the mean and standard deviation of x over time::
 

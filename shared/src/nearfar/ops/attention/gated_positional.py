@@ -19,7 +19,7 @@ class GatedPositionalAttention(nn.Module):
 
     d'Ascoli et al., "ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases" (2021). r is key j
     minus query i, in cells, last axis first. An exponential of a sum over the axes is a product, and so is its
-    normaliser: P is the Kronecker product of one row-stochastic n x n matrix an axis, applied one after the other.
+    normalizer: P is the Kronecker product of one row-stochastic n x n matrix an axis, applied one after the other.
     The published code makes the N x N table, for square grids, in every layer and call, and divides by the row sums,
     which are 1. (B, C, *S) to the same; 1 to 3 axes, any grid; `causal` (one axis) masks both softmaxes. Matrices are
     computed in float32 at least. Cost O(N^2 C) for the content, O(N n C) for P, with n the longest side; memory O(N C).

@@ -62,6 +62,14 @@ class OutlookAttention(nn.Module):
         """The weights of every window, rows summing to one."""
         return self.weigh(x).flatten(1, self.dims).movedim(2, 1)
 
+    def attention_on_grid(self, weights: Tensor, windows: tuple[int, int], at: tuple[int, int]) -> Tensor:
+        """The weights (places, taps) of the window `at`, of its middle place, on the plane that `windows` cover."""
+        k, stride, pad = self.kernel_size, self.stride, self.pad
+        plane = weights.new_zeros([n * stride + 2 * pad for n in windows])
+        top, left = (n * stride for n in at)
+        plane[top : top + k, left : left + k] = weights[len(weights) // 2].reshape(k, k)
+        return plane[pad : -pad or None, pad : -pad or None]
+
     def weigh(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b *t heads places taps"]:
         """softmax(A / sqrt(d)) of every window."""
         if self.stride > 1:

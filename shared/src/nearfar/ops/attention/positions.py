@@ -10,7 +10,7 @@ class ScaledPositions(nn.Module):
 
     w_i = 10000^(-2i / C). (B, N, C) -> (B, N, C). Sines fill the first half of the channels and cosines the second;
     they are not interleaved. `scale` is one learnt number, from 0; `constrain()` clips it to [0, 1] and belongs after
-    each optimiser step, it is not part of the forward. Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.5,
+    each optimizer step, it is not part of the forward. Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.5,
     in the form of AGTCNet's code. Cost O(N C).
 
     Args:

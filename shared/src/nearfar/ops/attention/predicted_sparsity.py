@@ -23,7 +23,7 @@ class Connectivity(NamedTuple):
 
 
 class ConnectivityPredictor(nn.Module):
-    """Which pairs of N tokens are worth their attention, from a rank-R factorisation that depends on the input.
+    """Which pairs of N tokens are worth their attention, from a rank-R factorization that depends on the input.
 
     With q, k (B, H, N, d), learned P, Q (N, R) and linear maps W_q, W_k from d to `reduced_channels`,
 

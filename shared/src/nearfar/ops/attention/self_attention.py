@@ -58,6 +58,9 @@ class ClassAttention(nn.Module):
     Raises ValueError for heads that do not divide `dim`, or no queries.
     """
 
+    leading_queries = True
+    """The map's rows are of the leading tokens, not of all."""
+
     def __init__(self, dim: int, num_heads: int = 8, *, qkv_bias: bool = False, num_queries: int = 1) -> None:
         super().__init__()
         check_heads(dim, num_heads)

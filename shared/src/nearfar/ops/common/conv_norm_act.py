@@ -63,11 +63,12 @@ class ConvNormAct(nn.Module):
         return self.act(self.norm(self.conv(x)))
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "ConvNormAct":
         """Fold the batch norm's running statistics into the convolution, for inference. Same output to rounding."""
         if not isinstance(self.norm, nn.Identity):
             self.conv = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
             self.norm = nn.Identity()
+        return self
 
 
 def fuse(model: nn.Module) -> nn.Module:

@@ -53,8 +53,11 @@ class FusedConv2d(nn.Module):
         self.weight, self.bias = conv.weight, conv.bias
         size = self.weight.shape[2:]
         self.stride = list(getattr(conv, "stride", (1, 1)))
-        self.padding = [size[0] // 2, size[1] // 2] if isinstance(conv, DepthwiseConv) else list(conv.padding)
-        self.dilation = list(getattr(conv, "dilation", (1, 1)))
+        if isinstance(conv, DepthwiseConv):
+            self.dilation = [conv.dilation] * 2
+            self.padding = [conv.dilation * (n // 2) for n in size]
+        else:
+            self.dilation, self.padding = list(conv.dilation), list(conv.padding)
         self.groups = len(self.weight) if isinstance(conv, DepthwiseConv) else conv.groups
         self.activation = activation
         self.order = (self.padding, self.stride, self.dilation, self.groups)

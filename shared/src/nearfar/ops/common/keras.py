@@ -1,4 +1,4 @@
-"""Initialisation and activation as Keras defines them."""
+"""Initialization and activation as Keras defines them."""
 
 import math
 

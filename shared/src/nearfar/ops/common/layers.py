@@ -11,7 +11,7 @@ from nearfar.ops.common.dims import CONVOLUTIONS, check_dims, check_odd
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channel axis of `(B, C, *S)`: y_c = w_c (x_c - mean_c x) / sqrt(var_c x + eps) + b_c.
 
-    The variance is biased. Runs as `F.layer_norm` on the channels-last view, so a channels-last map is normalised
+    The variance is biased. Runs as `F.layer_norm` on the channels-last view, so a channels-last map is normalized
     without a copy and any other comes out channels-last. `eps` defaults to 1e-6.
     """
 
@@ -80,6 +80,7 @@ class DepthwiseConv(nn.Module):
         self.weight, self.bias = conv.weight, conv.bias
         self.convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
         self.padding = 0 if causal else kernel_size // 2
+        self.dilation = 1
         self.left = kernel_size - 1 if causal else 0
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
@@ -88,7 +89,14 @@ class DepthwiseConv(nn.Module):
             return x * scale if self.bias is None else torch.addcmul(self.bias.reshape(scale.shape), x, scale)
         if self.left:
             x = F.pad(x, (self.left, 0))
-        return self.convolve(x, self.weight, self.bias, padding=self.padding, groups=len(self.weight))
+        padding, dilation = self.padding * self.dilation, self.dilation
+        return self.convolve(x, self.weight, self.bias, padding=padding, dilation=dilation, groups=len(self.weight))
+
+    def dilate(self, dilation: int) -> None:
+        """Set the taps `dilation` positions apart."""
+        if self.left:
+            raise ValueError("a causal convolution is not dilated here")
+        self.dilation = dilation
 
     def extra_repr(self) -> str:
         dim, _, *kernel = self.weight.shape

@@ -1,4 +1,4 @@
-"""Normalisation of a sequence (B, N, C): by a frame's length, or by statistics gathered over time."""
+"""Normalization of a sequence (B, N, C): by a frame's length, or by statistics gathered over time."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ScaleNorm(nn.Module):
-    """y = g * x / max(|x|_2 / sqrt(dim), eps): root-mean-square normalisation with one scalar gain.
+    """y = g * x / max(|x|_2 / sqrt(dim), eps): root-mean-square normalization with one scalar gain.
 
     x: (..., dim). Nguyen and Salazar, "Transformers without tears" (2019), with the norm divided by sqrt(dim) as in
     the FLASH and MossFormer code; eps bounds the divisor from below, it is not added. Cost O(N * dim).
@@ -38,7 +38,7 @@ class TimeNorm(nn.Module):
 
     - `per_channel=False`: over all frames and channels, which is GroupNorm with one group;
     - `per_channel=True`: over all frames of each channel, which is InstanceNorm;
-    - `causal=True`: over the frames up to and including the present one ("cumulative" normalisation), so frame t
+    - `causal=True`: over the frames up to and including the present one ("cumulative" normalization), so frame t
       depends on no later frame, and a stream carries count, mean and mean square in `state`.
 
     Frames where `mask` is False take no part in the statistics. Statistics are computed in float32 at least.

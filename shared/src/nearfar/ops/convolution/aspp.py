@@ -22,7 +22,7 @@ class SummedASPP(nn.Module):
     The classifier of DeepLab v2 (Chen et al. 2018, figure 7); the paper's wide form has rates 6, 12, 18, 24, its
     small one 2, 4, 8, 12 (the reproduction in PyTorch takes 3, 6, 9, 12). One rate of 12 is the LargeFOV classifier
     of v1. Maps (B, in, *S) to (B, out, *S) for 1 to 3 axes; `causal` (1 axis) looks back 2 r positions instead of r to
-    either side. Initialised with normal(0, 0.01) and zero bias. Cost: 3^dims in out len(rates) per position.
+    either side. Initialized with normal(0, 0.01) and zero bias. Cost: 3^dims in out len(rates) per position.
 
     Raises:
         ValueError: for no rates, a rate below 1, or dims and causal that do not go together.

@@ -1,4 +1,4 @@
-"""Context-mixing dynamic convolution (ContMix) and the re-parameterised large kernels that go with it."""
+"""Context-mixing dynamic convolution (ContMix) and the re-parameterized large kernels that go with it."""
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +80,10 @@ class RepConvBlock(nn.Module):
         y = self.proj(x)
         return self.ls(x) + y if self.res_scale else x + self.ls(y)
 
-    def fuse(self) -> None:
+    def fuse(self) -> "RepConvBlock":
         """Merge the large kernel with the norm after it."""
         fuse_pair(self.proj, 1)
+        return self
 
 
 class GridPool(nn.Module):
@@ -295,14 +296,22 @@ class ContMixBlock(ContextMixer):
         """Shortcut plus branch, one of them scaled."""
         return scale(x) + self.drop_path(branch) if self.res_scale else x + self.drop_path(scale(branch))
 
-    def fuse(self) -> None:
+    def fuse(self) -> "ContMixBlock":
         """Merge the large kernel with the norm after it."""
         fuse_pair(self.lepe, 0)
+        return self
 
     def attention_map(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b g n m"]:
         """The large kernels, (B, heads, positions, taps of the window), rows summing to one."""
         y = self.norm1(self.dwconv1(x))
         return large_kernels(self, y, y)
+
+    def attention_on_grid(self, weights: Tensor, size: tuple[int, int], at: tuple[int, int]) -> Tensor:
+        """The weights (taps) of the position `at` on a grid of `size`."""
+        plane = weights.new_zeros(size)
+        rows, columns = (window_index(n, self.kernel_size, plane.device)[i] for n, i in zip(size, at, strict=True))
+        plane[rows[:, None], columns] = weights.reshape(self.kernel_size, self.kernel_size)
+        return plane
 
 
 def large_kernels(mixer: ContextMixer, source: Tensor, context: Tensor) -> Float[Tensor, "b g n m"]:

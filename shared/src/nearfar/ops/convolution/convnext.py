@@ -11,7 +11,7 @@ from nearfar.ops.common.layers import GELU, DepthwiseConv, DropPath
 class ConvNeXtBlock(nn.Module):
     """x + DropPath(gamma * W2 GELU(W1 LN(DW(x)))), with DW a depthwise k x k convolution.
 
-    Liu et al., "A ConvNet for the 2020s" (2022), section 2.6. DW is biased and keeps the size; LN normalises over
+    Liu et al., "A ConvNet for the 2020s" (2022), section 2.6. DW is biased and keeps the size; LN normalizes over
     channels (eps 1e-6); W1: C -> r C and W2: r C -> C are pointwise and biased; GELU is exact; gamma is a vector.
     `forward` maps (B, C, *S) to (B, C, *S). Cost per position: C k^dims + 2 r C^2 multiply-adds, linear in N.
 
@@ -61,7 +61,7 @@ class ConvNeXtBlock(nn.Module):
         return torch.addcmul(x, y, self.gamma.reshape(-1, *(1,) * (x.ndim - 2)))
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "ConvNeXtBlock":
         """Fold the norm's affine part and the GELU into W1, gamma into W2, for inference; the outputs stay the same."""
         if self.norm.elementwise_affine:
             fold_norm(self.norm, self.pwconv1)
@@ -71,6 +71,7 @@ class ConvNeXtBlock(nn.Module):
             self.gamma = None
         if isinstance(self.pwconv1, nn.Linear):
             self.pwconv1, self.act = FusedLinear(self.pwconv1, "gelu"), nn.Identity()
+        return self
 
 
 def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> None:

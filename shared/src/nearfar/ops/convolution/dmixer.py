@@ -45,15 +45,16 @@ class ConvBN(nn.Module):
         return self.act(self.bn(self.conv(x)))
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "ConvBN":
         """Fold norm and GELU into the convolution, for inference; the outputs stay the same."""
         if isinstance(self.bn, nn.Identity):
-            return
+            return self
         fold_batch_norm(self.conv, self.bn)
         self.bn = nn.Identity()
         if self.dims == 2:
             self.conv = FusedConv2d(self.conv, "gelu" if isinstance(self.act, nn.GELU) else "none")
             self.act = nn.Identity()
+        return self
 
     @property
     def fused(self) -> nn.Module | None:
@@ -111,8 +112,14 @@ class IDConv(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         window = tuple(self.weight.shape[2:])
-        grid = grid_pooling_matrix(tuple(x.shape[2:]), window, (x.device, x.dtype))
-        pooled = (x.flatten(2) @ grid.T).unflatten(2, window)
+        if torch.compiler.is_exporting():  # axis by axis: a Kronecker product would fix the size of the map
+            pooled = x
+            for axis, (length, number) in enumerate(zip(x.shape[2:], window, strict=True), start=2):
+                means = pooling_matrix(length, number, (x.device, x.dtype))
+                pooled = (pooled.movedim(axis, -1) @ means.T).movedim(-1, axis)
+        else:
+            grid = grid_pooling_matrix(tuple(x.shape[2:]), window, (x.device, x.dtype))
+            pooled = (x.flatten(2) @ grid.T).unflatten(2, window)
         share = self.proj(pooled).unflatten(1, (self.groups, -1)).softmax(1)
         kernel = (share * self.weight).sum(1)
         bias = None
@@ -258,12 +265,13 @@ class DMixer(nn.Module):
         mixed = torch.cat((self.local_unit(near), self.global_unit(far, position)), dim=1)
         return mixed + self.proj(mixed)
 
-    def fuse(self) -> None:
+    def fuse(self) -> "DMixer":
         """Fold the enhancer's inner norms into the convolutions after them, for inference."""
         for i in (2, 5):
             if isinstance(self.proj[i], nn.BatchNorm2d):
                 fold_into_next(self.proj[i], self.proj[i + 1])
                 self.proj[i] = nn.Identity()
+        return self
 
 
 class MultiScaleFFN(nn.Module):
@@ -306,16 +314,16 @@ class MultiScaleFFN(nn.Module):
         return self.drop(self.fc2(self.drop(self.norm(y))))
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "MultiScaleFFN":
         """Fold the norm before W2 into it, and make one depthwise convolution of the shortcut and all kernels."""
         if isinstance(self.norm, nn.Identity):
-            return
+            return self
         fold_into_next(self.norm, self.fc2[0])
         self.norm = nn.Identity()
         self.fc1[2] = scale_of_norm(self.fc1[2], self.fc1[0].weight.ndim - 2)
         kernels = list(self.dwconv.proj)
         if kernels[0].weight.ndim != 4:
-            return
+            return self
         wide = DepthwiseConv(sum(self.widths), max(conv.weight.shape[-1] for conv in kernels)).to(kernels[0].weight)
         size = wide.weight.shape[-1]
         wide.weight.copy_(
@@ -324,3 +332,4 @@ class MultiScaleFFN(nn.Module):
         wide.weight[:, 0, size // 2, size // 2] += 1
         wide.bias.copy_(torch.cat([conv.bias for conv in kernels]))
         self.dwconv = FusedConv2d(wide, "gelu")
+        return self

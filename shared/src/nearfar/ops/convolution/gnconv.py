@@ -82,7 +82,8 @@ class GnConv(nn.Module):
         return self.proj_out(p)
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "GnConv":
         """Fold the scale into the filter's last layer, for inference; the outputs stay the same."""
         scale_output(getattr(self.dwconv, "post_norm", self.dwconv), self.scale)
         self.scale = 1.0
+        return self

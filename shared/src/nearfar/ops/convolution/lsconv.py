@@ -43,15 +43,16 @@ class ConvNorm(nn.Module):
         return y.relu() if self.relu else y
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "ConvNorm":
         """Fold norm and ReLU into the convolution, for inference; the outputs stay the same."""
         if isinstance(self.bn, nn.Identity):
-            return
+            return self
         fold_batch_norm(self.c, self.bn)
         self.bn = nn.Identity()
         if self.dims == 2:
             self.c = FusedConv2d(self.c, "relu" if self.relu else "none")
             self.relu = False
+        return self
 
     @property
     def fused(self) -> nn.Module | None:
@@ -80,10 +81,10 @@ class RepVGGDepthwise(nn.Module):
         return self.conv(x) + self.conv1(x) + x
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "RepVGGDepthwise":
         """Merge the branches, for inference; the outputs stay the same."""
         if self.conv1 is None:
-            return
+            return self
         self.conv.fuse()
         self.conv1.fuse()
         kernel = self.conv.c.weight
@@ -91,13 +92,14 @@ class RepVGGDepthwise(nn.Module):
         kernel[(slice(None), 0, *here)] += self.conv1.c.weight.flatten() + 1
         self.conv.c.bias += self.conv1.c.bias
         self.conv1 = None
+        return self
 
 
 class LargeKernelPerception(nn.Module):
     """Kernels (B, C/share, k^dims, *S) for every position, from a wide look around it.
 
     W = GN(conv(ReLU(BN conv1(BN DW_K(ReLU(BN conv1(x))))))), of widths C -> C/2 -> C/2 -> k^dims C / share, the last
-    biased; GN has one group per kernel, so a kernel is normalised over its taps and all positions (eps 1e-5).
+    biased; GN has one group per kernel, so a kernel is normalized over its taps and all positions (eps 1e-5).
     Wang et al., "LSNet" (2025), section 3.2. The paper speaks of C/8 groups of channels; in the published code 8 is
     the number of channels that share a kernel, as here. With `causal` the depthwise convolution is left-padded and
     the group norm, which sees every position, is left out.
@@ -169,7 +171,8 @@ class LSConv(nn.Module):
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         return self.bn(position_depthwise(x, self.lkp(x), causal=self.causal)) + x
 
-    def fuse(self) -> None:
+    def fuse(self) -> "LSConv":
         """Make one multiply-add of the norm, for inference; the outputs stay the same."""
         if not isinstance(self.bn, LayerScale):
             self.bn = scale_of_norm(self.bn, self.dims)
+        return self

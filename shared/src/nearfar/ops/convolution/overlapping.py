@@ -110,10 +110,11 @@ class ChannelGatedFeedForward(nn.Module):
         return torch.cat((first * gate, tokens), dim=1)
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "ChannelGatedFeedForward":
         """Fold the batch norms into the convolutions, for inference. Same output to rounding."""
         for i in (1, 2, 3):
             norm = getattr(self, f"bn{i}")
             if not isinstance(norm, nn.Identity):
                 fold_batch_norm(getattr(self, f"conv{i}"), norm)
                 setattr(self, f"bn{i}", nn.Identity())
+        return self

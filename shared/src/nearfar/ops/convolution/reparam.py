@@ -24,7 +24,7 @@ BRANCHES = {
 class DilatedReparam(nn.Module):
     """BN(DW_K(x)) + sum of BN(DW_(k, dilation r)(x)) over the branches of `BRANCHES[K]`.
 
-    The dilated re-parameterisation of UniRepLKNet (2024) as OverLoCK (2025) takes it. `fuse` spreads every branch over
+    The dilated re-parameterization of UniRepLKNet (2024) as OverLoCK (2025) takes it. `fuse` spreads every branch over
     the large kernel and adds them up: one biased depthwise K-tap convolution, which `merged=True` makes from the
     start. (B, C, *S) to (B, C, *S); merged cost C K^dims per position.
 
@@ -54,10 +54,10 @@ class DilatedReparam(nn.Module):
         return out
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "DilatedReparam":
         """Merge the branches, for inference; the outputs stay the same."""
         if not self.branches:
-            return
+            return self
         fold_batch_norm(self.lk_origin, self.origin_bn)
         self.origin_bn = nn.Identity()
         size = self.lk_origin.kernel_size[0]
@@ -71,6 +71,7 @@ class DilatedReparam(nn.Module):
             delattr(self, f"dil_conv_k{k}_{r}")
             delattr(self, f"dil_bn_k{k}_{r}")
         self.branches = ()
+        return self
 
 
 class ResidualDepthwise(DepthwiseConv):
@@ -82,12 +83,13 @@ class ResidualDepthwise(DepthwiseConv):
         return x + super().forward(x) if self.residual else super().forward(x)
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> "ResidualDepthwise":
         """Add the shortcut to the centre tap, for inference; the outputs stay the same."""
         if self.residual:
             centre = (n // 2 for n in self.weight.shape[2:])
             self.weight[(slice(None), 0, *centre)] += 1
             self.residual = False
+        return self
 
 
 def fuse_pair(sequence: nn.Sequential, index: int) -> None:

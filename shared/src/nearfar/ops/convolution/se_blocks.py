@@ -4,7 +4,7 @@ Every module takes and returns `(B, C, *S)`, S = (T,) for `dims=1` and (L, T) fo
 An optional mask `(B, T)` is true at the frames that an item really has. With it, a padded item gives at its real
 frames exactly what it gives alone: what lies behind the end is zeroed before each convolution that reaches over
 frames, as its own zero padding would be, and kept out of every mean. What comes out behind the end means nothing.
-In training mode the statistics of batch normalisation count the padded frames too.
+In training mode the statistics of batch normalization count the padded frames too.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def masked_mean(x: Float[Tensor, "b c *s"], mask: Bool[Tensor, "b t"] | None) ->
 
 
 class ConvReLUNorm(nn.Module):
-    """`BN(relu(conv(x)))`: the normalisation comes last. Zero padding that keeps the size ("same").
+    """`BN(relu(conv(x)))`: the normalization comes last. Zero padding that keeps the size ("same").
 
     Args:
         in_channels, out_channels: widths.

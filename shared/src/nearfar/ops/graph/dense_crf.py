@@ -25,7 +25,7 @@ class DenseCRF(nn.Module):
     with K_ij = exp(-|f_i - f_j|^2 / 2), j = i included, and f the *spatial* features p / `spatial_std` or the
     *bilateral* ones (p / `bilateral_std`, c / `color_std`), p the position and c the image's channels. A number as
     weight w is the Potts model (reward for agreeing neighbours). A vector (L) or a symmetric matrix (L, L) of
-    energies M takes the place of -w: M K~Q is subtracted. K~ is K normalised: "symmetric"
+    energies M takes the place of -w: M K~Q is subtracted. K~ is K normalized: "symmetric"
     n K n with n = 1 / sqrt(K 1); "before" K n^2; "after" n^2 K; "none" K N / sum(K 1).
 
     Two named modes: "lattice", what the papers and pydensecrf compute, in linear time on the permutohedral lattice;
@@ -89,7 +89,7 @@ class DenseCRF(nn.Module):
         image: Float[Tensor, "n c *t"] | None = None,
         spacing: Sequence[Number] | None = None,
     ) -> list["_Kernel | None"]:
-        """The two normalised kernels for the grid of `unary` (its values do not matter); None where the weight is 0."""
+        """The two normalized kernels for the grid of `unary` (its values do not matter); None where the weight is 0."""
         shape, device = unary.shape, unary.device
         batch, _, *size = shape
         if not 1 <= len(size) <= 3:
@@ -159,7 +159,7 @@ class DenseCRF(nn.Module):
 
 
 class _Kernel:
-    """One normalised Gaussian kernel over points with `features` (B, N, d); a call filters values (B, N, C)."""
+    """One normalized Gaussian kernel over points with `features` (B, N, d); a call filters values (B, N, C)."""
 
     def __init__(self, features: Tensor, mode: str, normalization: str) -> None:
         self.features = features

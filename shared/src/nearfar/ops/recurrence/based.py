@@ -37,7 +37,7 @@ class Based(StreamingMixer):
     2024, arXiv 2402.18668). No biases.
 
     Parallel form: chunks of `chunk` positions, quadratic inside a chunk, through the running sums before it; to 512
-    positions the purely quadratic view. The published linear view materialises the outer products of every position.
+    positions the purely quadratic view. The published linear view materializes the outer products of every position.
     Cost O(N d (f^2 / 2 + chunk)).
     On CUDA fla's quadratic kernel (eps 1e-6) takes texts of up to 2048 positions where it is installed.
     State: sums of phi(k) v and phi(k), h (1 + f + f (f + 1) / 2) (d / h + 1) numbers.

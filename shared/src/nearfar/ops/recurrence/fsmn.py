@@ -22,7 +22,7 @@ class DilatedDenseFSMN(nn.Module):
 
     Args:
         channels: C. order: one-sided number of taps. depth: number of stages.
-        causal: look only back, 2 (order - 1) 2^i frames per stage, and normalise by the frames so far.
+        causal: look only back, 2 (order - 1) 2^i frames per stage, and normalize by the frames so far.
 
     Raises ValueError where one of the numbers is below 1.
     """

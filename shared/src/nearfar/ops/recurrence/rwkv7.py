@@ -1,4 +1,4 @@
-"""RWKV-7's time mixing: a generalised delta rule whose decay, removal and writing rate come from the input."""
+"""RWKV-7's time mixing: a generalized delta rule whose decay, removal and writing rate come from the input."""
 
 import math
 

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from nearfar.ops.common.dims import check_dims
 from nearfar.ops.common.precision import full_precision
-from nearfar.ops.spectral.fourier import Frequencies, all_frequencies, analyse, low_frequencies, synthesise
+from nearfar.ops.spectral.fourier import (
+    Frequencies,
+    all_frequencies,
+    analyse,
+    from_half_spectrum,
+    half_spectrum,
+    low_frequencies,
+    synthesize,
+)
 
 MODES = ("afno", "fourcastnet", "lowpass")
 """Ways of choosing the frequencies that an AFNO keeps; `kept_frequencies` says how."""
@@ -164,6 +172,10 @@ class AFNO(SpectralMLP):
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         size = tuple(x.shape[2:])
+        if len(size) == 2 and self.modes == "afno" and self.fraction == 1 and torch.compiler.is_exporting():
+            with full_precision(x):  # all frequencies, of any size
+                y = from_half_spectrum(*self.mix(*half_spectrum(_at_least_single(x))), size[1])
+            return x + y.to(x.dtype)
         frequencies = kept_frequencies(size, self.modes, self.fraction, self.grid)
         matrices = self.matrices or torch.compiler.is_exporting()
         if not all(map(len, frequencies)):
@@ -177,7 +189,7 @@ class AFNO(SpectralMLP):
             if scale != 1:
                 real, imaginary = real * scale, imaginary * scale
             real, imaginary = self.mix(real, imaginary)
-            y = synthesise(real, imaginary, frequencies, size, matrices=matrices)
+            y = synthesize(real, imaginary, frequencies, size, matrices=matrices)
         return x + (y if scale == 1 else y / scale).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -222,6 +234,12 @@ class AdaptiveFrequencyFilter(SpectralMLP):
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         size = tuple(x.shape[2:])
+        if len(size) == 2 and torch.compiler.is_exporting():  # of any size
+            with full_precision(x):
+                real, imaginary = half_spectrum(_at_least_single(x))
+                a, b = self.mix(real, imaginary)
+                y = from_half_spectrum(a * real - b * imaginary, a * imaginary + b * real, size[1])
+            return x + y.to(x.dtype)
         frequencies = all_frequencies(size)
         matrices = self.matrices or torch.compiler.is_exporting()
         with full_precision(x):
@@ -229,5 +247,5 @@ class AdaptiveFrequencyFilter(SpectralMLP):
             mask_real, mask_imaginary = self.mix(real, imaginary)
             filtered_real = mask_real * real - mask_imaginary * imaginary
             filtered_imaginary = mask_real * imaginary + mask_imaginary * real
-            y = synthesise(filtered_real, filtered_imaginary, frequencies, size, matrices=matrices)
+            y = synthesize(filtered_real, filtered_imaginary, frequencies, size, matrices=matrices)
         return x + y.to(x.dtype)

@@ -49,7 +49,7 @@ def analyse(
     return spectrum.real, spectrum.imag
 
 
-def synthesise(
+def synthesize(
     real: Float[Tensor, "b c *f"],
     imaginary: Float[Tensor, "b c *f"],
     frequencies: Frequencies,
@@ -79,7 +79,7 @@ def synthesise(
 
 
 def real_fourier(x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-    """Re sum_{p,q} x_pq exp(-2 pi i (n p / N + c q / C)), unnormalised; with real matrices during export."""
+    """Re sum_{p,q} x_pq exp(-2 pi i (n p / N + c q / C)), unnormalized; with real matrices during export."""
     n, c = x.shape[1:]
     if not torch.compiler.is_exporting():
         return torch.fft.fft2(x).real
@@ -118,3 +118,40 @@ def _last(n: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 @cached_table
 def _places(kept: tuple[int, ...], n: int, device: torch.device) -> Tensor:
     return torch.tensor([f % n for f in kept], device=device)
+
+
+def half_spectrum(x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h f"], Float[Tensor, "b c h f"]]:
+    """Real and imaginary part of the orthonormal rfft2 of maps, by products with cosine and sine tables.
+
+    The tables are computed from the sizes, which stay free while a graph is traced. Cost O(N (H + W)).
+    """
+    height, width = x.shape[-2:]
+    cosine, sine = _free_waves(width // 2 + 1, width, x)
+    real, imaginary = x @ cosine.T, -(x @ sine.T)
+    cosine, sine = _free_waves(height, height, x)
+    scale = (height * width) ** -0.5
+    return (cosine @ real + sine @ imaginary) * scale, (cosine @ imaginary - sine @ real) * scale
+
+
+def from_half_spectrum(
+    real: Float[Tensor, "b c h f"], imaginary: Float[Tensor, "b c h f"], width: int
+) -> Float[Tensor, "b c h w"]:
+    """The real maps of `width` of a `half_spectrum`, as irfft2 gives them: what no real map has is left out."""
+    height = real.shape[-2]
+    cosine, sine = _free_waves(height, height, real)
+    real, imaginary = cosine @ real - sine @ imaginary, cosine @ imaginary + sine @ real
+    frequency = torch.arange(width // 2 + 1, device=real.device)
+    twice = 2.0 - (frequency == 0).to(real.dtype) - (2 * frequency == width).to(real.dtype)
+    cosine, sine = _free_waves(width // 2 + 1, width, real)
+    scale = (height * width) ** -0.5
+    return ((real * twice) @ cosine - (imaginary * twice) @ sine) * scale
+
+
+def _free_waves(frequencies: int, n: int, like: Tensor) -> tuple[Float[Tensor, "f n"], Float[Tensor, "f n"]]:
+    """Cosines and sines of 2 pi f p / n."""
+    place = torch.arange(n, device=like.device)
+    # a tensor, as exporters take no free size as a number here
+    whole = torch.scalar_tensor(n, dtype=place.dtype, device=like.device)
+    turns = (torch.arange(frequencies, device=like.device)[:, None] * place) % whole  # exact before the rounding
+    angle = turns.to(like.dtype) * (2 * math.pi / n)
+    return angle.cos(), angle.sin()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv
 from nearfar.ops.common.tables import Derived
+from nearfar.ops.spectral.fourier import from_half_spectrum, half_spectrum
 
 
 class GlobalLocalFilter(nn.Module):
@@ -59,8 +60,13 @@ class GlobalLocalFilter(nn.Module):
         local = self.dw(local)
         # none of the following is lowered by autocast
         spread = spread.contiguous() if spread.dtype == torch.float64 else spread.float().contiguous()
-        spectrum = torch.fft.rfft2(spread, norm="ortho")
-        kernel = torch.view_as_complex(self.filter(*spectrum.shape[-2:]).to(spread.dtype).contiguous())
-        spread = torch.fft.irfft2(spectrum * kernel, s=(height, width), norm="ortho")
+        kernel = self.filter(height, width // 2 + 1).to(spread.dtype).contiguous()
+        if torch.compiler.is_exporting():  # ONNX runtimes have no complex numbers
+            real, imaginary = half_spectrum(spread)
+            a, b = kernel.unbind(-1)
+            spread = from_half_spectrum(real * a - imaginary * b, real * b + imaginary * a, width)
+        else:
+            spectrum = torch.fft.rfft2(spread, norm="ortho") * torch.view_as_complex(kernel)
+            spread = torch.fft.irfft2(spectrum, s=(height, width), norm="ortho")
         mixed = torch.stack((local, spread.to(local.dtype)), dim=2).flatten(1, 2)
         return self.post_norm(mixed)

@@ -54,7 +54,7 @@ class ContentGroupAttention(nn.Module):
         self.iterations, self.momentum, self.stable = iterations, momentum, stable
         self.scale = (qk_dim // num_heads) ** -0.5
         self.register_buffer("centres", torch.randn(num_centres, dim))
-        self.register_buffer("initialised", torch.tensor(False))
+        self.register_buffer("initialized", torch.tensor(False))
         self.q = nn.Linear(dim, qk_dim, bias=False)
         self.k = nn.Linear(dim, qk_dim, bias=False)
         self.v = nn.Linear(dim, dim, bias=False)
@@ -104,9 +104,9 @@ class ContentGroupAttention(nn.Module):
         gradients."""
         with torch.no_grad():
             if torch.compiler.is_compiling():
-                centres = torch.where(self.initialised, self.centres, self.chunk_means(x))
+                centres = torch.where(self.initialized, self.centres, self.chunk_means(x))
             else:
-                centres = self.centres if bool(self.initialised) else self.chunk_means(x)
+                centres = self.centres if bool(self.initialized) else self.chunk_means(x)
             if not self.training:
                 return centres.to(x.dtype)
             tokens = F.normalize(x.detach().flatten(0, 1), dim=-1)
@@ -124,11 +124,11 @@ class ContentGroupAttention(nn.Module):
     @torch.no_grad()
     def follow(self, centres: Float[Tensor, "m c"]) -> None:
         """Move the stored centres towards those of a batch; the first ones are taken as they are."""
-        if bool(self.initialised):
+        if bool(self.initialized):
             self.centres.lerp_(centres.to(self.centres.dtype), 1 - self.momentum)
         else:
             self.centres.copy_(centres)
-            self.initialised.fill_(True)
+            self.initialized.fill_(True)
 
 
 def k_means_step(tokens: Float[Tensor, "n c"], centres: Float[Tensor, "m c"]) -> Float[Tensor, "m c"]:

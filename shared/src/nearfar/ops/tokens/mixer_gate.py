@@ -86,7 +86,7 @@ class MixerGate(nn.Module):
 
 
 class FourierGate(nn.Module):
-    """(Wx + b) * Re F(x) with F the unnormalised transform over tokens and channels, in float32 at least.
+    """(Wx + b) * Re F(x) with F the unnormalized transform over tokens and channels, in float32 at least.
 
     The gate of the Fourier NiNformer, as FNet mixes (Lee-Thorp et al. 2021); it grows with sqrt(N C). Any number of
     tokens. While a model is exported the transform is Cn x Cc - Sn x Sc with cosine and sine matrices.

@@ -13,7 +13,7 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
 
 from nearfar.core.cli.console import console, messages, progress, table
-from nearfar.core.devices import choose_device
+from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Seed, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv
 from nearfar.core.plots import COLORS, new_figure, style
@@ -37,13 +37,6 @@ Trained = Annotated[Path, typer.Argument(help="Folder that `train` wrote.")]
 Variables = Annotated[
     list[str] | None, typer.Option("--variable", help="A variable, or one level of it as z@500. Repeat; all otherwise.")
 ]
-Device = Annotated[
-    str, typer.Option(help="auto, cpu, cuda or mps.", callback=lambda name: choose_device(name, "--device"))
-]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting of the recipe, NAME=VALUE, for example epochs=50. Repeat.")
-]
-Machine = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
@@ -55,7 +48,7 @@ def simulate(
     later: Annotated[
         Path | None, typer.Option(help="netCDF file for the last fifth, which training is then not to see.")
     ] = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Simulate rotating shallow water: a series to try the app on, not an observation."""
     from nearfar.vision.forecasting.simulation import shallow_water
@@ -76,7 +69,7 @@ def inspect(
     data: Data,
     variable: Variables = None,
     picture: Annotated[Path | None, typer.Option(help="PNG of the first fields.")] = None,
-    as_json: Machine = False,
+    as_json: Json = False,
 ) -> None:
     """Show what a series holds: channels, grid, times, and the mean and range of each channel."""
     fields = open_fields(data, variable)
@@ -110,14 +103,13 @@ def inspect(
 @app.command()
 def train(
     data: Data,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the network; an interrupted run goes on there.")
-    ],
+    output: RunFolder,
     variable: Variables = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+    recipe: Annotated[str | None, recipe_option()] = None,
     settings: Settings = None,
     start: Annotated[Path | None, typer.Option("--from", help="Folder of a trained network to go on from.")] = None,
     device: Device = "auto",
+    fresh: Fresh = False,
 ) -> None:
     """Learn the next field from the one before; the epoch is chosen on the last part of the series."""
     from nearfar.vision.forecasting.training import Recipe, train_forecaster
@@ -125,7 +117,9 @@ def train(
     chosen: Recipe = read_recipe(Recipe, recipe, settings or ())
     fields = open_fields(data, variable)
     net = None if start is None else load(start)[0].train()
-    _, _, history = train_forecaster(fields, chosen, output, net=net, device=device, show_progress=messages.is_terminal)
+    _, _, history = train_forecaster(
+        fields, chosen, output, net=net, device=device, show_progress=messages.is_terminal, fresh=fresh
+    )
     best = min(history, key=lambda row: row["validation_loss"])
     console.print(
         f"{output}: epoch {int(best['epoch']) + 1} of {len(history)}, on the held part a relative error of "
@@ -153,8 +147,8 @@ def rollout(
     index = at % len(fields)
     if fields.size != net.image_size:
         raise UserError(f"{fields.source}: its grid is {fields.size}, the net's is {net.image_size}; regrid the fields")
-    net = net.to(choose_device(device, "--device"))
-    state = torch.from_numpy(statistics.normalise(fields.read(index)))[None].to(next(net.parameters()).device)
+    net = net.to(device)
+    state = torch.from_numpy(statistics.normalize(fields.read(index)))[None].to(next(net.parameters()).device)
     names = [name.replace("@", "_") for name in statistics.names]
     shown: list[np.ndarray] = []
     with atomic_path(output) as temporary, h5netcdf.File(temporary, "w") as file, progress() as bar:
@@ -189,7 +183,7 @@ def evaluate(
         bool,
         typer.Option("--published-latitudes", help="Weights as in FourCastNet's scores: 90 to -90 degrees."),
     ] = False,
-    as_json: Machine = False,
+    as_json: Json = False,
     device: Device = "auto",
 ) -> None:
     """Score the forecast by lead time beside persistence and climatology, on times that training has not seen."""
@@ -199,7 +193,7 @@ def evaluate(
         wanted = sorted({int(lead) for lead in leads.split(",")})
     except ValueError as error:
         raise UserError(f"--leads {leads}: give whole numbers with commas") from error
-    net = net.to(choose_device(device, "--device"))
+    net = net.to(device)
     starts = range(0, max(len(fields) - max(wanted), 0), every)
     with progress() as bar:
         task = bar.add_task("scoring", total=len(starts))
@@ -230,7 +224,7 @@ def load(folder: Path) -> tuple[ForecastNet, Statistics]:
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"{folder}: its training has not ended; call `train` with the same arguments to go on")
     with redirect_stdout(sys.stderr):  # the hub's mixin prints where it loads from
-        return ForecastNet.from_pretrained(folder).eval(), statistics
+        return ForecastNet.from_pretrained(folder, local_files_only=True).eval(), statistics
 
 
 def draw(names: list[str], columns: list[tuple[str, np.ndarray]]) -> Figure:

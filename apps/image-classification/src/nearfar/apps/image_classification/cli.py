@@ -1,6 +1,5 @@
 """`nearfar image-classification`: train, evaluate, use and compare picture classifiers."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,16 +7,28 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
+from nearfar.apps.image_classification.common import (
+    Data,
+    Published,
+    Trained,
+    known_pictures,
+    open_classifier,
+    show,
+)
+from nearfar.apps.image_classification.explain import explain_pictures
+from nearfar.apps.image_classification.export import export
+from nearfar.apps.image_classification.prune import prune
+from nearfar.apps.image_classification.robustness import robustness
 from nearfar.core.cli.batch import raise_failures
-from nearfar.core.cli.console import console, messages, table, track
-from nearfar.core.cli.options import Fresh
-from nearfar.core.devices import choose_device
+from nearfar.core.cli.console import console, messages, track
+from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, Workers, recipe_option
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.finite import is_finite
 from nearfar.core.plots import new_figure
 from nearfar.core.report import Report
-from nearfar.vision.classification.classifier import LINEAR, Classifier, card_of, evaluate_scores, small_forms
+from nearfar.vision.classification import RECIPES
+from nearfar.vision.classification.classifier import LINEAR, card_of, evaluate_scores, small_forms
 from nearfar.vision.data.images import Pictures, is_picture, open_pictures, read_picture, training_pictures
 from nearfar.vision.models.registry import MODELS, VARIANTS
 
@@ -29,33 +40,17 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Data = Annotated[Path, typer.Argument(help="Labelled pictures: folder, zip file, tar file or data set on disk.")]
+RecipeFile = Annotated[str | None, recipe_option(RECIPES)]
 
 
-Device = Annotated[
-    str, typer.Option(help="auto, cpu, cuda or mps.", callback=lambda name: choose_device(name, "--device"))
-]
-Trained = Annotated[
-    Path, typer.Argument(help="Folder that `train` wrote, or a published ImageNet checkpoint of one of `models`.")
-]
-Published = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="Whose checkpoint it is, where names and shapes do not tell: MODEL.WEIGHTS as `models` lists."
-    ),
-]
-Workers = Annotated[int, typer.Option(help="Processes that read pictures.")]
-Machine = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting of the recipe, NAME=VALUE, for example epochs=50. Repeat.")
-]
-RecipeFile = Annotated[
-    str | None, typer.Option("--recipe", help="YAML file with settings, or a published recipe, for example hornet_1k.")
-]
+app.command("explain")(explain_pictures)
+app.command()(export)
+app.command()(prune)
+app.command()(robustness)
 
 
 @app.command()
-def models(as_json: Machine = False, pattern: Annotated[str, typer.Argument(help="Part of the name.")] = "") -> None:
+def models(as_json: Json = False, pattern: Annotated[str, typer.Argument(help="Part of the name.")] = "") -> None:
     """List nearfar's models: parameters, multiply-accumulates, published accuracy, where the weights are."""
     rows = []
     for name, variant in sorted(VARIANTS.items(), key=lambda item: card_of(MODELS[item[0]]).title):
@@ -83,21 +78,21 @@ def models(as_json: Machine = False, pattern: Annotated[str, typer.Argument(help
 @app.command("train")
 def train_command(
     data: Data,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run. Run again to go on.")],
+    output: RunFolder,
     model: Annotated[str, typer.Option(help="A model of `models`, or any of timm's.")] = "nearfar_convnext_atto",
     recipe: RecipeFile = None,
     settings: Settings = None,
     weights: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     workers: Workers = 0,
     fresh: Fresh = False,
-    as_json: Machine = False,
+    as_json: Json = False,
 ) -> None:
     """Train a classifier and write it, its metrics and its settings to a folder."""
     from nearfar.core.recipes import read_recipe
-    from nearfar.vision.classification.training import Recipe, find_recipe, train_classifier
+    from nearfar.vision.classification.training import Recipe, train_classifier
 
-    resolved = read_recipe(Recipe, find_recipe(recipe), settings or ())
+    resolved = read_recipe(Recipe, recipe, settings or (), RECIPES)
     learn, hold, failures = training_pictures(data, resolved.validation, resolved.seed, lambda r: track(r, "checking"))
     classifier, history = train_classifier(
         model, learn, hold, resolved, output, weights=weights, num_workers=workers, device=device,
@@ -116,24 +111,14 @@ def evaluate(
     data: Data,
     split: Annotated[str | None, typer.Option(help="Folder inside the data, for example test.")] = None,
     model: Published = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     workers: Workers = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for scores.json and page.html.")] = None,
-    as_json: Machine = False,
+    as_json: Json = False,
 ) -> None:
     """Score a classifier on labelled pictures, with a 95 % interval."""
     trained = open_classifier(classifier, model)
-    every = open_pictures(data, split)
-    index = {name: i for i, name in enumerate(trained.classes)}
-    if unknown := [name for name in every.classes if name not in index]:
-        raise UserError(
-            f"{data}: has {len(every.classes)} classes, of which the classifier in {classifier} does not know "
-            f"{some(unknown)}; it knows {len(index)}: {some(trained.classes)}"
-        )
-    every.labels = [index[every.classes[label]] for label in every.labels]
-    pictures, failures = every.readable(lambda r: track(r, "checking"))
-    if not len(pictures):
-        raise UserError(f"{data}: none of its {len(every)} pictures can be read")
+    every, pictures, failures = known_pictures(trained, classifier, data, split)
     scores = trained.scores(pictures, device=device, num_workers=workers)
     # a picture that cannot be read is a wrong answer, not a picture less
     read = set(pictures.names)
@@ -168,9 +153,9 @@ def make_token_labels_command(
     model: Published = None,
     size: Annotated[int | None, typer.Option(help="Pixels that the teacher sees; by default its own.")] = None,
     top: Annotated[int, typer.Option(help="Classes kept at every place.", min=1)] = 5,
-    device: Device = "cpu",
+    device: Device = "auto",
     workers: Workers = 0,
-    as_json: Machine = False,
+    as_json: Json = False,
 ) -> None:
     """Let a classifier say what is where in every picture: label maps, for `train --set token_labels=FOLDER`."""
     from nearfar.vision.classification.token_labels import make_token_labels
@@ -193,8 +178,8 @@ def predict(
     output: Annotated[Path, typer.Option("--output", "-o", help="Table to write, CSV.")] = Path("predictions.csv"),
     top: Annotated[int, typer.Option(help="Classes per picture.")] = 1,
     model: Published = None,
-    device: Device = "cpu",
-    as_json: Machine = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Name what pictures show, and write a table: file, class, probability."""
     trained = open_classifier(classifier, model)
@@ -241,17 +226,17 @@ def compare(
     seconds: Annotated[
         float | None, typer.Option(help="Training time of each model: as many epochs as fit, at most the recipe's.")
     ] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     workers: Workers = 0,
     fresh: Fresh = False,
-    as_json: Machine = False,
+    as_json: Json = False,
 ) -> None:
     """Train several models on your pictures under one budget: accuracy, throughput, memory, a plot."""
     from nearfar.core.recipes import read_recipe
     from nearfar.vision.classification.comparison import compare as run_comparison
-    from nearfar.vision.classification.training import Recipe, find_recipe
+    from nearfar.vision.classification.training import Recipe
 
-    resolved = read_recipe(Recipe, find_recipe(recipe), settings or ())
+    resolved = read_recipe(Recipe, recipe, settings or (), RECIPES)
     names = model or [LINEAR, "test_resnet", *small_forms()]
     learn, hold, failures = training_pictures(data, resolved.validation, resolved.seed, lambda r: track(r, "checking"))
     refused: list[str] = []
@@ -262,15 +247,6 @@ def compare(
     show(rows, as_json)
     console.print(f"Page: {output / 'page.html'}", soft_wrap=True) if not as_json else None
     raise_failures([*failures, *refused], len(learn) + len(hold) + len(failures) + len(refused))
-
-
-def open_classifier(path: Path, model: str | None) -> Classifier:
-    """The classifier in a folder of `train`, or in a published checkpoint, of the model `model` if it is given."""
-    if path.is_file():
-        return Classifier.from_published(path, model)
-    if model is not None:
-        raise UserError(f"--model {model}: is for checkpoint files; {path} is none")
-    return Classifier.load(path)
 
 
 def confusion(scores: torch.Tensor, labels: list[int], names: list[str]) -> Figure:
@@ -288,11 +264,3 @@ def confusion(scores: torch.Tensor, labels: list[int], names: list[str]) -> Figu
         axes.set_yticks(range(classes), names)
     axes.set(xlabel="given", ylabel="true")
     return figure
-
-
-def show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Rows as a table, or as JSON for programs."""
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        console.print(table(rows))

@@ -11,9 +11,10 @@ import typer
 
 from nearfar.apps.language_model import lra
 from nearfar.core.cli.console import console, messages, table
-from nearfar.core.cli.options import Fresh
+from nearfar.core.cli.options import Device, Fresh, Json, Precision, RunFolder, Seed, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv
+from nearfar.core.hub import HUB
 from nearfar.core.model_folder import mark_seen
 from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
@@ -29,36 +30,29 @@ quiet_transformers()
 app = typer.Typer(
     help="Causal language models with exchangeable mixers. `train TEXT -o FOLDER` makes one, `evaluate` gives bits "
     "per byte, `generate` writes on, `audit` checks what padding, pieces and saved states do to a model's numbers.\n\n"
-    "A MODEL is a folder or a transformers id. A TEXT is a file, a folder, a .jsonl or .parquet table with a column "
-    "`text`, or `hub:NAME[:CONFIG[:SPLIT]]`, a datasets corpus that is streamed.",
+    "A MODEL is a folder, or hub:NAME for one that is fetched. A TEXT is a file, a folder, a .jsonl or .parquet table "
+    "with a column `text`, or `hub:NAME[:CONFIG[:SPLIT]]`, a datasets corpus that is streamed.",
     no_args_is_help=True,
 )
 
 app.add_typer(lra.app, name="lra")
 
-Model = Annotated[str, typer.Argument(help="Folder or transformers id of a causal language model.")]
+Model = Annotated[str, typer.Argument(help="Folder of a causal language model, or hub:NAME.")]
 Texts = Annotated[list[str], typer.Argument(help="Text files, folders, tables, or hub:NAME[:CONFIG[:SPLIT]].")]
 MaxTokens = Annotated[int | None, typer.Option(help="Read at most so many tokens.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
-JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
 def train(
     sources: Texts,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the model; an interrupted run goes on there.")
-    ],
-    recipe: Annotated[Path | None, typer.Option(help="YAML file with settings of model and training.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A setting: mixers=[based,mamba], hidden_size=256, epochs=10, tokenizer=gpt2 ..."),
-    ] = None,
+    output: RunFolder,
+    recipe: Annotated[str | None, recipe_option()] = None,
+    settings: Settings = None,
     max_tokens: MaxTokens = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = "32-true",
+    device: Device = "auto",
+    precision: Precision = "32-true",
     fresh: Fresh = False,
-    as_json: JsonOutput = False,
+    as_json: Json = False,
 ) -> None:
     """Train a model on text, bytes by default; the last part of the text is held out and chooses the best epoch."""
     chosen = read_recipe(Recipe, recipe, settings or ())
@@ -93,17 +87,22 @@ def evaluate(
     ngram: Annotated[
         list[str] | None, typer.Option(help="Also score a byte 5-gram counted on these texts (the training texts).")
     ] = None,
-    task: Annotated[list[str] | None, typer.Option(help="A task of lm-evaluation-harness (repeatable).")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task of lm-evaluation-harness, whose data are fetched: hub:NAME (repeatable)."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many examples of each task.")] = None,
     max_tokens: MaxTokens = None,
-    device: Device = "cpu",
-    as_json: JsonOutput = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Bits per byte and perplexity of texts, and lm-evaluation-harness tasks."""
     if not sources and not task:
         raise UserError("evaluate: name texts to score, or a --task")
     if piece < 1:
         raise UserError(f"--piece {piece}: must be at least 1")
+    if local := [name for name in task or () if not name.startswith(HUB)]:
+        raise UserError(f"--task {local[0]}: its data come from the network; write --task hub:{local[0]} for it")
     lm, tokenizer = texts.load_causal_lm(model, device)
     result: dict[str, object] = {"model": model}
     if sources:
@@ -116,7 +115,9 @@ def evaluate(
             scored = texts.read_bytes(sources, texts.token_bytes(tokens, tokenizer))
             result["5-gram_bits_per_byte"] = evaluation.ngram_bits(counted, scored, 256)
     if task:
-        for name, scores in evaluation.run_tasks(lm, tokenizer, task, limit, max_length=piece).items():
+        for name, scores in evaluation.run_tasks(
+            lm, tokenizer, [name.removeprefix(HUB) for name in task], limit, max_length=piece
+        ).items():
             for metric, value in scores.items():
                 if isinstance(value, int | float):
                     result[f"{name} {metric.removesuffix(',none')}"] = value
@@ -136,9 +137,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write; 0: only read.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that reach this probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the choices.")] = 0,
+    seed: Seed = 0,
     piece: Annotated[int, typer.Option(help="Tokens that are read at a time.")] = 1024,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Write on from a prompt. A long text is read once, its state saved, and asked many times."""
     if temperature < 0 or not 0 < top_p <= 1:
@@ -181,8 +182,8 @@ def audit(
     model: Model,
     text: Annotated[Path | None, typer.Option(help="A text to take the sequences from; else they are random.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of the longest of three sequences.")] = 48,
-    device: Device = "cpu",
-    as_json: JsonOutput = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Do padding, batching, pieces, saved or reordered states and half precision change the model's numbers?
 

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from nearfar.core.cli.console import console, messages, table
+from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Seed, Settings, recipe_option
+from nearfar.core.errors import UserError
 from nearfar.core.recipes import read_recipe
 from nearfar.language.arena import listops
 from nearfar.language.arena.tasks import Part
@@ -18,7 +20,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 Data = Annotated[Path, typer.Argument(help="Folder with the files of Long Range Arena.")]
-JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
@@ -27,7 +28,7 @@ def make(
     train: Annotated[int, typer.Option(help="Training examples.")] = 96000,
     val: Annotated[int, typer.Option(help="Validation examples.")] = 2000,
     test: Annotated[int, typer.Option(help="Test examples.")] = 2000,
-    seed: Annotated[int, typer.Option(help="The same seed writes the same files.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Write ListOps."""
     for path in listops.make(folder, {"train": train, "val": val, "test": test}, seed):
@@ -37,20 +38,16 @@ def make(
 @app.command()
 def train(
     data: Data,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the model; an interrupted run goes on there.")
-    ],
-    recipe: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A setting: task=listops, steps=2000, model={num_hidden_layers: 2}."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    as_json: JsonOutput = False,
+    output: RunFolder,
+    recipe: Annotated[str | None, recipe_option()] = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    fresh: Fresh = False,
+    as_json: Json = False,
 ) -> None:
     """Train a classifier; the best validation accuracy chooses its weights."""
     chosen = read_recipe(ArenaRecipe, recipe, settings or ())
-    result = train_on_arena(chosen, data, output, device, show_progress=messages.is_terminal)
+    result = train_on_arena(chosen, data, output, device, show_progress=messages.is_terminal, fresh=fresh)
     console.print(json.dumps(result, indent=2) if as_json else table([result]))
 
 
@@ -61,10 +58,14 @@ def evaluate(
     task: Annotated[str, typer.Option(help="listops, text, retrieval, image, pathfinder or pathx.")] = "listops",
     part: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Only so many examples.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
-    as_json: JsonOutput = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Accuracy on a part of a task, beside that of always answering the commonest class."""
-    classifier = SequenceClassifier.from_pretrained(model).to(device)
+    if not (model / "config.json").is_file():
+        raise UserError(f"{model}: holds no classifier of `lra train`")
+    classifier = SequenceClassifier.from_pretrained(model, local_files_only=True).to(device)
     result = {"task": task, "part": part, **accuracy(classifier, Part(task, data, part, limit))}
+    if part != "test":
+        result["marked"] = "trained on this part" if part == "train" else "this part chose the epoch"
     console.print(json.dumps(result, indent=2) if as_json else table([result]))

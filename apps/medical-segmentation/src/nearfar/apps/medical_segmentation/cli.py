@@ -15,15 +15,16 @@ import yaml
 from nearfar.apps.medical_segmentation import pages
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, table, track
-from nearfar.core.cli.options import Fresh
+from nearfar.core.cli.options import Device, Fresh, Json, Memory, RunFolder, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
-from nearfar.core.made_from import MadeFrom, model_digest
+from nearfar.core.made_from import MadeFrom, mark_beside, model_digest
 from nearfar.core.memory import parse_memory
+from nearfar.core.model_folder import mark
 from nearfar.core.recipes import read_recipe
 from nearfar.medical import metrics
 from nearfar.medical.bundle import write_bundle
-from nearfar.medical.data.cases import Case, Collection, check_split, make_splits
+from nearfar.medical.data.cases import Case, Collection, case_digest, check_split, make_splits
 from nearfar.medical.data.layouts import find_cases, is_series, stem
 from nearfar.medical.data.scans import read_labels, read_scan, write_dicom_seg, write_labels
 from nearfar.medical.models.umamba import PLACEMENTS, plan_recipe
@@ -34,7 +35,7 @@ from nearfar.medical.segmenter import Segmenter
 from nearfar.medical.training import train_segmenter, tune_crf
 from nearfar.ops.graph.dense_crf import DenseCRF
 
-RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+RECIPES = Path(__file__).parent / "recipes"
 
 app = typer.Typer(
     help="Segment medical scans and pictures. Start with `inspect FOLDER`; make a model with `train`, use it with "
@@ -58,11 +59,6 @@ class Convention(StrEnum):
 
 Data = Annotated[Path, typer.Argument(help="Folder of a data set.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
-Memory = Annotated[
-    str | None,
-    typer.Option(help="Bound on what grows with classes and volume, such as 2G. (default: 384M, for the CRF none)"),
-]
 CRF: Mapping[str, Any] = {
     "iterations": 5, "spatial_weight": 1.0, "spatial_std": 2.0,
     "bilateral_weight": 1.0, "bilateral_std": 10.0, "color_std": 20.0,
@@ -79,7 +75,7 @@ ColorStd = Annotated[float, typer.Option(help="Its deviation in intensity, of 0.
 @app.command()
 def inspect(
     data: Data,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what a data folder holds: layout, shapes, spacings, labels, problems. Exit status 1 if there are any."""
     collection = find_cases(data)
@@ -115,12 +111,12 @@ def inspect(
 @app.command()
 def train(
     data: Data,
-    output: Output,
-    recipe: Annotated[str, typer.Option(help=f"Name ({', '.join(RECIPES)}) or YAML file of a recipe.")] = "small",
-    setting: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, name=value.")] = None,
+    output: RunFolder,
+    recipe: Annotated[str, recipe_option(RECIPES)] = "small",
+    settings: Settings = None,
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation split, by patient.")] = 5,
     fold: Annotated[int, typer.Option(help="The fold that is held out.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Device = "auto",
     fresh: Fresh = False,
 ) -> None:
     """Train a network on the labelled cases of a folder; one fold is held out and scored.
@@ -129,7 +125,7 @@ def train(
     """
     collection = find_cases(data)
     labelled = [case for case in collection.cases if case.label is not None and case.part != "test"]
-    chosen = read_recipe(Recipe, RECIPES.get(recipe, Path(recipe)), setting or [])
+    chosen = read_recipe(Recipe, recipe, settings or (), RECIPES)
     if not labelled:
         raise UserError(f"{data}: no labelled cases to train on")
     folds = min(folds, len({case.group for case in labelled}))
@@ -159,10 +155,10 @@ def from_plan(
     configuration: Annotated[str, typer.Option(help="Configuration of the plan, such as 2d.")] = "3d_fullres",
     placement: Annotated[str, typer.Option(help="bottleneck (U-Mamba_Bot) or encoder (U-Mamba_Enc).")] = "bottleneck",
 ) -> None:
-    """Write a recipe that trains the U-Mamba of an nnU-Net plan, with nnU-Net's optimiser and loss."""
+    """Write a recipe that trains the U-Mamba of an nnU-Net plan, with nnU-Net's optimizer and loss."""
     if placement not in PLACEMENTS:
         raise UserError(f"--placement {placement}: must be one of {', '.join(PLACEMENTS)}")
-    template = yaml.safe_load((Path(pages.__file__).parent / "recipes" / "umamba.yaml").read_text(encoding="utf-8"))
+    template = yaml.safe_load((RECIPES / "umamba.yaml").read_text(encoding="utf-8"))
     recipe = template | plan_recipe(plans, configuration, placement)
     if len(recipe["roi"]) == 2:
         recipe["augment"] = None
@@ -176,7 +172,7 @@ def search(
     data: Data,
     model: Annotated[Path, typer.Option(help="Folder that `train` wrote; the settings found go into it.")],
     fold: Annotated[int, typer.Option(help="The fold of its splits.json that was held out.")] = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Search the CRF's settings on the held-out fold of a model; `predict --crf` then uses them.
 
@@ -213,13 +209,14 @@ def predict(
     overlap: Annotated[float, typer.Option(help="Share of a window that the next covers again.")] = 0.5,
     part: Annotated[str | None, typer.Option(help="Of a data set, only the cases of `train` or `test`.")] = None,
     memory: Memory = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Also write DICOM-SEG for DICOM input.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Compare a bounded with an unbounded run; print it.")] = False,
 ) -> None:
     """Segment scans: label maps on the input's exact grid, and overlay pictures.
 
-    What is there is not done again, unless scan, model or options were others.
+    What is there is not done again, unless scan, model or options were others. --memory counts what grows with classes
+    and volume, 384M if it is not given (the CRF then has no bound).
     """
     segmenter, of_model = Segmenter.load(model), model_digest(model)
     budget = None if memory is None else parse_memory(memory)
@@ -237,7 +234,7 @@ def predict(
             raise UserError(f"{target}: is the scan itself; give another output folder")
         made = MadeFrom(target, case.images, of_model, overlap=overlap, mirror=mirror, crf=crf, dicom_seg=dicom_seg)
         if made.done():
-            return {"case": case.name, "labels": "done before", "file": str(target)}
+            return {"case": case.name, "labels": "done before", "file": str(target), "marked": mark_beside(target)}
         labels = segmenter(scan, memory=budget, **options)
         if check:
             small, large = budget or 2**20, 2**40
@@ -248,14 +245,15 @@ def predict(
         if dicom_seg:
             write_dicom_seg(base.with_name(f"{base.name}.dcm"), labels, scan, segmenter.labels)
         write_labels(target, labels, scan)
-        made.write()
+        marked = mark(segmenter.trained_on.seen([case_digest(case)]))
+        made.write(marked)
         voxels = {v: int((labels == k).sum()) for k, v in segmenter.labels.items() if k}
         if scan.kind in ("picture", "array"):
             sizes = [f"{name} {count / labels.size:.2%}" for name, count in voxels.items()]
         else:
             volume = float(np.prod(scan.spacing))
             sizes = [f"{name} {count * volume / 1000:.1f} ml" for name, count in voxels.items()]
-        return {"case": case.name, "labels": ", ".join(sizes), "file": str(target)}
+        return {"case": case.name, "labels": ", ".join(sizes), "file": str(target), "marked": marked}
 
     rows, failures = run_batch(jobs, one, "segmenting", lambda job: str(job[1].images[0]))
     console.print(table(rows))
@@ -289,28 +287,31 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="Folder of the data set with the truth.")],
     output: Output,
     convention: Annotated[Convention, typer.Option(help="How empty structures count, and units.")] = Convention.nearfar,
-    tolerance: Annotated[float | None, typer.Option(help="Also the normalised surface Dice at this many mm.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Also the normalized surface Dice at this many mm.")] = None,
     worst: Annotated[int, typer.Option(help="Worst cases to show on the page.")] = 3,
     against: Annotated[Path | None, typer.Option(help="Label maps of another method: paired tests.")] = None,
 ) -> None:
     """Score label maps: cases.csv, summary.json with bootstrap intervals, and index.html with the worst cases.
 
-    A labelled case without a prediction is an error, not a case less. Conventions: nearfar (a missed structure counts
+    A labelled case without a prediction is an error, not a case less; cases that the model of `predict` was trained on
+    are marked. Conventions: nearfar (a missed structure counts
     as worst), synapse_legacy, brats, monai.
     """
     collection = find_cases(data)
     labelled = [case for case in collection.cases if case.label is not None]
     labelled = [c for c in labelled if c.part != "train"] if any(c.part == "test" for c in labelled) else labelled
 
+    def prediction(case: Case, folder: Path) -> Path:
+        names = (case.name, case.name.split("/")[-1])
+        files = [p for name in names for ending in ENDINGS if (p := folder / f"{name}{ending}").is_file()]
+        if not files:
+            raise UserError(f"{case.name}: has no prediction in {folder}")
+        return files[0]
+
     def load(case: Case, folder: Path) -> tuple[Any, np.ndarray, np.ndarray]:
         scan, truth = collection.read(case)
         assert truth is not None
-        files = [
-            p for n in (case.name, case.name.split("/")[-1]) for e in ENDINGS if (p := folder / f"{n}{e}").is_file()
-        ]
-        if not files:
-            raise UserError(f"{case.name}: has no prediction in {folder}")
-        found = read_labels(files[0], scan)
+        found = read_labels(prediction(case, folder), scan)
         if collection.ignore is not None:
             found, truth = (np.where(truth == collection.ignore, 0, m) for m in (found, truth))
         return scan, found, truth
@@ -330,13 +331,16 @@ def evaluate(
             )
         except ValueError as error:
             raise UserError(f"{case.name}: {error}") from error
-        return [{"case": case.name, **row} for row in scores]
+        seen = bool(mark_beside(prediction(case, folder)))
+        return [{"case": case.name, **row, "seen_in_training": seen} for row in scores]
 
     results, failures = run_batch(labelled, one, "scoring", lambda case: case.name)
     rows = [row for result in results for row in result]
     if rows:
         summary = metrics.summarize(rows)
-        content = {"convention": str(convention), "summary": summary, "failures": failures}
+        marked = mark([result[0]["seen_in_training"] for result in results if result])
+        content = {"convention": str(convention), "summary": summary, "failures": failures, "marked": marked}
+        said = f"{convention}; {marked}: too good" if marked else str(convention)
         if against is not None:
             scored = {row["case"] for row in rows}
             others = [row for c in labelled if c.name in scored for row in one(c, against)]
@@ -350,8 +354,8 @@ def evaluate(
         for case in labelled:
             if case.name in chosen:
                 shown.append((case.name, *load(case, predictions)))
-        page = pages.evaluation_page(output / "index.html", _short(summary), rows, shown, str(convention))
-        console.print(table(_short(summary), f"convention {convention}"))
+        page = pages.evaluation_page(output / "index.html", _short(summary), rows, shown, said)
+        console.print(table(_short(summary), f"convention {said}"))
         console.print(f"page: {page}", soft_wrap=True, highlight=False)
     raise_failures(failures, len(labelled))
 
@@ -369,11 +373,12 @@ def refine(
     color_std: ColorStd = 3.0,
     exact: Annotated[bool, typer.Option("--exact", help="Exact sums instead of the lattice; small grids.")] = False,
     memory: Memory = None,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Run the fully connected CRF on anybody's probabilities and write the label map on the image's grid.
 
-    Pictures are used as they are (0..255); volumes are stretched to 0..255 first.
+    Pictures are used as they are (0..255); volumes are stretched to 0..255 first. --memory counts what grows with
+    classes and volume.
     """
     scan = read_scan(image)
     try:

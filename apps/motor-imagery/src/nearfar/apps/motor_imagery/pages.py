@@ -10,6 +10,7 @@ from rich.table import Table
 
 from nearfar.core.cli.console import table
 from nearfar.core.errors import UserError
+from nearfar.core.reading import reading
 from nearfar.core.report import Report
 from nearfar.eeg import plots
 from nearfar.eeg.comparison import spatial_weights
@@ -24,7 +25,7 @@ CAPTIONS = {
     "training": "Training curves of the networks: thin lines are single fits, thick ones their mean.",
     "confusion": "Confusion matrix",
     "spatial": "Spatial weights of the last fit",
-    "desynchronisation": "Event-related desynchronisation: change of power against the time before the cue.",
+    "desynchronization": "Event-related desynchronization: change of power against the time before the cue.",
 }
 
 
@@ -62,11 +63,9 @@ def summary_rows(summary: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, An
 
 def evaluation_page(folder: Path, report: Report | None = None, level: int = 2) -> Report:
     """The page of an evaluation from what `evaluate` wrote to `folder`; appended to `report` if one is given."""
-    try:
+    with reading(folder, "holds no finished evaluation", "run `evaluate` again"):
         about = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         tables = {name: pd.read_csv(folder / f"{name}.csv") for name in ("results", "summary")}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: holds no finished evaluation ({error})") from error
     rows = tables["results"].fillna({"failure": ""})
     report = report or Report("Motor imagery: decoders compared")
     report.section(f"{' / '.join(rows['protocol'].unique())}", level)
@@ -81,7 +80,7 @@ def evaluation_page(folder: Path, report: Report | None = None, level: int = 2) 
     )
     report.table(summary_rows(tables["summary"], rows))
     columns = ["model", "subject", "session", "repeat", "n_train", "n_test", "accuracy", "kappa", "chance_bound"]
-    _figures(report, folder / "figures", "subjects", "training", "confusion", "spatial", "desynchronisation")
+    _figures(report, folder / "figures", "subjects", "training", "confusion", "spatial", "desynchronization")
     report.section("All results", level + 1).table(rows[columns].to_dict("records"))
     comparison = pd.read_csv(folder / "comparison.csv")
     if len(comparison):

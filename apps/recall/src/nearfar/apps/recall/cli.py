@@ -7,17 +7,20 @@ from typing import Annotated, Any
 import typer
 
 from nearfar.core.cli.console import console, messages, progress, table
+from nearfar.core.cli.options import Device, Json, RunFolder, Settings
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_json
-from nearfar.core.recipes import read_recipe
+from nearfar.core.model_folder import mark_seen
+from nearfar.core.recipes import read_recipe, shipped_recipes
 from nearfar.core.report import Report
 from nearfar.language.recall import bench as recall
 from nearfar.language.recall.ar_slices import BigramCounts, gap_explained, slice_scores
 from nearfar.language.texts import load_causal_lm, quiet_transformers, read_tokens
+from nearfar.language.training import text_marks
 
 quiet_transformers()
 
-RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+RECIPES = Path(__file__).parent / "recipes"
 
 app = typer.Typer(
     help="Measure how well sequence mixers recall. `sweep toy --output FOLDER` prints a table in minutes on a CPU; "
@@ -26,25 +29,22 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a sweep.")]
-JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
 def sweep(
-    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}, or a YAML file.")] = "toy",
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for results.csv; an interrupted sweep goes on there.")
-    ] = Path("recall"),
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting: dims=[16,32], seeds=[0,1,2], epochs=64 ...")
-    ] = None,
+    recipe: Annotated[
+        str, typer.Argument(help=f"One of {', '.join(shipped_recipes(RECIPES))}, or a YAML file.")
+    ] = "toy",
+    output: RunFolder = Path("recall"),
+    settings: Settings = None,
     model: Annotated[list[str] | None, typer.Option(help="Only this model (repeatable).")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Only these data (repeatable).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    as_json: JsonOutput = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Train every combination of data, model, width, learning rate and seed of a recipe, and print the best of each."""
-    chosen = read_recipe(recall.Recipe, recipe_path(recipe), settings or ())
+    chosen = read_recipe(recall.Recipe, recipe, settings or (), RECIPES)
     for given, known, what in ((model, chosen.models, "model"), (data, chosen.data, "data")):
         if unknown := [name for name in given or () if name not in known]:
             raise UserError(f"--{what} {unknown[0]}: the recipe has {', '.join(known)}")
@@ -67,15 +67,6 @@ def sweep(
     print_best(rows, as_json)
 
 
-def recipe_path(recipe: str) -> Path:
-    """The file of a recipe that comes with the app, or one of the user's."""
-    if recipe in RECIPES:
-        return RECIPES[recipe]
-    if not Path(recipe).is_file():
-        raise UserError(f"{recipe}: no such recipe file, and none that comes along ({', '.join(RECIPES)})")
-    return Path(recipe)
-
-
 def print_best(rows: list[dict[str, Any]], as_json: bool) -> None:
     best = recall.best_results(rows)
     if as_json:
@@ -85,7 +76,7 @@ def print_best(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 
 @app.command()
-def show(folder: Folder, as_json: JsonOutput = False) -> None:
+def show(folder: Folder, as_json: Json = False) -> None:
     """Print the best learning rate's result of every data, model and width."""
     print_best(recall.read_results(folder), as_json)
 
@@ -116,7 +107,7 @@ def plot(
 
 @app.command()
 def text(
-    model: Annotated[str, typer.Argument(help="Folder of a causal language model, or a transformers model id.")],
+    model: Annotated[str, typer.Argument(help="Folder of a causal language model, or hub:NAME.")],
     files: Annotated[list[str], typer.Argument(help="Text files, folders, tables, or hub:NAME[:CONFIG[:SPLIT]].")],
     against: Annotated[
         str | None, typer.Option(help="A second model (attention, say): how much of the gap recall explains.")
@@ -130,11 +121,11 @@ def text(
     ] = 1250,
     context: Annotated[int, typer.Option(help="Tokens per context.")] = 1024,
     limit: Annotated[int | None, typer.Option(help="Score only so many contexts.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    device: Device = "auto",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the numbers to this JSON file.")
     ] = None,
-    as_json: JsonOutput = False,
+    as_json: Json = False,
 ) -> None:
     """Perplexity of real text on recalled tokens and on the others.
 
@@ -146,7 +137,7 @@ def text(
         counts = BigramCounts.of(read_tokens(train, tokenizer), len(tokenizer)) if train else None
         tokens = read_tokens(files, tokenizer, None if limit is None else limit * context)
         scores = slice_scores(lm, tokens, context, counts, frequent)
-        rows.append({"model": name, **scores})
+        rows.append({"model": name, **scores, "marked": mark_seen(name, text_marks(tokens))})
     result: dict[str, Any] = {"models": rows}
     if against:
         result["gap_explained"] = gap_explained(*rows)
@@ -164,8 +155,9 @@ def tour(report: Report, folder: Path) -> None:
     """The chapter of `nearfar tour`: a smaller point of the toy table."""
     recipe = read_recipe(
         recall.Recipe,
-        RECIPES["toy"],
+        "toy",
         ["dims=[16]", "epochs=5", "learning_rates=[0.008]", "stop_above=0.97"],
+        RECIPES,
     )
     names = ("attention", "base-conv")
     rows = recall.sweep(recipe, folder, "cpu", lambda point: point.model in names)

@@ -12,8 +12,6 @@ import typer
 from nearfar.apps.speaker_verification import lists, pages
 from nearfar.apps.speaker_verification.common import (
     Cache,
-    Device,
-    JsonOutput,
     MixChannels,
     Model,
     embed_all,
@@ -30,13 +28,12 @@ from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.audio.speakers.training import Recipe, build_model, split_speakers, train_speaker_model, usable
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, messages, table
-from nearfar.core.cli.options import Fresh
-from nearfar.core.devices import choose_device
+from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, Workers, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.fingerprint import content_digest
 from nearfar.core.made_from import model_digest
-from nearfar.core.model_folder import TrainedOn
+from nearfar.core.model_folder import TrainedOn, mark, trained_on
 from nearfar.core.recipes import read_recipe
 from nearfar.core.training import seed_epoch
 
@@ -69,17 +66,15 @@ GATE = Gate()
 @app.command()
 def train(
     data: Annotated[Path, typer.Argument(help="Folder of labelled recordings, or a Kaldi folder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Model folder; call again to go on.")],
-    recipe: Annotated[
-        str, typer.Option(help=f"{', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}, or a YAML file.")
-    ] = "filterbank",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of the recipe, e.g. epochs=10, batch_size=32.")
+    output: RunFolder,
+    recipe: Annotated[str, recipe_option(RECIPES)] = "filterbank",
+    settings: Settings = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Folder of a wav2vec2, HuBERT or WavLM model, or hub:NAME.")
     ] = None,
-    backbone: Annotated[str | None, typer.Option(help="Folder or hub id of a wav2vec2, HuBERT or WavLM model.")] = None,
     start: Annotated[Path | None, typer.Option(help="Model folder to start from, for the later stages.")] = None,
     layout: Layout = "auto",
-    workers: Annotated[int, typer.Option(help="Processes that read recordings.")] = 0,
+    workers: Workers = 0,
     device: Device = "auto",
     fresh: Fresh = False,
 ) -> None:
@@ -88,10 +83,8 @@ def train(
     A share of the speakers is kept apart: they choose the epoch and calibrate the scores. Recordings that cannot be
     read are named and left out.
     """
-    path = RECIPES / f"{recipe}.yaml" if (RECIPES / f"{recipe}.yaml").is_file() else Path(recipe)
     changes = [*([] if backbone is None else [f"backbone={backbone}"]), *(settings or [])]
-    chosen = read_recipe(Recipe, path, changes)
-    choose_device(device)
+    chosen = read_recipe(Recipe, recipe, changes, RECIPES)
     seed_epoch(chosen.seed, 0)  # the initial weights follow from the seed too
     model = build_model(chosen) if start is None else SpeakerEncoder.from_pretrained(start)
     utterances = find_utterances(data, layout)
@@ -114,7 +107,7 @@ def train(
         data={name: model_digest(path) for name, path in begun.items() if path is not None},
         fresh=fresh,
     )
-    embed_one = Embedder(model.to(choose_device(device)), output / "training" / "embeddings", mix_channels=True)
+    embed_one = Embedder(model.to(device), output / "training" / "embeddings", mix_channels=True)
     keep = np.random.default_rng(chosen.seed).permutation(len(learn))[:20000]
     seen, lost = embed_all([learn[n] for n in sorted(keep)], embed_one)
     system = SpeakerSystem.build(model, matrix(seen), [str(u.speaker) for u, _ in seen], chosen.seed)
@@ -126,7 +119,8 @@ def train(
             system.calibrate(matrix(unseen), [str(u.speaker) for u, _ in unseen], seed=chosen.seed)
         except ValueError as error:
             messages.print(f"not calibrated: {error}. `calibrate` can do it with other trials.")
-    system.trained_on = TrainedOn.of((content_digest(u.path) for u in good), (u.speaker for u in good))
+    before = TrainedOn() if start is None else trained_on(start)
+    system.trained_on = before | TrainedOn.of((content_digest(u.path) for u in good), (u.speaker for u in good))
     system.save(output, trained_on={"data": str(data), "speakers": len({u.speaker for u in learn})})
     pages.training_page(system, history, chosen).write(output / "report.html")
     if held and history:
@@ -146,9 +140,9 @@ def embed(
     mix_channels: MixChannels = False,
     device: Device = "auto",
 ) -> None:
-    """Write the embeddings of recordings, before normalisation. Nothing is gated; the qualities are written too."""
+    """Write the embeddings of recordings, before normalization. Nothing is gated; the qualities are written too."""
     refuse_folder(output)
-    system = SpeakerSystem.load(model, choose_device(device))
+    system = SpeakerSystem.load(model, device)
     utterances = _recordings(paths, layout)
     found, failures = embed_all(utterances, Embedder(system.model, cache, mix_channels=mix_channels))
     if found:
@@ -181,8 +175,8 @@ def enroll(
     min_bandwidth: LeastBandwidth = GATE.bandwidth,
     device: Device = "auto",
 ) -> None:
-    """Put a speaker into a gallery: the mean of the normalised embeddings of their recordings."""
-    system = SpeakerSystem.load(model, choose_device(device))
+    """Put a speaker into a gallery: the mean of the normalized embeddings of their recordings."""
+    system = SpeakerSystem.load(model, device)
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)
     embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels)
     found = galleries.Gallery.load(gallery, system.model) if gallery.exists() else galleries.Gallery.new(system.model)
@@ -202,7 +196,7 @@ def verify(
     first: Annotated[Path, typer.Argument(help="A recording.")],
     second: Annotated[Path, typer.Argument(help="Another recording.")],
     model: Model,
-    as_json: JsonOutput = False,
+    as_json: Json = False,
     mix_channels: MixChannels = False,
     no_gate: NoGate = False,
     min_speech: LeastSpeech = GATE.speech,
@@ -212,7 +206,7 @@ def verify(
     device: Device = "auto",
 ) -> None:
     """Say how strongly two recordings speak for one speaker: a log-likelihood ratio, its interval, a sentence."""
-    system = SpeakerSystem.load(model, choose_device(device))
+    system = SpeakerSystem.load(model, device)
     gate = None if no_gate else Gate(min_speech, min_snr, max_clipped, min_bandwidth)
     embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels)
     found = [embed_one(path) for path in (first, second)]
@@ -226,6 +220,7 @@ def verify(
         "convention": system.convention,
         "qualities": [vars(e.quality) for e in found],
         "gated": gate is not None,
+        "marked": mark(system.trained_on.seen(map(content_digest, (first, second)))),
     }
     if system.calibration is None:
         answer["sentence"] = (
@@ -244,6 +239,8 @@ def verify(
         print(json.dumps(answer, indent=2))
     else:
         console.print(answer["sentence"], soft_wrap=True)
+        if answer["marked"]:
+            console.print(f"recordings {answer['marked']}: the answer is too sure", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -252,7 +249,7 @@ def identify(
     gallery: Annotated[Path, typer.Option("--gallery", "-g", help="Gallery file that `enroll` wrote.")],
     model: Model,
     far: Far = 0.01,
-    as_json: JsonOutput = False,
+    as_json: Json = False,
     mix_channels: MixChannels = False,
     min_speech: LeastSpeech = GATE.speech,
     min_snr: LeastSNR = GATE.snr,
@@ -265,7 +262,7 @@ def identify(
     The threshold lets a stranger be taken for anyone in the gallery with a chance of at most `--far`, as far as the
     model's calibration trials are like your recordings.
     """
-    system = SpeakerSystem.load(model, choose_device(device))
+    system = SpeakerSystem.load(model, device)
     found = galleries.Gallery.load(gallery, system.model)
     limit = system.threshold(far, len(found.names))
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)

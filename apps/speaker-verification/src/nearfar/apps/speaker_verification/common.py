@@ -13,10 +13,8 @@ from nearfar.core.cli.batch import run_batch
 from nearfar.core.errors import UserError
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Model folder that `train` wrote.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder that keeps embeddings; interrupted work goes on there.")]
 MixChannels = Annotated[bool, typer.Option("--mix-channels", help="Average the channels of recordings with several.")]
-JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def embed_all(

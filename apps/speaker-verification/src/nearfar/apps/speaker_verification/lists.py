@@ -10,8 +10,6 @@ import typer
 from nearfar.apps.speaker_verification import pages
 from nearfar.apps.speaker_verification.common import (
     Cache,
-    Device,
-    JsonOutput,
     MixChannels,
     Model,
     embed_all,
@@ -25,9 +23,12 @@ from nearfar.audio.speakers.lists import count_unscored, rows_in, score_trials, 
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, messages, table
-from nearfar.core.devices import choose_device
+from nearfar.core.cli.options import Device, Json
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
+from nearfar.core.fingerprint import content_digest
+from nearfar.core.model_folder import mark
+from nearfar.core.reading import read_arrays, read_json, reading
 
 Labels = Annotated[Path | None, typer.Option("--trials", help="Trial list with the labels, if the scores have none.")]
 SpeakerPattern = Annotated[
@@ -71,7 +72,7 @@ def score(
     Trials whose recordings cannot be read are left out, listed in OUTPUT.failed, and the exit status is 1.
     """
     refuse_folder(output)
-    system = SpeakerSystem.load(model, choose_device(device))
+    system = SpeakerSystem.load(model, device)
     if average not in ("embeddings", "scores"):
         raise UserError(f"--average {average}: must be embeddings or scores")
     if llr and (backend or norm or top_n or quality or no_mean):
@@ -125,6 +126,15 @@ def score(
         with atomic_path(_beside(output, "quality.npz")) as temporary, temporary.open("wb") as stream:
             np.savez(stream, inputs=inputs)
     scoring.write_scores(output, kept, values)
+    known_to = system.trained_on.seen(
+        (content_digest(u.path) for u, _ in seen),
+        (speakers.get(u.name) or (Path(u.name).parts[0] if "/" in u.name else None) for u, _ in seen),
+    )
+    trained = {name for name, flag in zip(names, known_to, strict=True) if flag}
+    sides = zip(kept.enroll.tolist(), kept.test.tolist(), strict=True)
+    marked = mark([b in trained or not trained.isdisjoint((members or {}).get(a, [a])) for a, b in sides])
+    if marked:
+        messages.print(f"{marked}, of {len(kept)} trials: their scores are too good", highlight=False)
     about = {
         "trials": str(trials),
         "model": model_digest(system.model),
@@ -136,6 +146,7 @@ def score(
         "average": average if members is not None else None,
         "quality": quality,
         "llr": llr,
+        "marked": marked,
         "scored": len(kept),
         "listed": len(listed),
     }
@@ -160,7 +171,7 @@ def evaluate(
     ] = None,
     draws: Annotated[int, typer.Option(help="Bootstrap draws for the intervals.")] = 1000,
     far: Annotated[list[float] | None, typer.Option(help="False-accept rates to give thresholds for.")] = None,
-    as_json: JsonOutput = False,
+    as_json: Json = False,
 ) -> None:
     """Figures with their conventions named, thresholds, DET curve, histograms, conditions, and the worst errors."""
     listed, values, reference = _labelled(scores, trials)
@@ -189,6 +200,7 @@ def evaluate(
             unscored,
             about.get("convention", ""),
             other,
+            about.get("marked", ""),
         )
     except ValueError as error:
         raise UserError(f"{scores}: {error}") from error
@@ -207,7 +219,7 @@ def calibrate(
     model: Model,
     trials: Labels = None,
     speaker_pattern: SpeakerPattern = None,
-    as_json: JsonOutput = False,
+    as_json: Json = False,
 ) -> None:
     """Calibrate a model folder with your own trials, scored with it by `score` (without --llr).
 
@@ -225,8 +237,11 @@ def calibrate(
             raise UserError(f"{scores}: was scored with another model than {model}")
         system.choose(about["backend"], about["norm"], about["top_n"], about["no_mean"])
         if about["quality"]:
-            with np.load(_beside(scores, "quality.npz"), allow_pickle=False) as arrays:
-                inputs = arrays["inputs"]
+            path = _beside(scores, "quality.npz")
+            with reading(path, "holds no measures of quality", "run `score` again"):
+                inputs = read_arrays(path, "measures of quality")["inputs"]
+                if inputs.ndim != 2:
+                    raise ValueError(f"inputs are {inputs.shape}")
             if not np.array_equal(inputs[:, 0], values):
                 raise UserError(f"{scores}: is not what {scores.name}.quality.npz belongs to; run `score` again")
     sides = pages.speakers_of(listed, speaker_pattern)
@@ -263,7 +278,7 @@ def _labelled(scores: Path, trials: Path | None) -> tuple[scoring.Trials, np.nda
 def _record(scores: Path) -> dict[str, Any]:
     """What `score` wrote about a score file; empty where the scores come from elsewhere."""
     path = _beside(scores, "json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, "a record of scores", "run `score` again") if path.is_file() else {}
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -105,7 +105,7 @@ def figure_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         value, low, high = (f"{x:+.3%}" if name == "eer_nist" else f"{x:+.4f}" for x in interval)
         title = f"{NAMES[name].split(':')[0].rstrip(')')}) minus that of {figures['minus']['scores']}"
         rows.append({"figure": title, "value": value, "95 % interval": f"{low} to {high}"})
-    return rows
+    return [row | {"marked": figures["marked"]} for row in rows] if "marked" in figures else rows
 
 
 def write_evaluation(
@@ -120,11 +120,12 @@ def write_evaluation(
     unscored: np.ndarray,
     convention: str = "",
     against: tuple[str, np.ndarray] | None = None,
+    marked: str = "",
 ) -> Report:
     """Write figures (JSON, CSV), pictures and the page of scored trials, `against` other scores of them if given.
 
     unscored: which trials have no score of their own and count as errors. convention: how the scores were made, for
-    the record. Raises ValueError for bad scores.
+    the record. marked: of the trials, what the model has seen. Raises ValueError for bad scores.
     """
     labels = np.asarray(trials.labels)
     figures = scoring.evaluate(scores, labels, calibrated)
@@ -143,7 +144,7 @@ def write_evaluation(
     except ValueError as error:  # the figures stand, their intervals do not
         unsure = f"No intervals: {error}."
     figures |= {"no_intervals": unsure, "missing": int(unscored.sum()), "llr": calibrated, "trials_from": trials.source}
-    figures |= {"scored_by": convention}
+    figures |= {"scored_by": convention} | ({"marked": marked} if marked else {})
     thresholds = []
     for far in rates:
         try:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,17 +22,21 @@ from nearfar.audio.separation.windows import model_separator
 from nearfar.audio.sound import SUFFIXES, Recording, writing
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, progress, table
-from nearfar.core.cli.options import Fresh
+from nearfar.core.cli.options import Device, Fresh, Json, Memory, RunFolder, Seed, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
+from nearfar.core.fingerprint import content_digest
 from nearfar.core.made_from import MadeFrom, model_digest
 from nearfar.core.memory import parse_memory
+from nearfar.core.model_folder import TrainedOn, mark, trained_on
 
 app = typer.Typer(
     help="Separate the voices of a recording: `separate` with a model that you have, or `train` one from recordings of "
     "single speakers, `mix` to make mixtures on disk, `evaluate` to score a model on mixtures with their sources.",
     no_args_is_help=True,
 )
+
+RECIPES = Path(__file__).parent / "recipes"
 
 
 class Level(StrEnum):
@@ -56,8 +59,6 @@ Rate = Annotated[
     int | None, typer.Option(help="Hz of a released checkpoint, where its layout does not say: 8000 or 16000.")
 ]
 Mapping = Annotated[bool, typer.Option("--mapping", help="The weights do not mask (the released WHAMR! ones).")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 MixFolder = Annotated[str | None, typer.Option("--mix", help="Folder of the mixtures, e.g. mix_both.")]
 Targets = Annotated[str | None, typer.Option(help="Folders of the sources, e.g. s{}_reverb.")]
 Layout = Annotated[str, typer.Option(help="How paths tell the speaker: auto, folder, ... or a regular expression.")]
@@ -87,22 +88,21 @@ def separate(
     consistency: Annotated[bool, typer.Option("--consistency", help="Make the voices sum to the recording.")] = False,
     level: Annotated[Level, typer.Option(help=str(Level.__doc__))] = Level.keep,
     audio_format: Annotated[Format, typer.Option("--format", help="wav is 32-bit float, flac 24 bit.")] = Format.wav,
-    memory: Annotated[
-        str | None, typer.Option(help="Most memory to use, e.g. 2G; windows are shortened to keep to it.")
-    ] = None,
+    memory: Memory = None,
     check: Annotated[
         bool, typer.Option("--check", help="Measure on each recording what ought to be equal, and print it.")
     ] = False,
     rate: Rate = None,
     mapping: Mapping = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Write one file per voice, at the recording's rate, with a page to listen to.
 
     OUTPUT/<name>/ gets voice1.wav, voice2.wav ..., separation.json, index.html and spectrograms.png.
     With --stream, - reads a pipe (wav, flac, ogg, mp3, or --raw) into OUTPUT/live, and `-o -` writes a wav with one
-    channel per voice to standard output, both as the sound comes.
+    channel per voice to standard output, both as the sound comes. --memory counts all of the process; windows are
+    shortened to keep to it.
     """
     piped, to_pipe = inputs == [Path("-")], output == Path("-")
     if speakers != "auto" and (not speakers.isdecimal() or int(speakers) < 1):
@@ -246,7 +246,7 @@ def mix(
     part: Annotated[str, typer.Option(help="Share of every speaker's utterances: train, valid, test or all.")] = "all",
     noise: Annotated[Path | None, typer.Option(help="Folder of noises to add at -6 to 3 dB SNR.")] = None,
     fill: Annotated[bool, typer.Option("--fill", help="Chain short utterances until the length is reached.")] = False,
-    seed: int = 0,
+    seed: Seed = 0,
     layout: Layout = "auto",
     same: Same = None,
 ) -> None:
@@ -276,13 +276,9 @@ def mix(
 @app.command()
 def train(
     source: Annotated[list[Path], typer.Argument(help="Folders of speakers; or mixtures: a corpus, a folder, a list.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run; call again to go on.")],
-    recipe: Annotated[
-        str, typer.Option(help="quick (minutes on a CPU), small, mossformer2, or a YAML file.")
-    ] = "small",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting: epochs=10, learning_rate=0.001 ...")
-    ] = None,
+    output: RunFolder,
+    recipe: Annotated[str, recipe_option(RECIPES)] = "small",
+    settings: Settings = None,
     validation: Annotated[
         str | None, typer.Option(help="Mixtures to validate on: a split of SOURCE, or their own folder or list.")
     ] = None,
@@ -293,7 +289,7 @@ def train(
     start: Annotated[Path | None, typer.Option(help="Fine-tune this model.")] = None,
     layout: Layout = "auto",
     same: Same = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Device = "auto",
     fresh: Fresh = False,
 ) -> None:
     """Train a model. From single speakers, mixtures are drawn anew all the time; every speaker's utterances are split
@@ -302,8 +298,7 @@ def train(
     from nearfar.audio.separation.training import Recipe, train_separation
     from nearfar.core.recipes import read_recipe
 
-    shipped = files("nearfar.apps.speech_separation") / "recipes" / f"{recipe}.yaml"
-    plan = read_recipe(Recipe, Path(str(shipped)) if shipped.is_file() else Path(recipe), settings or ())
+    plan = read_recipe(Recipe, recipe, settings or (), RECIPES)
     if validation is not None:
         if len(source) > 1:
             raise UserError("--validation: goes with one set of mixtures; of several folders only speakers are taken")
@@ -346,6 +341,7 @@ def train(
         valid_set,
         output,
         start=begun,
+        seen=TrainedOn() if start is None else trained_on(start),
         device=device,
         fresh=fresh,
         show_progress=messages.is_terminal,
@@ -369,7 +365,7 @@ def evaluate(
     metrics: Annotated[str, typer.Option(help="Comma-separated: si_sdri,sdri,pesq,stoi.")] = "si_sdri,sdri,pesq,stoi",
     rate: Rate = None,
     mapping: Mapping = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Score a model on whole mixtures: improvement over the mixture, mean over files, 95 % bootstrap interval."""
@@ -381,18 +377,22 @@ def evaluate(
         raise UserError(f"--metrics {metrics}: unknown {', '.join(unknown)}; known are {', '.join(METRICS)}")
     found = find_mixtures(mixtures, split, mix_folder, targets)
     net = load_model(model, rate, False if mapping else None)
-    separator = model_separator(net, device)
+    separator, known = model_separator(net, device), trained_on(model)
 
     def one(mixture: Mixture) -> dict[str, Any]:
         mixed, sources, found_rate = mixture.read()
         if found_rate != net.sample_rate:
             raise UserError(f"{mixture.mix}: is at {found_rate} Hz, the model at {net.sample_rate} Hz")
-        return {"id": mixture.name, **evaluate_mixture(mixed, sources, found_rate, separator, chosen)}
+        seen = any(known.seen(map(content_digest, (mixture.mix, *mixture.sources))))
+        scored = evaluate_mixture(mixed, sources, found_rate, separator, chosen)
+        return {"id": mixture.name, **scored, "seen_in_training": seen}
 
     rows, failures = run_batch(found, one, "evaluating", name=lambda mixture: str(mixture.mix))
     if output is not None:
         write_csv(output, rows)
     scores = summary(rows)
+    if marked := mark([row["seen_in_training"] for row in rows]):
+        scores = [row | {"marked": marked} for row in scores]
     if as_json:
         print(json.dumps({"summary": scores, "files": rows}, indent=2))
     elif scores:

@@ -10,12 +10,22 @@ import typer
 from nearfar.apps.super_resolution.page import before_and_after
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, progress, table, track
-from nearfar.core.cli.options import Fresh
+from nearfar.core.cli.options import (
+    Device,
+    Fresh,
+    Json,
+    Memory,
+    RunFolder,
+    Settings,
+    Workers,
+    recipe_option,
+)
 from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import temporary_folder, write_csv
 from nearfar.core.made_from import MadeFrom
 from nearfar.core.memory import parse_memory
+from nearfar.core.reading import check_announced, reading
 from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
 from nearfar.vision.data.images import is_picture
@@ -27,6 +37,7 @@ from nearfar.vision.restoration.tiles import Tiling
 from nearfar.vision.restoration.upscaler import Upscaler
 
 BICUBIC = "bicubic"
+RECIPES = Path(__file__).parent / "recipes"
 WEIGHTS = Path(__file__).parent / "weights"
 """The small networks that come along, x2 and x4; `small.py` says how they are made."""
 
@@ -39,9 +50,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Device = Annotated[
-    str, typer.Option(help="auto, cpu, cuda or mps.", callback=lambda name: choose_device(name, "--device"))
-]
 Model = Annotated[
     Path | None, typer.Option(help="Checkpoint, or folder that `train` wrote. (default: the small one for --scale)")
 ]
@@ -54,7 +62,6 @@ Blending = Annotated[
 Ensemble = Annotated[
     bool, typer.Option("--ensemble", help="Mean over the eight flips and turns; eight times the work.")
 ]
-Machine = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Sets = Annotated[list[Path], typer.Argument(help="Test sets: folders of pairs, or of high-resolution pictures.")]
 Colour = Annotated[str, typer.Option(help="y (luma, as in the tables) or rgb.")]
 ProtocolName = Annotated[
@@ -63,7 +70,7 @@ ProtocolName = Annotated[
 
 
 @app.command()
-def models(as_json: Machine = False) -> None:
+def models(as_json: Json = False) -> None:
     """List the published networks: system, scale and parameters."""
     rows = [
         {"model": name, "system": model.CARD.title, "scale": variant.settings["scale"],
@@ -83,9 +90,7 @@ def upscale(
         str | None, typer.Option(help="png, jpg, webp, tif or avif. (default: that of each picture)")
     ] = None,
     quality: Annotated[int, typer.Option(help="Of JPEG, WebP and AVIF.", min=1, max=100)] = 95,
-    memory: Annotated[
-        str | None, typer.Option(help="Most that the process may hold, e.g. 2G; pictures are then done in tiles.")
-    ] = None,
+    memory: Memory = None,
     tile: Tile = None,
     overlap: Overlap = 32,
     tiling: Blending = "cosine",
@@ -95,8 +100,8 @@ def upscale(
     page: Annotated[bool, typer.Option("--page", help="Also a page with a slider between before and after.")] = False,
     first_frame: Annotated[bool, typer.Option("--first-frame", help="Take the first of several frames.")] = False,
     limit: Annotated[int, typer.Option(help="Pixels of the largest picture that is read.")] = LIMIT,
-    device: Device = "cpu",
-    as_json: Machine = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Enlarge pictures; transparency, 16 bits, colour profile, EXIF data and resolution are kept.
 
@@ -168,14 +173,13 @@ def _jobs(inputs: list[Path], output: Path, format: str | None, unpacked: Path) 
     for path in inputs:
         if path.suffix.lower() == ".zip" and path.is_file():
             root = unpacked / path.name
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    names = [n for n in archive.namelist() if is_picture(Path(Path(n).name))]
-                    if outside := [n for n in names if not (root / n).resolve().is_relative_to(root.resolve())]:
-                        raise UserError(f"{path}: holds {some(outside)}, which lies outside of the archive")
-                    archive.extractall(root, names)
-            except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
-                raise UserError(f"{path}: cannot be read as a zip file ({error})") from error
+            with reading(path, "cannot be read as a zip file"), zipfile.ZipFile(path) as archive:
+                names = [n for n in archive.namelist() if is_picture(Path(Path(n).name))]
+                if outside := [n for n in names if not (root / n).resolve().is_relative_to(root.resolve())]:
+                    raise UserError(f"{path}: holds {some(outside)}, which lies outside of the archive")
+                for info in map(archive.getinfo, names):
+                    check_announced(path, info.file_size, info.compress_type != 0, info.compress_size)
+                archive.extractall(root, names)
             if not names:
                 raise UserError(f"{path}: no pictures there")
             found += [(p, output / path.stem / p.relative_to(root)) for p in pictures_in([root])]
@@ -201,32 +205,21 @@ def train_command(
     held: Annotated[
         list[Path], typer.Option(help="Pictures that choose the epoch, none of those to learn from. Repeat.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run. Run again to go on.")],
-    recipe: Annotated[
-        str | None, typer.Option(help="YAML file, or drct, drct_from_x2, catanet or catanet_from_x2.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of the recipe, NAME=VALUE. Repeat.")
-    ] = None,
+    output: RunFolder,
+    recipe: Annotated[str | None, recipe_option(RECIPES)] = None,
+    settings: Settings = None,
     weights: Annotated[
         Path | None, typer.Option(help="Network to start from; of another scale, its upsampler starts afresh.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes that read pictures.")] = 0,
-    device: Device = "cpu",
+    workers: Workers = 0,
+    device: Device = "auto",
     fresh: Fresh = False,
-    as_json: Machine = False,
+    as_json: Json = False,
 ) -> None:
     """Train a network on random patches, reduced as the test sets were; the epoch of the best PSNR is kept."""
-    from dataclasses import asdict, replace
+    from nearfar.vision.restoration.training import Recipe, train_restorer
 
-    from nearfar.vision.restoration.training import PUBLISHED, Recipe, train_restorer
-
-    if recipe in PUBLISHED:
-        changes = read_recipe(Recipe, None, settings or ())
-        names = [setting.partition("=")[0].strip() for setting in settings or ()]
-        resolved = replace(PUBLISHED[recipe], **{name: asdict(changes)[name] for name in names})
-    else:
-        resolved = read_recipe(Recipe, None if recipe is None else Path(recipe), settings or ())
+    resolved = read_recipe(Recipe, recipe, settings or (), RECIPES)
     files, chosen = pictures_in(pictures), pictures_in(held)
     model, history = train_restorer(
         files, chosen, resolved, output, weights=weights, device=device, workers=workers, fresh=fresh,
@@ -253,8 +246,8 @@ def evaluate(
     tiling: Blending = "cosine",
     ensemble: Ensemble = False,
     csv: Annotated[Path | None, typer.Option(help="CSV with a row a picture.")] = None,
-    device: Device = "cpu",
-    as_json: Machine = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Print PSNR and SSIM of a network on test sets, as the field's tables have them."""
     name = str(_network(None, scale)) if model is None else model
@@ -270,8 +263,8 @@ def compare(
     colour: Colour = "y",
     protocol: ProtocolName = "8bit",
     ensemble: Ensemble = False,
-    device: Device = "cpu",
-    as_json: Machine = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Score several networks of one scale and bicubic resizing on the same pictures: table, CSV, page."""
     scales = {load_restorer(name).scale for name in model}

@@ -20,6 +20,7 @@ from nearfar.audio.separation.tracking import Embedder, OnlineTracker, VoicePrin
 from nearfar.audio.separation.windows import FAINT, UNSURE, Separator, Stitcher, model_separator, route, run_separator
 from nearfar.audio.sound import Samples, resample
 from nearfar.core.errors import UserError
+from nearfar.core.reading import reading
 
 
 class LiveSeparator:
@@ -230,7 +231,7 @@ def read_pipe(file: Readable, raw: str | None = None) -> tuple[int, Iterator[Sam
     Unbuffered, or blocks come in the buffer's size. raw: samples without a header, as `CODING:RATE[:CHANNELS]` with
     ffmpeg's word for the coding: "s16le:16000", "f32le:48000:2".
 
-    Raises UserError where nothing is recognised, and from the iterator for damage or values that are no numbers.
+    Raises UserError where nothing is recognized, and from the iterator for damage or values that are no numbers.
     """
     options = {}
     coding, *numbers = (raw or "").split(":")
@@ -239,24 +240,19 @@ def read_pipe(file: Readable, raw: str | None = None) -> tuple[int, Iterator[Sam
             raise UserError(f"--raw {raw}: must be CODING:RATE or CODING:RATE:CHANNELS, such as s16le:16000")
         layout = {"1": "mono", "2": "stereo"}.get((*numbers, "1")[1], f"{numbers[-1]}c")
         options = {"sample_rate": numbers[0], "ch_layout": layout}
-    try:
+    with reading("standard input", "cannot be read as sound", "for bare samples say --raw"):
         container: Any = av.open(file, format=coding or None, options=options, buffer_size=4096)
         stream = container.streams.audio[0]
-    except (av.FFmpegError, ValueError, IndexError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"standard input: cannot be read as sound ({reason}); for bare samples say --raw") from error
 
     def blocks() -> Iterator[Samples]:
         floats = av.AudioResampler(format="fltp")
-        try:
+        with reading("standard input", "damaged", "what came before it is whole"):
             for frame in container.decode(stream):
                 for converted in floats.resample(frame):
                     samples = converted.to_ndarray().mean(axis=0)
                     if not np.isfinite(samples).all():
                         raise UserError("standard input: holds a value that is no number (NaN or infinite)")
                     yield samples
-        except av.FFmpegError as error:
-            raise UserError(f"standard input: damaged ({error})") from error
 
     return stream.rate, blocks()
 

@@ -3,8 +3,7 @@
 import torch
 
 from nearfar.audio.separation.mossformer import MossFormer, MossFormer2
-from nearfar.core.errors import UserError
-from nearfar.core.memory import resident_memory
+from nearfar.core.memory import refuse_memory, resident_memory
 
 LEAST_WINDOW = 4.0
 """Seconds; shorter windows are not chosen, the quality suffers."""
@@ -43,15 +42,20 @@ def fit_window(model: MossFormer, budget: int, window: float) -> tuple[float, in
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory()
     group = model.blocks[0].attention.group_size
     frames = model.sample_rate / model.stride  # per second
-    seconds, need = 0.0, 0.0
+    seconds, least = 0.0, 0.0
     for frames_at_once in (None, group) if model.causal is False else (None,):
         each, fixed = (SURPLUS * part for part in frame_bytes(model, frames_at_once))
         seconds = (budget - held - RESERVE - fixed) / (each * frames)
         if seconds >= window:
             return window, frames_at_once
-        need = held + RESERVE + fixed + each * frames * min(LEAST_WINDOW, window)
+        least = fixed + each * frames * min(LEAST_WINDOW, window)
     if seconds < min(LEAST_WINDOW, window):
-        raise UserError(
-            f"--memory: {budget >> 20}M are too few; this model and program need {int(need) + 2**20 >> 20}M"
-        )
+        weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+        shares = {
+            "the program": held - weights,
+            "the model's weights": weights,
+            f"{min(LEAST_WINDOW, window):g} s of sound in the model": least,
+            "sound and pages": RESERVE,
+        }
+        raise refuse_memory(budget, shares)
     return seconds, frames_at_once

@@ -21,6 +21,7 @@ from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv
 from nearfar.core.fingerprint import content_digest
 from nearfar.core.leakage import Side, check_apart
+from nearfar.core.reading import reading
 
 Samples = NDArray[np.float32]
 
@@ -60,7 +61,7 @@ def find_mixtures(
         `s{}`; in LibriMix `mix_clean`; in WHAM! `mix_both`; in WHAMR! `mix_both_reverb` with `s{}_anechoic`, the
         standard task: separate, remove the noise and the reverberation.
 
-    Raises UserError where nothing is recognised, the tree leaves a choice (it is listed), or files are missing.
+    Raises UserError where nothing is recognized, the tree leaves a choice (it is listed), or files are missing.
     """
     root = Path(root)
     if root.is_file():
@@ -121,7 +122,7 @@ def _flat(path: Path) -> Mixture:
 
 
 def _from_list(path: Path) -> list[Mixture]:
-    with path.open(newline="", encoding="utf-8") as file:
+    with reading(path, "cannot be read as a list of mixtures"), path.open(newline="", encoding="utf-8-sig") as file:
         if path.suffix.lower() == ".csv":
             reader = csv.DictReader(file, skipinitialspace=True)
             header = reader.fieldnames or []
@@ -133,6 +134,8 @@ def _from_list(path: Path) -> list[Mixture]:
             rows = [(Path(row[key]).stem, row[mixed], *(row[c] for c in columns)) for row in reader]
         else:
             rows = [(Path(words[0]).stem, *words) for words in map(str.split, file) if words]
+    if any(row[1] is None for row in rows):
+        raise UserError(f"{path}: a row names no mixture; it is cut off")
     if short := [row[0] for row in rows if len(row) < 3]:
         raise UserError(f"{path}: {short[0]} has no sources; a line is the mixture's path, then those of its sources")
     there = lambda text: Path(text) if Path(text).is_absolute() else path.parent / text  # noqa: E731
@@ -159,7 +162,7 @@ def check_mixtures(mixtures: Sequence[Mixture]) -> list[dict[str, str | int | fl
     for mixture in mixtures:
         try:
             headers = [soundfile.info(path) for path in (mixture.mix, *mixture.sources)]
-        except soundfile.LibsndfileError as error:
+        except (soundfile.LibsndfileError, OSError, ValueError) as error:
             bad.append(f"{mixture.name}: {error}")
             continue
         rates, lengths = {h.samplerate for h in headers}, [h.frames for h in headers]

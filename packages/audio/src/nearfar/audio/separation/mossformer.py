@@ -14,7 +14,6 @@ skip with GroupNorm) this is the code. The released code has no mask for unequal
 the convolutions symmetric; `lengths` and `causal=True` are ours.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +28,8 @@ from nearfar.core.cards import Card
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, unwrap
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.core.finite import check_weights
-from nearfar.core.model_folder import KINDS, NEXT, read
+from nearfar.core.model_folder import AGAIN, KINDS, NEXT, read
+from nearfar.core.reading import check_sizes, read_json, reading
 from nearfar.ops.attention.joint import GatedAttentionBlock
 from nearfar.ops.attention.rotary import rotary_table
 from nearfar.ops.common.sequence_norms import TimeNorm
@@ -312,7 +312,7 @@ VARIANTS: dict[str, tuple[type[MossFormer], dict[str, Any]]] = {
 
 
 def create_model(variant: str, **settings: Any) -> MossFormer:
-    """A freshly initialised model of the named size; `settings` override or add constructor arguments.
+    """A freshly initialized model of the named size; `settings` override or add constructor arguments.
 
     Raises ValueError for an unknown name.
     """
@@ -337,11 +337,13 @@ def load_model(path: str | Path, sample_rate: int | None = None, masking: bool |
         state = read_state_dict(path / "model.safetensors")
         if "encoder.weight" in state:
             cls = MossFormer2 if any(name.startswith("recurrent.") for name in state) else MossFormer
-            try:
-                model = cls(**json.loads((path / "config.json").read_text(encoding="utf-8")))
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{path / 'config.json'}: does not describe a {cls.__name__} ({error})") from error
-            load_state_dict(model, state)
+            config = path / "config.json"
+            with reading(config, f"does not describe a {cls.__name__}", AGAIN):
+                settings = read_json(config, "settings of a model")
+                check_sizes(config, settings, path / "model.safetensors")
+                model = cls(**settings)
+            with reading(path / "model.safetensors", "does not fit its config.json", AGAIN):
+                load_state_dict(model, state)
             return model.eval()
     return MossFormer.from_published(path, sample_rate=sample_rate, masking=masking)
 
@@ -404,7 +406,11 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
             for name, value in read_state_dict(path / f"{part}.bin").items()
         }
     if (path / "last_best_checkpoint").is_file():
-        return read_state_dict(path / (path / "last_best_checkpoint").read_text().strip())
+        with reading(path / "last_best_checkpoint", "does not name a checkpoint"):
+            named = (path / "last_best_checkpoint").read_text(encoding="utf-8").strip()
+            if not (path / Path(named).name).is_file():
+                raise ValueError(f"there is no {named[:80]!r} beside it")
+        return read_state_dict(path / Path(named).name)
     files = sorted(f for ending in ("safetensors", "bin", "pt", "pth", "ckpt") for f in path.glob(f"*.{ending}"))
     if len(files) != 1:
         found = ", ".join(f.name for f in files) or "none"

@@ -19,7 +19,7 @@ Embedder = Callable[[NDArray[np.float32], int], NDArray[np.floating]]
 """(samples (n,), rate in Hz) to a vector; two vectors are compared by their Euclidean distance.
 
 An attribute `threshold` may give the distance below which two stretches of ten seconds or more are one voice; without
-it the number of voices is not estimated from the embeddings. Embeddings meant for cosines should be normalised.
+it the number of voices is not estimated from the embeddings. Embeddings meant for cosines should be normalized.
 """
 
 SILENT_DB = -30.0
@@ -134,7 +134,7 @@ def describe(
 
 
 def correlate(first: NDArray[np.float32], second: NDArray[np.float32], floor: float = 1e-4) -> NDArray[np.floating]:
-    """(I, n), (J, n) to (I, J): normalised correlation, 0 where one of the two is silent or they are opposed."""
+    """(I, n), (J, n) to (I, J): normalized correlation, 0 where one of the two is silent or they are opposed."""
     first, second = first.astype(np.float64), second.astype(np.float64)
     norm_a, norm_b = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1)
     quiet = 10 ** (SILENT_DB / 20)

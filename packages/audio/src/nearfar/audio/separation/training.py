@@ -66,7 +66,7 @@ class Recipe:
             raise ValueError("learning_rate and seconds must be positive and factor between 0 and 1")
 
     def build(self) -> MossFormer:
-        """A freshly initialised model."""
+        """A freshly initialized model."""
         settings = {"num_speakers": self.num_speakers, "sample_rate": self.rate, **self.model}
         return create_model(self.variant, **settings)
 
@@ -84,7 +84,7 @@ def seen_by(*sets: Any) -> TrainedOn:
 
 
 class SeparationTraining(pl.LightningModule):
-    """The model with its loss and optimiser. Logs `loss` and `si_sdri` (validation, dB over the mixture)."""
+    """The model with its loss and optimizer. Logs `loss` and `si_sdri` (validation, dB over the mixture)."""
 
     def __init__(self, model: MossFormer, recipe: Recipe) -> None:
         super().__init__()
@@ -122,6 +122,7 @@ def train_separation(
     folder: str | Path | None = None,
     *,
     start: MossFormer | None = None,
+    seen: TrainedOn | None = None,
     device: str = "auto",
     show_progress: bool = False,
     **trainer_options: Any,
@@ -129,7 +130,8 @@ def train_separation(
     """Train and return the model with its best weights (by validation SI-SDRi) and one row of metrics per epoch.
 
     folder: keeps the run, which an interrupted call takes up again (see `nearfar.core.training.train`), and the
-        finished model in `folder/model`, for `from_pretrained`. start: a model to fine-tune instead of a new one.
+        finished model in `folder/model`, for `from_pretrained`. start: a model to fine-tune instead of a new one, and
+        seen: what that was trained on.
     """
     torch.manual_seed(recipe.seed)
     model = recipe.build() if start is None else start
@@ -155,7 +157,7 @@ def train_separation(
         **trainer_options,
     )
     if folder is not None:
-        about = {"recipe": asdict(recipe)}
-        with writing(Path(folder) / "model", "separation model", about, seen_by(train_set, validation_set)) as place:
+        about, seen = {"recipe": asdict(recipe)}, (seen or TrainedOn()) | seen_by(train_set, validation_set)
+        with writing(Path(folder) / "model", "separation model", about, seen) as place:
             model.save_pretrained(place)
     return model.eval(), history

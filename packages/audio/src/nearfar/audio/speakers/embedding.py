@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,11 +16,12 @@ from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.fingerprint import content_digest, source_digest
 from nearfar.core.finite import check_finite
+from nearfar.core.reading import read_arrays, reading
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """An utterance's embedding, before normalisation, and its quality."""
+    """An utterance's embedding, before normalization, and its quality."""
 
     embedding: NDArray[np.float32]
     quality: Quality
@@ -41,7 +41,7 @@ def model_digest(model: SpeakerEncoder) -> str:
 class Embedder:
     """Recordings to embeddings, each whole and on its own, with a cache on disk.
 
-    A recording longer than `max_seconds` is embedded in equal parts of at most that length and their normalised
+    A recording longer than `max_seconds` is embedded in equal parts of at most that length and their normalized
     embeddings are averaged, so memory does not grow with its length.
 
     Args:
@@ -116,9 +116,12 @@ class Embedder:
 
 
 def _load_embedded(path: Path) -> Embedded | None:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            quality = Quality(*(float(arrays[name]) for name in Quality.__dataclass_fields__))
-            return Embedded(arrays["embedding"], quality)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    if not path.is_file():
         return None
+    try:
+        with reading(path, "is no embedding"):
+            arrays = read_arrays(path, "an embedding")
+            quality = Quality(*(float(arrays[name]) for name in Quality.__dataclass_fields__))
+            return Embedded(check_finite(arrays["embedding"], str(path)), quality)
+    except UserError:
+        return None  # it is made again

@@ -13,6 +13,7 @@ from torchaudio.compliance.kaldi import get_mel_banks
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedModel
 
 from nearfar.core.errors import UserError
+from nearfar.core.hub import from_hub, unreachable
 from nearfar.ops.aggregation.statistics import masked_moments
 
 BACKBONES = ("wav2vec2", "hubert", "wavlm")
@@ -37,7 +38,7 @@ def sample_mask(waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
 class MaskedGroupNorm(nn.GroupNorm):
     """GroupNorm with one group per channel that takes its statistics over the real frames (`mask`) only.
 
-    The base wav2vec2, HuBERT and WavLM normalise their first convolution over all of time, so padding would change
+    The base wav2vec2, HuBERT and WavLM normalize their first convolution over all of time, so padding would change
     every frame of a padded item; with the mask it changes none.
     """
 
@@ -106,29 +107,32 @@ class SelfSupervised(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder_or_id: str | Path, num_layers: int | None = None, normalize: bool | None = None
+        cls, folder: str | Path, num_layers: int | None = None, normalize: bool | None = None
     ) -> "SelfSupervised":
-        """A backbone from a folder that transformers saved, or from the Hugging Face hub by its id.
+        """A backbone from a folder that transformers saved, or from the Hugging Face hub by `hub:NAME`.
 
         `normalize=None` follows the preprocessor config that lies with it; the authors' trainer of the layer-aware TDNN
-        never normalises: pass False for it.
+        never normalizes: pass False for it.
 
         Raises UserError where it cannot be read, or has no preprocessor config and `normalize` is None.
         """
-        name = str(folder_or_id)
+        name = str(folder)
+        place, is_hub = from_hub(name, "a backbone")
+        asked: Any = {"local_files_only": not is_hub, "trust_remote_code": False}
         try:
-            backbone = AutoModel.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: no speech backbone that transformers can read ({_first_line(error)})") from error
+            backbone = AutoModel.from_pretrained(place, **asked)
+        except Exception as error:  # the hub's client has errors of its own, and damaged files raise anything
+            why = unreachable(name, is_hub, error)
+            raise UserError(f"{name}: no speech backbone that transformers can read ({why})") from error
         sample_rate = 16000
         try:
-            preprocessor = AutoFeatureExtractor.from_pretrained(name)
+            preprocessor = AutoFeatureExtractor.from_pretrained(place, **asked)
             sample_rate = int(preprocessor.sampling_rate)
             normalize = bool(preprocessor.do_normalize) if normalize is None else normalize
         except (OSError, ValueError, AttributeError) as error:
             if normalize is None:
                 raise UserError(
-                    f"{name}: has no preprocessor_config.json that says whether to normalise the samples; "
+                    f"{name}: has no preprocessor_config.json that says whether to normalize the samples; "
                     "add it or choose by hand"
                 ) from error
         try:

@@ -12,6 +12,7 @@ from nearfar.audio.speakers.scoring.backend import enroll_models, unit
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
+from nearfar.core.reading import read_arrays, reading
 
 
 @dataclass
@@ -30,14 +31,23 @@ class Gallery:
     @classmethod
     def load(cls, path: Path, model: SpeakerEncoder) -> "Gallery":
         """Raises UserError where the file is no gallery, or was made with another model."""
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = cls(str(arrays["digest"]), arrays["names"].tolist(), arrays["embeddings"], arrays["owners"])
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: is no gallery ({error})") from error
+        with reading(path, "is no gallery", "enrol the speakers again"):
+            arrays = read_arrays(path, "a gallery")
+            found = cls(str(arrays["digest"]), arrays["names"].tolist(), arrays["embeddings"], arrays["owners"])
+            found._check(model.embedding_dim)
         if found.digest != model_digest(model):
             raise UserError(f"{path}: was made with another model; enrol the speakers again with this one")
         return found
+
+    def _check(self, dim: int) -> None:
+        """Raise ValueError where the parts do not go together."""
+        shape, owners = self.embeddings.shape, self.owners
+        if not all(isinstance(name, str) and name for name in self.names) or len(set(self.names)) != len(self.names):
+            raise ValueError("a name is empty or there twice")
+        if shape != (len(owners), dim) or not np.isfinite(self.embeddings).all():
+            raise ValueError(f"embeddings {shape} of {len(owners)} recordings, or some that are not finite")
+        if owners.dtype.kind not in "iu" or set(owners.tolist()) != set(range(len(self.names))):
+            raise ValueError(f"{len(self.names)} names, and recordings of others")
 
     def save(self, path: Path) -> None:
         with atomic_path(path) as temporary, temporary.open("wb") as stream:

@@ -9,7 +9,6 @@ backbone. `SpeakerEncoder` puts a front end and a head together: samples in, emb
 None of them is causal: the padding is symmetric and the squeeze-and-excite takes a mean over the utterance.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from nearfar.core.cards import Card
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict, unwrap
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.core.files import write_json
+from nearfar.core.reading import check_sizes, read_json, reading
 from nearfar.ops.aggregation.layer_attention import LayerAttentionPool, LayerGate
 from nearfar.ops.aggregation.statistics import AttentiveStatisticsPool
 from nearfar.ops.convolution.se_blocks import ConvReLUNorm, SED2Block, SERes2Block
@@ -120,7 +120,7 @@ class LTDNN(SpeakerHead):
         dropout: in both pools (0.1).
         kernel_size, num_blocks, dilations, scale, depth, se_channels: see `FrameNetwork`.
 
-    Shapes: hidden states `(B, L, T, D)`, mask `(B, T)`, to `(B, embedding_dim)`, before L2 normalisation.
+    Shapes: hidden states `(B, L, T, D)`, mask `(B, T)`, to `(B, embedding_dim)`, before L2 normalization.
 
     With D = 768 and L = 13 the ECAPA form has 5.717 M parameters and the D3Net form 6.481 M; at 50 frames per second
     they cost about 2.98 and 3.47 GMAC per second of speech.
@@ -299,7 +299,7 @@ class SpeakerEncoder(nn.Module):
     """Samples to speaker embeddings: a front end (`SelfSupervised` or `KaldiFbank`) and a head that fits it.
 
     `model(waveforms, lengths)` takes `(B, N)` samples in [-1, 1] at `model.sample_rate` and returns `(B, E)` before L2
-    normalisation, which is what the classification loss trains; compare embeddings by cosine. A shorter item in a
+    normalization, which is what the classification loss trains; compare embeddings by cosine. A shorter item in a
     padded batch gets the embedding that it has alone.
 
     Raises:
@@ -356,14 +356,17 @@ class SpeakerEncoder(nn.Module):
         Raises UserError where the folder holds no such model, CheckpointError where its weights do not fit.
         """
         folder = Path(folder)
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        path, weights = folder / "config.json", folder / "model.safetensors"
+        if not path.is_file():
+            raise UserError(f"{folder}: holds no speaker model, it lacks {path.name}; name one that training wrote")
+        with reading(path, "describes no speaker model", "copy the folder again"):
+            config = read_json(path, "a speaker model")
+            check_sizes(path, [config["frontend"], config["head"]], weights)
             frontend, head = dict(config["frontend"]), dict(config["head"])
             build_head = cls.HEADS[head.pop("type")]
             model = cls(cls.FRONTENDS[frontend["type"]].from_settings(frontend), build_head(**head), config["span_out"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: holds no speaker model ({type(error).__name__}: {error})") from error
-        load_state_dict(model, read_state_dict(folder / "model.safetensors"))
+        with reading(weights, "does not fit its config.json", "copy the folder again"):
+            load_state_dict(model, read_state_dict(weights))
         return model.eval()
 
     @classmethod

@@ -1,7 +1,6 @@
 """A speaker model with all that its scores need: mean vector, cohort, PLDA, calibration, and the trials it rests on."""
 
-import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,8 @@ from nearfar.audio.speakers.scoring.rates import Rate, threshold_at_far
 from nearfar.audio.speakers.scoring.trials import Array
 from nearfar.core.errors import UserError
 from nearfar.core.finite import check_finite
-from nearfar.core.model_folder import KINDS, NEXT, TrainedOn, read, trained_on, writing
+from nearfar.core.model_folder import AGAIN, KINDS, NEXT, TrainedOn, read, trained_on, writing
+from nearfar.core.reading import read_arrays, reading
 
 LEAST_COHORT = 50
 """Rows below which a cohort is not used: the deviation of a few cosines says little."""
@@ -80,7 +80,7 @@ class SpeakerSystem:
     @property
     def convention(self) -> str:
         """How scores are made, in words, for the record."""
-        words = "PLDA of length-normalised embeddings" if self.backend == "plda" else "cosine"
+        words = "PLDA of length-normalized embeddings" if self.backend == "plda" else "cosine"
         words += " after subtracting the training mean" if self.mean is not None else ""
         if self.backend == "plda":
             return words
@@ -251,6 +251,25 @@ class SpeakerSystem:
             if self.calibration is not None:
                 self.calibration.save(place / "calibration.json")
 
+    def _check(self, arrays: Mapping[str, Array]) -> None:
+        """Raise ValueError where what was read does not go together."""
+        dim, rows = self.model.embedding_dim, len(self.cohort_speakers)
+        shapes: dict[str, tuple[int, ...]] = {"mean": (dim,), "cohort": (rows, dim), "scores": self.labels.shape}
+        shapes |= {"plda_mean": (dim,), "plda_psi": (dim,)}
+        for name, values in arrays.items():
+            if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+                raise ValueError(f"{name} has what is no finite number")
+            if name in shapes and values.shape != shapes[name]:
+                raise ValueError(f"{name} is {values.shape}, not {shapes[name]}")
+        if self.labels.ndim != 1 or not np.isin(self.labels, (0, 1)).all():
+            raise ValueError("labels are 0 and 1")
+        if not all(isinstance(name, str) for name in self.cohort_speakers) or (rows and self.cohort is None):
+            raise ValueError("cohort_speakers are no names of its cohort")
+        if self.norm not in ("as", "none") or self.backend not in ("cosine", "plda"):
+            raise ValueError(f"norm is {self.norm!r} and backend {self.backend!r}")
+        if type(self.top_n) is not int or self.top_n < 1 or (self.backend == "plda" and self.plda is None):
+            raise ValueError(f"top_n is {self.top_n!r}, or its PLDA is missing")
+
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> "SpeakerSystem":
         """Read what `save` wrote, or a bare model (plain cosines, no calibration). Raises UserError."""
@@ -260,9 +279,8 @@ class SpeakerSystem:
         model = SpeakerEncoder.from_pretrained(folder).to(device)
         if bare:
             return cls(model)
-        try:
-            with np.load(folder / "scoring.npz", allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in arrays.files}
+        with reading(folder / "scoring.npz", "its scoring files are damaged", AGAIN):
+            found = read_arrays(folder / "scoring.npz", "arrays of a speaker model")
             system = cls(
                 model,
                 found.get("mean"),
@@ -276,8 +294,7 @@ class SpeakerSystem:
                 labels=found["labels"],
                 trained_on=trained_on(folder),
             )
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{folder}: its scoring files are damaged ({type(error).__name__}: {error})") from error
+            system._check(found)
         if "calibration.json" in settings["files"]:
             system.calibration = Calibration.load(folder / "calibration.json")
             fitted_for = system.calibration.notes.get("convention")

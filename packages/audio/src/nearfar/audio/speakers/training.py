@@ -33,14 +33,14 @@ from nearfar.ops.losses.margin_softmax import AAMSoftmax, margin_ramp
 class Recipe:
     """Settings of a training run; the YAML recipes hold these names.
 
-    Model: `head` is "ecapa" (on filter banks), "ltdnn-ecapa", "ltdnn-d3net" or "lap" (on a `backbone`, a folder or hub
-    id); `num_layers` keeps the first transformer layers; `tune` frees the top n layers, or "all"; `normalize` None
-    follows the backbone's preprocessor; `channels`, `num_mels`, `sample_rate` are of the filter-bank model.
+    Model: `head` is "ecapa" (on filter banks), "ltdnn-ecapa", "ltdnn-d3net" or "lap" (on a `backbone`, a folder or
+    hub:NAME); `num_layers` keeps the first transformer layers; `tune` frees the top n layers, or "all"; `normalize`
+    None follows the backbone's preprocessor; `channels`, `num_mels`, `sample_rate` are of the filter-bank model.
     Data: crops of `crop_seconds`; `crops_per_utterance` per epoch; `speeds` other than 1 make new speakers; `noise` and
     `responses` are folders for augmentation, applied with `augment_probability`; `validation` is the share of the
     speakers that is kept apart to choose the epoch.
     Loss: AAM-softmax with `margin` (ramped up over `margin_epochs`), `scale`, `sub_centers`, `top_k`, `penalty`.
-    Optimisation: `epochs` (0 leaves the network untrained, to compare with), Adam, `schedule` "cosine" (10 % warm-up)
+    Optimization: `epochs` (0 leaves the network untrained, to compare with), Adam, `schedule` "cosine" (10 % warm-up)
     or "onecycle", `learning_rate` for the head and `backbone_learning_rate` for what is tuned of the backbone,
     gradient norm at most `clip`.
     """

@@ -114,8 +114,8 @@ class AGTCNet(
     given as an adjacency. Weights belong to its electrodes, in their order: loading them into a model of other
     electrodes or another graph raises CheckpointError.
 
-    After each step of any `torch.optim` optimiser that holds the model's parameters, `apply_constraints` runs by
-    itself (a hook on optimisers, so it does not matter who trains); the forward is never altered by it.
+    After each step of any `torch.optim` optimizer that holds the model's parameters, `apply_constraints` runs by
+    itself (a hook on optimizers, so it does not matter who trains); the forward is never altered by it.
 
     Parameters
     ----------
@@ -300,13 +300,13 @@ class AGTCNet(
         return model.eval()
 
     def reset_head(self, n_outputs: int) -> None:
-        """Put a newly initialised layer for `n_outputs` classes in the place of the last one."""
+        """Put a newly initialized layer for `n_outputs` classes in the place of the last one."""
         self._set_n_outputs(n_outputs)
         self.final_layer = self._head(self.final_layer.in_features).to(self.final_layer.weight)
 
     @torch.no_grad()
     def apply_constraints(self) -> None:
-        """The limits that training keeps, in place; runs by itself after each optimiser step.
+        """The limits that training keeps, in place; runs by itself after each optimizer step.
 
         Spatial filters (GCAP) have an L2 norm of at most 1 over the electrodes, the last layer's weights of at most
         0.25 per class, and the scale of the position table stays in [0, 1].
@@ -373,7 +373,7 @@ _MODELS: WeakSet[AGTCNet] = WeakSet()
 
 
 def _constrain_stepped(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """After any optimiser's step: the constraints of the models whose parameters it holds."""
+    """After any optimizer's step: the constraints of the models whose parameters it holds."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in _MODELS:
         if any(id(p) in held for p in model.parameters()):

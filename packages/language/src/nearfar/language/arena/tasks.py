@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nearfar.core.errors import UserError
+from nearfar.core.reading import check_picture, reading
 from nearfar.language.arena import listops
 
 PARTS = ("train", "val", "test")
@@ -118,12 +119,14 @@ def read_pathfinder(size: int) -> Callable[[Path, str], Iterator[Example]]:
 
     def read(folder: Path, part: str) -> Iterator[Example]:
         base = folder / f"pathfinder{size}" / "curv_contour_length_14"
-        found = sorted((base / "metadata").glob("*.npy"), key=lambda p: int(p.stem)) if base.is_dir() else []
+        found = sorted((base / "metadata").glob("*.npy"), key=lambda p: (len(p.stem), p.stem)) if base.is_dir() else []
         if not found:
             raise UserError(f"{base}: is missing or has no metadata; it is part of Long Range Arena's release")
         examples = []
         for path in found:
-            for number, line in enumerate(path.read_text().splitlines(), 1):
+            with reading(path, "cannot be read as a list of pictures"):
+                listed = path.read_text(encoding="utf-8").splitlines()
+            for number, line in enumerate(listed, 1):
                 words = line.split()
                 if len(words) < 4 or words[3] not in ("0", "1"):
                     raise UserError(f"{path}: line {number} is no `folder file id label ...`; the file is cut off")
@@ -135,7 +138,9 @@ def read_pathfinder(size: int) -> Callable[[Path, str], Iterator[Example]]:
             path, label = examples[i]
             if not path.is_file() or not path.stat().st_size:
                 raise UserError(f"{path}: is missing or empty")
-            pixels = np.asarray(Image.open(path).convert("L"))
+            with reading(path, "cannot be read as a picture"), Image.open(path) as picture:
+                check_picture(picture, path)
+                pixels = np.asarray(picture.convert("L"))
             if pixels.shape != (size, size):
                 raise UserError(f"{path}: is {pixels.shape[1]} x {pixels.shape[0]}, not {size} x {size}")
             yield [pixels.flatten()], label

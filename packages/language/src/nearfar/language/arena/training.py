@@ -96,7 +96,12 @@ class ArenaModule(pl.LightningModule):
 
 
 def train_on_arena(
-    recipe: ArenaRecipe, data: str | Path, folder: str | Path, device: str = "auto", show_progress: bool = False
+    recipe: ArenaRecipe,
+    data: str | Path,
+    folder: str | Path,
+    device: str = "auto",
+    show_progress: bool = False,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Train in `folder/run`, save the model of the best validation accuracy to `folder`; returns what came out."""
     parts = {
@@ -113,13 +118,14 @@ def train_on_arena(
         ArenaModule(model, recipe),
         *loaders,
         epochs=epochs,
-        max_steps=recipe.steps,
+        limit_train_batches=min(recipe.steps, max(1, len(loaders[0]))),  # beyond `steps` the rate is 0
         monitor="validation_accuracy",
         seed=recipe.seed,
         folder=Path(folder) / "run",
         settings={**dataclasses.asdict(recipe), "data": str(data)},
         show_progress=show_progress,
         device=device,
+        fresh=fresh,
         gradient_clip_val=1.0,
     )
     model.save_pretrained(folder)

@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nearfar.core import plots
-from nearfar.core.errors import DivergedError, UserError
+from nearfar.core.errors import DivergedError, UserError, some
 from nearfar.core.files import locked, write_csv
 from nearfar.core.fingerprint import source_digest
+from nearfar.core.reading import reading
 from nearfar.core.training import train
 from nearfar.language.configuration import MixerConfig
 from nearfar.language.modeling import MixerForCausalLM
@@ -38,6 +39,9 @@ SEGMENT = {"task": "mqar", "num_examples": 1000}
 
 ROW = ("data", "model", "dim", "learning_rate", "seed")
 """The columns that tell runs apart."""
+
+NUMBERS = ("accuracy", "parameters", "state_size", "epochs", "seconds")
+"""What every run has beside."""
 
 
 @dataclass
@@ -319,14 +323,20 @@ def sweep(
 def read_results(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of a sweep's `results.csv`, numbers as numbers."""
     path = Path(folder) / "results.csv"
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = [
-                {name: number(value) for name, value in row.items() if value != ""} for row in csv.DictReader(stream)
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: no results of a recall sweep ({error}); run `nearfar recall sweep` first") from error
-    if not rows or any(name not in row for row in rows for name in (*ROW, "accuracy", "state_size", "key")):
+    missing = reading(path, "no results of a recall sweep", "run `nearfar recall sweep` first")
+    with missing, path.open(newline="", encoding="utf-8") as stream:
+        table = csv.DictReader(stream, strict=True)
+        rows = [{name: number(value) for name, value in row.items() if value != ""} for row in table]
+    for line, row in enumerate(rows, 2):
+        if lacking := [name for name in (*ROW, *NUMBERS, "key") if name not in row]:
+            raise UserError(f"{path}: no results of a recall sweep, line {line} lacks {some(lacking)}")
+        if odd := [name for name in ("dim", "learning_rate", *NUMBERS) if not isinstance(row[name], int | float)]:
+            raise UserError(
+                f"{path}, line {line}: {odd[0]} is {row[odd[0]]!r}, no number; mend it or run the sweep again"
+            )
+        if not all(math.isfinite(float(row[name])) for name in ("dim", "learning_rate", *NUMBERS)):
+            raise UserError(f"{path}, line {line}: a number is not finite; run the sweep again")
+    if not rows:
         raise UserError(f"{path}: no results of a recall sweep")
     return [row | {"key": str(row["key"]), "model": str(row["model"]), "data": str(row["data"])} for row in rows]
 

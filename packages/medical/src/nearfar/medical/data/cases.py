@@ -1,6 +1,5 @@
 """Finding the cases of a folder: public data sets by their layout, any pair of image and label folders, loose scans."""
 
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from nearfar.core.errors import UserError
 from nearfar.core.files import write_json
 from nearfar.core.fingerprint import content_digest, data_digest
 from nearfar.core.leakage import Side, check_apart
+from nearfar.core.reading import check_hdf5, read_arrays, reading
 from nearfar.medical.data.scans import Scan, read_labels, read_scan
 
 
@@ -147,15 +147,18 @@ ARRAYS = (".npz", ".h5")
 
 def _array(path: Path, *names: str) -> np.ndarray:
     """The first of the arrays `names` in an .npz or .h5 file; slices come last, (S, H, W) to (H, W, S)."""
-    try:
+    with reading(path, f"damaged, or without {' or '.join(names)}"):
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                array = arrays[next(n for n in names if n in arrays.files)]
+            arrays = read_arrays(path, "arrays")
+            array = arrays[next(n for n in names if n in arrays)]
         else:
+            check_hdf5(path)
             with h5py.File(path) as file:
                 array = np.asarray(file[next(n for n in names if n in file)])
-    except (OSError, ValueError, KeyError, StopIteration, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged, or without {' or '.join(names)} ({error})") from error
+        if array.ndim not in (2, 3) or array.dtype.kind not in "iufb":
+            raise ValueError(f"{array.dtype} {array.shape} is neither a slice nor a volume")
+        if not array.size or not np.isfinite(array).all():
+            raise ValueError("it is empty, or holds what is NaN or infinite")
     return np.moveaxis(array, 0, -1) if array.ndim == 3 else array
 
 

@@ -1,6 +1,5 @@
 """The usual layouts of segmentation data sets."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +7,13 @@ from pathlib import Path
 import pydicom.misc
 
 from nearfar.core.errors import UserError
+from nearfar.core.reading import read_json, reading
 from nearfar.medical.data.cases import Case, Collection
 from nearfar.medical.data.scans import NIFTI, NRRD, PICTURES
 
 
 def find_cases(folder: str | Path) -> Collection:
-    """Recognise the layout of `folder` and list its cases; see `LAYOUTS`.
+    """Recognize the layout of `folder` and list its cases; see `LAYOUTS`.
 
     Raises UserError where nothing in it can be read here.
     """
@@ -52,27 +52,29 @@ def _dataset_json(folder: Path) -> Collection | None:
     path = folder / "dataset.json"
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, "is no dataset.json of nnU-Net or the Decathlon", "mend it or take it out"):
+        content = read_json(path, "a dataset.json")
         if "channel_names" in content:
             channels, ending = len(content["channel_names"]), content["file_ending"]
-            if regions := [k for k, v in content["labels"].items() if not isinstance(v, int)]:
+            if not re.fullmatch(r"(\.\w+)+", ending) or channels < 1:
+                raise ValueError(f"channel_names or file_ending are {content['channel_names']!r} and {ending!r}")
+            if regions := [k for k, v in content["labels"].items() if type(v) is not int]:
                 raise UserError(f"{path}: trains on regions ({', '.join(regions)}); only plain labels are taken here")
             labels = {int(v): k for k, v in content["labels"].items() if k != "ignore"}
         else:
             channels = len(content.get("modality", {"0": ""}))
-            labels = {int(k): v for k, v in content["labels"].items()}
-            listed = content["training"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is no dataset.json of nnU-Net or the Decathlon ({error!r})") from error
-    if "channel_names" not in content:
-        cases = [
-            Case(stem(Path(p["image"])), (folder / p["image"],), folder / p["label"], stem(Path(p["image"])), "train")
-            for p in listed
-        ]
-        tests = [p if isinstance(p, str) else p["image"] for p in content.get("test", [])]
-        cases += [Case(stem(Path(p)), (folder / p,), None, stem(Path(p)), "test") for p in tests]
-        return Collection("Medical Segmentation Decathlon", cases, labels, channels=channels)
+            labels = {int(k): str(v) for k, v in content["labels"].items()}
+            cases = [
+                Case(
+                    stem(Path(p["image"])), (folder / p["image"],), folder / p["label"], stem(Path(p["image"])), "train"
+                )
+                for p in content["training"]
+            ]
+            tests = [p if isinstance(p, str) else p["image"] for p in content.get("test", [])]
+            cases += [Case(stem(Path(p)), (folder / p,), None, stem(Path(p)), "test") for p in tests]
+            if not all(str(place).isprintable() for case in cases for place in case.images):
+                raise ValueError("a file's name has control characters")
+            return Collection("Medical Segmentation Decathlon", cases, labels, channels=channels)
     cases = []
     for part, images, targets in (("train", "imagesTr", "labelsTr"), ("test", "imagesTs", "labelsTs")):
         first = sorted((folder / images).glob(f"*_0000{ending}")) if (folder / images).is_dir() else []
@@ -191,7 +193,9 @@ def _voc(folder: Path) -> Collection | None:
         ("test", "Segmentation/val"),
     ):
         lines = root / "ImageSets" / f"{list_name}.txt"
-        for line in lines.read_text().splitlines() if lines.is_file() else ():
+        with reading(lines, "cannot be read as a list of pictures"):
+            text = lines.read_text(encoding="utf-8") if lines.is_file() else ""
+        for line in text.splitlines():
             if words := line.split():  # train_aug.txt has "image label" pairs
                 name = Path(words[0]).stem
                 label = words[1].lstrip("/") if len(words) > 1 else f"SegmentationClass/{name}.png"
@@ -267,7 +271,8 @@ def _pairs(folder: Path) -> Collection | None:
     cases = [Case(stem(p), (p,), targets.get(stem(p)), stem(p)) for p in _readable(folder / "images")]
     declared: dict[int, str] = {}
     if (names := folder / "labels.json").is_file():
-        declared = {int(k): str(v) for k, v in json.loads(names.read_text(encoding="utf-8")).items()}
+        with reading(names, "is no table of labels", "write it as {value: name, ...}"):
+            declared = {int(k): str(v) for k, v in read_json(names, "a table of labels").items()}
     return Collection("images and labels", cases, declared)
 
 
@@ -321,4 +326,4 @@ LAYOUTS: tuple[Callable[[Path], Collection | None], ...] = (
     _pairs,
     _loose,
 )
-"""Recognisers, tried in this order."""
+"""Recognizers, tried in this order."""

@@ -4,9 +4,7 @@ A volume is held as its file orders it; its affine maps voxel indices to millime
 Label maps are written on exactly that grid.
 """
 
-import gzip
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from pydicom.errors import InvalidDicomError
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
+from nearfar.core.reading import UNIFORM, check_announced, check_picture, reading
 
 NIFTI = (".nii", ".nii.gz")
 
@@ -115,6 +114,8 @@ def read_scan(path: str | Path, channels: int = 1) -> Scan:
         raise UserError(f"{path}: not a format that is read here ({', '.join(NIFTI + NRRD + PICTURES)}, DICOM folder)")
     if not scan.image.size:
         raise UserError(f"{path}: the image is empty {scan.shape}")
+    if scan.affine is not None:
+        _check_affine(path, scan.affine)
     if not np.isfinite(scan.image).all():
         raise UserError(f"{path}: {int((~np.isfinite(scan.image)).sum())} voxels are NaN or infinite")
     return scan
@@ -171,7 +172,8 @@ def _write_map(path: Path, values: np.ndarray, like: Scan) -> Path:
         if name.endswith(NIFTI):
             if like.affine is None:
                 raise UserError(f"{path}: {like.path.name} is a picture; write PNG")
-            nib.save(_nifti(values, like), temporary)
+            with reading(path, f"cannot be written on the grid of {like.path}", "its header is odd; convert it again"):
+                nib.save(_nifti(values, like), temporary)
         elif path.suffix.lower() == ".nrrd":
             nrrd.write(str(temporary), values, _nrrd_header(like), index_order="F")
         elif path.suffix.lower() == ".png" and values.ndim == 2 and values.dtype == np.uint8:
@@ -224,20 +226,32 @@ def write_dicom_seg(path: str | Path, labels: np.ndarray, like: Scan, names: dic
 
 
 def _read_nifti(path: Path, channels: int) -> Scan:
-    try:
+    with reading(path, "damaged or no NIfTI file"):
         file: Any = nib.load(path)
+        kind = file.header.get_data_dtype()
+        if kind.kind not in "iuf":
+            what = "colours (RGB)" if kind.names else "complex numbers" if kind.kind == "c" else str(kind)
+            raise UserError(f"{path}: its voxels are {what}; a scan has one real number for each, convert it first")
+        check_announced(path, math.prod(file.shape) * kind.itemsize, path.name.lower().endswith(".gz"))
         data = np.asarray(file.dataobj, dtype=np.float32)
-    except (OSError, EOFError, ValueError, zlib.error, gzip.BadGzipFile, nib.filebasedimages.ImageFileError) as error:
-        raise UserError(f"{path}: damaged or no NIfTI file ({_first_line(error)})") from error
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     data = np.moveaxis(data, -1, 0) if data.ndim == 4 and data.shape[-1] == channels else data[None]
     if data.ndim != 4:
         shape = data.shape[1:]
         raise UserError(f"{path}: has {len(shape)} axes {shape}; a volume of three is expected, split it first")
-    if abs(np.linalg.det(file.affine[:3, :3])) < 1e-12:
-        raise UserError(f"{path}: its affine is singular, so its voxels have no size")
     return Scan(path, data, np.array(file.affine, float), "nifti", file)
+
+
+def _check_affine(path: Path, affine: np.ndarray) -> None:
+    """Raise UserError where voxels have no place, no size, or axes that cannot be told apart."""
+    what = "is not finite" if not np.isfinite(affine).all() else ""
+    if not what and not 1e-12 < abs(np.linalg.det(affine[:3, :3])) < math.inf:
+        what = "is singular, so its voxels have no size"
+    if not what and np.isnan(io_orientation(affine)).any():
+        what = "has axes that cannot be told apart"
+    if what:
+        raise UserError(f"{path}: its affine {what}; mend its header or convert it again")
 
 
 def _nifti(values: np.ndarray, like: Scan) -> Any:
@@ -260,18 +274,19 @@ def _nifti(values: np.ndarray, like: Scan) -> Any:
 
 
 def _read_nrrd(path: Path) -> Scan:
-    try:
+    with reading(path, "damaged or no NRRD file"):
+        with path.open("rb") as stream:
+            _check_nrrd(path, nrrd.read_header(stream))
         data, header = nrrd.read(str(path), index_order="F")
-    except (OSError, EOFError, ValueError, zlib.error, nrrd.NRRDError) as error:
-        raise UserError(f"{path}: damaged or no NRRD file ({_first_line(error)})") from error
     if data.ndim != 3:
         raise UserError(f"{path}: has {data.ndim} axes {data.shape}; a volume of three is expected")
     affine = np.eye(4)
-    if "space directions" in header:
-        affine[:3, :3] = np.asarray(header["space directions"], float).T
-    elif "spacings" in header:
-        affine[:3, :3] = np.diag(header["spacings"])
-    affine[:3, 3] = header.get("space origin", (0.0, 0.0, 0.0))
+    with reading(path, "its header does not place it"):
+        if "space directions" in header:
+            affine[:3, :3] = np.asarray(header["space directions"], float).T
+        elif "spacings" in header:
+            affine[:3, :3] = np.diag(header["spacings"])
+        affine[:3, 3] = header.get("space origin", (0.0, 0.0, 0.0))
     space = str(header.get("space", "right-anterior-superior")).lower()
     flips = {
         "right-anterior-superior": (1, 1, 1),
@@ -285,6 +300,17 @@ def _read_nrrd(path: Path) -> Scan:
         raise UserError(f"{path}: its space {space!r} or its directions cannot be placed in a patient")
     affine = np.diag([*flips[space], 1.0]) @ affine
     return Scan(path, data.astype(np.float32)[None], affine, "nrrd", header)
+
+
+def _check_nrrd(path: Path, header: Any) -> None:
+    """Raise UserError where a header announces more than its file holds, or names a file elsewhere for its data."""
+    detached = header.get("data file", header.get("datafile"))
+    data = path if detached is None else path.parent / str(detached)
+    if data.parent != path.parent or not data.is_file():
+        raise UserError(f"{path}: its data are in {detached!r}, which is no file beside it; put them together")
+    encoding = str(header.get("encoding", "raw")).lower()
+    voxels, packed = math.prod(int(n) for n in header["sizes"]), encoding not in ("raw", "ascii", "text", "txt")
+    check_announced(path, voxels, packed, data.stat().st_size)  # a byte or more each
 
 
 def _nrrd_header(like: Scan) -> dict[str, Any]:
@@ -305,29 +331,28 @@ def _read_dicom(folder: Path) -> Scan:
     slices: list[Any] = []
     seen: dict[Any, Any] = {}
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        try:
-            item = pydicom.dcmread(path)
-        except (InvalidDicomError, OSError):
-            continue
-        except Exception as error:  # pydicom raises many kinds for damaged elements
-            raise UserError(f"{path}: damaged DICOM file ({_first_line(error)})") from error
-        if "PixelData" not in item:
-            continue
-        if int(item.get("NumberOfFrames", 1)) > 1:
-            raise UserError(f"{path}: a multi-frame DICOM object; convert it to NIfTI first")
-        seen.setdefault(str(item.get("SeriesInstanceUID", "")), []).append(path.name)
-        slices.append(item)
+        with reading(path, "damaged DICOM file"):
+            try:
+                item = pydicom.dcmread(path)
+            except InvalidDicomError:
+                if path.suffix.lower() in (".dcm", ".ima"):
+                    raise
+                continue  # something else that lies in the folder
+            if "PixelData" not in item:
+                continue
+            if int(item.get("NumberOfFrames", None) or 1) > 1:
+                raise UserError(f"{path}: a multi-frame DICOM object; convert it to NIfTI first")
+            seen.setdefault(str(item.get("SeriesInstanceUID", "")), []).append(path.name)
+            slices.append(item)
     if not slices:
         raise UserError(f"{folder}: no DICOM images in this folder")
     if len(seen) > 1:
         counts = ", ".join(f"{len(names)} files such as {names[0]}" for names in seen.values())
         raise UserError(f"{folder}: holds {len(seen)} series mixed ({counts}); put each into a folder of its own")
-    try:
-        directions = np.array([s.ImageOrientationPatient for s in slices], float)
-        positions = np.array([s.ImagePositionPatient for s in slices], float)
-        in_plane = [(s.Rows, s.Columns, *map(float, s.PixelSpacing)) for s in slices]
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: a slice lacks its position, orientation or spacing ({error})") from error
+    geometry = [_geometry(item) for item in slices]
+    directions, positions = (np.stack(values) for values in list(zip(*geometry))[:2])
+    in_plane = [plane for *_, plane, _ in geometry]
+    thickness = geometry[0][3]
     if np.abs(directions - directions[0]).max() > 1e-4 or len(set(in_plane)) > 1:
         raise UserError(f"{folder}: the slices differ in orientation, size or pixel spacing")
     row, column = directions[0, :3], directions[0, 3:]
@@ -335,7 +360,7 @@ def _read_dicom(folder: Path) -> Scan:
     order = np.argsort(positions @ normal)
     slices, positions = [slices[i] for i in order], positions[order]
     steps = np.diff(positions, axis=0)
-    step = normal * float(slices[0].get("SliceThickness") or 1.0)
+    step = normal * thickness
     if len(slices) > 1:
         gaps = steps @ normal
         step = (positions[-1] - positions[0]) / (len(slices) - 1)
@@ -350,10 +375,8 @@ def _read_dicom(folder: Path) -> Scan:
             )
         if np.abs(step - normal * (step @ normal)).max() > 0.01 * usual:
             raise UserError(f"{folder}: the gantry was tilted (slices are sheared); resample the series first")
-    try:
+    with reading(folder, "the pixels of a slice cannot be read"):
         planes = [_rescaled(s) for s in slices]
-    except Exception as error:  # pydicom's decoders raise many kinds
-        raise UserError(f"{folder}: the pixels of a slice cannot be read ({_first_line(error)})") from error
     row_spacing, column_spacing = in_plane[0][2:]  # between rows, between columns
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = row * column_spacing, column * row_spacing, step
@@ -362,23 +385,38 @@ def _read_dicom(folder: Path) -> Scan:
     return Scan(folder, volume[None].astype(np.float32), LPS_TO_RAS @ affine, "dicom", slices)
 
 
+def _geometry(item: Any) -> tuple[np.ndarray, np.ndarray, tuple[float, ...], float]:
+    """Directions of rows and columns (6,), position (3,), rows, columns and their spacing, thickness of a slice."""
+    with reading(Path(item.filename), "lacks its position, orientation or spacing", "export the series again"):
+        direction = np.array(item.ImageOrientationPatient, float).reshape(6)
+        position = np.array(item.ImagePositionPatient, float).reshape(3)
+        down, across = map(float, item.PixelSpacing)
+        plane = (int(item.Rows), int(item.Columns), down, across)
+        thickness = float(item.get("SliceThickness") or 1.0)
+        if not all(np.isfinite(values).all() for values in (direction, position, plane, thickness)):
+            raise ValueError("a number is not finite")
+        return direction, position, plane, thickness
+
+
 def _rescaled(item: Any) -> np.ndarray:
-    slope, intercept = float(item.get("RescaleSlope", 1)), float(item.get("RescaleIntercept", 0))
-    return item.pixel_array.astype(np.float32) * slope + intercept
+    path = Path(item.filename)
+    with reading(path, "its pixels cannot be read"):
+        slope, intercept = float(item.get("RescaleSlope", 1)), float(item.get("RescaleIntercept", 0))
+        shape = int(item.Rows), int(item.Columns)
+        if math.prod(shape) > UNIFORM:
+            check_announced(path, math.prod(shape), compressed=True, size=len(item.PixelData))
+        plane = item.pixel_array
+        if plane.shape != shape:
+            raise UserError(f"{path}: its pixels are {plane.shape}; a slice of a scan has one number for each")
+        return plane.astype(np.float32) * slope + intercept
 
 
 def _picture(path: Path, mode: str | None = None) -> np.ndarray:
-    try:
-        with Image.open(path) as picture:
-            if mode is not None and picture.mode in ("L", "I", "I;16", "F", "1"):
-                return np.asarray(picture, dtype=np.float32)[..., None]
-            return np.asarray(picture.convert(mode) if mode else picture)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: damaged or no picture ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:160] or type(error).__name__
+    with reading(path, "damaged or no picture"), Image.open(path) as picture:
+        check_picture(picture, path)
+        if mode is not None and picture.mode in ("L", "I", "I;16", "F", "1"):
+            return np.asarray(picture, dtype=np.float32)[..., None]
+        return np.asarray(picture.convert(mode) if mode else picture)
 
 
 def resize_labels(labels: np.ndarray, size: Sequence[int]) -> np.ndarray:

@@ -13,6 +13,7 @@ from skimage.filters import threshold_otsu
 from torch import Tensor
 
 from nearfar.core.errors import UserError
+from nearfar.core.reading import UNIFORM, reading
 
 READABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 AGGREGATIONS = ("mean", "vote", "max")
@@ -88,7 +89,7 @@ def check_tile_split(train: Iterable[Tile], validation: Iterable[Tile]) -> None:
 def aggregate(probabilities: Tensor, how: str = "mean") -> Tensor:
     """Class probabilities of a slide `(K,)` from those of its tiles `(N, K)`.
 
-    "mean" averages, "vote" counts each tile's most likely class, "max" takes each class's highest and normalises.
+    "mean" averages, "vote" counts each tile's most likely class, "max" takes each class's highest and normalizes.
     """
     if how not in AGGREGATIONS:
         raise ValueError(f"how is {how!r}; allowed are {', '.join(AGGREGATIONS)}")
@@ -122,19 +123,26 @@ class Slide:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
+        with reading(self.path, "cannot be read as a TIFF slide"):
             self.file = tifffile.TiffFile(self.path)
             every: list[Any] = list(self.file.series)
             series = max(every, key=lambda s: s.pages[0].imagelength * s.pages[0].imagewidth)
             self.pages: list[Any] = [level.pages[0] for level in series.levels]
-        except (OSError, tifffile.TiffFileError, ValueError, IndexError) as error:
-            raise UserError(f"{self.path}: cannot be read as a TIFF slide ({error})") from error
         if len(self.pages) < 2:
             raise UserError(
                 f"{self.path}: has no pyramid; save it with smaller levels, for example with vips --pyramid"
             )
         if not all(page.is_tiled and page.samplesperpixel >= 3 for page in self.pages):
             raise UserError(f"{self.path}: its levels must be tiled and in colour")
+        for level, page in enumerate(self.pages):
+            tiles = -(-page.imagelength // max(1, page.tilelength)) * -(-page.imagewidth // max(1, page.tilewidth))
+            if not tiles == len(page.dataoffsets) == len(page.databytecounts):
+                raise UserError(
+                    f"{self.path}: level {level} announces {tiles:,} tiles and holds {len(page.dataoffsets):,}; it is "
+                    "damaged, copy it again"
+                )
+            if page.tilelength * page.tilewidth > UNIFORM:
+                raise UserError(f"{self.path}: tiles of {page.tilelength} x {page.tilewidth} pixels are too large")
         self.levels = [(page.imagelength, page.imagewidth) for page in self.pages]
 
     def __enter__(self) -> "Slide":
@@ -170,15 +178,13 @@ class Slide:
         offset, size = page.dataoffsets[index], page.databytecounts[index]
         if size == 0:  # left out by the scanner: glass
             return None
-        try:
+        with reading(self.path, f"tile {index} of level {level} is broken"):
             handle = self.file.filehandle
             handle.seek(offset)
             data, _, shape = page.decode(handle.read(size), index, jpegtables=page.jpegtables)
             if data is None:
                 raise ValueError("no data")
             return np.asarray(data).reshape(shape)[0] if np.asarray(data).ndim == 4 else np.asarray(data)
-        except Exception as error:  # codecs raise many kinds
-            raise UserError(f"{self.path}: tile {index} of level {level} is broken ({error})") from error
 
     def tissue(self, largest: int = 2048) -> tuple[np.ndarray, float]:
         """A mask of tissue on a coarse level and how many finest pixels one of its pixels spans.

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from nearfar.core.errors import CheckpointError
+from nearfar.core.reading import reading
 
 
 def read_caffemodel(path: str | Path) -> dict[str, list[Tensor]]:
     """Layer name -> weight blobs of a Caffe network file (protocol buffers, read here without a library)."""
     path = Path(path)
-    try:
+    with reading(path, "cannot be read as a Caffe model", error=CheckpointError):
         content = memoryview(path.read_bytes())
         layers: dict[str, list[Tensor]] = {}
         for field, value in _fields(content):
@@ -22,8 +23,6 @@ def read_caffemodel(path: str | Path) -> dict[str, list[Tensor]]:
                 parts = list(_fields(value))
                 name = next(bytes(v).decode() for f, v in parts if f == name_field)
                 layers[name] = [_blob(v) for f, v in parts if f == blob_field]
-    except (OSError, ValueError, IndexError, StopIteration, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a Caffe model ({error})") from error
     if not any(layers.values()):
         raise CheckpointError(f"{path}: holds no weights; a .caffemodel is needed, not a .prototxt")
     return layers

@@ -86,7 +86,7 @@ class GuidedAttention(nn.Module):
         self.predict = nn.ModuleList(
             nn.ModuleList(CONVOLUTIONS[dims](dim, num_classes, 1) for _ in range(scales)) for _ in range(2)
         )
-        self.apply(_initialise)  # before the encoder is attached, which may hold pretrained weights
+        self.apply(_initialize)  # before the encoder is attached, which may hold pretrained weights
         self.encoder = encoder
         self.mode = INTERPOLATION[dims]
 
@@ -141,7 +141,7 @@ def guided_loss(
     return segmentation + code_weight * matching + reconstruction_weight * rebuilt
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.modules.conv._ConvNd):
         nn.init.xavier_normal_(module.weight)
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):

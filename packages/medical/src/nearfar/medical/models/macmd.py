@@ -192,7 +192,7 @@ class MACMD(nn.Module):
             adapter = state.get("adapter.conv.weight")
             if settings.get("in_channels") == 3:
                 state = {name: value for name, value in state.items() if not name.startswith("adapter.")}
-            encoder, dims = recognise_encoder(state)
+            encoder, dims = recognize_encoder(state)
             found = {
                 "num_classes": len(state["heads.0.bias"]),
                 "in_channels": 3 if adapter is None else adapter.shape[1],
@@ -243,7 +243,7 @@ ENCODERS = {(name.partition("_")[0], *shape): name for name, shape in _PVT.items
 """timm encoder by kind, channels and blocks of the stages."""
 
 
-def recognise_encoder(state: Mapping[str, Tensor]) -> tuple[str, tuple[int, ...]]:
+def recognize_encoder(state: Mapping[str, Tensor]) -> tuple[str, tuple[int, ...]]:
     """The encoder's timm name and the channels of its four maps, from a state dict under our names.
 
     Raises KeyError where it is none that was published.

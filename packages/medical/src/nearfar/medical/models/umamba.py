@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Checkpoint, count, loaded, read, rename
 from nearfar.core.errors import CheckpointError, UserError
+from nearfar.core.reading import reading
 from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
 from nearfar.ops.recurrence.directional_mamba import DirectionalMamba, released_mamba
 
@@ -305,13 +306,17 @@ def read_plans(plans: str | Path | Mapping[str, Any], configuration: str, name: 
     if not isinstance(plans, Mapping):
         if Path(plans).suffix == ".pkl":
             raise UserError(f"{name}: a plan of nnU-Net v1, a pickle; give nnUNetPlans.json of nnU-Net v2")
-        try:
+        with reading(name, "cannot be read as JSON"):
             plans = json.loads(Path(plans).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: cannot be read as JSON ({error})") from error
     if not isinstance(plans, Mapping) or "configurations" not in plans:
         version = "of nnU-Net v1" if isinstance(plans, Mapping) and "plans_per_stage" in plans else "none of nnU-Net v2"
         raise UserError(f"{name}: the plan is {version}; it needs `configurations`, as nnUNetPlans.json has them")
+    with reading(name, "is no plan of nnU-Net v2", "give nnUNetPlans.json as nnU-Net wrote it"):
+        return _settings(plans, configuration, name)
+
+
+def _settings(plans: Mapping[str, Any], configuration: str, name: str) -> dict[str, Any]:
+    """Those of one configuration."""
     configurations, plan, seen, wanted = plans["configurations"], {}, [], configuration
     while wanted is not None:
         if wanted not in configurations or wanted in seen:

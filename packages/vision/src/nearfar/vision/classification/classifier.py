@@ -10,15 +10,25 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.data import ImageNetInfo, create_transform
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ImageNetInfo,
+    create_transform,
+    infer_imagenet_subset,
+    resolve_data_config,
+)
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import identify as identify_one
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
-from nearfar.core.errors import UserError
-from nearfar.core.model_folder import TrainedOn, read, trained_on, writing
+from nearfar.core.errors import CheckpointError, UserError, some
+from nearfar.core.hub import unreachable
+from nearfar.core.model_folder import KINDS, TrainedOn, read, trained_on, writing
+from nearfar.core.reading import check_announced, reading
 from nearfar.core.statistics import bootstrap_interval
 from nearfar.vision.data.images import Pictures
 from nearfar.vision.models.pyramid import Backbone
@@ -40,7 +50,7 @@ def card_of(kind: type) -> Card:
 
 
 def evaluation_transform(size: int, crop_pct: float = 0.875, crop_mode: str = "center") -> Callable:
-    """Shorter side to floor(size / crop_pct), bicubic, centre crop (or the whole picture squashed), normalisation."""
+    """Shorter side to floor(size / crop_pct), bicubic, centre crop (or the whole picture squashed), normalization."""
     return create_transform(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="bicubic")
 
 
@@ -53,6 +63,24 @@ class PixelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class Renormalized(nn.Module):
+    """A model of pictures normalized its own way (timm's, for example) as one of ImageNet's mean and deviation."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.normalized = model
+        ours = [torch.tensor(v)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+        theirs = [torch.tensor(v)[:, None, None] for v in (mean, std)]
+        self.register_buffer("scale", ours[1] / theirs[1], persistent=False)
+        self.register_buffer("shift", (ours[0] - theirs[0]) / theirs[1], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalized(x * self.scale + self.shift)
 
 
 def create_model(
@@ -113,6 +141,8 @@ class Classifier:
     crop_pct: float
     crop_mode: str = "center"
     descriptions: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Constructor arguments of our models that neither the name nor shapes tell, such as another keep rate."""
     trained_on: TrainedOn = field(default_factory=TrainedOn)
 
     @torch.inference_mode()
@@ -124,33 +154,57 @@ class Classifier:
         return torch.cat([model(x.to(device)).float().softmax(1).cpu() for x, _ in batches])
 
     def save(self, folder: str | Path) -> None:
-        """Write `model.safetensors` and `classifier.json` to `folder`."""
+        """Write `model.safetensors` and `classifier.json` to `folder`, and for a registered model timm's `config.json`.
+
+        With the latter `timm.create_model("local-dir:FOLDER", pretrained=True)` makes the trained model.
+        """
         record = {key: value for key, value in vars(self).items() if key not in ("model", "trained_on")}
         with writing(folder, "classifier", record, self.trained_on) as place:
             save_state_dict(self.model, place / "model.safetensors")
+            if hasattr(self.model, "pretrained_cfg"):
+                size = (3, self.size, self.size)
+                shape = {"input_size": size, "crop_pct": self.crop_pct, "crop_mode": self.crop_mode}
+                save_config_for_hf(
+                    self.model,
+                    str(place / "config.json"),
+                    {"pretrained_cfg": shape, "label_names": self.classes},
+                    model_args=getattr(self.model, "created_with", None),
+                )
 
     @classmethod
     def load(cls, folder: str | Path) -> "Classifier":
         """What `save` wrote. Raises UserError where it is no such folder, CheckpointError where the weights differ."""
-        try:
-            record = read(folder, "classifier")
+        path, weights = Path(folder) / KINDS["classifier"], Path(folder) / "model.safetensors"
+        record = read(folder, "classifier")
+        with reading(path, "damaged", "train again"):
             record = {field.name: record[field.name] for field in fields(cls) if field.name in record}
             record["trained_on"] = trained_on(folder)
             cls(nn.Identity(), **record)
-            if not (isinstance(record["name"], str) and record["size"] > 0 and 0 < record["crop_pct"] <= 1):
+            size, crop = record["size"], record["crop_pct"]
+            if type(size) is not int or not (isinstance(record["name"], str) and 0 < size < 2**15 and 0.01 < crop <= 1):
                 raise ValueError("name, size or crop is out of range")
+            classes, words = record["classes"], record.get("descriptions", {})
+            if not isinstance(classes, list) or not classes or not isinstance(words, dict):
+                raise ValueError("classes and descriptions are names and their meaning")
+            if not isinstance(record.get("settings", {}), dict):
+                raise ValueError("settings are names and values")
+            if not all(isinstance(text, str) for text in (*classes, *words, *words.values())):
+                raise ValueError("a class or its description is no text")
+            if words and not set(classes) <= set(words):
+                raise ValueError(f"descriptions lack {some(sorted(set(classes) - set(words)))}")
+            check_announced(path, len(classes), size=weights.stat().st_size)  # each has a row of weights
             evaluation_transform(record["size"], record["crop_pct"], record["crop_mode"])
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise UserError(
-                f"{Path(folder) / 'classifier.json'}: damaged ({type(error).__name__}: {error}); train again"
-            ) from error
-        weights, name = Path(folder) / "model.safetensors", record["name"].removeprefix("small-").partition(".")[0]
+        name = record["name"].removeprefix("small-").partition(".")[0]
         if name in MODELS:  # shapes tell the sizes, the name what shapes do not
             form = card_of(MODELS[name]).small.get(name, {}) if record["name"].startswith("small-") else {}
             known = MODELS[name].built_as(VARIANTS[name], form)
-            return cls(MODELS[name].rebuilt(weights, known), **record)
-        model = create_model(record["name"], len(record["classes"]), record["size"])
-        load_state_dict(model, read_state_dict(weights))
+            with reading(weights, "is no checkpoint of its model", "copy the folder again", CheckpointError):
+                model = MODELS[name].rebuilt(weights, known | record.get("settings", {}))
+        else:
+            with reading(path, "describes no model", "copy the folder again"):
+                model = create_model(record["name"], len(classes), size)
+            with reading(weights, "does not fit its description", "copy the folder again", CheckpointError):
+                load_state_dict(model, read_state_dict(weights))
         return cls(model.eval(), **record)
 
     @classmethod
@@ -173,10 +227,15 @@ class Classifier:
         for weights in published:
             if weights.num_classes == model.num_classes and tag in ("", weights.tag):
                 info = ImageNetInfo("imagenet-1k" if model.num_classes == 1000 else "imagenet-22k")
+                if len(names := info.label_names()) != model.num_classes:  # of a selection that nobody has written down
+                    return cls(
+                        model, f"{base}.{weights.tag}", [str(i) for i in range(model.num_classes)], weights.size,
+                        weights.crop_pct, weights.crop_mode,
+                    )  # fmt: skip
                 return cls(
                     model,
                     f"{base}.{weights.tag}",
-                    info.label_names(),
+                    names,
                     weights.size,
                     weights.crop_pct,
                     weights.crop_mode,
@@ -184,6 +243,28 @@ class Classifier:
                 )
         tags = ", ".join(f"{w.tag} ({w.num_classes} classes)" for w in published) or "none"
         raise UserError(f"{path}: has {model.num_classes} classes; published weights of {base}: {tags}")
+
+    @classmethod
+    def from_timm(cls, name: str) -> "Classifier":
+        """An ImageNet classifier of timm with its published weights. Raises UserError where they cannot be had."""
+        if not timm.is_model(name):
+            raise UserError(f"hub:{name}: timm has no model of this name")
+        try:
+            model = timm.create_model(name, pretrained=True).eval()
+        except (RuntimeError, OSError) as error:
+            why = unreachable(name, True, error)
+            raise UserError(f"hub:{name}: its published weights cannot be had ({why})") from error
+        config, subset = resolve_data_config(model=model), infer_imagenet_subset(model)
+        if subset is None:
+            raise UserError(f"{name}: its {model.num_classes} classes are none of ImageNet's; train it first")
+        return cls(
+            Renormalized(model, config["mean"], config["std"]),
+            name,
+            ImageNetInfo(subset).label_names(),
+            config["input_size"][-1],
+            config["crop_pct"],
+            config["crop_mode"],
+        )
 
 
 def evaluate_scores(scores: Tensor, labels: Sequence[int], seed: int = 0) -> dict[str, float]:

@@ -16,6 +16,7 @@ from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv
 from nearfar.core.leakage import Side, check_apart
 from nearfar.core.plots import COLORS, new_figure, style
+from nearfar.core.reading import reading
 from nearfar.core.report import Report
 from nearfar.vision.classification.classifier import evaluate_scores
 from nearfar.vision.classification.training import Recipe, loaders, new_model, train_classifier
@@ -132,8 +133,9 @@ def within(
 ) -> Recipe:
     """`recipe` with as many epochs as fit into `seconds`, by the time of a few steps; those of a run already begun."""
     if (folder / "run.json").is_file():
-        begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
-        return replace(recipe, epochs=begun["epochs"], warmup_epochs=begun["warmup_epochs"])
+        with reading(folder / "run.json", "is no record of a run", "start anew with --fresh"):
+            begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+            return replace(recipe, epochs=begun["epochs"], warmup_epochs=begun["warmup_epochs"])
     model = new_model(name, len(learn.classes), recipe).to(device)
     loader, _ = loaders(learn, learn, recipe, workers)
     times: list[float] = []

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torchvision.transforms.functional import hflip, resized_crop
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
+from nearfar.core.reading import check_announced, reading
 from nearfar.vision.classification.classifier import Classifier, evaluation_transform
 from nearfar.vision.data.images import Pictures
 
@@ -88,17 +88,18 @@ def read_label_map(folder: str | Path, picture: str, num_classes: int) -> tuple[
     file, `.pt`, of one tensor (2, k, h, w): scores, then classes. Raises UserError for a file that is missing or other.
     """
     path, published = label_file(folder, picture), label_file(folder, picture, ".pt")
-    try:
-        if path.is_file():
+    if path.is_file():
+        with reading(path, "cannot be read as a label map"):
             tensors = load_file(path)
             scores, classes = tensors["scores"].float(), tensors["classes"].float()
-        elif published.is_file():
-            path = published
-            scores, classes = torch.load(path, map_location="cpu", weights_only=True).float()
-        else:
-            raise UserError(f"{path}: no label map of {picture} (nor {published.name}); make-token-labels writes them")
-    except (OSError, RuntimeError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as a label map ({str(error).splitlines()[0]})") from error
+    elif published.is_file():
+        path = published
+        with reading(path, "cannot be read as a label map"):
+            both = torch.load(path, map_location="cpu", weights_only=True)
+            check_announced(path, both.numel() * both.element_size(), compressed=True)  # strides of 0
+            scores, classes = both.float()
+    else:
+        raise UserError(f"{path}: no label map of {picture} (nor {published.name}); make-token-labels writes them")
     if scores.ndim != 3 or scores.shape != classes.shape or not scores.isfinite().all():
         raise UserError(f"{path}: holds scores {tuple(scores.shape)} and classes {tuple(classes.shape)}, not (k, h, w)")
     if (classes != classes.round()).any() or classes.amin() < 0 or classes.amax() >= num_classes:

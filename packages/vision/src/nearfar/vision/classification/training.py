@@ -34,37 +34,27 @@ from nearfar.core.finite import check_finite
 from nearfar.core.leakage import Side, check_apart
 from nearfar.core.model_folder import TrainedOn
 from nearfar.core.training import data_loader, train, warmup_cosine
+from nearfar.ops.tokens.patch_mixing import PatchMixing
 from nearfar.vision.classification.classifier import Classifier, create_model, evaluation_transform, identify
 from nearfar.vision.classification.token_labels import TokenLabelled, TokenLabelLoss
+from nearfar.vision.classification.token_training import set_keep_rate, taught_loss, train_predictors
 from nearfar.vision.data.images import Pictures
-from nearfar.vision.models.pyramid import Backbone
+from nearfar.vision.models.base import PictureModel
+from nearfar.vision.models.sparsifiner import Sparsifiner
 
 logging.getLogger("timm").setLevel(logging.WARNING)
-
-RECIPES = Path(__file__).parent / "recipes"
-"""YAML files that state the published recipes."""
-
-
-def find_recipe(name: str | Path | None) -> Path | None:
-    """A recipe's file: `name` itself, or the published recipe of that name."""
-    if name is None or Path(name).is_file():
-        return None if name is None else Path(name)
-    if not (path := RECIPES / f"{name}.yaml").is_file():
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-        raise UserError(f"{name}: no such recipe file, nor a published recipe; those are {known}")
-    return path
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. The defaults suit fine-tuning or short runs on small data; `RECIPES` has the published ones."""
+    """How to train. The defaults suit fine-tuning or short runs on small data; the published ones are in `RECIPES`."""
 
     size: int = 224
     """Side of the training crop, and of the picture in evaluation."""
     epochs: int = 30
     batch_size: int = 64
     accumulate: int = 1
-    """Batches per step of the optimiser."""
+    """Batches per step of the optimizer."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     learning_rate_batch: int = 0
@@ -84,6 +74,11 @@ class Recipe:
     smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
+    patch_mixing: float = 0.0
+    """Largest share of a picture's grid that Patch Mixing replaces, 0.5 for example: in half of the batches, which then
+    have neither mixup nor cutmix. 0 for none."""
+    patch_grid: int = 0
+    """Cells along each side for Patch Mixing; 0 for 7 and 14, or where they do not divide `size` for 4 and 8."""
     randaugment: str = ""
     """timm's notation, for example rand-m9-mstd0.5-inc1."""
     color_jitter: float = 0.0
@@ -106,6 +101,18 @@ class Recipe:
     """Weight of the patches' loss beside the picture's."""
     token_truth: int = 0
     """1: the picture's soft label is blended with its true class, for fine-tuning at larger sizes."""
+    keep_rate: float | None = None
+    """Share of the patches that each reduction of an EViT keeps; None leaves the model's."""
+    keep_warmup: float = 0
+    """Epochs at which all are kept: 10 as published for a training from the start."""
+    keep_shrink: float = 0
+    """Epoch until which the share falls to `keep_rate`, along a cosine: 100 as published; 0 for `keep_rate` throughout,
+    as in fine-tuning."""
+    teacher: str = ""
+    """Folder of a dense classifier of the same classes that an EViT or a Sparsifiner learns from; nothing for none."""
+    teacher_weight: float = 0.5
+    reconstruction_epochs: int = 0
+    """First epochs, in which a Sparsifiner's predictors alone learn the teacher's attention: 5 as published."""
     interpolation: str = "bicubic"
     """Of training crops; random draws bilinear or bicubic."""
     crop_pct: float = 1.0
@@ -130,12 +137,29 @@ class Recipe:
             raise ValueError(f"clip_mode is {self.clip_mode!r}; allowed are norm and agc")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        if self.token_labels and (self.mixup or self.cutmix or self.repeats):
+        if self.token_labels and (self.mixup or self.cutmix or self.patch_mixing or self.repeats):
             raise ValueError(
-                "token_labels goes with neither mixup nor cutmix nor repeats; boxes of patches change places"
+                "token_labels goes with neither mixup nor cutmix nor patch_mixing nor repeats; boxes change places"
             )
+        if self.keep_rate is not None and not 0 < self.keep_rate <= 1:
+            raise ValueError(f"keep_rate must be in (0, 1], got {self.keep_rate}")
+        if self.keep_shrink and not 0 <= self.keep_warmup < self.keep_shrink:
+            raise ValueError(f"keep_warmup={self.keep_warmup} must lie before keep_shrink={self.keep_shrink}")
+        if self.reconstruction_epochs and not self.teacher:
+            raise ValueError("reconstruction_epochs needs a teacher")
+        if not 0 <= self.patch_mixing <= 1:
+            raise ValueError(f"patch_mixing must be in [0, 1], got {self.patch_mixing}")
+        if self.patch_mixing and (bad := [cells for cells in self.patch_grids if cells < 1 or self.size % cells]):
+            raise ValueError(f"patch_grid must divide size={self.size}, got {bad[0]}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"batch_size must be even with mixup or cutmix, got {self.batch_size}")
+
+    @property
+    def patch_grids(self) -> tuple[int, ...]:
+        """Cells along each side that Patch Mixing draws from."""
+        if self.patch_grid:
+            return (self.patch_grid,)
+        return (7, 14) if self.size % 14 == 0 else (4, 8)
 
 
 def augmentation(recipe: Recipe) -> dict[str, Any]:
@@ -152,7 +176,7 @@ def augmentation(recipe: Recipe) -> dict[str, Any]:
 
 
 def training_transform(recipe: Recipe) -> Callable:
-    """Random crop, flip, RandAugment or colour jitter, tensor, normalisation, random erasing."""
+    """Random crop, flip, RandAugment or colour jitter, tensor, normalization, random erasing."""
     transform = create_transform(is_training=True, **augmentation(recipe))
     mend_posterize(transform)
     return transform
@@ -172,17 +196,23 @@ def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 class ClassifierModule(pl.LightningModule):
-    """Lightning's view of a classifier in training: loss, optimiser, averaged weights, validation accuracy.
+    """Lightning's view of a classifier in training: loss, optimizer, averaged weights, validation accuracy.
 
     `validation_pictures`: their number; what a distributed sampler repeats beyond it does not count.
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, num_classes: int, batches_per_epoch: int, validation_pictures: int
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        num_classes: int,
+        batches_per_epoch: int,
+        validation_pictures: int,
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model, self.recipe, self.num_classes = model, recipe, num_classes
-        self.steps = math.ceil(batches_per_epoch / recipe.accumulate)
+        self.batches, self.steps = batches_per_epoch, math.ceil(batches_per_epoch / recipe.accumulate)
         self.validation_pictures = validation_pictures
         self.average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
         mixing = recipe.mixup or recipe.cutmix
@@ -191,7 +221,15 @@ class ClassifierModule(pl.LightningModule):
             if mixing
             else None
         )
+        self.mix_patches = (
+            PatchMixing(num_classes, (0.0, recipe.patch_mixing), recipe.patch_grids, 1.0, recipe.smoothing)
+            if recipe.patch_mixing
+            else None
+        )
         self.soft_loss = SoftTargetCrossEntropy()
+        self.taught_by = [] if teacher is None else [teacher.eval().requires_grad_(False)]  # none of its weights
+        if recipe.reconstruction_epochs and not isinstance(model, Sparsifiner):
+            raise UserError(f"{type(model).__name__}: has no predictors; reconstruction_epochs is for Sparsifiner")
         truth = bool(recipe.token_truth)
         self.token_loss = TokenLabelLoss(recipe.token_weight, ground_truth=truth) if recipe.token_labels else None
         self.counts: list[Tensor] = []
@@ -201,11 +239,35 @@ class ClassifierModule(pl.LightningModule):
             return self.soft_loss(logits, target)
         return nn.functional.cross_entropy(logits, target, label_smoothing=self.recipe.smoothing)
 
+    def on_train_batch_start(self, _batch: Any, index: int) -> None:
+        recipe = self.recipe
+        if recipe.keep_rate is not None:
+            epoch = self.current_epoch + index / self.batches
+            for model in (self.model, self.kept):
+                set_keep_rate(model, epoch, recipe.keep_rate, recipe.keep_warmup, recipe.keep_shrink)
+        if recipe.reconstruction_epochs and index == 0:
+            train_predictors(self.model, self.current_epoch < recipe.reconstruction_epochs)
+
     def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
         x, target = batch
-        if self.mix is not None and len(x) % 2 == 0:
+        if self.mix_patches is not None and torch.rand(()) < 0.5:
+            x, target = self.mix_patches(x, target)
+        elif self.mix is not None and len(x) % 2 == 0:
             x, target = self.mix(x, target)
-        out = self.model(x)
+        if self.taught_by:
+            logits, taught = taught_loss(self.model, x, self.taught_by[0].to(x.device), self.recipe.teacher_weight)
+            loss = taught if getattr(self.model, "dense", False) else self.loss(logits, target) + taught
+            self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
+            return loss
+        try:
+            out = self.model(x)
+        except ValueError as error:
+            if len(x) > 1 or "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                "a batch of one picture cannot train this model, whose batch norm compares two; set batch_size to 2 or "
+                "more, and to a number that leaves no single picture over"
+            ) from error
         if self.token_loss is not None:
             loss = self.token_loss(out, target)
             self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
@@ -308,7 +370,8 @@ def train_classifier(
         start_from(model, weights)
     grid = token_grid(model, recipe) if recipe.token_labels else (0, 0)
     loader, held = loaders(pictures, validation, recipe, num_workers, grid)
-    module = ClassifierModule(model, recipe, classes, len(loader), len(validation))
+    teacher = read_teacher(recipe.teacher, pictures.classes) if recipe.teacher else None
+    module = ClassifierModule(model, recipe, classes, len(loader), len(validation), teacher)
     if processes := int(os.environ.get("WORLD_SIZE", 1)) - 1:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         trainer_options = {"strategy": "ddp", "devices": local, "num_nodes": (processes + 1) // local} | trainer_options
@@ -325,7 +388,11 @@ def train_classifier(
             "classes": pictures.classes,
             **asdict(recipe),
         },
-        data={} if weights is None else {"starting weights": content_digest(Path(weights))},
+        data={
+            name: content_digest(Path(path))
+            for name, path in (("starting weights", weights), ("teacher", recipe.teacher))
+            if path
+        },
         show_progress=show_progress,
         accumulate_grad_batches=recipe.accumulate,
         use_distributed_sampler=False,
@@ -334,10 +401,24 @@ def train_classifier(
     classifier = Classifier(
         module.kept.eval().cpu(), name, pictures.classes, recipe.size, recipe.crop_pct, recipe.crop_mode
     )
+    if recipe.keep_rate is not None:
+        set_keep_rate(classifier.model, recipe.epochs, recipe.keep_rate, 0, 0)
+        classifier.settings["keep_rate"] = classifier.model.keep_rate
+    if recipe.reconstruction_epochs:
+        train_predictors(classifier.model, False)
+        classifier.model.requires_grad_()
     if folder is not None:
         classifier.trained_on = TrainedOn.of([*pictures.digests(), *validation.digests()])
         classifier.save(folder)
     return classifier, history
+
+
+def read_teacher(folder: str, classes: list[str]) -> nn.Module:
+    """The model in a folder of `train`. Raises UserError where it knows other classes."""
+    teacher = Classifier.load(folder)
+    if teacher.classes != classes:
+        raise UserError(f"{folder}: knows other classes than the pictures; a teacher needs the same")
+    return teacher.model
 
 
 def token_grid(model: nn.Module, recipe: Recipe) -> tuple[int, int]:
@@ -383,10 +464,11 @@ def start_from(model: nn.Module, weights: str | Path) -> None:
     """
     path = Path(weights) / "model.safetensors" if Path(weights).is_dir() else Path(weights)
     state: Mapping[str, Tensor] = read_state_dict(path)
-    if isinstance(model, Backbone):
+    if isinstance(model, PictureModel):
         if type(found := identify(state, str(path))) is not type(model):
             raise UserError(f"{path}: is a checkpoint of {type(found).__name__}, not of {type(model).__name__}")
-        load_state_dict(model, model.fit_state(model.published_state(state)), ignore=model.IGNORE)
+        model.other_classes = True  # those of the pictures
+        model.take_state(model.published_state(state))
         return
     own = model.state_dict()
     heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()

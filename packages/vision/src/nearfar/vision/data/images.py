@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import logging
 import os
+import re
 import tarfile
 import zipfile
 from collections import Counter
@@ -20,13 +22,32 @@ from torch.utils.data import Dataset
 from nearfar.core.errors import UserError, some
 from nearfar.core.fingerprint import content_digest, data_digest
 from nearfar.core.leakage import keep_twins_together
+from nearfar.core.reading import check_announced, check_picture, reading
+
+log = logging.getLogger(__name__)
 
 
 class MissingSplit(UserError):
     """The source has no part of the name that was asked for."""
 
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+Image.init()
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} - {
+    ".pdf", ".ps", ".eps", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".fit", ".fits", ".msp", ".bw"
+}  # fmt: skip
+"""Of the files that Pillow reads; those of documents, films and measurements are none."""
+
+BESIDE = {".txt", ".csv", ".json", ".yaml", ".yml", ".md", ".db", ".ini", ".xml", ".html"}
+"""Suffixes of what people keep beside pictures: counted, and no picture that was lost."""
+
+LARGEST_MEMBER = 1 << 26
+"""Bytes up to which a picture in an archive may be packed however tightly."""
+
+LONGEST_STRIP = 500
+"""How many times longer than wide a picture may be."""
+
+MOST_CLASSES = 1_000_000
+"""The largest class index that is believed without a list of classes."""
 
 SPLITS = {"train", "val", "valid", "validation", "test"}
 """Folder names that are parts of a data set and no classes."""
@@ -54,15 +75,20 @@ def read_picture(source: str | Path | bytes, name: str = "") -> Image.Image:
     Raises UserError where it is missing, damaged or no picture.
     """
     name = name or str(source)
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+    if not isinstance(source, bytes) and not Path(source).exists():
+        raise UserError(f"{name}: no such file")
+    with reading(name, "cannot be read as a picture"):
+        try:
+            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        except UnidentifiedImageError as error:
+            raise UserError(
+                f"{name}: cannot be read as a picture (damaged from its start, or another format)"
+            ) from error
+        with opened as picture:
+            if max(picture.size) > LONGEST_STRIP * min(picture.size):  # resized to a square's height it is a bomb
+                raise UserError(f"{name}: is {picture.width} x {picture.height} pixels, a strip; cut it into pictures")
+            check_picture(picture, name, len(source) if isinstance(source, bytes) else Path(source).stat().st_size)
             return to_rgb(ImageOps.exif_transpose(picture))
-    except FileNotFoundError as error:
-        raise UserError(f"{name}: no such file") from error
-    except UnidentifiedImageError as error:
-        raise UserError(f"{name}: cannot be read as a picture (damaged from its start, or another format)") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: cannot be read as a picture ({str(error).splitlines()[0]})") from error
 
 
 def is_picture(path: PurePath) -> bool:
@@ -139,9 +165,10 @@ def _content_digest(read: Callable[[int], Image.Image], index: int, name: str) -
     if kind is _read_chosen:
         return _content_digest(given[0], given[1][index], name)
     if kind is _read_file:
-        return content_digest(given[0][index])
+        with reading(given[0][index], "cannot be read as a picture"):
+            return content_digest(given[0][index])
     if kind is _read_member:
-        content = _archive(given[0], os.getpid()).read(given[1][index])
+        content = _member(given[0], given[1][index])
     elif kind is _read_part:
         path, offset, size, _ = given[0][index]
         with path.open("rb") as stream:
@@ -197,10 +224,24 @@ def open_pictures(source: str | Path, split: str | None = None) -> Pictures:
         )
     root = path / split if split else path
     files = sorted(p for p in root.rglob("*") if p.is_file() and is_picture(p.relative_to(root)))
+    other = sorted(p for p in root.rglob("*") if p.is_file() and not is_picture(p.relative_to(root)))
+    say_unused(root, [str(p.relative_to(root)) for p in other])
     filled = {file.relative_to(root).parts[0] for file in files}
     empty = sorted(d.name for d in root.iterdir() if d.is_dir() and d.name not in filled and d.name[0] != ".")
     inside = [file.relative_to(root).parts for file in files]
     return _labelled(root, [str(f) for f in files], inside, partial(_read_file, files), empty)
+
+
+def say_unused(source: Path, names: Sequence[str]) -> None:
+    """Name the files of a data set that are not used: those that their suffix makes no picture."""
+    hidden = [n for n in names if any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(n).parts)]
+    lost = [n for n in names if n not in hidden and PurePosixPath(n).suffix.lower() not in BESIDE]
+    beside = len(names) - len(hidden) - len(lost)
+    told = [f"{len(lost)} that are no pictures, or a sample's second ({some(lost)})"] if lost else []
+    told += [f"{beside} beside the pictures (text, tables)"] if beside else []
+    told += [f"{len(hidden)} hidden"] if hidden else []
+    if told:
+        log.warning("%s: %d files are not used: %s", source, len(names), "; ".join(told))
 
 
 def _labelled(
@@ -217,13 +258,25 @@ def _labelled(
         raise MissingSplit(f"{root}: holds the splits {', '.join(classes)}; name one of them")
     if len(classes) < 2:
         raise UserError(f"{root}: holds one class folder only, {classes[0]}; to learn there must be two or more")
+    say_alike(root, classes)
     index = {name: i for i, name in enumerate(classes)}
     return Pictures(names, [index[inside[0]] for inside in parts], classes, read)
 
 
+def say_alike(source: Path, classes: Sequence[str]) -> None:
+    """Name classes that differ by upper and lower case alone."""
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(name.casefold(), []).append(name)
+    if pairs := [" and ".join(group) for group in alike.values() if len(group) > 1]:
+        log.warning("%s: classes that differ by case alone are taken as different: %s", source, some(pairs))
+
+
 def _from_zip(path: Path, split: str | None) -> Pictures:
-    with zipfile.ZipFile(path) as archive:
-        members = sorted(n for n in archive.namelist() if is_picture(PurePosixPath(n)))
+    with reading(path, "cannot be read as a zip file"), zipfile.ZipFile(path) as archive:
+        inside = sorted(n for n in archive.namelist() if not n.endswith("/"))
+        members = [n for n in inside if is_picture(PurePosixPath(n))]
+        say_unused(path, [n for n in inside if n not in set(members)])
     if split:
         inside = [m for m in members if split in PurePosixPath(m).parts[:-2]]
         if not inside:
@@ -238,11 +291,17 @@ def _from_zip(path: Path, split: str | None) -> Pictures:
 
 
 def _read_member(path: Path, members: Sequence[str], index: int) -> Image.Image:
-    try:
-        content = _archive(path, os.getpid()).read(members[index])
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path}/{members[index]}: damaged in the archive ({error})") from error
-    return read_picture(content, f"{path}/{members[index]}")
+    return read_picture(_member(path, members[index]), f"{path}/{members[index]}")
+
+
+def _member(path: Path, name: str) -> bytes:
+    with reading(f"{path}/{name}", "damaged in the archive"):
+        archive = _archive(path, os.getpid())
+        info = archive.getinfo(name)
+        check_announced(f"{path}/{name}", info.file_size, info.compress_type != 0, info.compress_size)
+        if info.file_size > max(LARGEST_MEMBER, 10 * info.compress_size):  # pictures are compressed already
+            raise UserError(f"{path}/{name}: {info.compress_size:,} bytes unpack to {info.file_size:,}; leave it out")
+        return archive.read(name)
 
 
 @lru_cache(maxsize=8)
@@ -255,18 +314,23 @@ def _from_tars(paths: Sequence[Path]) -> Pictures:
     pictures: list[tuple[Path, int, int, str]] = []  # file, offset, size, name
     labels: list[str | int] = []
     for path in paths:
-        samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-        try:
-            with tarfile.open(path) as archive:
+        with reading(path, "cannot be read as a tar file of samples"):
+            size = path.stat().st_size
+            with tarfile.open(path, "r:") as archive:  # samples are read from their places, so nothing is compressed
                 extract: Callable[[tarfile.TarInfo], Any] = archive.extractfile  # never None for files
+                members = []
                 for member in archive:
-                    if member.isfile() and not PurePosixPath(member.name).name.startswith("."):
-                        key, _, suffix = PurePosixPath(member.name).name.partition(".")
-                        samples.setdefault(str(PurePosixPath(member.name).parent / key), {})[suffix.lower()] = member
+                    check_announced(path, member.offset_data + member.size, size=size)
+                    members += [member] if member.isfile() else []
+                samples, unused = _samples(members)
                 for key, parts in samples.items():
-                    found = next((m for suffix, m in parts.items() if f".{suffix}" in SUFFIXES), None)
-                    if found is None:
+                    shown = [suffix for suffix in parts if f".{suffix.rpartition('.')[2]}" in SUFFIXES]
+                    if not shown:
+                        unused += [member.name for member in parts.values()]
                         continue
+                    picture = next((suffix for suffix in shown if "." not in suffix), shown[0])
+                    found = parts[picture]
+                    unused += [parts[suffix].name for suffix in shown if suffix != picture]
                     if "cls" in parts:
                         label: Any = extract(parts["cls"]).read().decode().strip()
                     elif "json" in parts:
@@ -275,21 +339,45 @@ def _from_tars(paths: Sequence[Path]) -> Pictures:
                         raise UserError(f"{path}: sample {key} has a picture but neither .cls nor .json with its label")
                     pictures.append((path, found.offset_data, found.size, f"{path}/{found.name}"))
                     labels.append(label)
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as a tar file of samples ({error})") from error
+            say_unused(path, unused)
     if not pictures:
         raise UserError(f"{some(paths)}: hold no pictures")
+    if bad := next((n for (*_, n), label in zip(pictures, labels) if not isinstance(label, str | int)), None):
+        raise UserError(f"{bad}: its label is neither a number nor a name")
     read, names = partial(_read_part, pictures), [name for *_, name in pictures]
-    if all(str(label).isdigit() for label in labels):
+    if all(re.fullmatch("[0-9]{1,9}", str(label)) for label in labels):
         listed = paths[0].parent / "classes.txt"
         indices = [int(label) for label in labels]
-        classes = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+        with reading(listed, "cannot be read as names of classes, one a line"):
+            classes = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+        if not listed.is_file() and max(indices) > MOST_CLASSES:
+            raise UserError(f"{names[indices.index(max(indices))]}: its class is {max(indices)}, beyond {MOST_CLASSES}")
         classes = [c for c in classes if c] or [str(i) for i in range(max(indices) + 1)]
         if max(indices) >= len(classes):
             raise UserError(f"{listed}: lists {len(classes)} classes, a sample has class {max(indices)}")
         return Pictures(names, indices, classes, read)
     classes = sorted({str(label) for label in labels})
     return Pictures(names, [classes.index(str(label)) for label in labels], classes, read)
+
+
+def _samples(members: Sequence[tarfile.TarInfo]) -> tuple[dict[str, dict[str, tarfile.TarInfo]], list[str]]:
+    """Samples by key, each its members by suffix, and the names of hidden files.
+
+    A key may hold dots: it is the name up to the suffix that says the class (`cls`, `json`), and what begins with it
+    and a dot belongs to it; names without such a neighbour are split at their last dot.
+    """
+    shown = {m.name: m for m in members if not PurePosixPath(m.name).name.startswith(".")}
+    ends = (".cls", ".json")
+    labelled = {str(PurePosixPath(name).with_suffix("")) for name in shown if name.lower().endswith(ends)}
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for name, member in shown.items():
+        path = PurePosixPath(name)
+        parts = path.name.split(".")
+        cuts = [str(path.parent / ".".join(parts[:i])) for i in range(len(parts) - 1, 0, -1)]
+        key = next((cut for cut in cuts if cut in labelled), cuts[0] if cuts else name)
+        suffix = path.name[len(PurePosixPath(key).name) + 1 :].lower()
+        samples.setdefault(key, {})[suffix] = member
+    return samples, [m.name for m in members if m.name not in shown]
 
 
 def _read_part(pictures: Sequence[tuple[Path, int, int, str]], index: int) -> Image.Image:
@@ -309,15 +397,14 @@ def _from_hugging_face(path: Path, split: str | None) -> Pictures:
     except ImportError as error:
         raise UserError(f"{path}: is a Hugging Face data set; install nearfar-vision[datasets] to read it") from error
     datasets.disable_progress_bars()
-    try:
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else reading a local file is told to the hub
+    with reading(path, "cannot be read as a Hugging Face data set"):
         if path.is_file():
             data: Any = datasets.load_dataset("parquet", data_files=str(path), split="train")
         elif _parquet(path):
             data = datasets.load_dataset(str(path))
         else:
             data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{path}: cannot be read as a Hugging Face data set ({str(error).splitlines()[0]})") from error
     name = str(path)
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
@@ -334,16 +421,27 @@ def _from_hugging_face(path: Path, split: str | None) -> Pictures:
         return wanted if wanted in data.features else typed[0]
 
     image, label = column("image", datasets.Image), column("label", datasets.ClassLabel)
-    labels = data[label]
-    classes = list(getattr(data.features[label], "names", None) or map(str, range(max(labels) + 1)))
+    with reading(path, f"cannot be read as a data set with classes in its column {label}"):
+        labels = list(data[label])
+        given = [i for i, value in enumerate(labels) if value is not None and value != -1]
+        if len(given) < len(labels):
+            log.warning("%s: %d of %d rows have no label and are not used", name, len(labels) - len(given), len(labels))
+            data, labels = data.select(given), [labels[i] for i in given]
+        if not labels or not all(type(value) is int and 0 <= value < MOST_CLASSES for value in labels):
+            raise ValueError("classes are whole numbers from 0")
+        classes = list(getattr(data.features[label], "names", None) or map(str, range(max(labels) + 1)))
     raw = data.cast_column(image, datasets.Image(decode=False))
     names = [f"{name}[{i}]" for i in range(len(data))]
     return Pictures(names, list(labels), classes, partial(_read_row, raw, image, names))
 
 
 def _read_row(rows: Any, column: str, names: Sequence[str], index: int) -> Image.Image:
-    entry = rows[index][column]
-    return read_picture(entry["bytes"] or entry["path"], names[index])
+    with reading(names[index], "cannot be read as a row with a picture"):
+        entry = rows[index][column]
+        content = entry["bytes"] or entry["path"]
+        if not isinstance(content, bytes | str):
+            raise ValueError("holds no picture")
+    return read_picture(content, names[index])
 
 
 def split_pictures(pictures: Pictures, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -359,6 +457,18 @@ def split_pictures(pictures: Pictures, share: float, seed: int) -> tuple[list[in
         if sum(pictures.labels[i] == label for i in chosen) > 1:
             raise UserError(f"{pictures.classes[label]}: its pictures are all the same, so none is left to learn from")
     return [i for i in range(len(labels)) if i not in chosen], sorted(held)
+
+
+def same_classes(data: Path, learn: Pictures, hold: Pictures) -> Pictures:
+    """`hold` with the classes of `learn`; those without a picture in it are said, others are an error."""
+    if unknown := sorted(set(hold.classes) - set(learn.classes)):
+        raise UserError(f"{data}: the pictures to choose by have classes that the training has not: {some(unknown)}")
+    if missing := sorted(set(learn.classes) - set(hold.classes)):
+        log.warning("%s: the pictures that choose the epoch have none of the class %s", data, some(missing))
+    labels = [learn.classes.index(hold.classes[label]) for label in hold.labels]
+    found = hold.subset(range(len(hold)))
+    found.labels, found.classes = labels, learn.classes
+    return found
 
 
 def training_pictures(
@@ -383,6 +493,8 @@ def training_pictures(
     if hold is None:
         first, second = split_pictures(learn, share, seed)
         learn, hold = learn.subset(first), learn.subset(second)
+    else:
+        hold = same_classes(data, learn, hold)
     learn, bad = learn.readable(track)
     hold, also = hold.readable(track)
     if not len(learn) or not len(hold):

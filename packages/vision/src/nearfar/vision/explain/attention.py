@@ -10,9 +10,6 @@ from torch import Tensor, nn
 
 from nearfar.core.errors import UserError
 from nearfar.core.plots import new_figure, style
-from nearfar.ops.attention.outlook import OutlookAttention
-from nearfar.ops.attention.self_attention import ClassAttention
-from nearfar.ops.convolution.contmix import ContextMixer, window_index
 
 
 @torch.no_grad()
@@ -112,28 +109,18 @@ def draw_attention(
 def place(weights: Tensor, layer: nn.Module, model: nn.Module, at: tuple[float, float], size: list[int]) -> Tensor:
     """The weights (queries, keys) of the query at `at`, on the grid of keys that covers the picture.
 
-    Of class attention it is the class token's; of outlook attention (windows, places, taps) that of the middle place of
-    the window at `at`.
+    Where a layer's queries are not the positions (`leading_queries`: the leading tokens alone), or its keys are not the
+    whole grid (`attention_on_grid` lays them there, `window` says where they lie), the layer tells.
     """
     prefix = getattr(model, "num_prefix_tokens", 0)
-    if isinstance(layer, ClassAttention):
+    if getattr(layer, "leading_queries", False):
         return weights[0, prefix:].reshape(grid(weights.shape[1] - prefix, size))
     prefix = min((prefix, 0), key=lambda p: misfit(len(weights) - p, size))  # it may join after this layer
     height, width = grid(len(weights) - prefix, size)
     row, column = (min(int(share * n), n - 1) for share, n in zip(at, (height, width), strict=True))
     weights = weights[prefix + row * width + column]
-    if isinstance(layer, OutlookAttention):
-        k, stride = layer.kernel_size, layer.stride
-        spread = torch.zeros(height * stride + 2 * layer.pad, width * stride + 2 * layer.pad)
-        top, left = row * stride, column * stride
-        spread[top : top + k, left : left + k] = weights[len(weights) // 2].reshape(k, k)
-        return spread[layer.pad : -layer.pad or None, layer.pad : -layer.pad or None]
-    if isinstance(layer, ContextMixer):
-        k = layer.kernel_size
-        spread = torch.zeros(height, width)
-        rows, columns = (window_index(n, k, spread.device)[i] for n, i in ((height, row), (width, column)))
-        spread[rows[:, None], columns] = weights.reshape(k, k)
-        return spread
+    if hasattr(layer, "attention_on_grid"):
+        return layer.attention_on_grid(weights, (height, width), (row, column))
     if hasattr(layer, "window"):  # the keys are those of a window, which may reach over the edges
         spread = torch.zeros(height * layer.stride, width * layer.stride)
         rows, columns = layer.window((row, column))

@@ -11,6 +11,8 @@ import xarray as xr
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_json
+from nearfar.core.finite import is_finite
+from nearfar.core.reading import check_announced, check_hdf5, is_hdf5, read_json, reading
 
 AXES = {
     "time": ("time", "valid_time"),
@@ -116,12 +118,26 @@ def _open(path: Path) -> xr.Dataset:
         engine = {"engine": "zarr"}
     elif path.suffix in (".grib", ".grib2", ".grb", ".grb2"):
         engine = {"engine": "cfgrib"}
-    try:
-        data = xr.open_dataset(path, **engine)
-    except ImportError as error:
-        raise UserError(f"{path}: needs a package to be read ({error})") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read as gridded fields ({str(error).splitlines()[0][:150]})") from error
+    with reading(path, "cannot be read as gridded fields"):
+        _check_sizes(path, engine)
+        try:
+            data = xr.open_dataset(path, **engine)
+        except ImportError as error:
+            raise UserError(f"{path}: needs a package to be read ({error})") from error
+        return _named(path, data)
+
+
+def _check_sizes(path: Path, engine: dict[str, Any]) -> None:
+    """Raise UserError where a file announces more than it holds, before its axes are read."""
+    if path.is_file() and is_hdf5(path):
+        check_hdf5(path)
+    elif path.is_file() and not engine:
+        with xr.open_dataset(path, decode_cf=False, create_default_indexes=False) as data:
+            check_announced(path, sum(variable.nbytes for variable in data.variables.values()), compressed=False)
+
+
+def _named(path: Path, data: xr.Dataset) -> xr.Dataset:
+    """With our names for the axes."""
     names = {}
     for axis, known in AXES.items():
         name = next((n for n in known if n in data.dims), None)
@@ -202,7 +218,7 @@ class Statistics:
     last: str
     digest: str
 
-    def normalise(self, fields: np.ndarray) -> np.ndarray:
+    def normalize(self, fields: np.ndarray) -> np.ndarray:
         return (fields - self.mean[:, None, None]) / self.std[:, None, None]
 
     def restore(self, fields: np.ndarray) -> np.ndarray:
@@ -214,14 +230,23 @@ class Statistics:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Statistics":
-        import json
-
         path = Path(folder) / "statistics.json"
         if not path.is_file():
             raise UserError(f"{folder}: is no folder of `train` (it has no statistics.json)")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        arrays = {k: np.asarray(found[k], dtype=np.float32) for k in ("mean", "std", "climatology")}
-        return cls(**{**found, **arrays})
+        with reading(path, "holds no statistics of fields", "train again"):
+            found = read_json(path, "statistics of fields")
+            arrays = {k: np.asarray(found[k], dtype=np.float32) for k in ("mean", "std", "climatology")}
+            statistics = cls(**{**found, **arrays})
+            channels = len(statistics.names)
+            if not all(isinstance(text, str) for text in (*statistics.names, statistics.digest)) or not channels:
+                raise ValueError("names and digest are text")
+            if arrays["climatology"].ndim != 3 or any(len(values) != channels for values in arrays.values()):
+                raise ValueError(f"{channels} names, and arrays of {[values.shape for values in arrays.values()]}")
+            if arrays["mean"].ndim != 1 or arrays["std"].ndim != 1 or not all(map(is_finite, arrays.values())):
+                raise ValueError("its numbers are not finite")
+            if (arrays["std"] <= 0).any() or not np.datetime64(statistics.first) <= np.datetime64(statistics.last):
+                raise ValueError("deviations are positive, and its first time comes before its last")
+            return statistics
 
     def check(self, fields: Fields) -> None:
         """Raise UserError where a test series has other channels or another grid, or shares times with the training."""

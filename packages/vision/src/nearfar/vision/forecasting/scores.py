@@ -42,7 +42,7 @@ def acc(forecast: np.ndarray, truth: np.ndarray, climatology: np.ndarray, weight
 
 @torch.inference_mode()
 def rollout(net: nn.Module, state: Tensor, steps: int) -> Iterator[Tensor]:
-    """The normalised state (B, C, H, W) after 1, 2, ... `steps` steps, one at a time; nothing of the past is kept.
+    """The normalized state (B, C, H, W) after 1, 2, ... `steps` steps, one at a time; nothing of the past is kept.
 
     Raises UserError at the step whose values are not finite.
     """
@@ -80,7 +80,7 @@ def evaluate(
     sums: dict[tuple[int, str], np.ndarray] = {}
     for done, start in enumerate(starts):
         first = fields.read(start)
-        state = torch.from_numpy(statistics.normalise(first))[None].to(device)
+        state = torch.from_numpy(statistics.normalize(first))[None].to(device)
         for lead, ahead in enumerate(rollout(net, state, last), 1):
             if lead not in leads:
                 continue

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nearfar.core.errors import UserError
+from nearfar.core.fingerprint import data_digest
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.vision.forecasting.fields import Fields, Statistics, fit_statistics
 from nearfar.vision.forecasting.forecastnet import ForecastNet
@@ -69,7 +70,7 @@ def relative_l2(forecast: Tensor, truth: Tensor) -> Tensor:
 
 
 class Windows(Dataset):
-    """Normalised stretches of steps + 1 fields, (steps + 1, C, H, W); a series of up to `memory` bytes is read once."""
+    """Normalized stretches of steps + 1 fields, (steps + 1, C, H, W); a series of up to `memory` bytes is read once."""
 
     def __init__(self, fields: Fields, statistics: Statistics, steps: int, memory: int = 2**29) -> None:
         self.fields, self.statistics, self.steps = fields, statistics, steps
@@ -77,7 +78,7 @@ class Windows(Dataset):
         self.held = np.stack([self.read(i) for i in range(len(fields))]) if fits else None
 
     def read(self, index: int) -> np.ndarray:
-        return self.statistics.normalise(self.fields.read(index)).astype(np.float32)
+        return self.statistics.normalize(self.fields.read(index)).astype(np.float32)
 
     def __len__(self) -> int:
         return max(len(self.fields) - self.steps, 0)
@@ -129,6 +130,7 @@ def train_forecaster(
     net: ForecastNet | None = None,
     device: str = "auto",
     show_progress: bool = False,
+    fresh: bool = False,
 ) -> tuple[ForecastNet, Statistics, list[dict[str, float]]]:
     """Train on the first part of a series, choose the epoch on the last part, `validation_share` of it.
 
@@ -142,6 +144,7 @@ def train_forecaster(
         raise UserError(f"{fields.source}: {len(fields)} times are too few for {recipe.steps} steps and a validation")
     learn, hold = fields.part(0, len(fields) - held), fields.part(len(fields) - held, len(fields))
     statistics = fit_statistics(learn)
+    begun = {} if net is None else {"starting weights": data_digest(net.state_dict())}
     torch.manual_seed(recipe.seed)
     try:
         net = recipe.network(len(fields.names), fields.size) if net is None else net
@@ -161,6 +164,8 @@ def train_forecaster(
         folder=folder,
         settings={**asdict(recipe), "data": statistics.digest, "channels": fields.names},
         show_progress=show_progress,
+        data=begun,
+        fresh=fresh,
         device=device,
         devices=1,
     )

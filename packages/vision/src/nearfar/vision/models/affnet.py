@@ -209,6 +209,10 @@ class AFFNet(Backbone):
         return rename(rename(state, cls.RULES), [(r"\.block\.", ".")], anywhere=True)
 
     @classmethod
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
+        return settings.get("output_stride", 32)
+
+    @classmethod
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         widths = [len(state[f"stages.{i}.downsample.red_1x1.conv.weight"]) for i in range(1, 5)]
         hidden = len(state["stages.1.downsample.conv_3x3.conv.weight"])

@@ -5,7 +5,7 @@ The diffusion transformer that takes the same operator is in `nearfar.vision.gen
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -50,19 +50,21 @@ class AttBlock(nn.Module):
         return x + self.drop_path(y if self.gamma_2 is None else y * self.gamma_2[:, None, None])
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> Self:
         """Fold the gammas into the projections before them."""
         if self.gamma_1 is not None:
             scale_output(self.token_mixer.proj, self.gamma_1)
             scale_output(self.channel_mixer.fc2, self.gamma_2)
             self.gamma_1 = self.gamma_2 = None
+        return self
 
 
 class AttNet(Backbone):
     """Two strided stem convolutions, four stages of `AttBlock`, strided convolutions between, pooled classifier.
 
-    Input (B, in_chans, H, W) with H, W >= 32; strided layers round other sizes up. The generated kernels summarise
-    bands of rows, so that a network trained at one size sees others differently.
+    Input (B, in_chans, H, W) with H, W >= 32; strided layers round other sizes up. The generated kernels summarize
+    bands of rows, so that a network trained at one size sees others differently. The published multiply-accumulates
+    count another order of operations: a kernel projected at every position, where here the nine pooled ones are.
 
     Args:
         depths, dims, kernel_sizes: blocks, channels and attentive kernel of each stage.

@@ -1,22 +1,46 @@
 """What every nearfar picture model has, whatever its features: timm's surface and published checkpoints."""
 
-import json
+import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import timm
+import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from nearfar.core.checkpoints import Rule, fit_shapes, load_state_dict, read, rename, save_state_dict
-from nearfar.core.errors import CheckpointError
+from nearfar.core.errors import CheckpointError, some
 from nearfar.core.finite import check_weights
+from nearfar.core.reading import read_json, reading
 from nearfar.ops.common.fused import FusedConv2d, FusedLinear
 from nearfar.vision.models.fusing import fuse_sequence
 from nearfar.vision.models.registry import MODELS, VARIANTS, Variant, plain
+from nearfar.vision.tracing import whole
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What became of the tensors when a checkpoint was loaded; as text, one line for each kind."""
+
+    kept: list[str]
+    adapted: list[str]
+    """Resized, or summed to other input channels."""
+    fresh: list[str]
+    """Not from the checkpoint: a classifier for other classes, or what the model computes itself."""
+    left_out: list[str]
+    """Tensors of the checkpoint that the model does not take."""
+
+    def __str__(self) -> str:
+        kinds = {name.replace("_", " "): names for name, names in vars(self).items() if names}
+        listed = lambda kind, names: "" if kind == "kept" else f": {some(names)}"  # noqa: E731
+        return "\n".join(f"{kind} {len(names)} tensors{listed(kind, names)}" for kind, names in kinds.items())
 
 
 class PictureModel(nn.Module):
@@ -34,7 +58,12 @@ class PictureModel(nn.Module):
     CLASSIFIERS: ClassVar[tuple[str, ...]] = ("head.fc",)
     FIRST_CONV: ClassVar[str]
     min_size: ClassVar[int] = 32
+    FEATURE_CLASSES: ClassVar[tuple[str, ...]] = ("getter", "fx")
+    """timm's ways to features that this kind of model gives."""
 
+    other_classes = False
+    """Whether the classes were asked for, so that a checkpoint's classifier for others is left out."""
+    loaded: Loaded | None = None
     num_classes: int
     num_features: int
     head_hidden_size: int
@@ -46,13 +75,35 @@ class PictureModel(nn.Module):
         """The levels that `features_only` gives by default, for the model with these settings."""
         raise NotImplementedError
 
+    @classmethod
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
+        """Pixels of the input between the last features of the model with these settings."""
+        return 32
+
+    @classmethod
+    def classifiers(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those of `CLASSIFIERS` that the model with these settings has."""
+        return cls.CLASSIFIERS[:1]
+
+    def __prepare_scriptable__(self) -> None:
+        name = type(self).__name__
+        raise NotImplementedError(f"{name}: torch.jit.script does not take it; torch.export and ONNX take any size")
+
+    def set_output_stride(self, stride: int) -> None:
+        """Let strides beyond `stride` become dilation, where the model has convolutions alone."""
+        if stride != (own := self.feature_info[-1]["reduction"]):
+            raise ValueError(
+                f"output_stride is {stride}; {type(self).__name__} keeps its {own}: what mixes its positions is no "
+                "convolution that could be dilated"
+            )
+
     def forward_features(self, x: Tensor) -> Tensor:
         """The features that `forward_head` takes."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of the features, or what the classifier would see."""
-        return self.head(x, pre_logits=pre_logits)
+        return whole(self.head, x, pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -117,6 +168,8 @@ class PictureModel(nn.Module):
             settings: constructor arguments that take precedence. With another `num_classes` the classifier starts
                 afresh; with another `in_chans` the first convolution is adapted as timm does.
 
+        `loaded` of the model says which tensors were kept, adapted and fresh; they are logged too.
+
         Raises:
             CheckpointError: tensors are missing, superfluous or misshapen; every one is listed.
         """
@@ -135,14 +188,43 @@ class PictureModel(nn.Module):
         if unknown := [name for name in cls.UNSHAPED if found.get(name) is None]:
             raise CheckpointError(f"{cls.__name__}: the shapes do not tell {' and '.join(unknown)}; give them too")
         model = cls(**found)
-        load_state_dict(model, model.fit_state(state), ignore=cls.IGNORE)
+        model.other_classes = "num_classes" in settings
+        model.take_state(state)
         return model.eval()
+
+    def take_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Load `state` (under our names), made to fit, every key accounted for; sets `loaded` and gives what fitted.
+
+        Raises CheckpointError for tensors that are missing, superfluous or misshapen, and for a classifier of other
+        classes than the model's unless these were asked for.
+        """
+        fitted, own = self.fit_state(state), self.state_dict()
+        load_state_dict(self, fitted, ignore=self.IGNORE)
+        replaced = lambda n: n in fitted and fitted[n].data_ptr() == own[n].data_ptr()  # noqa: E731
+        fresh = [n for n in own if n not in state or (replaced(n) and not torch.equal(state[n], own[n]))]
+        fresh = [name for name in fresh if not name.endswith("num_batches_tracked")]
+        adapted = [n for n in own if n in state and n not in fresh and own[n].numel() != state[n].numel()]
+        kept = [name for name in own if name in state and name not in (*fresh, *adapted)]
+        self.loaded = Loaded(kept, adapted, fresh, [name for name in state if name not in own])
+        for line in str(self.loaded).split("\n"):
+            log.info("%s: %s", type(self).__name__, line)
+        return fitted
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; reads published names too, and leaves out a classifier of others where classes were asked for."""
+        own = self.state_dict()
+        if strict and not assign and not own.keys() >= state_dict.keys():
+            state_dict = self.fit_state(self.published_state(state_dict))
+        elif strict and self.other_classes:
+            state_dict = self.fit_state(state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def fit_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`state` (under our names) made to fit this model.
 
         Shapes as in `fit_shapes`; what the model computes itself (`IGNORE`) is left out; a first convolution for other
-        channels is adapted as timm does; a classifier for other classes is left out in favour of the model's own.
+        channels is adapted as timm does; a classifier for other classes is left out in favour of the model's own where
+        its classes were asked for, and a CheckpointError elsewhere.
         """
         own, fitted = self.state_dict(), fit_shapes(self, state)
         first = f"{self.FIRST_CONV}.weight"
@@ -150,7 +232,21 @@ class PictureModel(nn.Module):
             fitted[first] = adapt_input_conv(own[first].shape[1], fitted[first])
         for classifier in self.CLASSIFIERS:
             names = [f"{classifier}.weight", f"{classifier}.bias"]
+            here = [name for name in names if name in own]
+            if here and classifier == self.CLASSIFIERS[0] and names[0] not in fitted and not self.other_classes:
+                raise CheckpointError(
+                    f"{type(self).__name__}: the checkpoint has no classifier {classifier}; "
+                    "give num_classes for a fresh one, 0 for none"
+                )
+            if here and names[0] not in fitted and self.other_classes:
+                fitted.update({name: own[name] for name in here})
             if any(name in fitted and (name not in own or own[name].shape != fitted[name].shape) for name in names):
+                if here and not self.other_classes:
+                    raise CheckpointError(
+                        f"{type(self).__name__}: the checkpoint's classifier {classifier} is for "
+                        f"{len(fitted[names[0]])} classes, the model's for {len(own[names[0]])}; give num_classes, "
+                        "that of the checkpoint to keep its classifier, another for a fresh one"
+                    )
                 fitted.update({name: own[name] for name in names if name in own})
                 fitted = {name: value for name, value in fitted.items() if name not in names or name in own}
         return {
@@ -163,8 +259,10 @@ class PictureModel(nn.Module):
         """Write weights (safetensors) and, for a registered variant, timm's configuration to `folder`.
 
         `from_pretrained` reads it back, and so does `timm.create_model("local-dir:FOLDER", pretrained=True)`.
-        Save before `fuse`: the fused form has other tensors.
+        Raises ValueError after `fuse`: the fused form has other tensors.
         """
+        if any(isinstance(module, FusedConv2d | FusedLinear) for module in self.modules()):
+            raise ValueError(f"{type(self).__name__} is fused, which no checkpoint can hold; save it before fuse")
         check_weights(self.state_dict(), folder)
         if hasattr(self, "pretrained_cfg"):
             timm.models.save_for_hf(self, str(folder), model_args=self.created_with, safe_serialization=True)
@@ -175,10 +273,15 @@ class PictureModel(nn.Module):
     def from_pretrained(cls, folder: str | Path, **settings: Any) -> Self:
         """The model that `save_pretrained` wrote to `folder`, in eval mode; `settings` as in `from_published`."""
         config = Path(folder) / "config.json"
-        saved = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        variant = VARIANTS.get(saved.get("architecture", ""))
-        known = cls.built_as(variant, saved.get("model_args", {})) if variant else {}
-        return cls.rebuilt(Path(folder) / "model.safetensors", known, **settings)
+        saved: dict[str, Any] = {}
+        with reading(config, "describes no model"):
+            saved = read_json(config, "settings of a model") if config.is_file() else {}
+            variant = VARIANTS.get(saved.get("architecture", ""))
+            known = cls.built_as(variant, saved.get("model_args", {})) if variant else {}
+        model = cls.rebuilt(Path(folder) / "model.safetensors", known, **settings)
+        if stride := saved.get("model_args", {}).get("output_stride"):
+            model.set_output_stride(stride)
+        return model
 
     @classmethod
     def built_as(cls, variant: Variant, changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Zhu et al., "BiFormer: Vision Transformer with Bi-Level Routing Attention" (CVPR
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class BiFormerBlock(nn.Module):
         return x + self.drop_path(y if gamma is None else gamma * y)
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> Self:
         """Put the first shortcut into the kernel it goes round, and the scales into the maps before them."""
         if self.residual:
             self.pos_embed.weight[:, 0, 1, 1] += 1
@@ -64,6 +64,7 @@ class BiFormerBlock(nn.Module):
                 layer.weight *= gamma[:, 0]
                 layer.bias *= gamma.flatten()
                 setattr(self, name, None)
+        return self
 
 
 class BiFormerStage(Stage):

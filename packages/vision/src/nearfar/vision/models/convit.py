@@ -28,6 +28,7 @@ from nearfar.vision.models.tokens import (
     pair,
     split_positions,
 )
+from nearfar.vision.tracing import whole
 
 
 class ConViT(TokenModel):
@@ -103,8 +104,8 @@ class ConViT(TokenModel):
             block.attn.reset_locality()
 
     def embed(self, x: Tensor) -> State:
-        patches, size = self.patch_embed(x)
-        return self.pos_embed(patches, size), size
+        patches, size = whole(self.patch_embed, x)
+        return whole(self.pos_embed, patches, size), size
 
     def apply_block(self, index: int, state: State) -> State:
         tokens, size = state

@@ -146,6 +146,13 @@ class ConvNeXt(Backbone):
         for parameter in self.head.fc.parameters():
             parameter.data.mul_(head_init_scale)
 
+    @classmethod
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
+        return settings.get("patch_size", 4) * 2 ** (len(settings["depths"]) - 1)
+
+    def dilates(self) -> bool:
+        return True
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any] | Callable[[str], tuple[int, ...]]:
         """Groups for layer decay; stage 2 of the deep variants three blocks at a time, of others in proportion."""
         if coarse or len(self.stages) != 4:

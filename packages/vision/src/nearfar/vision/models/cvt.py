@@ -5,6 +5,7 @@ weights (`microsoft/cvt-13` ...), but with another activation than they were tra
 x sigmoid(1.702 x). Here the latter is the default.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from nearfar.ops.attention.conv_projection import ConvProjectionAttention
 from nearfar.ops.common.layers import GELU, DropPath
 from nearfar.vision.models.registry import Variant, Weights, register
 from nearfar.vision.models.tokens import Mlp, QuickGELU, State, TokenHead, TokenModel, init_linear
+from nearfar.vision.tracing import whole
 
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": GELU}
 
@@ -180,13 +182,17 @@ class CvT(TokenModel):
         self.has_class_token = class_token
         self.apply(init_linear)
 
+    @classmethod
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
+        return math.prod(settings.get("strides", (4, 2, 2)))
+
     def embed(self, x: Tensor) -> State:
-        return x.flatten(2).mT, tuple(x.shape[-2:])
+        return x.flatten(2).mT, x.shape[-2:]
 
     def apply_block(self, index: int, state: State) -> State:
         tokens, size = state
         stage = self.stages[index]
-        tokens, size = stage.patch_embed(tokens.mT.unflatten(2, size))
+        tokens, size = whole(stage.patch_embed, tokens.mT.unflatten(2, size))
         if stage.cls_token is not None:
             tokens = torch.cat((stage.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         for block in stage.blocks:

@@ -2,7 +2,7 @@
 
 Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations" (ICLR 2022).
 It has no parameters of its own: every checkpoint of a class-token transformer loads, and the keep rate may change at
-any time. `reorganise_tokens` gives the same switch to a timm model.
+any time. `reorganize_tokens` gives the same switch to a timm model.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, VisionTransformer
+from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
 from nearfar.core.cards import Card
@@ -19,7 +20,7 @@ from nearfar.core.checkpoints import count, ratio
 from nearfar.core.errors import UserError
 from nearfar.ops.attention.self_attention import SelfAttention
 from nearfar.ops.common.heads import from_heads
-from nearfar.ops.tokens.reorganise import TokenTrail, keep_count, reorganise, summary_scores
+from nearfar.ops.tokens.reorganize import TokenTrail, keep_count, received_scores, reorganize, summary_scores
 from nearfar.vision.models.pyramid import drop_path_rates
 from nearfar.vision.models.registry import Variant, Weights, register
 from nearfar.vision.models.tokens import (
@@ -39,19 +40,19 @@ Keep = float | int
 
 
 class ReorganisingBlock(Block):
-    """A transformer block that reorganises the tokens between its attention and its MLP."""
+    """A transformer block that reorganizes the tokens between its attention and its MLP."""
 
     def reduce(self, x: Tensor, keep: Keep, fuse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens after the block, indices kept and left, and the patches as they were before."""
         q, k, v = self.attn.heads(self.norm1(x))
         y = self.attn.proj(from_heads(F.scaled_dot_product_attention(q, k, v)))
         before = x = x + self.drop_path(y)
-        x, kept, rest = reorganise(x, summary_scores(q, k), keep_count(keep, x.shape[1] - 1), fuse=fuse)
+        x, kept, rest = reorganize(x, summary_scores(q, k), keep_count(keep, x.shape[1] - 1), fuse=fuse)
         return x + self.drop_path(self.mlp(self.norm2(x))), kept, rest, before[:, 1:]
 
 
 class EViT(TokenModel):
-    """DeiT with token reorganisation in some blocks.
+    """DeiT with token reorganization in some blocks.
 
     Input (B, in_chans, H, W) with sides that are multiples of the patch. Feature maps are whole: fused tokens fill the
     places of their members, dropped ones keep the value that they had last.
@@ -60,9 +61,9 @@ class EViT(TokenModel):
         dim, depth, num_heads: channels, blocks, heads.
         num_classes: classes; 0 for the pooled token.
         img_size: size of the pictures that the position table is made for.
-        keep_rate: share (or number) of the patches that each reorganising block keeps; one, or one for each of
+        keep_rate: share (or number) of the patches that each reorganizing block keeps; one, or one for each of
             `reduce_at`. `model.keep_rate = 0.5` changes it at any time; 1 is the plain transformer.
-        reduce_at: the blocks that reorganise, from 0.
+        reduce_at: the blocks that reorganize, from 0.
         fuse: join the tokens that are not kept into one, weighted by their scores, instead of dropping them.
         drop_path_rate, drop_rate, global_pool, dynamic_img_pad: as in `ConViT`.
     """
@@ -120,7 +121,7 @@ class EViT(TokenModel):
 
     @property
     def keep_rate(self) -> Keep | tuple[Keep, ...]:
-        """Share or number of the patches that each reorganising block keeps, one or one each."""
+        """Share or number of the patches that each reorganizing block keeps, one or one each."""
         return self._keep[0] if len(set(self._keep)) == 1 else self._keep
 
     @keep_rate.setter
@@ -195,56 +196,82 @@ def scheduled_keep_rate(epoch: float, keep_rate: float, warm_up: float = 10, shr
     return keep_rate + (1 - keep_rate) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-class _Reorganiser(nn.Module):
-    """A timm block that reorganises; its parts keep their names, and so do its weights."""
+def whole_tokens(keep_rate: float, tokens: int) -> float:
+    """The rate of a whole number of `tokens`, so that a schedule has that many values and not one every step."""
+    return keep_count(keep_rate, tokens) / tokens
 
-    def __init__(self, block: nn.Module, keep: Keep, fuse: bool) -> None:
+
+class _Reorganizer(nn.Module):
+    """A timm block that reorganizes; its parts keep their names, and so do its weights."""
+
+    def __init__(self, block: nn.Module, keep: Keep, fuse: bool, prefix: int) -> None:
         super().__init__()
         for name, part in block.named_children():
             self.add_module(name, part)
         self.train(block.training)
-        self.keep, self.fuse_tokens = keep, fuse
+        self.keep, self.fuse_tokens, self.prefix = keep, fuse, prefix
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         if any(value is not None and value is not False for value in options.values()):
-            raise ValueError(f"a reorganising block takes no {', '.join(options)}")
+            raise ValueError(f"a reorganizing block takes no {', '.join(options)}")
+        count = keep_count(self.keep, x.shape[1] - self.prefix)
+        if count == x.shape[1] - self.prefix:
+            return TimmBlock.forward(self, x)  # type: ignore[arg-type]
         attn, y = self.attn, self.norm1(x)
         q, k, v = attn.qkv(y).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = attn.q_norm(q), attn.k_norm(k)
         drop = attn.attn_drop.p if self.training else 0.0
         z = attn.norm(F.scaled_dot_product_attention(q, k, v, dropout_p=drop).transpose(1, 2).flatten(2))
         x = x + self.drop_path1(self.ls1(attn.proj_drop(attn.proj(z))))
-        count = keep_count(self.keep, x.shape[1] - 1)
-        x, _, _ = reorganise(x, summary_scores(q, k), count, fuse=self.fuse_tokens)
+        scores = summary_scores(q, k) if self.prefix else received_scores(q, k)
+        x, _, _ = reorganize(x, scores, count, fuse=self.fuse_tokens, prefix=self.prefix)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-def reorganise_tokens(
-    model: nn.Module, keep_rate: Keep = 0.7, reduce_at: Iterable[int] = (3, 6, 9), *, fuse: bool = True
+def reorganize_tokens(
+    model: nn.Module,
+    keep_rate: Keep | Iterable[Keep] = 0.7,
+    reduce_at: Iterable[int] = (3, 6, 9),
+    *,
+    fuse: bool = True,
 ) -> nn.Module:
-    """Give a class-token transformer of timm (DeiT, ViT, AugReg) token reorganisation, in place; returns the model.
+    """Give a transformer of timm (DeiT, ViT, AugReg) token reorganization, in place; returns the model.
 
-    Its weights and their names stay. Calling again changes the keep rate; 1 is the plain model. An `EViT` takes the
-    keep rate at its `keep_rate`.
+    Its weights and their names stay. Calling again changes the keep rate; 1 is the plain model, bit for bit. An `EViT`
+    takes the keep rate at its `keep_rate`. Without a class token, which the published code needs, tokens are kept by
+    the mean attention that they receive: a choice of ours, and a mean over tokens then counts a fused one once.
 
-    Raises UserError for a model without a class token, with other prefix tokens, or with another attention.
+    Args:
+        keep_rate: share in (0, 1], or number, of the patches that are kept; one, or one for each of `reduce_at`.
+        reduce_at: the blocks that reorganize, from 0.
+        fuse: join the tokens that are not kept into one, instead of dropping them.
+
+    Raises UserError for another model, for prefix tokens other than one class token, and for other blocks or attention
+    than timm's plain ones; ValueError for rates or blocks out of range.
     """
-    blocks = getattr(model, "blocks", None)
+    blocks, at = getattr(model, "blocks", None), list(reduce_at)
     if not isinstance(model, VisionTransformer) or blocks is None:
-        raise UserError(f"{type(model).__name__}: token reorganisation is for timm's VisionTransformer and EViT")
-    if not model.has_class_token or model.num_prefix_tokens != 1:
-        raise UserError(
-            f"{type(model).__name__}: token reorganisation needs one class token and no other before patches"
-        )
-    keep_count(keep_rate, 1)
-    for i in reduce_at:
+        raise UserError(f"{type(model).__name__}: token reorganization is for timm's VisionTransformer and EViT")
+    prefix = model.num_prefix_tokens
+    if prefix != int(model.has_class_token):
+        raise UserError(f"{type(model).__name__}: token reorganization takes one class token or none, not {prefix}")
+    rates = [keep_rate] * len(at) if isinstance(keep_rate, int | float) else list(keep_rate)
+    if len(rates) != len(at):
+        raise ValueError(f"keep_rate has {len(rates)} values; the model reduces in {len(at)} blocks")
+    if bad := [i for i in at if not 0 <= i < len(blocks)]:
+        raise ValueError(f"reduce_at has {bad[0]}; the model has blocks 0 to {len(blocks) - 1}")
+    for rate, i in zip(rates, at, strict=True):
+        keep_count(rate, 1)
         attn = getattr(blocks[i], "attn", None)
         if type(attn) is not Attention or getattr(attn, "gate", None) is not None:
             raise UserError(f"block {i}: its attention, {type(attn).__name__}, is not one that tells class attention")
-        if isinstance(blocks[i], _Reorganiser):
-            blocks[i].keep, blocks[i].fuse_tokens = keep_rate, fuse
+        if type(blocks[i]) not in (TimmBlock, _Reorganizer):
+            raise UserError(f"block {i}: is a {type(blocks[i]).__name__}, no plain block of timm")
+    for rate, i in zip(rates, at, strict=True):
+        if isinstance(blocks[i], _Reorganizer):
+            blocks[i].keep, blocks[i].fuse_tokens = rate, fuse
         else:
-            blocks[i] = _Reorganiser(blocks[i], keep_rate, fuse)
+            blocks[i] = _Reorganizer(blocks[i], rate, fuse, prefix)
     return model
 
 

@@ -30,6 +30,7 @@ from nearfar.vision.models.tokens import (
     pair,
     split_positions,
 )
+from nearfar.vision.tracing import whole
 
 BLOCK = (
     (r"\.0\.norm\.", ".norm1."),
@@ -298,11 +299,15 @@ class GMMPiT(MaskedModel):
     def feature_indices(cls, settings: Mapping[str, Any]) -> tuple[int, ...]:
         return tuple(range(len(settings["depths"])))
 
+    @classmethod
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
+        return settings.get("patch_size", 2) * 2 ** (len(settings["depths"]) - 1)
+
     def apply_block(self, index: int, state: State) -> State:
         tokens, size = state
         stage = self.stages[index]
         if stage.pool is not None:
-            tokens, size = stage.pool(tokens, size)
+            tokens, size = whole(stage.pool, tokens, size)
         for block in stage.blocks:
             tokens = self.run(block, tokens, size)
         return tokens, size

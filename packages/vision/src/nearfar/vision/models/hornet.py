@@ -6,7 +6,7 @@ GF variants filter globally, through the Fourier transform, in the two deep stag
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class HorBlock(nn.Module):
         return x + self.drop_path(y.movedim(-1, 1))
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> Self:
         """Fold gammas into the projections before them, the second norm's affine part and the GELU into W1."""
         if self.gamma1 is not None:
             scale_output(self.gnconv.proj_out, self.gamma1)
@@ -70,6 +70,7 @@ class HorBlock(nn.Module):
             fold_norm(self.norm2, self.pwconv1)
             self.norm2 = nn.LayerNorm(self.norm2.normalized_shape, self.norm2.eps, elementwise_affine=False)
             self.pwconv1, self.act = FusedLinear(self.pwconv1, "gelu"), nn.Identity()
+        return self
 
 
 class HorNet(Backbone):
@@ -149,6 +150,9 @@ class HorNet(Backbone):
         self.finish(num_classes, in_chans, dims, [4 * 2**i for i in range(len(dims))], norms)
         self.apply(init_weights)
 
+    def dilates(self) -> bool:
+        return not any(isinstance(module, GlobalLocalFilter) for module in self.modules())
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any] | Callable[[str], tuple[int, ...]]:
         """Groups for layer decay; stage 2 two blocks at a time up to group 11."""
         if coarse or len(self.stages) != 4:
@@ -209,7 +213,7 @@ def _variant(base: int, params: float, gmacs: float, tag: str, top1: float | Non
         size=size,
         crop_pct=1.0 if size >= 384 else 0.875,
         crop_mode="squash" if size >= 384 else "center",
-        num_classes=21841 if tag == "in22k" else 1000,
+        num_classes=10450 if tag == "in22k" else 1000,  # with 21,841 the published 209, 211, 216 M would be 227 to 234
     )
     return Variant(settings, params, gmacs, (weights,))
 

@@ -22,6 +22,7 @@ from nearfar.ops.common.fused import FusedConv2d
 from nearfar.ops.convolution.lsconv import ConvNorm, LSConv, RepVGGDepthwise
 from nearfar.vision.models.pyramid import Backbone, BatchNorm, Head, Stage
 from nearfar.vision.models.registry import Variant, Weights, register
+from nearfar.vision.tracing import whole
 
 
 class SqueezeExcite(SEModule):
@@ -144,15 +145,25 @@ class LSNet(Backbone):
         self.head_dist = head() if distillation else None
         strides = [2 * 2**i for i in range(len(dims) + 2)]
         self.finish(num_classes, in_chans, (*widths[1:3], *dims), strides)
+        for i, info in enumerate(self.feature_info):
+            info["module"] = f"stages.{i - 2}" if i > 1 else f"stem.{2 * i + 1}"
 
     @classmethod
     def levels(cls, settings: Mapping[str, Any]) -> int:
         return len(settings["depths"]) + 2
 
+    @classmethod
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
+        return 2 ** (len(settings["depths"]) + 2)
+
+    @classmethod
+    def classifiers(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        return cls.CLASSIFIERS if settings.get("distillation") else cls.CLASSIFIERS[:1]
+
     def forward_pyramid(self, x: Tensor, last: int | None = None) -> list[Tensor]:
-        half = self.stem[:2](x)
-        quarter = self.stem[2:4](half)
-        levels, x = [half, quarter], self.stem[4](quarter)
+        half = whole(self.stem[1], whole(self.stem[0], x))
+        quarter = whole(self.stem[3], whole(self.stem[2], half))
+        levels, x = [half, quarter], whole(self.stem[4], quarter)
         for stage in self.stages[: None if last is None else max(last - 1, 0)]:
             x = stage(x)
             levels.append(x)
@@ -170,10 +181,10 @@ class LSNet(Backbone):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of a feature map; with distillation, in training, those of both heads."""
-        y = self.head(x, pre_logits=pre_logits)
+        y = whole(self.head, x, pre_logits)
         if self.head_dist is None:
             return y
-        other = self.head_dist(x, pre_logits=pre_logits)
+        other = whole(self.head_dist, x, pre_logits)
         return (y, other) if self.training and not pre_logits else (y + other) / 2
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

@@ -5,7 +5,7 @@ The published code needs a neighbourhood-attention extension; here the clamped w
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from nearfar.ops.convolution.contmix import (
 from nearfar.ops.convolution.reparam import DilatedReparam, ResidualDepthwise, fuse_pair
 from nearfar.vision.models.pyramid import Backbone, Head, Stage, drop_path_rates, init_weights, linear
 from nearfar.vision.models.registry import Variant, Weights, register
+from nearfar.vision.tracing import whole
 
 
 class FocusBlock(ContextMixer):
@@ -100,9 +101,10 @@ class FocusBlock(ContextMixer):
 
     add = ContMixBlock.add
 
-    def fuse(self) -> None:
+    def fuse(self) -> Self:
         """Merge the large kernel with the norm after it."""
         fuse_pair(self.lepe, 0)
+        return self
 
     def attention_map(self, x: Tensor, h: Tensor, r: Tensor) -> Tensor:
         """The large kernels, (B, heads, positions, taps of the window), rows summing to one."""
@@ -119,6 +121,13 @@ class FocusDown(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return self.x_proj(x), self.h_proj(h)
+
+
+class Join(nn.Module):
+    """Features and context in one map: the third level of the pyramid."""
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.cat((x, h), dim=1)
 
 
 class OverLoCKHead(Head):
@@ -258,6 +267,7 @@ class OverLoCK(Backbone):
                 )
             )
         self.focus_down = FocusDown(dims[2], dims[3], context)
+        self.join = Join()
         widths = (dims[0], dims[1], dims[2] + context, dims[3] + context)
         self.h_proj = None
         if feature_norms:
@@ -271,13 +281,19 @@ class OverLoCK(Backbone):
         self.finish(
             num_classes, in_chans, widths, (4, 8, 16, 32), [ChannelNorm(w) for w in widths] if feature_norms else ()
         )
+        for info, module in zip(self.feature_info[2:], ("join", f"focus.1.{focus_depths[1] - 1}"), strict=True):
+            info["module"] = module
         self.head_hidden_size = head_dim
         self.grad_checkpointing = False
         self.apply(init_weights)
 
+    @classmethod
+    def classifiers(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        return cls.CLASSIFIERS if settings.get("aux_head") else cls.CLASSIFIERS[:1]
+
     def forward_all(self, x: Tensor, last: int | None = None) -> tuple[list[Tensor], Tensor | None]:
         """The pyramid up to level `last`, and the overview where it was needed."""
-        x = self.stem(x)
+        x = whole(self.stem, x)
         levels = []
         for stage in self.stages[:2] if last is None else self.stages[: min(last + 1, 2)]:
             x = stage(x)
@@ -289,20 +305,22 @@ class OverLoCK(Backbone):
         context = self.context_proj(overview)
         raised = F.interpolate(context, size=x.shape[-2:], mode="bilinear", align_corners=False)
         x, h = self.look(self.focus[0], x, raised, raised)
-        levels.append(torch.cat((x, h), dim=1))
+        levels.append(self.join(x, h))
         if last is None or last > 2:
             levels.append(self.look(self.focus[1], *self.focus_down(x, h), context))
         return levels, overview
 
     def look(self, blocks: nn.ModuleList, x: Tensor, h: Tensor, r: Tensor) -> Any:
         """Features and context (or, from the last stage, both in one) after the focus `blocks`."""
-        out: Any = (x, h)
         for block in blocks:
             if self.grad_checkpointing and self.training:
-                out = checkpoint(block, *out, r, use_reentrant=False)
+                out = checkpoint(block, x, h, r, use_reentrant=False)
             else:
-                out = block(*out, r)
-        return out
+                out = whole(block, x, h, r)
+            if block.last:
+                return out
+            x, h = out
+        return x, h
 
     def forward_pyramid(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         levels, overview = self.forward_all(x, last)

@@ -1,7 +1,7 @@
 """What every nearfar backbone of several resolutions has: timm's surface and published checkpoints."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from timm.layers import SelectAdaptivePool2d
@@ -13,6 +13,7 @@ from nearfar.core.contracts import Contract
 from nearfar.ops.common.folding import batch_norm_affine
 from nearfar.ops.common.layers import DepthwiseConv
 from nearfar.vision.models.base import PictureModel
+from nearfar.vision.tracing import is_traced, whole
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -30,12 +31,19 @@ class Stage(nn.Module):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
+        self.ahead: nn.Module | None = None  # zeros for a downsampling layer that has lost its stride
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
+        if self.ahead is None:
+            x = whole(self.downsample, x)
+        else:
+            x = whole(self.downsample[1], self.ahead(whole(self.downsample[0], x)))
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = whole(block, x)
         return x
 
 
@@ -72,13 +80,14 @@ class Head(nn.Module):
         self.fc = linear(self.dim, num_classes).to(like)
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> Self:
         """Fold a batch norm before the classifier into it, for inference; the outputs stay the same."""
         if isinstance(self.norm, BatchNorm) and isinstance(self.fc, nn.Linear) and not self.norm_first:
             scale, shift = batch_norm_affine(self.norm)
             self.fc.bias += self.fc.weight @ shift
             self.fc.weight *= scale
             self.norm = nn.Identity()
+        return self
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.pool(self.norm(x)) if self.norm_first else self.norm(self.pool(x))
@@ -118,6 +127,7 @@ class Backbone(PictureModel):
     """
 
     FIRST_CONV: ClassVar[str] = "stem.0"
+    FEATURE_CLASSES = ("getter", "hook", "fx")
 
     stem: nn.Module
     stages: nn.ModuleList
@@ -153,7 +163,7 @@ class Backbone(PictureModel):
 
     def forward_pyramid(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         """Feature maps of every level, or up to level `last`, before any norm."""
-        x = self.stem(x)
+        x = whole(self.stem, x)
         levels = []
         for stage in self.stages[: None if last is None else last + 1]:
             x = stage(x)
@@ -204,8 +214,38 @@ class Backbone(PictureModel):
             self.head = nn.Identity()
         return take
 
+    def set_output_stride(self, stride: int) -> None:
+        """Let strides beyond `stride` become dilation: the kept positions have the features that they had before.
+
+        For stages of convolutions alone (`dilates`) that start with a convolution as wide as its stride.
+        """
+        reductions = [info["reduction"] for info in self.feature_info]
+        if not self.dilates():
+            super().set_output_stride(stride)
+            return
+        if stride not in reductions:
+            raise ValueError(f"output_stride is {stride}; {type(self).__name__} here allows {reductions}")
+        dilation = 1
+        for stage, info in zip(self.stages, self.feature_info, strict=True):
+            if info["reduction"] <= stride:
+                continue
+            info["reduction"] = stride
+            _, conv = stage.downsample  # a norm, and a convolution as wide as its stride, which looks ahead
+            ahead = [(n - 1) * dilation for n in conv.kernel_size]
+            conv.stride, conv.dilation = (1, 1), (dilation, dilation)
+            stage.ahead = nn.ZeroPad2d((0, ahead[1], 0, ahead[0]))
+            dilation *= 2
+            for conv in (module for module in stage.blocks.modules() if isinstance(module, DepthwiseConv)):
+                conv.dilate(dilation)
+
+    def dilates(self) -> bool:
+        """Whether strides can become dilation: every map is mixed by convolutions alone."""
+        return False
+
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError for an input that is not (B, C, H, W) or is smaller than the model can take."""
+        if is_traced(x):  # a graph is for any size
+            return
         if x.ndim != 4 or min(x.shape[-2:]) < self.min_size:
             raise ValueError(
                 f"input is {tuple(x.shape)}; {type(self).__name__} takes (B, C, H, W) with H and W of at least "

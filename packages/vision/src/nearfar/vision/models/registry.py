@@ -2,14 +2,17 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from nearfar.core.checkpoints import read
 from nearfar.core.errors import UserError
 from nearfar.vision.waiting import SummoningDict, as_it_stands
 
@@ -74,14 +77,14 @@ def register(model: type[Any], variants: Mapping[str, Variant]) -> None:
                 "input_size": (3, weights.size, weights.size),
                 "min_input_size": (3, model.min_size, model.min_size),
                 "fixed_input_size": False,
-                "pool_size": None,
+                "pool_size": (weights.size // model.last_stride(variant.settings),) * 2,
                 "crop_pct": weights.crop_pct,
                 "crop_mode": weights.crop_mode,
                 "interpolation": "bicubic",
                 "mean": weights.mean,
                 "std": weights.std,
                 "first_conv": model.FIRST_CONV,
-                "classifier": model.CLASSIFIERS if len(model.CLASSIFIERS) > 1 else model.CLASSIFIERS[0],
+                "classifier": _one_or_more(model.classifiers(variant.settings)),
             }
     module.default_cfgs = {**getattr(module, "default_cfgs", {}), **generate_default_cfgs(cfgs)}
     with as_it_stands():
@@ -90,18 +93,54 @@ def register(model: type[Any], variants: Mapping[str, Variant]) -> None:
             setattr(module, name, register_model(_entrypoint(name, model, variant)))
 
 
+def _one_or_more(names: tuple[str, ...]) -> Any:
+    return names if len(names) > 1 else names[0]
+
+
+def _check(name: str, model: type[Any], kwargs: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError, in one line, for what timm's scripts may ask and this model has not."""
+    if "drop_path_rate" not in signature(model).parameters and kwargs.pop("drop_path_rate", 0):
+        raise TypeError(f"{name}: {model.__name__} drops no paths; leave drop_path_rate out")
+    way = kwargs.get("feature_cls", "getter")
+    if isinstance(way, str) and way not in model.FEATURE_CLASSES:
+        allowed = ", ".join(model.FEATURE_CLASSES)
+        raise ValueError(f"{name}: feature_cls is {way!r}; the features of {model.__name__} are had by {allowed}")
+
+
 def _entrypoint(name: str, model: type[Any], variant: Variant) -> Callable[..., nn.Module]:
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    def create(pretrained: bool = False, device: Any = None, dtype: Any = None, **kwargs: Any) -> nn.Module:
+        _check(name, model, kwargs)
         settings = {**variant.settings, **kwargs}
+        stride = None if "output_stride" in signature(model).parameters else settings.pop("output_stride", None)
+        told: dict[str, Any] = {}
+
+        def make(**settings: Any) -> nn.Module:
+            built = model(**settings)
+            built.other_classes = "num_classes" in kwargs or bool(kwargs.get("features_only"))
+            if stride:
+                built.set_output_stride(stride)
+            return built
+
+        def fit(state: Mapping[str, Any], built: nn.Module) -> dict[str, Any]:
+            fitted = built.take_state(model.published_state(read(state)))
+            # it fits now, so timm has nothing to adapt; what its configuration says of the file comes back below
+            classes = built.num_classes if f"{model.CLASSIFIERS[0]}.weight" in built.loaded.kept else None
+            cfg = built.pretrained_cfg
+            told.update(input_size=cfg["input_size"], num_classes=classes or cfg["num_classes"])
+            cfg["input_size"] = (built.in_chans, *cfg["input_size"][1:])
+            cfg["num_classes"] = 0 if kwargs.get("features_only") else built.num_classes
+            return {**built.state_dict(), **fitted}
+
         try:
-            built = build_model_with_cfg(
-                model,
-                name,
-                pretrained,
-                pretrained_filter_fn=lambda state, built: built.fit_state(model.published_state(state)),
-                feature_cfg={"out_indices": model.feature_indices(settings), "feature_cls": "getter"},
-                **settings,
-            )
+            with torch.device(device) if device is not None else nullcontext():
+                built = build_model_with_cfg(
+                    make,
+                    name,
+                    pretrained,
+                    pretrained_filter_fn=fit,
+                    feature_cfg={"out_indices": model.feature_indices(settings), "feature_cls": "getter"},
+                    **settings,
+                )
         except (OSError, RuntimeError) as error:
             if not pretrained or "state_dict" in str(error):
                 raise
@@ -110,7 +149,12 @@ def _entrypoint(name: str, model: type[Any], variant: Variant) -> Callable[..., 
                 f"{name}: its published weights cannot be had here ({reason}); bring the file and "
                 f'give pretrained_cfg_overlay={{"file": FILE}}, or use {model.__name__}.from_published(FILE)'
             ) from error
-        recorded = signature(model).parameters.keys() - set(TRAINING_SETTINGS)
+        built.pretrained_cfg.update({key: value for key, value in told.items() if key in built.pretrained_cfg})
+        if "classifier" in built.pretrained_cfg:
+            built.pretrained_cfg["classifier"] = _one_or_more(model.classifiers(settings))
+        if dtype is not None:
+            built.to(dtype)
+        recorded = {*signature(model).parameters, "output_stride"} - set(TRAINING_SETTINGS)
         built.created_with = {key: plain(value) for key, value in kwargs.items() if key in recorded}
         return built
 

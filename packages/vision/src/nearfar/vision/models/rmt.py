@@ -5,7 +5,7 @@ Fan et al., "RMT: Retentive Networks Meet Vision Transformers" (CVPR 2024).
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv, DropPath
 from nearfar.ops.convolution.conv_ffn import ConvFFN
 from nearfar.vision.models.pyramid import Backbone, Head, Stage, drop_path_rates, init_weights
 from nearfar.vision.models.registry import Variant, Weights, register
+from nearfar.vision.tracing import whole
 
 
 class RMTBlock(nn.Module):
@@ -42,7 +43,7 @@ class RMTBlock(nn.Module):
         return x + self.drop_path(y if gamma is None else gamma * y)
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> Self:
         """Put the first shortcut into the kernel it goes round, and the scales into the maps before them."""
         if self.residual:
             self.pos_embed.weight[:, 0, 1, 1] += 1
@@ -53,6 +54,7 @@ class RMTBlock(nn.Module):
                 layer.weight *= gamma[:, 0]
                 layer.bias *= gamma.flatten()
                 setattr(self, name, None)
+        return self
 
 
 class RMTStage(Stage):
@@ -192,11 +194,15 @@ class RMT(Backbone):
         self.head_hidden_size = self.head.dim
         self.apply(init_weights)
 
+    @classmethod
+    def classifiers(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        return cls.CLASSIFIERS if settings.get("aux_dim") else cls.CLASSIFIERS[:1]
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of a feature map; with a token-labelling head as the class says."""
         if self.aux_head is None or pre_logits:
-            return self.head(x, pre_logits=pre_logits)
-        logits = self.head(x)
+            return whole(self.head, x, pre_logits)
+        logits = whole(self.head, x)
         tokens = self.head.norm(x) if self.aux_dim == self.head.dim else x
         dense = self.aux_head(tokens.flatten(2).mT)
         return (logits, dense) if self.training else logits + 0.5 * dense.amax(1)

@@ -16,7 +16,7 @@ from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.predicted_sparsity import Connectivity, ConnectivityPredictor, PredictedSparseAttention
 from nearfar.ops.common.layers import DropPath
-from nearfar.ops.tokens.reorganise import keep_count
+from nearfar.ops.tokens.reorganize import keep_count
 from nearfar.vision.models.pyramid import drop_path_rates, linear
 from nearfar.vision.models.registry import Variant, register
 from nearfar.vision.models.tokens import (
@@ -107,6 +107,8 @@ class Sparsifiner(TokenModel):
         (r"(blocks\.\d+\.attn\.)mask_predictor\.proj_back_n$", r"\1predictor.basis"),
     )
 
+    CLASSIFIERS = ("head.fc", "aux_head")
+
     def __init__(
         self,
         dim: int = 384,
@@ -169,6 +171,10 @@ class Sparsifiner(TokenModel):
         self.aux_head = linear(dim, num_classes) if aux_head else None
         self.finish(num_classes, in_chans, img_size, patch_size, [dim] * depth)
         self.apply(init_linear)
+
+    @classmethod
+    def classifiers(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        return cls.CLASSIFIERS if settings.get("aux_head") else cls.CLASSIFIERS[:1]
 
     def check_input(self, x: Tensor) -> None:
         super().check_input(x)

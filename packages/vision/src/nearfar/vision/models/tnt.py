@@ -33,6 +33,7 @@ from nearfar.vision.models.tokens import (
     pair,
     split_positions,
 )
+from nearfar.vision.tracing import whole
 
 PATCH = 16
 """Side of TNT's patches."""
@@ -186,10 +187,15 @@ class TNT(TokenModel):
         self.finish(num_classes, in_chans, img_size, PATCH, [dim] * depth)
         self.apply(init_linear)
 
+    @classmethod
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
+        return PATCH
+
     def embed(self, x: Tensor) -> State:
-        size = tuple(n // self.patch_size for n in x.shape[-2:])
-        words = self.words(x) + self.word_pos
-        sentences = self.pos_embed(self.start.gain(words, x.shape[0]), size)
+        height, width = x.shape[-2:]
+        size = (height // self.patch_size, width // self.patch_size)
+        words = whole(self.words, x) + self.word_pos
+        sentences = whole(self.pos_embed, self.start.gain(words, x.shape[0]), size)
         return self.with_prefix(sentences), size, words
 
     def apply_block(self, index: int, state: State) -> State:
@@ -349,10 +355,10 @@ class PyramidStage(nn.Module):
 
     def merge(self, words: Tensor, sentences: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Words and sentences of the next grid."""
-        words = self.merge_words(words, size)
+        words = whole(self.merge_words, words, size)
         maps = self.merge_sentences["norm"](sentences).mT.unflatten(2, size)
         maps = self.merge_sentences["conv"](maps)
-        return words, maps.flatten(2).mT, tuple(maps.shape[-2:])
+        return words, maps.flatten(2).mT, maps.shape[-2:]
 
 
 class PyramidTNT(TokenModel):
@@ -458,10 +464,14 @@ class PyramidTNT(TokenModel):
             grids.append((-(-height // 2), -(-width // 2)))
         return grids
 
+    @classmethod
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
+        return 64
+
     def embed(self, x: Tensor) -> State:
-        words, maps = self.patch_embed(x)
-        size = tuple(maps.shape[-2:])
-        return self.pos_embed(maps.flatten(2).mT, size), size, words + self.word_pos
+        words, maps = whole(self.patch_embed, x)
+        size = maps.shape[-2:]
+        return whole(self.pos_embed, maps.flatten(2).mT, size), size, words + self.word_pos
 
     def apply_block(self, index: int, state: State) -> State:
         sentences, size, words = state

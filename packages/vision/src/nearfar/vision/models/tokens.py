@@ -7,13 +7,14 @@ the stages take the place of the blocks.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from inspect import signature
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent, global_pool_nlc, resample_patch_embed
 from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from nearfar.core.errors import CheckpointError
@@ -23,6 +24,7 @@ from nearfar.ops.common.tables import Derived
 from nearfar.vision.models.base import PictureModel
 from nearfar.vision.models.fusing import ACTIVATIONS
 from nearfar.vision.models.pyramid import linear
+from nearfar.vision.tracing import is_traced, whole
 
 POOLS = ("token", "avg", "avgmax", "max", "map", "")
 """timm's names of how tokens become one vector; "map" is attention of a learned query, "" keeps the tokens."""
@@ -128,7 +130,7 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> Self:
         """Run the activation inside the first map."""
         if isinstance(self.act, QuickGELU):  # x sigmoid(a x) = silu(a x) / a
             self.fc1.weight *= 1.702
@@ -138,6 +140,7 @@ class Mlp(nn.Module):
         if type(self.act) in ACTIVATIONS or isinstance(self.act, GELU):
             self.fc1 = FusedLinear(self.fc1, ACTIVATIONS.get(type(self.act), "gelu"))
             self.act = nn.Identity()
+        return self
 
 
 class Block(nn.Module):
@@ -280,13 +283,18 @@ class TokenModel(PictureModel):
     def feature_indices(cls, settings: Mapping[str, Any]) -> tuple[int, ...]:
         return cls.default_indices
 
+    @classmethod
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
+        takes = signature(cls).parameters
+        return settings.get("stride") or settings.get("patch_size") or takes["patch_size"].default
+
     # from picture to tokens
 
     def embed(self, x: Tensor) -> State:
         """The state before the first block: patches with positions behind the class token, and the grid."""
-        patches, size = self.patch_embed(x)
+        patches, size = whole(self.patch_embed, x)
         if self.pos_embed is not None:
-            patches = self.pos_embed(patches, size)
+            patches = whole(self.pos_embed, patches, size)
         return self.with_prefix(patches), size
 
     def with_prefix(self, patches: Tensor) -> Tensor:
@@ -307,7 +315,7 @@ class TokenModel(PictureModel):
         """`block(*inputs)`; with gradient checkpointing it runs again in the backward pass."""
         if self.grad_checkpointing and self.training:
             return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        return whole(block, *inputs)
 
     def conclude(self, tokens: Tensor) -> Tensor:
         """The features: tokens after the last block through the final norm."""
@@ -399,9 +407,10 @@ class TokenModel(PictureModel):
 
     def prepare(self, x: Tensor) -> Tensor:
         """The input, checked, and padded where the model may."""
+        if is_traced(x):  # a graph is for any size
+            return pad_to(x, self.patch_size)
         self.check_input(x)
-        down, right = (-n % self.patch_size for n in x.shape[-2:])
-        return F.pad(x, (0, right, 0, down)) if down or right else x
+        return pad_to(x, self.patch_size)
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError for an input that the model cannot take whole."""
@@ -462,6 +471,13 @@ class TokenModel(PictureModel):
         """Layer groups for layer-wise learning-rate decay: tokens and patches, every block, norm and head."""
         stem = r"^cls_token|^dist_token|^pos_embed|^patch_embed"
         return {"stem": stem, "blocks": [(rf"^{self.LAYERS}\.(\d+)", None), (r"^norm", (99999,))]}
+
+
+@fx.wrap
+def pad_to(x: Tensor, multiple: int) -> Tensor:
+    """`x` with zeros at its lower and right edge, its sides multiples of `multiple`."""
+    down, right = (-n % multiple for n in x.shape[-2:])
+    return F.pad(x, (0, right, 0, down)) if down or right else x
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ Lou et al., "TransXNet: Learning Both Global and Local Dynamics with a Dual Dyna
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from nearfar.ops.common.tables import Derived
 from nearfar.ops.convolution.dmixer import ConvBN, DMixer, MultiScaleFFN, resize_table
 from nearfar.vision.models.pyramid import Backbone, Head, Stage, drop_path_rates, init_weights
 from nearfar.vision.models.registry import Variant, Weights, register
+from nearfar.vision.tracing import whole
 
 
 class TransXBlock(nn.Module):
@@ -44,7 +45,7 @@ class TransXBlock(nn.Module):
         return x + self.drop_path(self.layer_scale_2(self.mlp(self.norm2(x))))
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def fuse(self) -> Self:
         """Put the first shortcut into the kernel it goes round, and the last scale into the norm before it."""
         if self.residual:
             self.pos_embed.weight[:, 0, 3, 3] += 1
@@ -53,6 +54,7 @@ class TransXBlock(nn.Module):
             norm.weight *= scale.weight.flatten()
             norm.bias.mul_(scale.weight.flatten()).add_(scale.bias)
             self.layer_scale_2 = nn.Identity()
+        return self
 
 
 class TransXStage(Stage):
@@ -180,12 +182,12 @@ class TransXNet(Backbone):
         self.apply(init_weights)
 
     def forward_pyramid(self, x: Tensor, last: int | None = None) -> list[Tensor]:
-        x = self.stem(x)
+        x = whole(self.stem, x)
         levels = []
         for stage, position in zip(
             self.stages[: None if last is None else last + 1], self.position_tables, strict=False
         ):
-            x = stage(x, position)
+            x = whole(stage, x, position)
             levels.append(x)
         return levels
 

@@ -19,6 +19,7 @@ from nearfar.ops.attention.self_attention import ClassAttention, SelfAttention
 from nearfar.vision.models.pyramid import drop_path_rates, linear
 from nearfar.vision.models.registry import Variant, Weights, register
 from nearfar.vision.models.tokens import Block, Mlp, Positions, State, TokenHead, TokenModel, init_linear, pair
+from nearfar.vision.tracing import whole
 
 Box = tuple[int, int, int, int]
 """Upper, left, lower and right edge of cells; the last two are outside."""
@@ -164,17 +165,25 @@ class VOLO(TokenModel):
         )
         self.apply(init_linear)
 
+    @classmethod
+    def last_stride(cls, settings: Mapping[str, Any]) -> int:
+        return 16
+
+    @classmethod
+    def classifiers(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        return cls.CLASSIFIERS if settings.get("aux_head", True) else cls.CLASSIFIERS[:1]
+
     def embed(self, x: Tensor) -> State:
-        return self.flat(self.patch_embed(x))
+        return self.flat(whole(self.patch_embed, x))
 
     def flat(self, x: Tensor) -> State:
-        return x.flatten(2).mT, tuple(x.shape[-2:])
+        return x.flatten(2).mT, x.shape[-2:]
 
     def apply_block(self, index: int, state: State) -> State:
         tokens, size = state
         if index == 1:
             tokens, size = self.flat(self.downsample(tokens.mT.unflatten(2, size)))
-            tokens = self.pos_embed(tokens, size)
+            tokens = whole(self.pos_embed, tokens, size)
         for block in self.stages[index]:
             tokens = self.run(block, tokens, size)
         return tokens, size
@@ -192,7 +201,7 @@ class VOLO(TokenModel):
         return self.norm(tokens)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        hidden = self.head(x, pre_logits=True)
+        hidden = whole(self.head, x, True)
         if pre_logits:
             return hidden
         logits = self.head.fc(hidden)

@@ -93,7 +93,7 @@ class CATANet(Restorer):
         (r"blocks\.(\d+)\.0\.iasa_attn\.to_([qkv])\.", r"stages.\1.0.attention.\2."),
         (r"blocks\.(\d+)\.0\.iasa_attn\.proj\.", r"stages.\1.0.attention.out."),
         (r"blocks\.(\d+)\.0\.means$", r"stages.\1.0.attention.centres"),
-        (r"blocks\.(\d+)\.0\.initted$", r"stages.\1.0.attention.initialised"),
+        (r"blocks\.(\d+)\.0\.initted$", r"stages.\1.0.attention.initialized"),
         (r"blocks\.(\d+)\.0\.conv1x1\.", r"stages.\1.0.mix."),
         (r"blocks\.(\d+)\.0\.", r"stages.\1.0."),
         (r"blocks\.(\d+)\.1\.layer\.0\.norm\.", r"stages.\1.1.attention.norm."),
@@ -167,7 +167,7 @@ class CATANet(Restorer):
     def published_state(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Under our names; centres without the flag that says so are taken as learned."""
         ours = super().published_state(state)
-        flags = [name.replace(".centres", ".initialised") for name in ours if name.endswith(".attention.centres")]
+        flags = [name.replace(".centres", ".initialized") for name in ours if name.endswith(".attention.centres")]
         return {name: torch.tensor(True) for name in flags} | ours
 
     @classmethod

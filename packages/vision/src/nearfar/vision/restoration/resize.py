@@ -20,7 +20,7 @@ def imresize(
     """`image` enlarged or reduced with Keys' cubic kernel (a = -1/2), as MATLAB's `imresize(image, scale)`.
 
     Position k of an axis reads u = (k + 1/2) / f - 1/2; where f < 1 and `antialias`, the kernel is stretched by 1 / f.
-    Weights are normalised; past the border the picture is mirrored, its edge included. The axis of the smaller
+    Weights are normalized; past the border the picture is mirrored, its edge included. The axis of the smaller
     factor comes first, rows where they are equal.
 
     Args:

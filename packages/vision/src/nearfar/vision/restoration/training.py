@@ -51,19 +51,6 @@ class Recipe:
             raise ValueError(f"average is {self.average}; it must be at least 0 and below 1")
 
 
-PUBLISHED = {
-    # 4 x 8 patches of DF2K, 500k steps; and from the network for x2
-    "drct": Recipe("drct_x4", {}, 64, 32, 1000, 500, 2e-4, (250_000, 400_000, 450_000, 475_000), 0.999),
-    "drct_from_x2": Recipe("drct_x4", {}, 64, 32, 1000, 250, 1e-4, (125_000, 200_000, 225_000, 240_000), 0.999),
-    # 4 x 16 patches of DIV2K, 800k steps for x2; the others start from it
-    "catanet": Recipe(
-        "catanet_x2", {}, 64, 64, 1000, 800, 2e-4, (300_000, 500_000, 650_000, 700_000, 750_000)
-    ),
-    "catanet_from_x2": Recipe("catanet_x4", {}, 64, 64, 1000, 250, 2e-4, (125_000, 200_000, 225_000, 237_500)),
-}  # fmt: skip
-"""Recipes of the papers."""
-
-
 class Held(Dataset):
     """Whole pictures to choose the epoch by: the middle, at most `side` high-resolution pixels a side, in [0, 1]."""
 

@@ -1,4 +1,4 @@
-"""Scoring speaker verification: trial lists, score normalisation, calibration and figures. Arrays in, figures out.
+"""Scoring speaker verification: trial lists, score normalization, calibration and figures. Arrays in, figures out.
 
 Nothing here needs a model. Embeddings are arrays `(n, E)`, scores `(n,)`, labels `(n,)` with 1 for trials in which
 both sides are the same speaker (target) and 0 for the others (non-target). A trial is accepted where its score is

@@ -1,4 +1,4 @@
-"""From embeddings to scores: cosine, cohort normalisation, PLDA."""
+"""From embeddings to scores: cosine, cohort normalization, PLDA."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def pair_scores(
 ) -> Array:
     """Cosine of each trial `(enroll[left], test[right])` after subtracting `mean`.
 
-    Cost: each embedding is normalised once; O(trials * E) products in chunks.
+    Cost: each embedding is normalized once; O(trials * E) products in chunks.
     """
     e = unit(enroll, mean)
     t = e if test is enroll else unit(test, mean)
@@ -49,7 +49,7 @@ def pair_scores(
 
 
 def enroll_models(embeddings: Array, members: Sequence[Sequence[int]], mean: Array | None = None) -> Array:
-    """One vector per model: the mean of its length-normalised embeddings, normalised again.
+    """One vector per model: the mean of its length-normalized embeddings, normalized again.
 
     `members`: rows of `embeddings` for each model. Raises ValueError for a model without rows or with a row twice.
     """
@@ -129,7 +129,7 @@ def cohort_statistics(
     Args:
         embeddings: `(n, E)`, each utterance or model once.
         cohort: `(m, E)`; see `make_cohort`.
-        mean: subtracted from both before they are normalised.
+        mean: subtracted from both before they are normalized.
         top_n: 100 or 300 (wespeaker), 600 (LAP), 400 (ECAPA-TDNN).
         ddof: 0 for the population deviation (wespeaker), 1 for the sample's (speechbrain, LAP).
         speakers, cohort_speakers: where both are given, an utterance never meets its own speaker in the cohort.
@@ -238,7 +238,7 @@ class PLDA:
 
     @classmethod
     def fit(cls, embeddings: Array, speakers: Sequence[Any], iterations: int = 10) -> "PLDA":
-        """Fit by expectation maximisation. Embeddings are best length-normalised (`unit`).
+        """Fit by expectation maximization. Embeddings are best length-normalized (`unit`).
 
         Raises ValueError with fewer than two speakers or no speaker with two utterances, or where there are fewer
         utterances beyond the speakers' first than dimensions.

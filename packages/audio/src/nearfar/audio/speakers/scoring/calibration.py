@@ -1,6 +1,5 @@
 """Calibration: scores and quality measures to log-likelihood ratios."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,8 @@ from scipy.special import expit, logit
 
 from nearfar.audio.speakers.scoring.rates import bootstrap_weights, checked
 from nearfar.audio.speakers.scoring.trials import Array
-from nearfar.core.errors import UserError
 from nearfar.core.files import write_json
+from nearfar.core.reading import read_json, reading
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Calibration:
         seed: int = 0,
         notes: Mapping[str, Any] | None = None,
     ) -> "Calibration":
-        """Fit by logistic regression whose trials weigh as if `prior` of them were targets; prior 0.5 minimises Cllr.
+        """Fit by logistic regression whose trials weigh as if `prior` of them were targets; prior 0.5 minimizes Cllr.
 
         Newton's method on the convex objective, to convergence. With `smoothing` the labels are Platt's, (n+1)/(n+2)
         and 1/(n+2): few trials then never claim certainty, and many are not affected. Without, it is the plain maximum
@@ -107,13 +106,15 @@ class Calibration:
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
         """Read what `save` wrote. Raises UserError where it is something else."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        with reading(path, "is no calibration", "run `calibrate` again"):
+            content = read_json(path, "a calibration")
             weights = np.array(content["weights"], np.float64)
             replicates = np.array(content["replicates"], np.float64).reshape(-1, len(weights) + 1)
-            names, bias, notes = tuple(content["names"]), float(content["bias"]), content["notes"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: is no calibration ({type(error).__name__}: {error})") from error
+            names, bias, notes = tuple(content["names"]), float(content["bias"]), dict(content["notes"])
+            if weights.ndim != 1 or len(names) != len(weights) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"{len(names)} names for {weights.shape} weights")
+            if not all(np.isfinite(values).all() for values in (weights, replicates, bias)):
+                raise ValueError("its numbers are not finite")
         return cls(weights, bias, names, replicates, notes)
 
     def _features(self, features: Array) -> Array:
@@ -127,7 +128,7 @@ class Calibration:
 
 
 def _fit_logistic(x: Array, labels: Array, weights: Array, prior: float, smoothing: bool) -> Array:
-    """(weights..., bias) of the log-likelihood ratio that minimises the prior-weighted cross entropy."""
+    """(weights..., bias) of the log-likelihood ratio that minimizes the prior-weighted cross entropy."""
     targets, others = weights * labels, weights * (1 - labels)
     if targets.sum() == 0 or others.sum() == 0:
         raise ValueError("needs targets and non-targets")
@@ -189,7 +190,7 @@ def quality_features(
 ) -> Array:
     """Inputs `(n, 13)` or `(n, 9)` for a calibration that knows about quality (QMF); names in `QUALITY_NAMES`.
 
-    "wespeaker": the normalised score and, of duration (at most 20 s), embedding norm after mean subtraction and cohort
+    "wespeaker": the normalized score and, of duration (at most 20 s), embedding norm after mean subtraction and cohort
     mean: least, greatest, difference and greatest over least of the two sides. "lap": the score and, of each side, log
     duration, L1 and L2 norm and standard deviation of the embedding. Each pair is (enrolment, test), one row per trial.
     (The published calibrations stop a gradient method early; `Calibration.fit` goes on to the optimum.)

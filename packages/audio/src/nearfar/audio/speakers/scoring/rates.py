@@ -129,7 +129,7 @@ def min_dcf(
 def actual_dcf(
     llr: Array, labels: Array, cost: str | Cost | Sequence[Cost] = "voxceleb", weights: Array | None = None
 ) -> Rate:
-    """Normalised detection cost of calibrated log-likelihood ratios at Bayes' threshold ln(c_fa (1-p) / (c_miss p))."""
+    """Normalized detection cost of calibrated log-likelihood ratios at Bayes' threshold ln(c_fa (1-p) / (c_miss p))."""
     costs, values, thresholds = _costs(cost), [], []
     for c in costs:
         threshold = float(np.log(c.c_fa * (1 - c.p_target) / (c.c_miss * c.p_target)))

@@ -10,8 +10,12 @@ import numpy as np
 
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path
+from nearfar.core.reading import reading
 
 Array = np.ndarray
+
+LONGEST_NAME = 4096
+"""Letters of a recording's name in a list."""
 
 LABELS = {"1": 1, "0": 0, "target": 1, "nontarget": 0, "true": 1, "false": 0, "tgt": 1, "imp": 0, "non": 0}
 """How lists write their labels (upper or lower case)."""
@@ -172,11 +176,15 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     """Numbered lines that are not blank."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is no text file (byte {error.start} is not UTF-8)") from error
-    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    for number, line in lines:  # arrays of names are as wide as the longest
+        if len(line) > LONGEST_NAME and max(map(len, line.replace(",", " ").split())) > LONGEST_NAME:
+            raise UserError(f"{path}, line {number}: a name of more than {LONGEST_NAME} letters; it is no such list")
+    return lines
 
 
 def _guess_form(path: Path, rows: list[list[str]]) -> TrialFormat:
@@ -195,7 +203,8 @@ def _guess_form(path: Path, rows: list[list[str]]) -> TrialFormat:
 
 
 def _read_csv_trials(path: Path, lines: list[tuple[int, str]]) -> Trials:
-    header, *rows = csv.reader(line for _, line in lines)
+    with reading(path, "cannot be read as CSV", "mend it"):
+        header, *rows = csv.reader(line for _, line in lines)
     names = [name.strip().lower() for name in header]
 
     def column(*options: str) -> int | None:

@@ -1,11 +1,11 @@
-"""Token reorganisation: the oracle goes over tokens; the trail puts every token back."""
+"""Token reorganization: the oracle goes over tokens; the trail puts every token back."""
 
 import math
 
 import pytest
 import torch
 
-from nearfar.ops.tokens.reorganise import TokenTrail, keep_count, received_scores, reorganise, summary_scores
+from nearfar.ops.tokens.reorganize import TokenTrail, keep_count, received_scores, reorganize, summary_scores
 
 
 def oracle(x, scores, count, fuse):
@@ -24,7 +24,7 @@ def oracle(x, scores, count, fuse):
 def test_oracle_forward_and_gradient(count, fuse):
     x = torch.randn(2, 10, 3, dtype=torch.float64, requires_grad=True)
     scores = torch.rand(2, 9, dtype=torch.float64, requires_grad=True)
-    (y, kept, rest), expected = reorganise(x, scores, count, fuse=fuse), oracle(x, scores, count, fuse)
+    (y, kept, rest), expected = reorganize(x, scores, count, fuse=fuse), oracle(x, scores, count, fuse)
     torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
     assert kept.shape == (2, count)
     assert (rest.diff(dim=1) > 0).all()
@@ -64,7 +64,7 @@ def test_the_trail_puts_every_token_back(fuse):
     for count in (7, 3):
         scores = torch.rand(1, x.shape[1] - 1)
         before = x
-        x, kept, rest = reorganise(x, scores, count, fuse=fuse)
+        x, kept, rest = reorganize(x, scores, count, fuse=fuse)
         trail = trail.follow(kept, rest, before[:, 1:], fuse)
     dense = trail.dense(x[:, 1:])[0, :, 0]
     home = torch.arange(n).float()
@@ -79,7 +79,7 @@ def test_the_trail_puts_every_token_back(fuse):
 
 def test_all_kept_is_the_same_tensor():
     x = torch.randn(2, 5, 3)
-    y, kept, rest = reorganise(x, torch.rand(2, 4), 4)
+    y, kept, rest = reorganize(x, torch.rand(2, 4), 4)
     assert y is x
     assert kept.tolist() == [[0, 1, 2, 3]] * 2
     assert rest.shape == (2, 0)

@@ -33,14 +33,14 @@ def received_scores(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], ro
     return total / q.shape[2]
 
 
-def reorganise(
+def reorganize(
     x: Float[Tensor, "b n c"], scores: Float[Tensor, "b m"], count: int, *, fuse: bool = True, prefix: int = 1
 ) -> tuple[Float[Tensor, "b k c"], Int[Tensor, "b kept"], Int[Tensor, "b rest"]]:
     """The `prefix` tokens, then the `count` others of the highest scores, highest first; with `fuse` one more behind.
 
         fused = sum_i s_i x_i over the tokens that are not kept
 
-    whose weights are not normalised again, so it is small. Equal scores keep the order of the tokens. Returns the
+    whose weights are not normalized again, so it is small. Equal scores keep the order of the tokens. Returns the
     tokens and the indices, among the others, of the kept and of the remaining ones (ascending). Where all are kept x
     itself comes back. Gradients reach the kept tokens and, through `fused`, the others and their scores.
 
@@ -64,7 +64,7 @@ class TokenTrail:
     """Where the tokens of a grid went: for putting features of few tokens back on all its positions.
 
     `owner` (B, N): the place of each original token, or of what it was fused into, among the present ones, -1 once it
-    is dropped; `kept`: the indices that each reorganisation kept, as `reorganise` gives them.
+    is dropped; `kept`: the indices that each reorganization kept, as `reorganize` gives them.
     """
 
     owner: Int[Tensor, "b n"]
@@ -76,7 +76,7 @@ class TokenTrail:
         return cls(torch.arange(tokens, device=device).expand(batch, -1))
 
     def follow(self, kept: Tensor, rest: Tensor, before: Float[Tensor, "b m c"], fuse: bool) -> "TokenTrail":
-        """The trail after one reorganisation of the tokens `before` it; dropped ones keep the value they had."""
+        """The trail after one reorganization of the tokens `before` it; dropped ones keep the value they had."""
         count = kept.shape[1]
         place = torch.full(before.shape[:2], count if fuse else -1, device=before.device)
         place = place.scatter(1, kept, torch.arange(count, device=before.device).expand_as(kept))

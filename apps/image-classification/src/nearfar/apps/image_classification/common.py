@@ -1,0 +1,70 @@
+"""What the commands share: options, opening of classifiers and of pictures that they know, tables."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nearfar.core.cli.console import console, table, track
+from nearfar.core.errors import UserError, some
+from nearfar.core.hub import HUB, from_hub
+from nearfar.vision.classification.classifier import Classifier
+from nearfar.vision.data.images import Pictures, open_pictures
+
+Data = Annotated[Path, typer.Argument(help="Labelled pictures: folder, zip file, tar file or data set on disk.")]
+Trained = Annotated[
+    Path, typer.Argument(help="Folder that `train` wrote, or a published ImageNet checkpoint of one of `models`.")
+]
+Published = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Whose checkpoint it is, where names and shapes do not tell: MODEL.WEIGHTS as `models` lists."
+    ),
+]
+
+
+def open_classifier(path: Path, model: str | None) -> Classifier:
+    """The classifier in a folder of `train`, or in a published checkpoint, of the model `model` if it is given."""
+    if path.is_file():
+        return Classifier.from_published(path, model)
+    if model is not None:
+        raise UserError(f"--model {model}: is for checkpoint files; {path} is none")
+    return Classifier.load(path)
+
+
+def open_any(name: str, model: str | None = None) -> Classifier:
+    """The classifier in a folder of `train` or a published checkpoint; `hub:NAME` is timm's of that name, with the
+    weights that timm fetches unless they are in its cache."""
+    if name.startswith(HUB):
+        return Classifier.from_timm(name.removeprefix(HUB))
+    return open_classifier(Path(from_hub(name, "a model with its weights")[0]), model)
+
+
+def known_pictures(
+    trained: Classifier, source: Path | str, data: Path, split: str | None
+) -> tuple[Pictures, Pictures, list[str]]:
+    """All pictures of `data` under the classifier's class numbers, those that can be read, and a line for each other.
+
+    Raises UserError for classes that the classifier does not know, and where none can be read.
+    """
+    every = open_pictures(data, split)
+    index = {name: i for i, name in enumerate(trained.classes)}
+    if unknown := [name for name in every.classes if name not in index]:
+        raise UserError(
+            f"{data}: has {len(every.classes)} classes, of which the classifier in {source} does not know "
+            f"{some(unknown)}; it knows {len(index)}: {some(trained.classes)}"
+        )
+    every.labels = [index[every.classes[label]] for label in every.labels]
+    pictures, failures = every.readable(lambda r: track(r, "checking"))
+    if not len(pictures):
+        raise UserError(f"{data}: none of its {len(every)} pictures can be read")
+    return every, pictures, failures
+
+
+def show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Rows as a table, or as JSON for programs."""
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        console.print(table(rows))

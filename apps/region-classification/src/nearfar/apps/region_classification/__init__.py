@@ -1,0 +1,1 @@
+"""Name regions of pictures."""

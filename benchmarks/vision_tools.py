@@ -1,0 +1,191 @@
+"""What the field's tools do with every vision system: `python benchmarks/vision_tools.py [--slow] [SYSTEM ...]`.
+
+Writes the table between `<!-- tools -->` and `<!-- end -->` of packages/vision/README.md. Each cell is a run of
+the system's reduced form on pictures of 64 x 96 and other sizes. --slow adds export, compilation and 8 bits, which take
+minutes a system.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import re
+import tempfile
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from timm.models._manipulate import reparameterize_model
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import FeaturePyramidNetwork
+
+from nearfar.vision.classification.classifier import Classifier, card_of
+from nearfar.vision.classification.exporting import export_classifier
+from nearfar.vision.data.images import Pictures
+from nearfar.vision.models.pyramid import Backbone
+from nearfar.vision.models.registry import MODELS
+
+README = Path(__file__).parents[1] / "packages/vision/README.md"
+DECODERS = ("Unet", "UnetPlusPlus", "FPN", "MAnet", "Linknet", "PSPNet", "PAN", "DeepLabV3", "DeepLabV3Plus", "UPerNet")
+SIZE = (64, 96)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--slow", action="store_true")
+    parser.add_argument("systems", nargs="*")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    kinds = sorted(set(MODELS.values()), key=lambda kind: card_of(kind).title.lower())
+    rows = []
+    for kind in kinds:
+        if arguments.systems and kind.__name__ not in arguments.systems:
+            continue
+        if not (small := card_of(kind).small):
+            continue
+        name, form = next(iter(small.items()))
+        rows.append(row(kind, name, dict(form), arguments.slow))
+        print(rows[-1], flush=True)
+    if not arguments.systems:
+        write(rows)
+
+
+def row(kind: type, name: str, form: dict[str, Any], slow: bool) -> dict[str, str]:
+    """One line of the table."""
+    x = torch.randn(2, 3, *SIZE)
+    sized = {"img_size": SIZE} if "img_size" in kind.__init__.__annotations__ else {}
+    make = lambda **more: timm.create_model(name, **{"num_classes": 3, **form, **sized, **more})  # noqa: E731
+    model = make().eval()
+    tried: dict[str, Callable[[], Any]] = {
+        "forward": lambda: (model(x), "yes")[1],
+        "backward": lambda: backward(make(), x),
+        "features": lambda: str(len(make(features_only=True).eval()(x))),
+        "intermediates": lambda: str(len(model.forward_intermediates(x)[1])),
+        "FX": lambda: traced(make().eval(), x),
+        "reparameterize": lambda: agree(reparameterize_model(make().eval())(x), None),
+        "SMP decoders": lambda: decoders(name, {**form, **sized}, issubclass(kind, Backbone)),
+        "detection FPN": lambda: detection(make, x) if issubclass(kind, Backbone) else "no: one stride",
+    }
+    if slow:
+        tried |= {
+            "compile, free size": lambda: compiled(make().eval()),
+            "torch.export": lambda: exported(make, kind, "model.pt2"),
+            "ONNX": lambda: exported(make, kind, "model.onnx"),
+            "ONNX, 8 bits": lambda: exported(make, kind, "model.onnx", calibrate=True),
+        }
+    return {"system": card_of(kind).title, **{what: attempt(run) for what, run in tried.items()}}
+
+
+def attempt(run: Callable[[], Any]) -> str:
+    """What `run` says, or that it fails and why, in a few words."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return run()
+    except Exception as error:
+        return "no: " + (str(error).strip() or type(error).__name__).splitlines()[0].replace("|", "/")[:70]
+
+
+def backward(model: nn.Module, x: torch.Tensor) -> str:
+    out = model.train()(x)
+    sum(part.square().mean() for part in (out if isinstance(out, tuple) else (out,))).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    return f"all but {', '.join(without[:2])}" if without else "yes"
+
+
+def agree(got: torch.Tensor, want: torch.Tensor | None) -> str:
+    good = bool(got.isfinite().all()) and (want is None or bool(torch.allclose(got, want, rtol=1e-3, atol=1e-4)))
+    return "yes" if good else "no: other numbers"
+
+
+@torch.no_grad()
+def traced(model: nn.Module, x: torch.Tensor) -> str:
+    extractor = create_feature_extractor(model, [model.feature_info[-1]["module"], "head"])
+    extractor(x)
+    return agree(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@torch.no_grad()
+def compiled(model: nn.Module) -> str:
+    torch._dynamo.reset()
+    fast = torch.compile(model, dynamic=True, backend="aot_eager")
+    return next(
+        (found for n in (64, 96) if (found := agree(fast(z := torch.randn(1, 3, n, 96)), model(z))) != "yes"), "yes"
+    )
+
+
+@torch.no_grad()
+def decoders(name: str, settings: dict[str, Any], pyramid: bool) -> str:
+    x, good = torch.randn(1, 3, 64, 64), []
+    for decoder in DECODERS if pyramid else ("DPT",):
+        with contextlib.suppress(Exception):
+            settings = {k: v for k, v in settings.items() if k != "img_size"}
+            net = getattr(smp, decoder)(f"tu-{name}", encoder_weights=None, classes=2, **settings).eval()
+            if net(x).shape == (1, 2, 64, 64):
+                good.append(decoder)
+    tried = len(DECODERS) if pyramid else 1
+    return f"{len(good)} of {tried}" if pyramid else ("DPT" if good else "none")
+
+
+@torch.no_grad()
+def detection(make: Callable[..., nn.Module], x: torch.Tensor) -> str:
+    body = make(features_only=True)
+
+    class Levels(nn.Module):
+        out_channels = 16
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.fpn = body, FeaturePyramidNetwork(body.feature_info.channels(), 16)
+
+        def forward(self, x: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+            return self.fpn(OrderedDict((str(i), level) for i, level in enumerate(self.body(x))))
+
+    levels = len(body.feature_info.channels())
+    anchors = AnchorGenerator(((16,),) * levels, ((1.0,),) * levels)
+    net = FasterRCNN(Levels(), num_classes=3, min_size=96, max_size=128, rpn_anchor_generator=anchors).eval()
+    return "yes" if "boxes" in net([torch.rand(3, 90, 110)])[0] else "no"
+
+
+def exported(make: Callable[..., nn.Module], kind: type, file: str, calibrate: bool = False) -> str:
+    size = 64
+    model = make(img_size=size) if "img_size" in kind.__init__.__annotations__ else make()
+    classifier = Classifier(model.eval(), kind.__name__, ["a", "b", "c"], size, 1.0)
+    noise = torch.randint(0, 256, (16, size, size, 3), dtype=torch.uint8).numpy()
+    from PIL import Image
+
+    pictures = Pictures([str(i) for i in range(16)], [-1] * 16, [], lambda i: Image.fromarray(noise[i]))
+    with tempfile.TemporaryDirectory() as folder:
+        place, calibration = Path(folder) / file, pictures if calibrate else None
+        try:
+            found = export_classifier(classifier, place, calibration=calibration)
+        except Exception as error:
+            free = str(error)
+            export_classifier(classifier, place, fixed=True, calibration=calibration)
+            return "one size" if "exported form" in free else f"no: {free[:60]}"
+    return f"{max(r['largest error'] for r in found):.0e}" if calibrate else "yes"
+
+
+def write(rows: list[dict[str, str]]) -> None:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(r.values()) + " |" for r in rows]
+    text = README.read_text(encoding="utf-8")
+    new = re.sub(
+        r"(<!-- tools -->\n).*?(<!-- end -->)",
+        lambda m: m[1] + "\n".join(lines) + "\n" + m[2],
+        text,
+        flags=re.DOTALL,
+    )
+    README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

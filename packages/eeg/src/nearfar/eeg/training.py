@@ -1,0 +1,113 @@
+"""Making a decoder from trials: which choose the epoch, what it starts from, and its one look at test trials."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from mne import BaseEpochs
+from torch import nn
+
+from nearfar.core.errors import UserError
+from nearfar.core.model_folder import TrainedOn, mark, trained_on
+from nearfar.eeg import metrics
+from nearfar.eeg.decoder import Decoder
+from nearfar.eeg.decoding import NetworkClassifier, Recipe
+from nearfar.eeg.leakage import check_split, trial_digests
+from nearfar.eeg.models.agtcnet import AGTCNet
+from nearfar.eeg.preprocessing import Preprocessing
+from nearfar.eeg.protocols import Split, validation_split
+from nearfar.eeg.trials import trials_array
+
+
+def train_decoder(
+    epochs: BaseEpochs,
+    preprocessing: Preprocessing,
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    test: BaseEpochs | None = None,
+    start: str | Path | None = None,
+    validation: float = 0.2,
+    device: str = "auto",
+    show_progress: bool = False,
+    fresh: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Decoder:
+    """Train a decoder on `epochs`, which `preprocessing` made, in `folder`, which holds it afterwards.
+
+    A share `validation` of the trials (whole subjects where there are several, else the latest of each class) chooses
+    the epoch; the `test` trials, of the same channels, are looked at once, at the end. `start` is a decoder folder or
+    published AGTCNet weights to fine-tune; test trials that it has seen are told in the score. `tell` hears what is
+    done.
+
+    Raises LeakageError where test trials stand among what is learnt from, UserError for a `start` that does not fit.
+    """
+    folder = Path(folder)
+    X, y, names = trials_array(epochs)
+    learn, choose = validation_split(epochs.metadata, y, np.arange(len(y)), validation, recipe.seed)
+    digests, before = trial_digests(X), TrainedOn() if start is None else trained_on(start)
+    if test is not None:
+        X_test, y_test, _ = trials_array(test)
+        tested = trial_digests(X_test)
+        check_split(
+            Split("train", "the test recordings", learn, choose, np.arange(len(y_test)) + len(y), (), ()),
+            pd.concat([epochs.metadata, test.metadata], ignore_index=True),
+            trial_seconds=X.shape[2] / epochs.info["sfreq"],
+            digests=[*digests, *tested],
+        )
+    classifier = NetworkClassifier(
+        recipe, epochs.info, folder / "training", device=device, show_progress=show_progress, fresh=fresh
+    )
+    tell(f"training {recipe.network} on {len(learn)} trials, {len(choose)} choose the epoch ...")
+    fit = classifier.fit
+    if start is not None:
+        classifier.classes_, classifier.network_ = np.unique(y), starting_network(start, epochs, names, recipe)
+        fit = classifier.fine_tune
+    fit(X[learn], y[learn], X[choose], y[choose])
+    best = max(range(len(classifier.history_)), key=lambda epoch: classifier.history_[epoch]["val_accuracy"])
+    scores: dict[str, Any] = {
+        "trials": {"train": len(learn), "validation": len(choose)},
+        "epochs": len(classifier.history_),
+        "best_epoch": best,
+        "validation_accuracy": classifier.history_[best]["val_accuracy"],
+    }
+    if test is not None:
+        scores["test"] = metrics.score(y_test, classifier.predict(X_test), len(names))
+        scores["trials"]["test"] = len(y_test)
+        if any(seen := before.seen(digest.hex() for digest in tested)):
+            scores["test"]["marked"] = mark(seen)  # by the decoder that it began from
+    about = {
+        "sfreq": float(epochs.info["sfreq"]),
+        "recipe": vars(recipe),
+        "files": sorted(set(epochs.metadata["file"])),
+        "start": None if start is None else str(start),
+        "history": classifier.history_,
+    }
+    seen_here = TrainedOn.of(digest.hex() for digest in digests)
+    decoder = Decoder(classifier.network_, names, preprocessing, epochs.ch_names, about, scores, before | seen_here)
+    decoder.save(folder)
+    return decoder
+
+
+def starting_network(path: str | Path, epochs: BaseEpochs, classes: list[str], recipe: Recipe) -> nn.Module:
+    """The network to fine-tune, of a decoder folder or of published AGTCNet weights, checked against the trials."""
+    path = Path(path)
+    if path.is_dir():
+        decoder = Decoder.load(path)
+        if decoder.ch_names != epochs.ch_names:
+            raise UserError(
+                f"{path}: was trained on {', '.join(decoder.ch_names)}, these recordings have "
+                f"{', '.join(epochs.ch_names)}; choose them with --channels {','.join(decoder.ch_names)}"
+            )
+        if decoder.classes != classes or decoder.network.n_times != len(epochs.times):
+            raise UserError(
+                f"{path}: decodes {', '.join(decoder.classes)} from {decoder.network.n_times} samples, these trials "
+                f"are {', '.join(classes)} of {len(epochs.times)} samples; choose the same --classes, --window and "
+                "--resample"
+            )
+        return decoder.network
+    if recipe.network != "AGTCNet":
+        raise UserError(f"{path}: published weights are of AGTCNet, the recipe's network is {recipe.network}")
+    return AGTCNet.from_published(path, chs_info=epochs.info["chs"], n_times=len(epochs.times), n_outputs=len(classes))

@@ -1,0 +1,1 @@
+"""How much a classifier's answer depends on single patches: corruptions, attacks, occlusion, and what helps."""

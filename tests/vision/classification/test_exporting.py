@@ -1,0 +1,102 @@
+"""A classifier in one file says what the model says, or is not written."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from nearfar.core.errors import UserError
+from nearfar.vision.classification.classifier import Classifier, create_model
+from nearfar.vision.classification.exporting import check, export_classifier, pixels_for, runner
+from nearfar.vision.data.images import Pictures
+
+
+def classifier(model: nn.Module | None = None, name: str = "small-nearfar_convnext_atto") -> Classifier:
+    torch.manual_seed(0)
+    return Classifier((model or create_model(name, 3, 64, layer_scale=1.0)).eval(), name, ["a", "é", "c"], 64, 0.875)
+
+
+def noise(number: int = 6) -> Pictures:
+    values = np.random.default_rng(0).integers(0, 256, (number, 70, 80, 3), dtype=np.uint8)
+    return Pictures([str(i) for i in range(number)], [-1] * number, [], lambda i: Image.fromarray(values[i]))
+
+
+class OneSize(nn.Module):
+    """Right at the size of its first pictures alone, as a mask computed beforehand is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.mean((2, 3))) * (1 + x.shape[3] // 100)
+
+
+def test_onnx_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.vision.base import without_shape_checks
+
+    without_shape_checks(monkeypatch)
+    trained, path = classifier(), tmp_path / "model.onnx"
+    rows = export_classifier(trained, path)
+    assert len({(row["height"], row["width"]) for row in rows}) == 3
+    told = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert json.loads(told["classes"]) == ["a", "é", "c"]
+    assert told["size"] == "64"
+    for row in check(trained, path, noise(), (64, 96)):
+        assert row["equal answers"] == 1
+        assert row["largest error"] < 1e-5
+    # what the app computes, resizing and normalization of its own
+    want = trained.scores(noise())
+    data = noise().subset(range(6), pixels_for(64, trained))
+    raw = torch.stack([data[i][0] for i in range(6)])
+    assert 1 < raw.max() <= 255
+    assert np.allclose(runner(path)(raw.numpy()), want.numpy(), atol=1e-3)
+
+
+def test_program_of_torch_export_and_refusals(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    export_classifier(classifier(nn.Sequential(nn.Conv2d(3, 3, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())), path)
+    extra = {"classifier.json": ""}
+    torch.export.load(path, extra_files=extra)
+    assert json.loads(json.loads(extra["classifier.json"])["classes"]) == ["a", "é", "c"]
+    with pytest.raises(UserError, match=r"\.onnx .*or \.pt2"):
+        export_classifier(classifier(), tmp_path / "model.tflite")
+    with pytest.raises(UserError, match="8 bits"):
+        export_classifier(classifier(), path, calibration=noise())
+
+
+def test_a_file_that_would_differ_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "nearfar.vision.classification.exporting.runner", lambda path: lambda images: np.full((3, 3), 1 / 3, np.float32)
+    )
+    with pytest.raises(UserError, match=r"differs from the model at .*--fixed"):
+        export_classifier(classifier(OneSize()), tmp_path / "model.pt2")
+    assert not list(tmp_path.glob("*.pt2"))
+
+
+@pytest.mark.slow
+def test_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.vision.base import without_shape_checks
+
+    without_shape_checks(monkeypatch)
+    (row,) = export_classifier(classifier(), tmp_path / "model.onnx", calibration=noise(16))
+    assert row["pictures"] == 16
+    assert row["largest error"] < 0.1
+
+
+def test_a_run_folder_is_a_local_dir_of_timm(tmp_path: Path) -> None:
+    trained = classifier()
+    trained.save(tmp_path / "run")
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+    assert model.num_classes == 3
+    assert model.pretrained_cfg["label_names"] == ["a", "é", "c"]
+    assert model.pretrained_cfg["input_size"] == (3, 64, 64)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(x), trained.model(x))
