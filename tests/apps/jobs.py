@@ -74,6 +74,35 @@ def scans(folder: Path) -> list[str]:
     return [str(folder)]
 
 
+def regions(folder: Path) -> list[str]:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name in ("pictures", "masks"):
+        (folder / name).mkdir(parents=True)
+    for i in range(6):
+        numbers = np.zeros((32, 32), np.uint8)
+        numbers[8:16, 4:12], numbers[8:16, 20:28] = 1, 2
+        pixels = rng.integers(0, 60, (32, 32, 3), dtype=np.uint8)
+        pixels[numbers == 1, 0] = pixels[numbers == 2, 2] = 220
+        Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
+        Image.fromarray(numbers).save(folder / "masks" / f"{i}.png")
+    (folder / "names.json").write_text('{"1": "red", "2": "blue"}')
+    return [str(folder / "pictures"), str(folder / "masks"), "--names", str(folder / "names.json")]
+
+
+def photographs(folder: Path) -> list[str]:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name, number in (("learn", 2), ("held", 1)):
+        (folder / name).mkdir(parents=True)
+        for i in range(number):
+            small = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+            small.resize((48, 48), Image.Resampling.BICUBIC).save(folder / name / f"{i}.png")
+    return [str(folder / "learn"), "--held", str(folder / "held")]
+
+
 def text(folder: Path) -> list[str]:
     folder.mkdir()
     lines = [f"{i} is {'odd' if i % 2 else 'even'}. " for i in range(600)]
@@ -199,6 +228,24 @@ JOBS = {
         lambda data, out: [
             ["medical-segmentation", "predict", str(data / "images"), "--model", str(out), "-o", str(out / "labels")],
             ["medical-segmentation", "evaluate", str(out / "labels"), str(data), "-o", str(out / "scores")],
+        ],
+    ),
+    "region-classification": Job(
+        "region-classification", regions, ("roi=test_resnet", "extra=none", "size=32", "batch_size=6"), (),
+        lambda data, out: [
+            ["region-classification", command, str(out), str(data / "pictures"), str(data / "masks"), "--names",
+             str(data / "names.json"), "-o", str(out / file)]
+            for command, file in (("evaluate", "scores.json"), ("predict", "regions.csv"))
+        ],
+    ),
+    "super-resolution": Job(
+        "super-resolution", photographs,
+        ("patch_size=12", "batch_size=2", "steps=2",
+         "network={dim: 8, qk_dim: 8, hidden: 16, num_heads: 2, patch_sizes: [8], num_centres: [4], group_sizes: [32]}"),
+        (),
+        lambda data, out: [
+            ["super-resolution", "upscale", str(data / "held"), "--model", str(out), "-o", str(out / "large")],
+            ["super-resolution", "evaluate", str(data / "held"), "--model", str(out)],
         ],
     ),
     "speaker-verification": Job(
