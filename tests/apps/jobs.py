@@ -241,7 +241,8 @@ JOBS = {
     "super-resolution": Job(
         "super-resolution", photographs,
         ("patch_size=12", "batch_size=2", "steps=2",
-         "network={dim: 8, qk_dim: 8, hidden: 16, num_heads: 2, patch_sizes: [8], num_centres: [4], group_sizes: [32]}"),
+         "network={dim: 8, qk_dim: 8, hidden: 16, num_heads: 2, patch_sizes: [8], num_centres: [4], "
+         "group_sizes: [32]}"),
         (),
         lambda data, out: [
             ["super-resolution", "upscale", str(data / "held"), "--model", str(out), "-o", str(out / "large")],
