@@ -142,7 +142,7 @@ def test_the_name_stands_first_though_the_message_has_it():
     def action(item):
         raise UserError(f"the file {item} is odd\nand so on")
 
-    assert run_batch(["x.wav"], action, "files")[1] == ["x.wav: the file x.wav is odd\nand so on"]
+    assert run_batch(["x.wav"], action, "files")[1] == ["x.wav: the file x.wav is odd\\nand so on"]
 
 
 @pytest.mark.parametrize("text", ["[/]", "[red]x[/red]", ":smile:", "[link=http://a]b[/link]", "[bold", "a[/b]c"])

@@ -453,7 +453,7 @@ def test_calibration_keeps_intervals_and_survives_saving(tmp_path):
     np.testing.assert_array_equal(again.interval(scores)[0], fit.interval(scores)[0])
     assert again.notes["list"] == "made up"
     (tmp_path / "c.json").write_text("[]")
-    with pytest.raises(UserError, match="no calibration"):
+    with pytest.raises(UserError, match="cannot be read as a calibration"):
         Calibration.load(tmp_path / "c.json")
     with pytest.raises(ValueError, match="without bootstrap"):
         Calibration.fit(scores, labels).interval(scores)

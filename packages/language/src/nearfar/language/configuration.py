@@ -57,7 +57,8 @@ class MixerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
-            if type(value := getattr(self, name)) is not int or value < 1:
+            least = 0 if name == "vocab_size" and getattr(self, "real_valued", False) else 1  # numbers need no tokens
+            if type(value := getattr(self, name)) is not int or value < least:
                 raise UserError(f"{name} is {value!r}; it must be a positive whole number")
         for name in ("norm_eps", "embed_scale", "embed_dropout", "dropout", "initializer_range"):
             if (

@@ -237,6 +237,13 @@ class ContextMixer(nn.Module):
         size = (k, int(k / height * width)) if height < width else (int(k / width * height), k)
         return tuple(F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in maps)
 
+    def attention_on_grid(self, weights: Tensor, size: tuple[int, int], at: tuple[int, int]) -> Tensor:
+        """The weights (taps) of the position `at` on a grid of `size`."""
+        plane = weights.new_zeros(size)
+        rows, columns = (window_index(n, self.kernel_size, plane.device)[i] for n, i in zip(size, at, strict=True))
+        plane[rows[:, None], columns] = weights.reshape(self.kernel_size, self.kernel_size)
+        return plane
+
 
 class ContMixBlock(ContextMixer):
     """A stand-alone block of context mixing: gated dynamic convolution with a local branch, then a convolutional MLP.
@@ -305,13 +312,6 @@ class ContMixBlock(ContextMixer):
         """The large kernels, (B, heads, positions, taps of the window), rows summing to one."""
         y = self.norm1(self.dwconv1(x))
         return large_kernels(self, y, y)
-
-    def attention_on_grid(self, weights: Tensor, size: tuple[int, int], at: tuple[int, int]) -> Tensor:
-        """The weights (taps) of the position `at` on a grid of `size`."""
-        plane = weights.new_zeros(size)
-        rows, columns = (window_index(n, self.kernel_size, plane.device)[i] for n, i in zip(size, at, strict=True))
-        plane[rows[:, None], columns] = weights.reshape(self.kernel_size, self.kernel_size)
-        return plane
 
 
 def large_kernels(mixer: ContextMixer, source: Tensor, context: Tensor) -> Float[Tensor, "b g n m"]:

@@ -35,8 +35,8 @@ def chapter(report: Report, folder: Path) -> None:
             axes.set_axis_off()
     report.section("Super-resolution")
     report.text(
-        "A photograph that scikit-learn carries is reduced to half its sides and enlarged again. It is one of three that "
-        "chose the epoch of the network's training; it was not learned from."
+        "A photograph that scikit-learn carries is reduced to half its sides and enlarged again. It is one of three "
+        "that chose the epoch of the network's training; it was not learned from."
     )
     report.figure(figure, "The original, and what half its sides are enlarged to")
     report.table(rows, "Luma, border cut off, 8 bits, as in the field's tables")
