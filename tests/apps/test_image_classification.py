@@ -113,6 +113,7 @@ def test_models_are_listed() -> None:
         call("models", "nothing-like-this")
 
 
+@pytest.mark.slow
 def test_tour_chapter_learns(tmp_path: Path) -> None:
     report = Report("tour")
     chapter(report, tmp_path)
@@ -188,6 +189,7 @@ def test_recipes_by_name_and_corrupt_training_pictures(data: Path, tmp_path: Pat
         call("train", data, "-o", tmp_path, "--recipe", "hornet_2k")
 
 
+@pytest.mark.slow
 def test_small_network_beats_the_pixels_on_photographs(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     source = shared_data("cifar10/cifar10-12k-imagefolder.zip")
     recipe = Recipe(size=32, epochs=5, batch_size=32, learning_rate=3e-3, warmup_epochs=0.5, crop_scale=0.7)
@@ -280,6 +282,7 @@ def test_prune(data: Path, two_models: tuple[Path, Path], tmp_path: Path) -> Non
         call("prune", "hub:deit_of_dreams", data, "-o", tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_robustness(data: Path, two_models: tuple[Path, Path], tmp_path: Path) -> None:
     words = ["robustness", *two_models, data, "--split", "test", "-o", tmp_path, "--patch", 8, "--steps", 5]
     words += ["--attacked", 4, "--seeds", 2, "--corruption", "contrast", "--corruption", "fog", "--temperature", 1]

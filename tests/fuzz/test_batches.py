@@ -94,5 +94,4 @@ def test_recordings_to_look_at(tmp_path: Path, capsys: pytest.CaptureFixture[str
     captured = capsys.readouterr()
     assert status == 1
     assert named([line.strip() for line in captured.err.splitlines()], data / "b.gdf")
-    assert "a.edf" in captured.out
-    assert "c.edf" in captured.out
+    assert captured.out.count("T0 2, T1 1") == 2, "a row for each of the good ones; a narrow table breaks their names"

@@ -138,6 +138,7 @@ def test_learns_brain_tissue(brain: Path, tmp_path: Path) -> None:
         train_segmenter(collection, recipe, tmp_path / "x", train_cases=[left], validation_cases=[left])
 
 
+@pytest.mark.slow
 def test_learns_retinal_vessels(shared_data, tmp_path: Path) -> None:
     """Better on another child's eyes than a Frangi filter whose threshold is fitted on the training pictures."""
     collection = find_cases(shared_data("chasedb1"))

@@ -203,6 +203,7 @@ def errors(seed: int, folder: Path) -> tuple[Any, list[dict[str, float]], dict[i
     return net, history, found
 
 
+@pytest.mark.slow
 def test_training_learns_what_climatology_does_not_know(tmp_path: Path) -> None:
     net, history, found = errors(0, tmp_path)
     assert history[-1]["train_loss"] < 0.95 * history[0]["train_loss"]
