@@ -1,8 +1,10 @@
 """Results count as done only where they were made from the same."""
 
+import numpy as np
 import pytest
 
 from nearfar.core.errors import UserError
+from nearfar.core.fingerprint import data_digest
 from nearfar.core.made_from import MadeFrom, model_digest
 
 
@@ -54,3 +56,16 @@ def test_digest_of_a_model_follows_its_files(tmp_path):
     assert model_digest(tmp_path) == first
     (tmp_path / "model.safetensors").write_text("bb")
     assert model_digest(tmp_path) != first
+
+
+def test_addresses_are_no_content() -> None:
+    """Generators of random numbers show theirs in capital letters."""
+
+    class Holds:
+        def __init__(self) -> None:
+            self.random, self.other = np.random.RandomState(0), object()
+
+    first = Holds()
+    assert data_digest(first) == data_digest(Holds())
+    first.other = 1
+    assert data_digest(first) != data_digest(Holds())

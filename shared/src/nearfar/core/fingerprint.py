@@ -123,7 +123,7 @@ def _describe(
     elif hasattr(value, "__dict__"):
         parts = [*type(value).__mro__, vars(value)]
     else:
-        parts = [*type(value).__mro__, re.sub(" at 0x[0-9a-f]+", "", repr(value)) if contents else repr(value)]
+        parts = [*type(value).__mro__, re.sub(" at 0x[0-9a-fA-F]+", "", repr(value)) if contents else repr(value)]
     text(type(value).__name__, len(parts))
     for part in parts:
         _describe(part, digest, modules, seen, contents)

@@ -49,8 +49,8 @@ def pictures(names: tuple[str, ...]) -> list[Path]:
 
 def main(folder: Path) -> None:
     """Train both networks below `folder`; an interrupted run goes on."""
-    for scale, weights in ((2, None), (4, folder / "x2")):
-        recipe = replace(RECIPE, model=f"catanet_x{scale}")
+    for scale, weights, epochs in ((2, None, 12), (4, folder / "x2", 6)):
+        recipe = replace(RECIPE, model=f"catanet_x{scale}", epochs=epochs)
         _, history = train_restorer(
             pictures(LEARNED), pictures(HELD), recipe, folder / f"x{scale}", weights=weights, device="cpu"
         )

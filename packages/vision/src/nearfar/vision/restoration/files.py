@@ -101,20 +101,24 @@ def _read_pillow(path: Path, limit: int, first_frame: bool) -> PictureFile:
             profile, dpi = info.get("icc_profile"), info.get("dpi")
             exif = info.get("exif")
             if picture.mode in ("I;16", "I;16B", "I"):
-                pixels = np.asarray(picture).astype(np.uint16)
+                pixels = np.asarray(picture)
+                if pixels.min() < 0 or pixels.max() > 2**16 - 1:
+                    raise UserError(f"{path}: holds numbers beyond 16 bits; scale them first")
+                pixels = pixels.astype(np.uint16)
             elif picture.mode == "F":
                 pixels = np.asarray(picture, np.float32)
             else:
+                shown: Image.Image = picture
                 if picture.mode == "CMYK":
-                    picture, profile = _from_cmyk(path, picture, profile), None
+                    shown, profile = _from_cmyk(path, picture, profile), None
                     notes.append("CMYK became sRGB")
                 elif picture.mode in ("P", "PA", "1") or "transparency" in info:
                     clear = picture.mode == "PA" or "transparency" in info
-                    notes.append(f"{picture.mode} became {'RGBA' if clear else 'RGB'}")
-                    picture = picture.convert("RGBA" if clear else "L" if picture.mode == "1" else "RGB")
-                if picture.mode not in ("L", "LA", "RGB", "RGBA"):
-                    raise UserError(f"{path}: is in {picture.mode} colours; convert it to RGB first")
-                pixels = np.asarray(picture)
+                    shown = picture.convert("RGBA" if clear else "L" if picture.mode == "1" else "RGB")
+                    notes.append(f"{picture.mode} became {shown.mode}")
+                if shown.mode not in ("L", "LA", "RGB", "RGBA"):
+                    raise UserError(f"{path}: is in {shown.mode} colours; convert it to RGB first")
+                pixels = np.asarray(shown)
     finally:
         Image.MAX_IMAGE_PIXELS = before
     return PictureFile(path, pixels if pixels.ndim == 3 else pixels[..., None], profile, exif, dpi, notes)
@@ -123,9 +127,11 @@ def _read_pillow(path: Path, limit: int, first_frame: bool) -> PictureFile:
 def _from_cmyk(path: Path, picture: Image.Image, profile: bytes | None) -> Image.Image:
     if not profile:
         raise UserError(f"{path}: is in CMYK colours without a profile, so nothing tells what they look like")
-    return ImageCms.profileToProfile(
+    found = ImageCms.profileToProfile(
         picture, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
     )
+    assert found is not None  # None is for pictures that are changed in place
+    return found
 
 
 def _one_frame(path: Path, frames: int, first_frame: bool) -> None:
@@ -147,7 +153,7 @@ def _read_deep_png(path: Path, limit: int) -> PictureFile:
 
 def _read_tiff(path: Path, limit: int, first_frame: bool) -> PictureFile:
     with tifffile.TiffFile(path) as file:
-        page = file.pages[0]
+        page = file.pages.first
         _bounded(path, page.imagewidth, page.imagelength, limit)
         if page.dtype == np.uint8 or page.dtype == np.bool_ or page.photometric not in (0, 1, 2):
             return _read_pillow(path, limit, first_frame)
@@ -196,14 +202,14 @@ def write_file(target: Path, pixels: np.ndarray, source: PictureFile, *, quality
         if kind == ".png":
             _write_png(temporary, pixels, source)
         elif kind in (".tif", ".tiff"):
-            dpi = {} if source.dpi is None else {"resolution": source.dpi, "resolutionunit": "INCH"}
+            options: dict[str, Any] = {} if source.dpi is None else {"resolution": source.dpi, "resolutionunit": "INCH"}
             tags = [] if source.profile is None else [(34675, 7, len(source.profile), source.profile, True)]
             colours = "rgb" if channels > 2 else "minisblack"
-            extra = {"extrasamples": ["unassalpha"]} if channels in (2, 4) else {}
+            options |= {"extrasamples": ["unassalpha"]} if channels in (2, 4) else {}
             shaped = pixels[..., 0] if channels == 1 else pixels
             tifffile.imwrite(
                 temporary, shaped, photometric=colours, compression="zlib", predictor=shaped.dtype.kind == "u",
-                rowsperstrip=64, extratags=tags, metadata=None, **dpi, **extra,
+                rowsperstrip=64, extratags=tags, metadata=None, **options,
             )  # fmt: skip
         else:
             kept: dict[str, Any] = {"quality": quality, "icc_profile": source.profile}

@@ -40,14 +40,14 @@ def reduced(picture: Tensor, scale: int) -> Tensor:
 def pictures_in(paths: Iterable[str | Path]) -> list[Path]:
     """Picture files: those named, and those anywhere in the folders named, in order. Raises UserError for none."""
     found: list[Path] = []
-    paths = [Path(path) for path in paths]
-    for path in paths:
+    places = [Path(path) for path in paths]
+    for path in places:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         inside = sorted(p for p in path.rglob("*") if p.is_file() and is_picture(p.relative_to(path)))
         found += inside if path.is_dir() else [path]
     if not found:
-        raise UserError(f"{some(paths)}: no pictures there")
+        raise UserError(f"{some(places)}: no pictures there")
     return found
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -151,12 +152,15 @@ def choose_tiling(model: Restorer, size: tuple[int, int], memory: int, overlap: 
     for side in sides:
         x = torch.rand(1, model.in_chans, side, side, device=like.device, dtype=like.dtype)
         with torch.inference_mode():
-            measured.append(peak_memory(lambda x=x: model(x), like.device.type))
+            measured.append(peak_memory(partial(model, x), like.device.type))
     slope = (measured[1] - measured[0]) / (sides[1] ** 2 - sides[0] ** 2)
     fixed = max(measured[0] - slope * sides[0] ** 2, 0)
     # a row of tiles of the output, its sums and a copy, beside the tile
     row = 3 * 4 * len(("row", "sums", "copy")) * model.scale**2 * size[1]
-    need = lambda side: 1.3 * (fixed + slope * side * min(side, size[1])) + row * side  # noqa: E731
+
+    def need(side: int) -> float:
+        return 1.3 * (fixed + slope * side * min(side, size[1])) + row * side
+
     if need(max(size)) <= memory:
         return Tiling(max(size), 0)
     step = math.lcm(model.multiple, 16)

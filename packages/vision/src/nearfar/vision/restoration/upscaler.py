@@ -85,7 +85,7 @@ class Upscaler:
                 planes = torch.tensor(picture.pixels[..., part]).permute(2, 0, 1)
                 grey = len(planes) == 1
                 planes = planes.expand(self.model.in_chans, -1, -1) if grey else planes
-                going_on = {"done": state.done, "begun": state.begun} if index == state.index else {}
+                going_on: dict[str, Any] = {"done": state.done, "begun": state.begun} if index == state.index else {}
                 for band in bands(self.model, planes, tiling, peak=picture.peak, ensemble=ensemble, **going_on):
                     if not is_finite(band.rows):
                         raise UserError(f"{picture.path}: the network's outputs are not finite")
