@@ -10,7 +10,7 @@ import torch
 
 from nearfar.core.cli import root as cli
 from nearfar.core.cli import verify
-from nearfar.core.contracts import Contract, fill, relative_errors, shipped
+from nearfar.core.contracts import Contract, _positions, fill, relative_errors, shipped
 from nearfar.core.errors import UserError
 
 
@@ -131,3 +131,12 @@ def test_every_shipped_contract_has_a_builder():
     systems = {path.name.split("--")[0] for path in shipped()}
     assert len(systems) > 12
     assert systems <= {point.name for point in entry_points(group="nearfar.contracts")}
+
+
+@pytest.mark.parametrize("count", [4097, 65536, 150528, 1204224])
+def test_values_are_kept_at_the_same_places_on_every_processor(count: int) -> None:
+    kept = _positions(count)
+    assert (len(kept), kept[0], kept[-1]) == (4096, 0, count - 1)
+    assert (np.diff(kept) > 0).all()
+    if torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+        np.testing.assert_array_equal(kept, torch.linspace(0, count - 1, 4096).round().long())

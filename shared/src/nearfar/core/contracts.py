@@ -330,5 +330,17 @@ def _random_state(name: str) -> np.random.RandomState:
 def _sample(tensor: Tensor) -> np.ndarray:
     flat = tensor.detach().cpu().to(torch.float64).flatten()
     if flat.numel() > MAX_VALUES:
-        flat = flat[torch.linspace(0, flat.numel() - 1, MAX_VALUES).round().long()]
+        flat = flat[torch.from_numpy(_positions(flat.numel()))]
     return flat.numpy()
+
+
+def _positions(count: int) -> np.ndarray:
+    """Which of `count` values a contract keeps: torch.linspace from 0 to count - 1, rounded.
+
+    As a processor with vectors computes it in float32, with one rounding for product and sum: torch's form without them
+    rounds twice and gives other positions.
+    """
+    step = float(np.float32(count - 1) / np.float32(MAX_VALUES - 1))
+    place = np.arange(MAX_VALUES)
+    exact = np.where(place < MAX_VALUES // 2, step * place, count - 1 - step * (MAX_VALUES - 1 - place))
+    return np.rint(exact.astype(np.float32)).astype(np.int64)
