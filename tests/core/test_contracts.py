@@ -137,6 +137,6 @@ def test_every_shipped_contract_has_a_builder():
 def test_values_are_kept_at_the_same_places_on_every_processor(count: int) -> None:
     kept = _positions(count)
     assert (len(kept), kept[0], kept[-1]) == (4096, 0, count - 1)
-    assert (np.diff(kept) > 0).all()
+    assert (np.diff(kept) >= 0).all()
     if torch.backends.cpu.get_cpu_capability() != "DEFAULT":
         np.testing.assert_array_equal(kept, torch.linspace(0, count - 1, 4096).round().long())
