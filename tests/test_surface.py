@@ -52,7 +52,15 @@ def test_importing_a_domain_imports_no_library():
     )
 
 
-@pytest.mark.parametrize("order", ["import timm, nearfar.vision", "import nearfar.vision, timm"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import timm, nearfar.vision",
+        "import nearfar.vision, timm",
+        # as transformers asks whether timm is there
+        "import importlib.util, nearfar.vision; importlib.util.find_spec('timm'); import timm",
+    ],
+)
 def test_timm_finds_models_whose_systems_are_imported_when_asked_for(order):
     run(
         f"""

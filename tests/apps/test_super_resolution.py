@@ -12,8 +12,10 @@ from skimage import data
 from typer.testing import CliRunner
 
 from nearfar.apps.super_resolution.cli import app
+from nearfar.apps.super_resolution.tour import chapter
 from nearfar.core.cli.batch import BatchError
 from nearfar.core.errors import UserError
+from nearfar.core.report import Report
 from nearfar.vision.restoration.catanet import CATANet
 from tests.vision.restoration.test_upscaling import TINY
 
@@ -99,3 +101,29 @@ def test_train_evaluate_and_compare(tmp_path: Path) -> None:
 def test_models_lists_every_published_network() -> None:
     names = [row["model"] for row in json.loads(call("models", "--json"))]
     assert {"catanet_x2", "catanet_x3", "catanet_x4", "drct_x4", "drct_l_x4"} <= set(names)
+
+
+@pytest.mark.parametrize(("scale", "gain"), [(2, 2.0), (4, 1.5)])
+def test_the_network_that_comes_along_beats_bicubic_resizing(scale: int, gain: float, shared_data) -> None:
+    folder = shared_data("sr/Set5")
+    (ours,) = json.loads(call("evaluate", folder, "--scale", scale, "--json"))
+    (bicubic,) = json.loads(call("evaluate", folder, "--scale", scale, "--model", "bicubic", "--json"))
+    assert ours["PSNR"] - bicubic["PSNR"] > gain
+    assert ours["SSIM"] > bicubic["SSIM"]
+
+
+def test_it_is_used_where_no_model_is_named(tmp_path: Path) -> None:
+    Image.fromarray(data.coffee()[:24, :32]).save(tmp_path / "a.png")
+    for words, size in (((), (64, 48)), (("--scale", 4), (128, 96))):
+        call("upscale", tmp_path / "a.png", "-o", tmp_path / f"out{size[0]}", *words)
+        with Image.open(tmp_path / f"out{size[0]}" / "a.png") as picture:
+            assert picture.size == size
+    with pytest.raises(UserError, match="enlarge 2 and 4 times"):
+        call("upscale", tmp_path / "a.png", "-o", tmp_path / "out3", "--scale", 3)
+
+
+def test_tour_chapter(tmp_path: Path) -> None:
+    report = Report("tour")
+    chapter(report, tmp_path)
+    page = report.write(tmp_path / "page.html").read_text()
+    assert "CATANet, small" in page

@@ -123,17 +123,24 @@ def hook() -> None:
 
 
 class _AfterTimm(MetaPathFinder):
-    """Calls `hook` when timm has been imported."""
+    """Calls `hook` when timm has been imported, however often others only ask whether it is there."""
+
+    asking = False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "timm":
+        if name != "timm" or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        self.asking = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 execute(module)
                 hook()
 

@@ -301,9 +301,10 @@ def _scores(
                 network, folder, times, colour=colour, protocol=protocol, tiling=tiling, ensemble=ensemble,  # type: ignore[arg-type]
                 track=lambda pairs, folder=folder: track(pairs, folder.name),
             )  # fmt: skip
-            rows.append({"model": name, "set": folder.name, "scale": times, "pictures": len(found)})
+            shown = "the small one" if Path(name).parent == WEIGHTS else name
+            rows.append({"model": shown, "set": folder.name, "scale": times, "pictures": len(found)})
             rows[-1] |= evaluation.mean(found)
-            pictures += [{"model": name, "set": folder.name, **row} for row in found]
+            pictures += [{"model": shown, "set": folder.name, **row} for row in found]
     if csv is not None:
         write_csv(csv, pictures)
     return rows
