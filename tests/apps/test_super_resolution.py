@@ -17,6 +17,7 @@ from nearfar.core.cli.batch import BatchError
 from nearfar.core.errors import UserError
 from nearfar.core.report import Report
 from nearfar.vision.restoration.catanet import CATANet
+from nearfar.vision.restoration.drct import DRCT
 from tests.vision.restoration.test_upscaling import TINY
 
 
@@ -96,6 +97,14 @@ def test_train_evaluate_and_compare(tmp_path: Path) -> None:
         call("evaluate", tmp_path / "held", "--model", "bicubic")
     with pytest.raises(UserError, match="--colour lab"):
         call("evaluate", tmp_path / "held", "--model", run, "--colour", "lab")
+
+
+def test_tiles_that_a_network_cannot_take(tmp_path: Path) -> None:
+    DRCT(2, groups=1, dim=16, growth=8, num_heads=2, window_size=8, features=8).save_pretrained(tmp_path / "net")
+    Image.fromarray(data.coffee()[:40, :40]).save(tmp_path / "a.png")
+    for command in (["upscale", tmp_path / "a.png", "-o", tmp_path / "out"], ["evaluate", tmp_path / "a.png"]):
+        with pytest.raises(UserError, match="tile 50 and overlap 32 must be multiples of 16"):
+            call(*command, "--model", tmp_path / "net", "--tile", 50)
 
 
 def test_models_lists_every_published_network() -> None:

@@ -35,33 +35,25 @@ class VMambaTester(BackboneTester):
                 total += positions * directions * inner * (9 * states + 1)
         return total
 
+    @pytest.mark.slow
+    def test_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().test_export(monkeypatch)
+
+    @pytest.mark.slow
+    def test_published_variants(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().test_published_variants(monkeypatch)
+
 
 class TestVMamba(VMambaTester):
     name = "vmamba_tiny_s1l8"
     tiny: ClassVar = {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)}
     least: ClassVar = {"depths": (1, 1), "dims": (16, 32)}
 
-    @pytest.mark.slow
-    def test_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().test_export(monkeypatch)
-
-    @pytest.mark.slow
-    def test_published_variants(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().test_published_variants(monkeypatch)
-
 
 class TestFirstForm(VMambaTester):
     name = "vmamba_tiny_v0"
     tiny: ClassVar = {"depths": (1, 1, 1, 1), "dims": (16, 32, 64, 128)}
     least: ClassVar = {"depths": (1, 1), "dims": (16, 32), **FIRST}
-
-    @pytest.mark.slow
-    def test_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().test_export(monkeypatch)
-
-    @pytest.mark.slow
-    def test_published_variants(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().test_published_variants(monkeypatch)
 
 
 @pytest.mark.parametrize("path", [p for p in shipped("mamba-medical") if "--vmamba" in p.name], ids=lambda p: p.stem)

@@ -13,12 +13,13 @@ from PIL import Image, ImageCms
 from skimage import data
 
 from nearfar.core.errors import UserError
+from nearfar.vision.data.images import picture_files
 from nearfar.vision.restoration import evaluation
 from nearfar.vision.restoration.catanet import CATANet
 from nearfar.vision.restoration.drct import DRCT
 from nearfar.vision.restoration.files import check_target, read_file, write_file
 from nearfar.vision.restoration.networks import load_restorer
-from nearfar.vision.restoration.pairs import Patches, find_pairs, pictures_in, read_rgb, reduced
+from nearfar.vision.restoration.pairs import Patches, find_pairs, read_rgb, reduced
 from nearfar.vision.restoration.resize import imresize
 from nearfar.vision.restoration.tiles import Tiling, bands, choose_tiling, ensembled, upscale
 from nearfar.vision.restoration.training import Recipe, train_restorer
@@ -186,6 +187,12 @@ def test_a_picture_goes_on_where_it_was_stopped(tmp_path: Path, shape: tuple[int
         with pytest.raises(Stopped):
             up(source, tmp_path / "twice.png", Tiling(16, 4), progress=stop)
         calls.clear()
+        state = tmp_path / ".twice.png.upscaling" / "state.json"
+        kept = state.read_text()
+        state.write_text(kept[:20])
+        with pytest.raises(UserError, match="is no picture that can be gone on with"):
+            up(source, tmp_path / "twice.png", Tiling(16, 4))
+        state.write_text(kept)
         up(source, tmp_path / "twice.png", Tiling(16, 4), progress=lambda *done: calls.append(done))
         assert calls[0][0] == min(2, calls[-1][1] - 1) + 1
         assert np.array_equal(read_file(tmp_path / "twice.png").pixels, want.pixels)
@@ -220,11 +227,11 @@ def test_layouts_of_test_sets(tmp_path: Path) -> None:
         evaluation.evaluate(CATANet(2, **TINY).eval(), tmp_path / "b", 2)
     (tmp_path / "b/LR_bicubic/X3").mkdir()
     with pytest.raises(UserError, match="no pictures there"):
-        pictures_in([tmp_path / "b" / "LR_bicubic" / "X3"])
+        picture_files([tmp_path / "b" / "LR_bicubic" / "X3"])
 
 
 def test_bicubic_rows_of_the_tables(shared_data) -> None:
-    """Set5 and Set14 of the literature; four pictures of this Set14 are others than those of the tables."""
+    """Set5's of the literature; Set14 comes out 0.09 dB above its rows."""
     for name, scale, psnr, ssim, within in (
         ("Set5", 2, 33.66, 0.9299, (0.01, 0.0003)),
         ("Set5", 3, 30.39, 0.8682, (0.01, 0.0003)),
@@ -240,7 +247,7 @@ def test_bicubic_rows_of_the_tables(shared_data) -> None:
 def test_low_resolution_pictures_are_those_of_the_sets(shared_data) -> None:
     for high, low in find_pairs(shared_data("sr/Set5"), 2):
         difference = (reduced(read_rgb(high), 2).int() - read_rgb(low).int()).abs()
-        assert (difference > 0).float().mean() < 0.02  # a few of the set's are up to 7 levels off along sharp edges
+        assert (difference > 0).float().mean() < 0.02  # a few of the set's are up to 6 levels off
         assert (difference > 1).float().mean() < 0.005
 
 

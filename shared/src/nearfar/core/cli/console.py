@@ -3,6 +3,7 @@
 What comes from a file or a user is shown as it is: no console reads markup, and control characters are left out.
 """
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -63,6 +64,14 @@ def progress() -> Progress:
         transient=True,
         disable=not messages.is_terminal,
     )
+
+
+def show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+    """Rows as a table, or as JSON for programs, on standard output."""
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        console.print(table(rows))
 
 
 def table(rows: Sequence[dict[str, Any]], title: str | None = None) -> Table:

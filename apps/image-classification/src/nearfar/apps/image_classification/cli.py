@@ -13,23 +13,23 @@ from nearfar.apps.image_classification.common import (
     Trained,
     known_pictures,
     open_classifier,
-    show,
+    read_pictures,
 )
 from nearfar.apps.image_classification.explain import explain_pictures
 from nearfar.apps.image_classification.export import export
 from nearfar.apps.image_classification.prune import prune
 from nearfar.apps.image_classification.robustness import robustness
 from nearfar.core.cli.batch import raise_failures
-from nearfar.core.cli.console import console, messages, track
+from nearfar.core.cli.console import console, messages, show, track
 from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, Workers, recipe_option
-from nearfar.core.errors import UserError, some
+from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.finite import is_finite
 from nearfar.core.plots import new_figure
 from nearfar.core.report import Report
 from nearfar.vision.classification import RECIPES
 from nearfar.vision.classification.classifier import LINEAR, card_of, evaluate_scores, small_forms
-from nearfar.vision.data.images import Pictures, is_picture, open_pictures, read_picture, training_pictures
+from nearfar.vision.data.images import open_pictures, training_pictures
 from nearfar.vision.models.registry import MODELS, VARIANTS
 
 app = typer.Typer(
@@ -183,15 +183,7 @@ def predict(
 ) -> None:
     """Name what pictures show, and write a table: file, class, probability."""
     trained = open_classifier(classifier, model)
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        files += sorted(p for p in path.rglob("*") if is_picture(p.relative_to(path))) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{some(paths)}: no pictures there")
-    found = Pictures([str(f) for f in files], [-1] * len(files), trained.classes, lambda i: read_picture(files[i]))
-    pictures, failures = found.readable(lambda r: track(r, "reading"))
+    pictures, failures = read_pictures(paths, trained.classes)
     rows: list[dict[str, Any]] = []
     if len(pictures):
         scores = trained.scores(pictures, device=device)
@@ -208,7 +200,7 @@ def predict(
         show(rows if as_json else rows[:20], as_json)
         if not as_json:
             console.print(f"{len(pictures)} pictures: {output}", soft_wrap=True)
-    raise_failures(failures, len(files))
+    raise_failures(failures, len(pictures) + len(failures))
 
 
 @app.command()

@@ -1,16 +1,16 @@
-"""What the commands share: options, opening of classifiers and of pictures that they know, tables."""
+"""What the commands share: options, opening of classifiers and of pictures."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from nearfar.core.cli.console import console, table, track
+from nearfar.core.cli.console import track
 from nearfar.core.errors import UserError, some
 from nearfar.core.hub import HUB, from_hub
 from nearfar.vision.classification.classifier import Classifier
-from nearfar.vision.data.images import Pictures, open_pictures
+from nearfar.vision.data.images import Pictures, open_pictures, picture_files, read_picture
 
 Data = Annotated[Path, typer.Argument(help="Labelled pictures: folder, zip file, tar file or data set on disk.")]
 Trained = Annotated[
@@ -41,6 +41,13 @@ def open_any(name: str, model: str | None = None) -> Classifier:
     return open_classifier(Path(from_hub(name, "a model with its weights")[0]), model)
 
 
+def read_pictures(paths: Sequence[Path], classes: Sequence[str] = ()) -> tuple[Pictures, list[str]]:
+    """The pictures in files and folders that can be read, without labels, and a line for each other."""
+    files = picture_files(paths)
+    found = Pictures([str(f) for f in files], [-1] * len(files), classes, lambda i: read_picture(files[i]))
+    return found.readable(lambda r: track(r, "reading"))
+
+
 def known_pictures(
     trained: Classifier, source: Path | str, data: Path, split: str | None
 ) -> tuple[Pictures, Pictures, list[str]]:
@@ -60,11 +67,3 @@ def known_pictures(
     if not len(pictures):
         raise UserError(f"{data}: none of its {len(every)} pictures can be read")
     return every, pictures, failures
-
-
-def show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Rows as a table, or as JSON for programs."""
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        console.print(table(rows))

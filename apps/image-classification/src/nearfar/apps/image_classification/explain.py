@@ -10,16 +10,15 @@ import typer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from nearfar.apps.image_classification.common import Published, Trained, open_classifier, show
+from nearfar.apps.image_classification.common import Published, Trained, open_classifier, read_pictures
 from nearfar.core.cli.batch import raise_failures
-from nearfar.core.cli.console import console, track
+from nearfar.core.cli.console import console, show, track
 from nearfar.core.cli.options import Device, Json
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.plots import new_figure, style
 from nearfar.core.report import Report
 from nearfar.vision.classification.classifier import Classifier, evaluation_transform
-from nearfar.vision.data.images import Pictures, is_picture, read_picture
 from nearfar.vision.explain.checks import class_sensitivity, completeness, judge, randomization, ranks
 from nearfar.vision.explain.methods import METHODS, Explanation, explain, methods_for
 
@@ -52,19 +51,11 @@ def explain_pictures(
     smooth noise, and edges where it is above the picture's own edges.
     """
     trained = open_classifier(classifier, model)
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        files += sorted(p for p in path.rglob("*") if is_picture(p.relative_to(path))) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{some(paths)}: no pictures there")
     wanted = class_of(trained, target)
     network = trained.model.to(device).eval()
-    found = Pictures([str(f) for f in files], [-1] * len(files), trained.classes, lambda i: read_picture(files[i]))
-    pictures, failures = found.readable(lambda r: track(r, "reading"))
+    pictures, failures = read_pictures(paths, trained.classes)
     if not len(pictures):
-        raise_failures(failures, len(files))
+        raise_failures(failures, len(pictures) + len(failures))
     data = pictures.subset(
         range(len(pictures)), evaluation_transform(trained.size, trained.crop_pct, trained.crop_mode)
     )
@@ -122,7 +113,7 @@ def explain_pictures(
             beaten = sum(row["beats noise"] and row["beats edges"] for row in mine)
             console.print(f"{one}: beats noise and edges on {beaten} of {len(mine)} pictures", soft_wrap=True)
         console.print(f"Page: {output / 'page.html'}", soft_wrap=True)
-    raise_failures(failures, len(files))
+    raise_failures(failures, len(pictures) + len(failures))
 
 
 def class_of(trained: Classifier, target: str | None) -> int | None:

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from nearfar.apps.image_classification.common import Published, open_any, show
-from nearfar.core.cli.console import console, track
+from nearfar.apps.image_classification.common import Published, open_any, read_pictures
+from nearfar.core.cli.console import console, show
 from nearfar.core.cli.options import Json
 from nearfar.core.errors import UserError
-from nearfar.vision.data.images import Pictures, is_picture, read_picture
+from nearfar.vision.data.images import Pictures
 
 
 def export(
@@ -36,26 +36,21 @@ def export(
     if find_spec("onnx") is None or find_spec("onnxruntime") is None or find_spec("onnxscript") is None:
         raise UserError("export needs onnx, onnxscript and onnxruntime; install nearfar-image-classification[export]")
     trained = open_any(classifier, model)
-    rows = export_classifier(trained, output, fixed=fixed, calibration=pictures_in(int8) if int8 else None)
+    rows = export_classifier(trained, output, fixed=fixed, calibration=readable(int8) if int8 else None)
     if check is not None:
         step = max(32, int(getattr(trained.model, "min_size", 32)))
         size = trained.size
         sizes = (size,) if fixed else (size, size + step, size + 2 * step)
-        rows = compare_with(trained, output, pictures_in(check), sizes)
+        rows = compare_with(trained, output, readable(check), sizes)
     show(rows, as_json)
     if not as_json:
         console.print(f"{len(trained.classes)} classes: {output}", soft_wrap=True)
 
 
-def pictures_in(place: Path) -> Pictures:
-    """The pictures of a folder, labelled or not, that can be read."""
-    if not place.exists():
-        raise UserError(f"{place}: no such file or folder")
-    files = sorted(p for p in place.rglob("*") if is_picture(p.relative_to(place))) if place.is_dir() else [place]
-    if not files:
-        raise UserError(f"{place}: holds no pictures")
-    found = Pictures([str(f) for f in files], [-1] * len(files), [], lambda i: read_picture(files[i]))
-    pictures, failures = found.readable(lambda r: track(r, "reading"))
+def readable(place: Path) -> Pictures:
+    """The pictures of a file or folder. Raises UserError where one cannot be read."""
+    pictures, failures = read_pictures([place])
     if failures:
-        raise UserError(f"{len(failures)} of {len(files)} pictures cannot be read; the first: {failures[0]}")
+        total = len(pictures) + len(failures)
+        raise UserError(f"{len(failures)} of {total} pictures cannot be read; the first: {failures[0]}")
     return pictures

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from nearfar.apps.image_classification.common import Data, known_pictures, open_any, show
+from nearfar.apps.image_classification.common import Data, known_pictures, open_any
 from nearfar.core.cli.batch import raise_failures
-from nearfar.core.cli.console import console, say, track
+from nearfar.core.cli.console import console, say, show, track
 from nearfar.core.cli.options import Device, Fresh, Json
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json

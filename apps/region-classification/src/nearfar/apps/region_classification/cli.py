@@ -12,7 +12,7 @@ import torch
 import typer
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
-from nearfar.core.cli.console import console, messages, table, track
+from nearfar.core.cli.console import console, messages, show, track
 from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, recipe_option
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import write_csv, write_json
@@ -183,11 +183,3 @@ def load(folder: Path) -> tuple[RveRNet | Single, dict[str, Any]]:
         views_of(record)
         load_state_dict(model, read_state_dict(folder / "model.safetensors"))
     return model.eval(), record
-
-
-def show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Rows as a table, or as JSON for programs."""
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        console.print(table(rows))

@@ -1,6 +1,5 @@
 """`nearfar super-resolution`: enlarge pictures, train and score the networks that do it."""
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,7 @@ import typer
 
 from nearfar.apps.super_resolution.page import before_and_after
 from nearfar.core.cli.batch import raise_failures, run_batch
-from nearfar.core.cli.console import console, messages, progress, table, track
+from nearfar.core.cli.console import messages, progress, show, track
 from nearfar.core.cli.options import (
     Device,
     Fresh,
@@ -28,11 +27,10 @@ from nearfar.core.memory import parse_memory
 from nearfar.core.reading import check_announced, reading
 from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
-from nearfar.vision.data.images import is_picture
+from nearfar.vision.data.images import is_picture, picture_files
 from nearfar.vision.restoration import evaluation
 from nearfar.vision.restoration.files import LIMIT, SUFFIXES, read_file
 from nearfar.vision.restoration.networks import load_restorer, restorers
-from nearfar.vision.restoration.pairs import pictures_in
 from nearfar.vision.restoration.tiles import Tiling
 from nearfar.vision.restoration.upscaler import Upscaler
 
@@ -111,7 +109,7 @@ def upscale(
     upscaler = Upscaler.load(_network(model, scale), device, half=half)
     if scale not in (None, upscaler.model.scale):
         raise UserError(f"--scale {scale}: {model} enlarges {upscaler.model.scale} times")
-    given = None if tile is None else _tiling(tile, overlap, tiling)
+    given = _tiling(tile, overlap, tiling, upscaler.model.multiple)
     budget = None if memory is None else parse_memory(memory)
     if format is not None and f".{format}" not in SUFFIXES:
         raise UserError(f"--format {format}: pictures are written as {', '.join(sorted(s[1:] for s in SUFFIXES))}")
@@ -182,9 +180,9 @@ def _jobs(inputs: list[Path], output: Path, format: str | None, unpacked: Path) 
                 archive.extractall(root, names)
             if not names:
                 raise UserError(f"{path}: no pictures there")
-            found += [(p, output / path.stem / p.relative_to(root)) for p in pictures_in([root])]
+            found += [(p, output / path.stem / p.relative_to(root)) for p in picture_files([root])]
         elif path.is_dir():
-            found += [(p, output / p.relative_to(path)) for p in pictures_in([path])]
+            found += [(p, output / p.relative_to(path)) for p in picture_files([path])]
         else:
             found.append((path, output / path.name))
     jobs = []
@@ -220,7 +218,7 @@ def train_command(
     from nearfar.vision.restoration.training import Recipe, train_restorer
 
     resolved = read_recipe(Recipe, recipe, settings or (), RECIPES)
-    files, chosen = pictures_in(pictures), pictures_in(held)
+    files, chosen = picture_files(pictures), picture_files(held)
     model, history = train_restorer(
         files, chosen, resolved, output, weights=weights, device=device, workers=workers, fresh=fresh,
         show_progress=messages.is_terminal,
@@ -287,7 +285,6 @@ def _scores(
     for option, value, allowed in (("--colour", colour, ("y", "rgb")), ("--protocol", protocol, ("8bit", "float"))):
         if value not in allowed:
             raise UserError(f"{option} {value}: allowed are {' and '.join(allowed)}")
-    tiling = None if tile is None else _tiling(tile, overlap, blend)
     rows, pictures = [], []
     for name in names:
         network = None if name == BICUBIC else load_restorer(name).to(choose_device(device, "--device"))
@@ -296,6 +293,7 @@ def _scores(
             raise UserError("bicubic: say --scale")
         if scale not in (None, times):
             raise UserError(f"{name}: enlarges {times} times, not {scale}")
+        tiling = _tiling(tile, overlap, blend, 1 if network is None else network.multiple)
         for folder in data:
             found = evaluation.evaluate(
                 network, folder, times, colour=colour, protocol=protocol, tiling=tiling, ensemble=ensemble,  # type: ignore[arg-type]
@@ -317,16 +315,13 @@ def _network(model: Path | None, scale: int | None) -> Path:
     return WEIGHTS / f"x{scale or 2}" if model is None else model
 
 
-def _tiling(tile: int, overlap: int, blend: str) -> Tiling:
+def _tiling(tile: int | None, overlap: int, blend: str, multiple: int) -> Tiling | None:
+    """The tiles that are asked for, None where none are."""
+    if tile is None:
+        return None
     try:
-        return Tiling(tile, overlap, blend)  # type: ignore[arg-type]
+        found = Tiling(tile, overlap, blend)  # type: ignore[arg-type]
+        found.check(multiple)
+        return found
     except ValueError as error:
         raise UserError(f"--tile, --overlap, --tiling: {error}") from error
-
-
-def show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Rows as a table, or as JSON for programs."""
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        console.print(table(rows))

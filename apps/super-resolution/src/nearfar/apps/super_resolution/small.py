@@ -1,7 +1,7 @@
 """How the weights that this app ships are made: `python -m nearfar.apps.super_resolution.small RUNS`.
 
 Two small CATANets, for x2 and from it for x4, learn from the photographs that scikit-image, scikit-learn and matplotlib
-carry; three others choose the epoch. No picture of a test set is among them. It takes some twenty minutes on one core.
+carry; three others choose the epoch. No picture of a test set is among them. It takes about half an hour on one core.
 The networks are then in RUNS/x2 and RUNS/x4.
 """
 

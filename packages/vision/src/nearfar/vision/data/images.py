@@ -9,7 +9,7 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
@@ -95,6 +95,20 @@ def is_picture(path: PurePath) -> bool:
     """Whether a path inside a data set is a picture's, by its suffix; what systems hide beside pictures is none."""
     hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
     return path.suffix.lower() in SUFFIXES and not hidden
+
+
+def picture_files(paths: Iterable[str | Path]) -> list[Path]:
+    """Picture files: those named, and those anywhere in the folders named, in order. Raises UserError for none."""
+    found: list[Path] = []
+    places = [Path(path) for path in paths]
+    for path in places:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and is_picture(p.relative_to(path)))
+        found += inside if path.is_dir() else [path]
+    if not found:
+        raise UserError(f"{some(places)}: no pictures there")
+    return found
 
 
 class Pictures(Dataset):

@@ -15,6 +15,7 @@ from PIL import Image, ImageCms
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
+from nearfar.core.reading import reading
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".avif"}
 """What can be written."""
@@ -60,7 +61,7 @@ def read_file(path: str | Path, *, limit: int = LIMIT, first_frame: bool = False
     without a profile, other colour spaces, or values that are not finite.
     """
     path = Path(path)
-    try:
+    with reading(path, "cannot be read as a picture"):
         with path.open("rb") as stream:
             head = stream.read(26)
         if head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 26 and head[24] == 16:
@@ -69,13 +70,6 @@ def read_file(path: str | Path, *, limit: int = LIMIT, first_frame: bool = False
             found = _read_tiff(path, limit, first_frame)
         else:
             found = _read_pillow(path, limit, first_frame)
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except Exception as error:  # decoders raise what they like for damaged files
-        why = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as a picture ({why})") from error
     if 0 in found.pixels.shape:
         raise UserError(f"{path}: has no pixels")
     if found.pixels.dtype.kind == "f":

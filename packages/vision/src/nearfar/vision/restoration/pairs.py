@@ -1,7 +1,7 @@
 """Pictures to learn from and to be scored on: folders of high-resolution pictures, and of pairs."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from nearfar.core.errors import UserError, some
 from nearfar.core.fingerprint import content_digest
-from nearfar.vision.data.images import is_picture, read_picture
+from nearfar.vision.data.images import picture_files, read_picture
 from nearfar.vision.restoration.resize import imresize
 
 LOW = r"(?i)LR|LR_?bicubic|LR_?bicx?\d|LR_?bic"
@@ -37,20 +37,6 @@ def reduced(picture: Tensor, scale: int) -> Tensor:
     return imresize(picture, 1 / scale, mode="uint8")
 
 
-def pictures_in(paths: Iterable[str | Path]) -> list[Path]:
-    """Picture files: those named, and those anywhere in the folders named, in order. Raises UserError for none."""
-    found: list[Path] = []
-    places = [Path(path) for path in paths]
-    for path in places:
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and is_picture(p.relative_to(path)))
-        found += inside if path.is_dir() else [path]
-    if not found:
-        raise UserError(f"{some(places)}: no pictures there")
-    return found
-
-
 def find_pairs(folder: str | Path, scale: int) -> list[tuple[Path, Path | None]]:
     """High-resolution pictures of a test set and their low-resolution ones, None where the set holds none.
 
@@ -65,7 +51,7 @@ def find_pairs(folder: str | Path, scale: int) -> list[tuple[Path, Path | None]]
         folder = names[f"image_SRF_{scale}"]
     elif any(name.startswith("image_SRF_") for name in names):
         raise UserError(f"{folder}: has {', '.join(sorted(names))}, none for scale {scale}")
-    files = [path for path in pictures_in([folder]) if path.parent == folder]
+    files = [path for path in picture_files([folder]) if path.parent == folder]
     if high := [path for path in files if path.stem.endswith("_HR")]:
         pairs = [(path, path.with_name(f"{path.stem.removesuffix('HR')}LR{path.suffix}")) for path in high]
         return _complete(folder, pairs)
@@ -74,7 +60,7 @@ def find_pairs(folder: str | Path, scale: int) -> list[tuple[Path, Path | None]]
     lows = [path for name, path in sorted(names.items()) if re.fullmatch(LOW, name)]
     lows = [p / f"X{scale}" if (p / f"X{scale}").is_dir() else p for p in lows]
     lows = [p for p in lows if not (named := re.search(r"(\d+)$", p.name)) or int(named[1]) == scale]
-    high = [path for path in pictures_in([high_folder]) if path.parent == high_folder]
+    high = [path for path in picture_files([high_folder]) if path.parent == high_folder]
     if not lows:
         return [(path, None) for path in high]
     pairs = []

@@ -33,12 +33,16 @@ class Tiling:
         if self.blend not in ("cosine", "core", "average"):
             raise ValueError(f"blend is {self.blend!r}; allowed are 'cosine', 'core' and 'average'")
 
+    def check(self, multiple: int) -> None:
+        """Raise ValueError unless tiles can begin at multiples of so many pixels."""
+        if self.tile % multiple or self.overlap % multiple:
+            raise ValueError(f"tile {self.tile} and overlap {self.overlap} must be multiples of {multiple}")
+
     def spans(self, length: int, multiple: int) -> list[tuple[int, int]]:
         """Begin and end of the tiles along an axis; all begin at a multiple, and the last ends with the axis."""
         if length <= self.tile:
             return [(0, length)]
-        if self.tile % multiple or self.overlap % multiple:
-            raise ValueError(f"tile {self.tile} and overlap {self.overlap} must be multiples of {multiple}")
+        self.check(multiple)
         step = self.tile - self.overlap
         begins = range(0, length - self.overlap, step)
         return [(begin, min(begin + self.tile, length)) for begin in begins]

@@ -16,6 +16,7 @@ from nearfar.core.fingerprint import content_digest, data_digest
 from nearfar.core.finite import is_finite
 from nearfar.core.made_from import model_digest
 from nearfar.core.memory import resident_memory
+from nearfar.core.reading import reading
 from nearfar.vision.restoration.files import PictureFile, check_target, write_file
 from nearfar.vision.restoration.networks import load_restorer
 from nearfar.vision.restoration.restorer import Restorer
@@ -112,15 +113,15 @@ class _State:
     def __init__(self, folder: Path, made_from: str) -> None:
         self.folder, self.made_from = folder, made_from
         self.index, self.done, self.begun = 0, 0, None
-        try:
-            found = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        if not (folder / "state.json").is_file():
             return
-        if found.get("made_from") == made_from and (folder / "rows").is_file():
-            self.index, self.done = found["pass"], found["done"]
-            if self.done:
-                with np.load(folder / found["sums"], allow_pickle=False) as sums:
-                    self.begun = torch.from_numpy(sums["sums"])
+        with reading(folder, "is no picture that can be gone on with", "remove it"):
+            found = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if found["made_from"] == made_from and (folder / "rows").is_file():
+                self.index, self.done = found["pass"], found["done"]
+                if self.done:
+                    with np.load(folder / found["sums"], allow_pickle=False) as sums:
+                        self.begun = torch.from_numpy(sums["sums"])
 
     def open(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap:
         """The enlarged picture, on disk."""
