@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +199,32 @@ def test_a_picture_goes_on_where_it_was_stopped(tmp_path: Path, shape: tuple[int
         assert calls[0][0] == min(2, calls[-1][1] - 1) + 1
         assert np.array_equal(read_file(tmp_path / "twice.png").pixels, want.pixels)
     assert not list(tmp_path.glob(".*upscaling"))
+
+
+@pytest.mark.slow
+def test_a_budget_is_kept_by_the_whole_process(tmp_path: Path) -> None:
+    """150 MB above what a process with the network holds."""
+    _save(tmp_path / "in.png", np.tile(data.astronaut(), (2, 2, 1)))
+    CATANet(2, **{**TINY, "dim": 24, "qk_dim": 24}).save_pretrained(tmp_path / "net")
+    code = f"""
+from pathlib import Path
+import torch
+from nearfar.core.memory import resident_memory
+from nearfar.vision.restoration.files import read_file
+from nearfar.vision.restoration.upscaler import Upscaler
+torch.set_num_threads(1)
+folder = Path({str(tmp_path)!r})
+up, picture = Upscaler.load(folder / "net"), read_file(folder / "in.png")
+up.model(torch.rand(1, 3, 16, 16))
+budget = resident_memory() + 150 * 2**20
+tiling = up.tiling(picture, budget)
+assert tiling.tile < 1024
+up(picture, folder / "out.png", tiling)
+print(resident_memory(peak=True) - budget)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 0
 
 
 def test_layouts_of_test_sets(tmp_path: Path) -> None:
