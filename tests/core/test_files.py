@@ -45,6 +45,15 @@ def test_json_takes_numpy_and_paths(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1.5, "y": [0, 1, 2], "z": str(tmp_path)}
 
 
+def test_json_holds_what_every_parser_takes(tmp_path):
+    odd = {"a": float("nan"), "b": (1.0, np.float32("inf")), "c": np.array([0.5, np.nan])}
+    text = write_json(tmp_path / "a.json", odd).read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [1.0, None], "c": [0.5, None]}
+    back = json.loads(write_json(tmp_path / "b.json", odd, exact=True).read_text())
+    assert np.isnan(back["a"])
+    assert back["b"][1] == float("inf")
+
+
 def test_csv_has_the_columns_of_all_rows(tmp_path):
     write_csv(tmp_path / "a.csv", [{"a": 1}, {"a": 2, "b": "x,y"}])
     with (tmp_path / "a.csv").open() as stream:

@@ -5,6 +5,7 @@ import csv
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -203,9 +204,19 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
-def write_json(path: str | Path, value: Any) -> Path:
-    """Write `value` as indented JSON to `path` atomically; numpy scalars and arrays and paths are converted."""
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
+def json_text(value: Any, exact: bool = False) -> str:
+    """`value` as indented JSON; numpy scalars and arrays, tensors and paths are converted.
+
+    JSON has no NaN and no infinity, and parsers other than Python's refuse them: they become null, unless `exact`, for
+    what nearfar alone reads back.
+    """
+    plain = value if exact else _finite(value)
+    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=exact, default=_plain)
+
+
+def write_json(path: str | Path, value: Any, exact: bool = False) -> Path:
+    """Write `json_text` of `value` to `path` atomically."""
+    return write_text(path, json_text(value, exact) + "\n")
 
 
 def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]], delimiter: str = ",") -> Path:
@@ -223,6 +234,16 @@ def file_digest(path: str | Path) -> str:
     """SHA-256 of the file's bytes, in hexadecimal."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _finite(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:

@@ -94,9 +94,8 @@ def writing(
         seen = {"items": sorted(trained_on.items), "groups": sorted(trained_on.groups)}
         paths = [*sorted(files.iterdir()), *(folder / name for name in keep)]
         description = {"kind": kind, "format": FORMAT, "files": {path.name: file_digest(path) for path in paths}}
-        write_json(
-            files / KINDS[kind], description | {"environment": environment()} | dict(about) | {"trained_on": seen}
-        )
+        content = description | {"environment": environment()} | dict(about) | {"trained_on": seen}
+        write_json(files / KINDS[kind], content, exact=True)
         settle(files)
         _finish(folder)
         os.replace(files, folder / NEXT)

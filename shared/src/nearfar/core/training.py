@@ -218,7 +218,7 @@ class _Run(Callback):
         if not (path := self.folder / "run.json").exists():
             if not process_rank():
                 self.forget()  # a state without its record: nothing tells what it was made from
-            write_json(path, record)
+            write_json(path, record, exact=True)
             return False
         with reading(path, "is no record of a run", "start anew with --fresh"):
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -258,7 +258,7 @@ class _Run(Callback):
             if not (self.folder / "run.json").exists():
                 raise UserError(f"{self.folder}: was removed while the training ran; run it again")
             record = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
-            write_json(self.folder / "run.json", {**record, "finished": True, "history": self.history})
+            write_json(self.folder / "run.json", {**record, "finished": True, "history": self.history}, exact=True)
         elif self.best_state is not None:
             module.load_state_dict(self.best_state)
 

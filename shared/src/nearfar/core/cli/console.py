@@ -3,7 +3,6 @@
 What comes from a file or a user is shown as it is: no console reads markup, and control characters are left out.
 """
 
-import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from nearfar.core.files import json_text
 
 Item = TypeVar("Item")
 
@@ -69,9 +70,14 @@ def progress() -> Progress:
 def show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
     """Rows as a table, or as JSON for programs, on standard output."""
     if as_json:
-        print(json.dumps(rows, indent=2))
+        show_json(rows)
     else:
         console.print(table(rows))
+
+
+def show_json(value: Any) -> None:
+    """JSON for programs on standard output, as `nearfar.core.files.json_text` writes it."""
+    print(json_text(value))
 
 
 def table(rows: Sequence[dict[str, Any]], title: str | None = None) -> Table:

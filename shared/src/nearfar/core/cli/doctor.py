@@ -1,6 +1,5 @@
 """`nearfar doctor`: what this machine and this environment are, and whether they compute rightly."""
 
-import json
 import os
 import platform
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nearfar.core.cli.console import console, table
+from nearfar.core.cli.console import console, show_json, table
 from nearfar.core.entry_points import load_entry_point
 
 LIBRARIES = ("numpy", "lightning", "timm", "torchaudio", "transformers", "datasets", "mne", "braindecode", "monai")
@@ -30,7 +29,7 @@ def doctor(
     checks += apps
     failed = [row for row in checks if not row["result"].startswith("ok")]
     if as_json:
-        print(json.dumps(found | {"checks": checks}, indent=2))
+        show_json(found | {"checks": checks})
     else:
         for title, values in found.items():
             console.print(table([{title: name, "": str(value)} for name, value in values.items()]))

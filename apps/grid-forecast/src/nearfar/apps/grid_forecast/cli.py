@@ -1,6 +1,5 @@
 """`nearfar grid-forecast`: train, run and score forecasts of gridded fields."""
 
-import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
 
-from nearfar.core.cli.console import console, messages, progress, table
+from nearfar.core.cli.console import console, messages, progress, show_json, table
 from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Seed, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv
@@ -91,7 +90,7 @@ def inspect(
         "latitudes": [float(fields.latitudes[0]), float(fields.latitudes[-1])],
     }
     if as_json:
-        print(json.dumps({**facts, "channels": [{k: _plain(v) for k, v in row.items()} for row in rows]}))
+        show_json({**facts, "channels": rows})
     else:
         console.print(table([{k: str(v) for k, v in facts.items()}]), table(rows))
     if picture is not None:
@@ -213,7 +212,7 @@ def evaluate(
         with atomic_path(picture) as temporary:
             figure.savefig(temporary, dpi=120)
     if as_json:
-        print(json.dumps(rows))
+        show_json(rows)
     else:
         console.print(table(rows, f"{len(starts)} starts, weighted by latitude"))
 
@@ -272,7 +271,3 @@ def animate(name: str, maps: list[np.ndarray], path: Path) -> None:
 
     with atomic_path(path) as temporary:
         FuncAnimation(figure, show, frames=len(maps)).save(temporary, writer=PillowWriter(fps=8))
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, str) else float(value)

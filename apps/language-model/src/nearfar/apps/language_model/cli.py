@@ -1,6 +1,5 @@
 """`nearfar language-model`: train, evaluate, generate, audit; EnWik8 preparation."""
 
-import json
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -10,7 +9,7 @@ import torch
 import typer
 
 from nearfar.apps.language_model import lra
-from nearfar.core.cli.console import console, messages, table
+from nearfar.core.cli.console import console, messages, show_json, table
 from nearfar.core.cli.options import Device, Fresh, Json, Precision, RunFolder, Seed, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv
@@ -72,7 +71,7 @@ def train(
     }
     result["bits_per_token"] = result["validation_loss"] / 0.6931471805599453
     if as_json:
-        print(json.dumps(result | {"history": history}, indent=2))
+        show_json(result | {"history": history})
     else:
         console.print(table(history))
         console.print(table([result]))
@@ -122,7 +121,7 @@ def evaluate(
                 if isinstance(value, int | float):
                     result[f"{name} {metric.removesuffix(',none')}"] = value
     if as_json:
-        print(json.dumps(result, indent=2))
+        show_json(result)
     else:
         console.print(table([{"": name, "value": value} for name, value in result.items()]))
 
@@ -201,7 +200,7 @@ def audit(
     sequences = [tokens[:length], tokens[length : length + length // 2], tokens[-(length * 3 // 4) :]]
     rows = audit_model(lm, sequences, device)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        show_json(rows)
     else:
         console.print(table([row | {"error": f"{row['error']:.1e}"} for row in rows]))
     if any(row["verdict"] == "FAIL" for row in rows):

@@ -1,12 +1,11 @@
 """`nearfar language-model lra`: Long Range Arena."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nearfar.core.cli.console import console, messages, table
+from nearfar.core.cli.console import console, messages, show_json, table
 from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Seed, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.recipes import read_recipe
@@ -48,7 +47,7 @@ def train(
     """Train a classifier; the best validation accuracy chooses its weights."""
     chosen = read_recipe(ArenaRecipe, recipe, settings or ())
     result = train_on_arena(chosen, data, output, device, show_progress=messages.is_terminal, fresh=fresh)
-    console.print(json.dumps(result, indent=2) if as_json else table([result]))
+    show_json(result) if as_json else console.print(table([result]))
 
 
 @app.command()
@@ -68,4 +67,4 @@ def evaluate(
     result = {"task": task, "part": part, **accuracy(classifier, Part(task, data, part, limit))}
     if part != "test":
         result["marked"] = "trained on this part" if part == "train" else "this part chose the epoch"
-    console.print(json.dumps(result, indent=2) if as_json else table([result]))
+    show_json(result) if as_json else console.print(table([result]))

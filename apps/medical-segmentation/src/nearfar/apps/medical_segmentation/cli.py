@@ -14,7 +14,7 @@ import yaml
 
 from nearfar.apps.medical_segmentation import pages
 from nearfar.core.cli.batch import raise_failures, run_batch
-from nearfar.core.cli.console import console, table, track
+from nearfar.core.cli.console import console, show_json, table, track
 from nearfar.core.cli.options import Device, Fresh, Json, Memory, RunFolder, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
@@ -99,7 +99,7 @@ def inspect(
     names = {str(k): v for k, v in collection.labels.items()}
     if as_json:
         content = {"layout": collection.layout, "labels": names, "cases": rows, "problems": failures}
-        typer.echo(json.dumps(content, indent=2))
+        show_json(content)
     else:
         console.print(f"{collection.layout}, {len(collection.cases)} cases", highlight=False)
         if names:

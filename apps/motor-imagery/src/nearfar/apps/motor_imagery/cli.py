@@ -1,6 +1,5 @@
 """`nearfar motor-imagery`: inspect recordings, train a decoder, evaluate decoders fairly, predict, report."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +31,7 @@ from nearfar.apps.motor_imagery.options import (
     preparation,
 )
 from nearfar.core.cli.batch import raise_failures, run_batch
-from nearfar.core.cli.console import console, messages, progress, table
+from nearfar.core.cli.console import console, messages, progress, show_json, table
 from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
@@ -106,7 +105,7 @@ def inspect(paths: Paths, unit: Unit = None, as_json: Json = False) -> None:
     found = find_recordings(paths)
     rows, failures = run_batch(found, look, "reading", name=lambda recording: str(recording.path))
     if as_json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        show_json(rows)
     elif rows:
         console.print(table(rows))
     raise_failures(failures, len(found))

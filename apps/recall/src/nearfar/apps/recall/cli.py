@@ -1,12 +1,11 @@
 """`nearfar recall`: train small models on recall tasks over a grid, show and plot the results, slice real text."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from nearfar.core.cli.console import console, messages, progress, table
+from nearfar.core.cli.console import console, messages, progress, show_json, table
 from nearfar.core.cli.options import Device, Json, RunFolder, Settings
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_json
@@ -70,7 +69,7 @@ def sweep(
 def print_best(rows: list[dict[str, Any]], as_json: bool) -> None:
     best = recall.best_results(rows)
     if as_json:
-        print(json.dumps(best, indent=2))
+        show_json(best)
     else:
         console.print(table(best))
 
@@ -144,7 +143,7 @@ def text(
     if output is not None:
         write_json(output, result)
     if as_json:
-        print(json.dumps(result, indent=2))
+        show_json(result)
         return
     console.print(table(rows))
     if against:

@@ -1,6 +1,5 @@
 """`nearfar speaker-verification`: train, embed, enroll, verify, identify, score, evaluate, calibrate."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from nearfar.audio.speakers.quality import Gate
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.audio.speakers.training import Recipe, build_model, split_speakers, train_speaker_model, usable
 from nearfar.core.cli.batch import raise_failures
-from nearfar.core.cli.console import console, messages, table
+from nearfar.core.cli.console import console, messages, show_json, table
 from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, Workers, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
@@ -236,7 +235,7 @@ def verify(
             low, high = (float(bound[0]) for bound in system.calibration.interval(inputs))
         answer |= {"llr_low": low, "llr_high": high, "sentence": _sentence(answer["llr"], low, high)}
     if as_json:
-        print(json.dumps(answer, indent=2))
+        show_json(answer)
     else:
         console.print(answer["sentence"], soft_wrap=True)
         if answer["marked"]:
@@ -283,7 +282,7 @@ def identify(
             }
         )
     if as_json:
-        print(json.dumps({"far": far, "gallery": len(found.names), "results": rows}, indent=2))
+        show_json({"far": far, "gallery": len(found.names), "results": rows})
     elif rows:
         title = f"at most {far:.2%} of strangers are taken for one of {len(found.names)} speakers"
         console.print(table(rows, title))

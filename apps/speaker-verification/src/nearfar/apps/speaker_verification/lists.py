@@ -22,7 +22,7 @@ from nearfar.audio.speakers.embedding import Embedder, model_digest
 from nearfar.audio.speakers.lists import count_unscored, rows_in, score_trials, unique
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.cli.batch import raise_failures
-from nearfar.core.cli.console import console, messages, table
+from nearfar.core.cli.console import console, messages, show_json, table
 from nearfar.core.cli.options import Device, Json
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
@@ -256,7 +256,7 @@ def calibrate(
         answer = {"trials": len(listed), "convention": system.convention, "cllr": after, "min_cllr": before}
         answer |= {"bias": system.calibration.bias, "intervals": "speakers" if sides else "trials"}
         answer["weights"] = dict(zip(system.calibration.names, system.calibration.weights.tolist()))
-        print(json.dumps(answer, indent=2))
+        show_json(answer)
         return
     how = "speakers" if sides else "trials (name speakers with --speaker-pattern for honest intervals)"
     console.print(f"calibrated on {len(listed)} trials: Cllr {after:.3f}, at best {before:.3f}; intervals over {how}")

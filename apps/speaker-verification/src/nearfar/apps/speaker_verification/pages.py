@@ -87,8 +87,8 @@ def speakers_of(trials: scoring.Trials, pattern: str | None) -> tuple[list[str],
 
 
 def figure_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One readable row per figure; rates in percent."""
-    rows = []
+    """One readable row per figure, as they are or read back from JSON, whose null stands for NaN; rates in percent."""
+    rows, figures = [], {name: math.nan if value is None else value for name, value in figures.items()}
     for name, title in NAMES.items():
         if name not in figures:
             continue
@@ -102,7 +102,9 @@ def figure_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         if actual != name and actual in figures:
             rows.append({"figure": "actual " + title[3:], "value": f"{figures[actual]:.4f}", "95 % interval": ""})
     for name, interval in figures.get("minus", {}).get("figures", {}).items():
-        value, low, high = (f"{x:+.3%}" if name == "eer_nist" else f"{x:+.4f}" for x in interval)
+        value, low, high = (
+            "nan" if x is None else f"{x:+.3%}" if name == "eer_nist" else f"{x:+.4f}" for x in interval
+        )
         title = f"{NAMES[name].split(':')[0].rstrip(')')}) minus that of {figures['minus']['scores']}"
         rows.append({"figure": title, "value": value, "95 % interval": f"{low} to {high}"})
     return [row | {"marked": figures["marked"]} for row in rows] if "marked" in figures else rows

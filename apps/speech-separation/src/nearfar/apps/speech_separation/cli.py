@@ -21,7 +21,7 @@ from nearfar.audio.separation.mossformer import load_model
 from nearfar.audio.separation.windows import model_separator
 from nearfar.audio.sound import SUFFIXES, Recording, writing
 from nearfar.core.cli.batch import raise_failures, run_batch
-from nearfar.core.cli.console import console, messages, progress, table
+from nearfar.core.cli.console import console, messages, progress, show_json, table
 from nearfar.core.cli.options import Device, Fresh, Json, Memory, RunFolder, Seed, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
@@ -183,7 +183,7 @@ def separate(
 
             results, failures = run_batch(found, one, "separating")
     if as_json:
-        print(json.dumps(results, indent=2))
+        show_json(results)
     elif results:
         columns = ("file", "seconds", "speakers", "sum_back_db", "sum_back_fitted_db", "confidence", "real_time_factor")
         console.print(table([{name: row.get(name, "") for name in columns} for row in results]))
@@ -394,7 +394,7 @@ def evaluate(
     if marked := mark([row["seen_in_training"] for row in rows]):
         scores = [row | {"marked": marked} for row in scores]
     if as_json:
-        print(json.dumps({"summary": scores, "files": rows}, indent=2))
+        show_json({"summary": scores, "files": rows})
     elif scores:
         console.print(table(scores))
     raise_failures(failures, len(found))

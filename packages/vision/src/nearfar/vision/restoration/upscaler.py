@@ -134,7 +134,11 @@ class _State:
         if begun is not None:
             with atomic_path(self.folder / sums) as temporary:
                 np.savez(temporary, sums=begun.numpy())
-        write_json(self.folder / "state.json", {"made_from": self.made_from, "pass": index, "done": done, "sums": sums})
+        write_json(
+            self.folder / "state.json",
+            {"made_from": self.made_from, "pass": index, "done": done, "sums": sums},
+            exact=True,
+        )
         for old in self.folder.glob("sums-*.npz"):
             if old.name != sums:
                 old.unlink()

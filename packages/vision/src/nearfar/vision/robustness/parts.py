@@ -44,5 +44,5 @@ class Parts:
                 self.left.append(name)
                 return None
             self.done[name] = measure()
-            write_json(self.file, {"made_from": self.source, "parts": self.done})
+            write_json(self.file, {"made_from": self.source, "parts": self.done}, exact=True)
         return self.done[name]

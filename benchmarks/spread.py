@@ -1,0 +1,139 @@
+"""Figures of the READMEs that come from a training, over several seeds.
+
+    uv run python benchmarks/spread.py DATA OUTPUT [--only speakers,motor-imagery,separation,brain] [--seeds 0 1 2]
+
+DATA holds `fsdd/recordings`, `voices`, `libri2mix` and `eegmmidb/S001`; the brain comes with nilearn. The commands are
+those of the apps' READMEs but for the seed, and are printed as they run. Called again, finished work is not repeated.
+Half an hour of one core for each of speakers and separation, minutes for the others.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nearfar.core.files import write_json
+
+VOICES = ["--layout", r"(\d_)?(?P<speaker>[^/_]+)[/_].+", "--same", "en-f=es-f"]
+
+
+def nearfar(*words: object) -> None:
+    line = ["nearfar", *map(str, words)]
+    print("$", shlex.join(line), flush=True)
+    subprocess.run([Path(sys.executable).with_name("nearfar"), *line[1:]], check=True, stdout=subprocess.DEVNULL)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def speakers(data: Path, output: Path, seed: int) -> dict[str, float]:
+    corpus = output / "corpus"
+    if not (corpus / "trials.txt").exists():
+        script = Path(__file__).with_name("speakers.py")
+        subprocess.run([sys.executable, script, data, corpus], check=True, stdout=subprocess.DEVNULL)
+    figures = {}
+    for name, settings in (("trained", []), ("untrained", ["--set", "epochs=0"])):
+        model, scores = output / f"{name}-{seed}", output / f"{name}-{seed}.txt"
+        nearfar(
+            *("speaker-verification", "train", corpus / "train", "-o", model, "--recipe", "small"),
+            *("--set", f"seed={seed}", *settings),
+        )
+        nearfar(
+            *("speaker-verification", "score", corpus / "trials.txt", "--root", corpus / "test"),
+            *("-o", scores, "-m", model),
+        )
+        nearfar("speaker-verification", "evaluate", scores, "-o", output / f"evaluation-{name}-{seed}")
+        found = read_json(output / f"evaluation-{name}-{seed}" / "evaluation.json")
+        figures[f"EER (%), {name}"] = 100 * found["eer"]
+    return figures
+
+
+def motor_imagery(data: Path, output: Path, seed: int) -> dict[str, float]:
+    folder = output / str(seed)
+    nearfar(
+        *("motor-imagery", "evaluate", data / "eegmmidb" / "S001", "-o", folder, "--classes", "left_hand,right_hand"),
+        *(
+            "--test-session",
+            3,
+            "--models",
+            "AGTCNet,CSP+LDA,TangentSpace",
+            "--set",
+            "epochs=6",
+            "--set",
+            f"seed={seed}",
+        ),
+    )
+    table = pd.read_csv(folder / "results.csv")
+    return {f"accuracy, {name}": rows["accuracy"].mean() for name, rows in table.groupby("model")}
+
+
+def separation(data: Path, output: Path, seed: int) -> dict[str, float]:
+    voices = [data / "voices", data / "fsdd" / "recordings"]
+    held, run = output / "held", output / str(seed)
+    if not held.exists():
+        nearfar(
+            *("speech-separation", "mix", *voices, "-o", held, "--part", "test", "--count", 60),
+            *("--seconds", 4, "--fill", *VOICES),
+        )
+    nearfar(
+        *("speech-separation", "train", *voices, "-o", run, "--recipe", "quick", *VOICES),
+        *("--device", "cpu", "--set", f"seed={seed}"),
+    )
+    nearfar(
+        *("speech-separation", "evaluate", held, "--model", run / "model", "--metrics", "si_sdri"),
+        *("-o", output / f"{seed}.csv"),
+    )
+    return {"SI-SDR over the mixture (dB)": float(pd.read_csv(output / f"{seed}.csv")["si_sdri"].mean())}
+
+
+def brain(data: Path, output: Path, seed: int) -> dict[str, float]:
+    from nearfar.medical.samples import write_brain
+
+    scans, model = output / "brain", output / str(seed)
+    if not scans.exists():
+        write_brain(scans, resolution=4)
+    nearfar(
+        *("medical-segmentation", "train", scans, "-o", model, "--recipe", "brain", "--set", "roi=[32,64]"),
+        *("--set", "epochs=12", "--device", "cpu", "--set", f"seed={seed}"),
+    )
+    return {f"Dice, {row['label']}": row["dice"] for row in read_json(model / "validation.json")}
+
+
+JOBS: dict[str, Callable[[Path, Path, int], dict[str, float]]] = {
+    "speakers": speakers,
+    "motor-imagery": motor_imagery,
+    "separation": separation,
+    "brain": brain,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(JOBS), help="of " + ", ".join(JOBS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    rows = []
+    for name in args.only:
+        folder = args.output / name
+        folder.mkdir(parents=True, exist_ok=True)
+        table = pd.DataFrame({seed: JOBS[name](args.data, folder, seed) for seed in args.seeds})
+        for figure, values in table.iterrows():
+            rows.append({"job": name, "figure": figure, "values": [round(float(value), 4) for value in values]})
+    write_json(args.output / "spread.json", {"seeds": args.seeds, "figures": rows})
+    for row in rows:
+        values = row["values"]
+        print(f"{row['job']}: {row['figure']}: mean {sum(values) / len(values):.4g}, "
+              f"{min(values):.4g} to {max(values):.4g} over seeds {args.seeds} {values}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
