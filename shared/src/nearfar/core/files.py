@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nearfar.core.errors import UserError
+from nearfar.core.processes import process_rank
 
 try:
     import fcntl
@@ -89,11 +90,6 @@ def locked(folder: str | Path, doing: str = "works") -> Iterator[None]:
     finally:
         _owned.discard(owner)
         _unlock(handle)
-
-
-def process_rank() -> int:
-    """Which of the processes that work together this one is; 0 where it is alone."""
-    return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
 
 
 def new_start() -> None:

@@ -3,20 +3,23 @@
 All randomness of an epoch (order of the data, dropout, augmentation) follows from the seed and the epoch's number, and
 a run folder's `last.ckpt` is the state at the start of an epoch. A run that was interrupted at any moment therefore
 goes on from there to the same weights, bit for bit on the CPU, as one that was not.
+
+Several processes (see `nearfar.core.processes`) train as one with a batch of all their batches: each has its share of
+the data, gradients and metrics are means over all, batch norm sees all. The first alone reads and writes the run
+folder, and goes on when the training is over; the others end there.
 """
 
 import json
 import logging
 import math
-import os
 import random
 import time
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -31,16 +34,24 @@ from torch.utils.data.distributed import DistributedSampler
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.devices import check_precision
 from nearfar.core.environment import environment
-from nearfar.core.errors import DivergedError, UserError
-from nearfar.core.files import atomic_path, locked, process_rank, sweep, write_csv, write_json
+from nearfar.core.errors import DivergedError, UserError, some
+from nearfar.core.files import atomic_path, locked, sweep, write_csv, write_json
 from nearfar.core.fingerprint import data_digest, source_digest
 from nearfar.core.finite import check_weights
+from nearfar.core.processes import place, process_count, process_rank, trainer_places
 from nearfar.core.reading import reading
+from nearfar.core.sharing import Share, shared_norms
+
+Result = TypeVar("Result")
+
+_together: list[int] = []
+"""Numbers of processes that have trained together in this one."""
 
 
 def seed_epoch(seed: int, epoch: int) -> None:
-    """Seed Python, NumPy and torch for one epoch of a run."""
-    state = np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
+    """Seed Python, NumPy and torch for one epoch of a run, in each of several processes otherwise."""
+    rank = process_rank()
+    state = np.random.SeedSequence([seed, epoch, *([rank] if rank else [])]).generate_state(1)[0]
     random.seed(int(state))
     np.random.seed(state)  # noqa: NPY002 - libraries draw from the legacy generator
     torch.manual_seed(int(state))
@@ -56,17 +67,17 @@ def data_loader(
 ) -> DataLoader:
     """A DataLoader whose order and workers' randomness follow from `seed` and the epoch alone.
 
-    `shuffle=True` is for training: under torchrun each process then gets its share. `options` go to DataLoader.
+    `shuffle=True` is for training. Of several processes each gets its share: in training as many items each, so that up
+    to one item less than there are processes, others in each epoch, stay out of it; else every item once (`Share`).
+    `batch_size` is that of one process. `options` go to DataLoader.
     """
+    count, rank, _ = place()
     if not shuffle:
-        return DataLoader(dataset, batch_size, num_workers=num_workers, **options)
-    sampler: DistributedSampler = DistributedSampler(
-        dataset,
-        num_replicas=int(os.environ.get("WORLD_SIZE", 1)),
-        rank=int(os.environ.get("RANK", 0)),
-        seed=seed,
-        drop_last=False,
-    )
+        share = Share(dataset) if count > 1 else None
+        return DataLoader(dataset, batch_size, sampler=share, num_workers=num_workers, **options)
+    if len(dataset) < count:  # type: ignore[arg-type]
+        raise UserError(f"{len(dataset)} training items are too few for {count} processes")  # type: ignore[arg-type]
+    sampler: DistributedSampler = DistributedSampler(dataset, count, rank, seed=seed, drop_last=count > 1)
     # a generator of its own, else making the iterator would draw from the global one at a time of Lightning's choice
     return DataLoader(
         dataset,
@@ -124,39 +135,83 @@ def train(
     there; `fresh` forgets the run that is there and starts anew. What has diverged is never saved: DivergedError,
     at the step, when the loss is not finite, and where weights or the monitored metric are not.
 
-    `trainer_options` go to Lightning's Trainer: `devices`, `precision`, `accumulate_grad_batches`,
-    `gradient_clip_val`, `strategy` ...
+    Of several processes that were started together the first returns; the others exit with status 0 when the training
+    is over, so this is called once in them. Another number of processes is refused where a run goes on.
+
+    `trainer_options` go to Lightning's Trainer: `precision`, `accumulate_grad_batches`, `gradient_clip_val` ...
     """
     check_precision(str(trainer_options.get("precision", "")), device)
+    if process_count() > 1:
+        if _together:
+            raise UserError("several processes train one model in a job; start this alone")
+        _together.append(process_count())
     run = _Run(monitor, mode, seed, None if folder is None else Path(folder), dict(settings or {}))
-    with nullcontext() if folder is None else locked(folder, "trains"):
+    extra: list[Callback] = [run, *callbacks]
+    if patience is not None and monitor is not None:
+        extra.append(EarlyStopping(monitor, patience=patience, mode=mode, check_finite=False))
+    if show_progress := show_progress and not process_rank():
+        extra.append(RichProgressBar(leave=False))
+
+    def begin() -> bool:
         if folder is not None:
+            held.enter_context(locked(folder, "trains"))
             run.made_from = {"data": _content(train_data), "validation data": _content(validation_data)}
             run.made_from |= data or {}
             run.made_from["code"] = source_digest(*{type(part) for part in module.modules()})
-            if fresh and not process_rank():
+            if process_count() > 1:
+                run.made_from["number of processes"] = str(process_count())
+            if fresh:
                 run.forget()
-        if not run.open(module):
-            trainer_options |= {"max_epochs": epochs, "enable_progress_bar": show_progress, "accelerator": device}
-            _fit(module, train_data, validation_data, run, patience, callbacks, trainer_options)
+        return run.open(module)
+
+    with ExitStack() as held, quiet_lightning():
+        trainer = pl.Trainer(
+            callbacks=extra,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            max_epochs=epochs,
+            enable_progress_bar=show_progress,
+            accelerator=device,
+            **trainer_places(),
+            **trainer_options,
+        )
+        finished, resume_from = _decide(trainer, lambda: (begin(), run.resume_from))
+        if not finished:
+            _fit(trainer, module, train_data, validation_data, run, resume_from)
             run.close(module)
+        if process_count() > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+            if process_rank():
+                raise SystemExit(0)
     return run.history
 
 
-def _fit(
-    module: pl.LightningModule,
-    train_data: DataLoader,
-    validation_data: DataLoader | list[DataLoader] | None,
-    run: "_Run",
-    patience: int | None,
-    callbacks: Iterable[Callback],
-    trainer_options: dict[str, Any],
-) -> None:
-    extra: list[Callback] = [run, *callbacks]
-    if patience is not None and run.monitor is not None:
-        extra.append(EarlyStopping(run.monitor, patience=patience, mode=run.mode, check_finite=False))
-    if trainer_options["enable_progress_bar"]:
-        extra.append(RichProgressBar(leave=False))
+def _decide(trainer: pl.Trainer, decide: Callable[[], Result]) -> Result:
+    """What `decide` returns in the first process, in all of them; where it raises UserError, the others exit."""
+    if process_count() == 1:
+        return decide()
+    trainer.strategy.setup_environment()  # connects the processes
+    result, error = None, None
+    if not process_rank():
+        try:
+            result = decide()
+        except UserError as raised:
+            error = raised
+    result, failed = trainer.strategy.broadcast((result, error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(2)
+    return result
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Without Lightning's advice to programmers while the block runs."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     try:
@@ -164,25 +219,52 @@ def _fit(
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
-            # Lightning resets the generators' states at no point of its own, so the first epoch's are set before it
-            seed_epoch(run.seed, 0)
-            trainer = pl.Trainer(
-                callbacks=extra,
-                logger=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-                **trainer_options,
-            )
-            trainer.fit(module, train_data, validation_data, ckpt_path=run.resume_from, weights_only=True)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _fit(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    train_data: DataLoader,
+    validation_data: DataLoader | list[DataLoader] | None,
+    run: "_Run",
+    resume_from: Path | None,
+) -> None:
+    # Lightning resets the generators' states at no point of its own, so the first epoch's are set before it
+    seed_epoch(run.seed, 0)
+    try:
+        with _logged_means(module), shared_norms(module) as alone:
+            if alone and not process_rank():
+                logging.getLogger("nearfar").warning(
+                    f"batch norm sees each process's pictures alone in {some(alone)}: layers of a class of their own"
+                )
+            trainer.fit(module, train_data, validation_data, ckpt_path=resume_from, weights_only=True)
     except SystemExit:
         # Lightning turns Ctrl-C into an exit
         if run.interruption is not None:
             raise run.interruption from None
         raise
+
+
+@contextmanager
+def _logged_means(module: pl.LightningModule) -> Iterator[None]:
+    """While the block runs, what the module logs is the mean over all processes, by the batch sizes it tells."""
+    plain = module.log
+
+    def log(*words: Any, **options: Any) -> None:
+        if options.get("batch_size") is not None:
+            options["batch_size"] = float(options["batch_size"])  # Lightning's mean of whole numbers is rounded down
+        plain(*words, **options | {"sync_dist": True})
+
+    if process_count() > 1:
+        module.log = log  # type: ignore[method-assign]
+    try:
+        yield
     finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+        module.__dict__.pop("log", None)
 
 
 def _content(loaders: DataLoader | list[DataLoader] | None) -> str:
@@ -216,8 +298,7 @@ class _Run(Callback):
         record = {"settings": self.settings, "seed": self.seed, "made_from": self.made_from}
         record |= {"environment": environment(), "finished": False}
         if not (path := self.folder / "run.json").exists():
-            if not process_rank():
-                self.forget()  # a state without its record: nothing tells what it was made from
+            self.forget()  # a state without its record: nothing tells what it was made from
             write_json(path, record, exact=True)
             return False
         with reading(path, "is no record of a run", "start anew with --fresh"):
@@ -252,6 +333,8 @@ class _Run(Callback):
 
     def close(self, module: pl.LightningModule) -> None:
         if self.folder is not None:
+            if process_rank():
+                return
             if self.monitor is None:
                 save_state_dict(module, self.folder / "best.safetensors")
             load_state_dict(module, read_state_dict(self.folder / "best.safetensors"))
@@ -266,8 +349,8 @@ class _Run(Callback):
         # saved here and not at the end of an epoch, because Lightning steps the schedulers after that hook
         if self.folder is not None and trainer.current_epoch > 0:
             check_weights(pl_module.state_dict(), f"training diverged before epoch {trainer.current_epoch + 1}")
-            with atomic_path(self.folder / "last.ckpt") as temporary:
-                trainer.save_checkpoint(temporary)
+            with nullcontext() if process_rank() else atomic_path(self.folder / "last.ckpt") as temporary:
+                trainer.save_checkpoint(trainer.strategy.broadcast(temporary))  # the first writes, the others take part
         # a resumed epoch is a whole one: without this Lightning takes up the counters of the epoch before and skips the
         # next step of the schedulers
         trainer.fit_loop.restarting = False
@@ -299,6 +382,7 @@ class _Run(Callback):
         row |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         row["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         row["seconds"] = round(time.monotonic() - self.started, 3)
+        row = trainer.strategy.broadcast(row)
         for name, value in row.items():
             if (name == self.monitor or "loss" in name) and not math.isfinite(value):
                 raise DivergedError(
@@ -312,11 +396,11 @@ class _Run(Callback):
             value = row[self.monitor] if self.mode == "max" else -row[self.monitor]
             if self.best is None or value > self.best:
                 self.best = value
-                if self.folder is not None:
+                if self.folder is not None and not process_rank():
                     save_state_dict(pl_module, self.folder / "best.safetensors")
-                else:
+                elif self.folder is None:
                     self.best_state = {k: v.detach().cpu().clone() for k, v in pl_module.state_dict().items()}
-        if self.folder is not None and trainer.is_global_zero:
+        if self.folder is not None and not process_rank():
             write_csv(self.folder / "metrics.csv", self.history)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

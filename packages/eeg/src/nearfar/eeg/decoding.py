@@ -160,7 +160,6 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
             fresh=self.fresh,
             show_progress=self.show_progress,
             device=self.device,
-            devices=1,
         )
         self.network_.cpu().eval()
         check_finite(predict_logits(self.network_, X[: recipe.batch_size]), "training diverged: the trained scores")

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nearfar.core.files import json_text
+from nearfar.core.processes import process_rank
 
 Item = TypeVar("Item")
 
@@ -34,16 +35,18 @@ class PlainConsole(Console):
         return super().render_str(clean(text), **options | {"markup": False, "emoji": False})
 
 
-console = PlainConsole(width=None if sys.stdout.isatty() else 160)
-"""Where results go (standard output)."""
+console = PlainConsole(width=None if sys.stdout.isatty() else 160, quiet=process_rank() > 0)
+"""Where results go (standard output); of several processes that work together, those of the first."""
 
-messages = PlainConsole(stderr=True)
-"""Where progress and errors go (standard error)."""
+messages = PlainConsole(stderr=True, quiet=process_rank() > 0)
+"""Where progress goes (standard error), of the first process."""
+
+errors = PlainConsole(stderr=True)
 
 
 def say(kind: str, text: str, style: str = "red") -> None:
-    """One message on standard error: its kind in colour, then the text."""
-    messages.print(Text.assemble((kind, style), " ", clean(text)), soft_wrap=True, highlight=False)
+    """One message on standard error, from any process: its kind in colour, then the text."""
+    errors.print(Text.assemble((kind, style), " ", clean(text)), soft_wrap=True, highlight=False)
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:

@@ -25,6 +25,10 @@ from nearfar.core.cli.verify import verify
 from nearfar.core.entry_points import load_entry_point
 from nearfar.core.errors import UserError
 from nearfar.core.files import new_start, remove_left
+from nearfar.core.processes import process_count, process_rank
+
+PROCESS = f" (process {process_rank()})" if process_rank() else ""
+"""Of several that work together, which one an error comes from, unless it is the first."""
 
 
 def root(arguments: Sequence[str]) -> typer.Typer:
@@ -57,6 +61,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]
     new_start()
+    if process_count() > 1:  # advice to programmers from torch's own log, which is read when torch is imported
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         with warnings.catch_warnings(), stop_signals():
             if not debug:
@@ -74,13 +80,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        say("error:", str(error))
+        say(f"error{PROCESS}:", str(error))
         return 1 if isinstance(error, BatchError) else 2
     except Exception as error:
         if debug:
             raise
         reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-        say("unexpected error:", f"{reason} (--debug shows where)")
+        say(f"unexpected error{PROCESS}:", f"{reason} (--debug shows where)")
         return 1
     return 0
 

@@ -150,7 +150,6 @@ def train_separation(
         data={} if start is None else {"starting weights": data_digest(start.state_dict())},
         show_progress=show_progress,
         device=device,
-        devices=1,
         precision=recipe.precision,
         accumulate_grad_batches=recipe.accumulate,
         gradient_clip_val=recipe.clip,

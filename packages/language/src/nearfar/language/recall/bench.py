@@ -265,7 +265,6 @@ def run_point(point: Point, folder: Path, device: str = "auto") -> dict[str, Any
             settings=point.settings,
             callbacks=[stop],
             device=device,
-            devices=1,
         )
     except DivergedError as error:  # a rate of the grid that is too high: no right answer, and no end of the sweep
         history, failure = [{"accuracy": 0.0, "seconds": 0.0}], str(error)

@@ -167,7 +167,6 @@ def train_forecaster(
         data=begun,
         fresh=fresh,
         device=device,
-        devices=1,
     )
     if folder is not None:
         net.save_pretrained(folder)

@@ -1,0 +1,102 @@
+"""What the processes of one training share: validation data, results, and the statistics of batch norms."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import Dataset, Sampler
+
+from nearfar.core.processes import place, process_count
+
+
+class Share(Sampler[int]):
+    """This process's share of a data set for validation: every item is in one share, none is repeated.
+
+    Where there are fewer items than processes, each process has all: metrics are means, so that changes none.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        size, (count, rank, _) = len(dataset), place()  # type: ignore[arg-type]
+        self.places = range(rank, size, count) if size >= count else range(size)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.places)
+
+
+def gathered(value: Any) -> list[Any]:
+    """`value` (what can be pickled) of every process, in their order."""
+    if process_count() == 1:
+        return [value]
+    found: list[Any] = [None] * process_count()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, and of its derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _Sum.forward(ctx, gradient)
+
+
+class _SharedNorm(_BatchNorm):
+    """Batch norm whose mean and variance are those of the batch of all processes, on any device.
+
+    torch's SyncBatchNorm is for GPUs alone. The derivative passes through both sums.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        self._check_input_dim(x)
+        dims = [0, *range(2, x.dim())]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.float()
+            number = wide.new_tensor(x.numel() / x.shape[1])
+            torch.distributed.all_reduce(number)
+            mean = _Sum.apply(wide.sum(dims)) / number
+            centred = wide - mean.view(shape)
+            variance = _Sum.apply(centred.square().sum(dims)) / number
+            out = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+            rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.detach(), rate)
+            self.running_var.lerp_(variance.detach() * number / (number - 1).clamp_min(1), rate)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(x.dtype)
+
+
+@contextmanager
+def shared_norms(module: nn.Module) -> Iterator[list[str]]:
+    """While the block runs, batch norms in `module` see the batch of all processes; yields the names of those that
+    cannot (their classes have a forward of their own) and see their own process's share."""
+    changed, alone = [], []
+    for name, layer in module.named_modules() if process_count() > 1 else ():
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm):
+            if type(layer).forward is not _BatchNorm.forward:
+                alone.append(name)
+                continue
+            changed.append((layer, type(layer)))
+            layer.__class__ = type(type(layer).__name__, (_SharedNorm, type(layer)), {})
+    try:
+        yield alone
+    finally:
+        for layer, kind in changed:
+            layer.__class__ = kind
