@@ -1,6 +1,6 @@
 """A small training for the tests of several processes: `python distributed.py FOLDER [name=value ...]`.
 
-batch: of one process. stop: the batch of the third epoch at which this process ends (as kill -9 does), in process `rank`.
+batch: of one process. stop: the batch of the third epoch at which process `rank` ends (as by kill -9).
 """
 
 import os
@@ -75,11 +75,10 @@ def main(folder: Path, batch: int = 4, epochs: int = 4, dropout: float = 0.0, st
 
 
 if __name__ == "__main__":
-    options = dict(word.split("=") for word in sys.argv[2:])
+    words = dict(word.split("=") for word in sys.argv[2:])
+    options = {name: float(value) if name == "dropout" else int(value) for name, value in words.items()}
     try:
-        main(
-            Path(sys.argv[1]), **{name: (float if name == "dropout" else int)(value) for name, value in options.items()}
-        )
+        main(Path(sys.argv[1]), **options)
     except UserError as error:
         messages.print(f"refused: {error}", soft_wrap=True)
         sys.exit(2)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from nearfar.core.errors import UserError
+from nearfar.core.processes import start_processes
 from nearfar.core.recipes import shipped_recipes
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -17,12 +18,28 @@ def _device(name: str) -> str:
     return choose_device(name, "--device")
 
 
+def _devices(number: int) -> int:
+    start_processes(number)
+    return number
+
+
 def _precision(name: str) -> str:
     if name not in PRECISIONS:
         raise UserError(f"--precision {name}: must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}")
     return name
 
 
+Devices = Annotated[
+    int,
+    typer.Option(
+        "--devices",
+        min=1,
+        help="GPUs of this machine, or processes on its CPU, that train together, each with a batch of the recipe's "
+        "size; with several machines, torchrun or srun starts them.",
+        callback=_devices,
+    ),
+]
+"""To be taken by a command that trains once: the callback starts the processes, each of which runs the command."""
 Device = Annotated[str, typer.Option("--device", help="auto (the fastest), cpu, cuda or mps.", callback=_device)]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Forget the run that the folder holds and start anew, e.g. with other data.")

@@ -12,7 +12,7 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
 
 from nearfar.core.cli.console import console, messages, progress, show_json, table
-from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Seed, Settings, recipe_option
+from nearfar.core.cli.options import Device, Devices, Fresh, Json, RunFolder, Seed, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv
 from nearfar.core.plots import COLORS, new_figure, style
@@ -108,6 +108,7 @@ def train(
     settings: Settings = None,
     start: Annotated[Path | None, typer.Option("--from", help="Folder of a trained network to go on from.")] = None,
     device: Device = "auto",
+    devices: Devices = 1,
     fresh: Fresh = False,
 ) -> None:
     """Learn the next field from the one before; the epoch is chosen on the last part of the series."""

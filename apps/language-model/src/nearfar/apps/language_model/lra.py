@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from nearfar.core.cli.console import console, messages, show_json, table
-from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Seed, Settings, recipe_option
+from nearfar.core.cli.options import Device, Devices, Fresh, Json, RunFolder, Seed, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.recipes import read_recipe
 from nearfar.language.arena import listops
@@ -41,6 +41,7 @@ def train(
     recipe: Annotated[str | None, recipe_option()] = None,
     settings: Settings = None,
     device: Device = "auto",
+    devices: Devices = 1,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:

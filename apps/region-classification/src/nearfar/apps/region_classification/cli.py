@@ -13,7 +13,7 @@ import typer
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.cli.console import console, messages, show, track
-from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, recipe_option
+from nearfar.core.cli.options import Device, Devices, Fresh, Json, RunFolder, Settings, recipe_option
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.model_folder import TrainedOn, read, trained_on, writing
@@ -49,6 +49,7 @@ def train_command(
     recipe: Annotated[str | None, recipe_option()] = None,
     settings: Settings = None,
     device: Device = "auto",
+    devices: Devices = 1,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:

@@ -11,6 +11,7 @@ from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import messages, progress, show, track
 from nearfar.core.cli.options import (
     Device,
+    Devices,
     Fresh,
     Json,
     Memory,
@@ -211,6 +212,7 @@ def train_command(
     ] = None,
     workers: Workers = 0,
     device: Device = "auto",
+    devices: Devices = 1,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
