@@ -25,6 +25,7 @@ from nearfar.core.errors import UserError
 from nearfar.core.fingerprint import content_digest
 from nearfar.core.finite import check_finite
 from nearfar.core.leakage import Side, check_apart
+from nearfar.core.sharing import gathered
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.ops.losses.margin_softmax import AAMSoftmax, margin_ramp
 
@@ -220,7 +221,8 @@ class SpeakerTraining(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         left, right, labels = self.trials
-        x = torch.stack([self.embeddings[n] for n in range(len(self.embeddings))]).numpy()
+        found = {n: x for part in gathered(self.embeddings) for n, x in part.items()}
+        x = torch.stack([found[n] for n in range(len(found))]).numpy()
         self.embeddings.clear()
         self.log("val_eer", eer(pair_scores(x, x, left, right), labels).value)
 

@@ -106,7 +106,7 @@ class Forecaster(pl.LightningModule):
 
     def training_step(self, window: Tensor, index: int) -> Tensor:
         loss = self.loss(window)
-        self.log("train_loss", loss, on_epoch=True, on_step=False)
+        self.log("train_loss", loss, on_epoch=True, on_step=False, batch_size=len(window))
         return loss
 
     def validation_step(self, window: Tensor, index: int) -> None:

@@ -1,0 +1,87 @@
+"""Two processes that torchrun starts train one model, in every app that trains: one writes, they end together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from tests.apps.jobs import JOBS, Job
+from tests.apps.test_stopping import checkpoints, hidden, made
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(params=[name for name in JOBS if name != "recall"])
+def job(request) -> Job:
+    found = JOBS[request.param]
+    if found.app not in entry_points(group="nearfar.apps").names:
+        pytest.skip(f"{found.app} is not installed")
+    return found
+
+
+def together(command: list[str], place: Path) -> subprocess.Popen:
+    program = Path(sys.executable).with_name("nearfar")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    with (place / "messages.txt").open("a") as messages:
+        return subprocess.Popen(
+            [sys.executable, *launcher, program, *command],
+            stdout=messages,
+            stderr=messages,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+
+def finish(command: list[str], place: Path) -> None:
+    assert together(command, place).wait(600) == 0, (place / "messages.txt").read_text()
+
+
+def second_process(launcher: subprocess.Popen) -> int:
+    """The process number of the second of the two (Linux)."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == launcher.pid and b"\0RANK=1\0" in b"\0" + (folder / "environ").read_bytes():
+                return int(folder.name)
+        except (OSError, ValueError):  # it has ended meanwhile
+            continue
+    raise AssertionError("no second process")
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found as on Linux")
+def test_two_processes_train_and_go_on_to_the_same(job: Job, tmp_path: Path) -> None:
+    data = job.make(tmp_path / "data")
+    finish(job.train(data, tmp_path / "whole", 4), tmp_path)
+    record = json.loads((tmp_path / "whole" / job.run / "run.json").read_text())
+    assert record["finished"]
+    assert record["made_from"]["number of processes"] == "2"
+    command = job.train(data, tmp_path / "killed", 4)
+    running = together(command, tmp_path)
+    while not checkpoints(tmp_path / "killed"):
+        assert running.poll() is None, (tmp_path / "messages.txt").read_text()
+        time.sleep(0.02)
+    os.kill(second_process(running), signal.SIGKILL)
+    assert running.wait(120) != 0
+    finish(command, tmp_path)
+    first, second = made(tmp_path / "whole"), made(tmp_path / "killed")
+    assert first, "nothing was made"
+    assert first == second
+    assert hidden(tmp_path / "killed") == []
+
+
+def test_two_processes_of_one_machine_by_an_option(tmp_path: Path) -> None:
+    job = JOBS["language-model"]
+    command = job.train(job.make(tmp_path / "data"), tmp_path / "out", 1, "--devices", "2")
+    done = subprocess.run(
+        [Path(sys.executable).with_name("nearfar"), *command], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("validation_loss") == 2  # two tables, of the first process alone
+    record = json.loads((tmp_path / "out" / job.run / "run.json").read_text())
+    assert record["made_from"]["number of processes"] == "2"
