@@ -154,7 +154,7 @@ def test_no_console_reads_markup(text, monkeypatch, install, capsys):
     ]:
         stream = io.StringIO()
         plain = PlainConsole(file=stream, width=80)
-        monkeypatch.setattr(console_module, "messages", plain)
+        monkeypatch.setattr(console_module, "errors", plain)
         shown(plain)
         assert what in stream.getvalue()
     install({"nearfar.apps": {"thing": make_app(lambda: fail(f"{text}: odd"))}})

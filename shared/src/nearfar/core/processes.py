@@ -1,12 +1,15 @@
 """Processes that work together on one training: which one this is, how many there are, how they are started.
 
-torchrun and SLURM's srun tell each process its place; `start_processes` starts torchrun for one machine. The commands
+torchrun and SLURM's srun tell each process its place; `start_processes` does so on one machine. The commands
 of one job differ in nothing else.
 """
 
 import os
+import signal
+import socket
+import subprocess
 import sys
-from pathlib import Path
+import time
 from typing import Any
 
 from nearfar.core.errors import UserError
@@ -51,13 +54,12 @@ def trainer_places() -> dict[str, Any]:
 
 
 def start_processes(devices: int) -> None:
-    """Run this command anew in `devices` processes of this machine, under torchrun; returns where it runs so already.
+    """Run this command in `devices` processes of this machine and exit as they do; returns where it runs so already.
 
-    Raises UserError where a launcher has started another number, or there are fewer GPUs.
+    The first that fails ends the others; signals are passed on. Raises UserError where a launcher has started another
+    number, or there are fewer GPUs.
     """
     count, _, here = place()
-    if devices < 1:
-        raise UserError(f"--devices {devices}: must be at least 1")
     if count > 1:
         if devices not in (1, here):
             raise UserError(f"--devices {devices}: the launcher has started {here} processes on this machine")
@@ -68,10 +70,42 @@ def start_processes(devices: int) -> None:
 
     if 0 < torch.cuda.device_count() < devices:
         raise UserError(f"--devices {devices}: this machine has {torch.cuda.device_count()} GPUs")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices), "--no-python"]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *words, str(Path(sys.argv[0]).resolve()), *sys.argv[1:]])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": devices, "LOCAL_WORLD_SIZE": devices, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"NODE_RANK": 0, "OMP_NUM_THREADS": max(1, (os.cpu_count() or 1) // devices)}
+    children = []
+    for rank in range(devices):
+        told = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        # in sessions of their own, so that Ctrl-C at a terminal reaches each of them once, from here
+        child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=os.environ | told, start_new_session=True)
+        children.append(child)
+    status = _wait(children)
+    raise SystemExit(status)
+
+
+def _wait(children: list[subprocess.Popen]) -> int:
+    """The status of the first process, or of the one that failed before; all have ended then."""
+    sent = signal.SIGTERM
+    try:
+        while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
+            time.sleep(0.1)
+    except KeyboardInterrupt as stop:
+        sent = getattr(stop, "number", signal.SIGINT)
+    failed = next((status for child in children if (status := child.poll())), 0)
+    deadline = time.monotonic() + 30
+    for child in children:
+        if child.poll() is None:
+            child.send_signal(sent)
+    for child in children:
+        try:
+            child.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    status = failed or children[0].returncode
+    return status if status >= 0 else 128 - status
 
 
 def check_alone(command: str) -> None:

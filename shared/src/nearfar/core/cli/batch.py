@@ -1,7 +1,7 @@
 """Batches that go on past bad items."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from nearfar.core.cli.console import Item, clean, track
 from nearfar.core.errors import UserError
@@ -18,20 +18,36 @@ def run_batch(
     action: Callable[[Item], Result],
     description: str,
     name: Callable[[Item], str] = str,
+    workers: int = 1,
+    seconds: float | None = None,
+    memory: int | None = None,
 ) -> tuple[list[Result], list[str]]:
     """Apply `action` to each item with a progress bar, going on past those that fail, in whatever way.
 
-    Returns the results of the good items and one line per failure that starts with the item's `name`; what is no
-    UserError is named by its kind (readers should say it better). Write what the results are for, then call
-    `raise_failures`.
+    Returns the results of the good items, in their order, and one line per failure that starts with the item's `name`;
+    what is no UserError is named by its kind (readers should say it better). Write what the results are for, then call
+    `raise_failures`. `workers` above 1: in as many processes, see `nearfar.core.workers.spread`, which says what
+    `seconds` and `memory` of an item are.
     """
-    results, failures = [], []
-    for item in track(list(items), description):
-        try:
-            results.append(action(item))
-        except Exception as error:
-            failures.append(failure(name(item), error))
+    items = list(items)
+    done: Iterable[tuple[int, Result | None, Exception | None]]
+    if workers > 1 and len(items) > 1:
+        from nearfar.core.workers import spread
+
+        done = spread(items, action, workers, seconds, memory)
+    else:
+        done = ((index, *_tried(action, item)) for index, item in enumerate(items))
+    found = {index: (result, error) for index, result, error in track(done, description, len(items))}
+    results = [cast(Result, found[i][0]) for i in range(len(items)) if found[i][1] is None]
+    failures = [failure(name(items[i]), error) for i in range(len(items)) if (error := found[i][1]) is not None]
     return results, failures
+
+
+def _tried(action: Callable[[Item], Result], item: Item) -> tuple[Result | None, Exception | None]:
+    try:
+        return action(item), None
+    except Exception as error:
+        return None, error
 
 
 def failure(name: str, error: Exception) -> str:

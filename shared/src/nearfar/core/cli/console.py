@@ -34,6 +34,14 @@ class PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(clean(text), **options | {"markup": False, "emoji": False})
 
+    def __reduce__(self) -> Any:
+        """In another process, that one's console takes its place."""
+        return _console_of, (self.stderr,)
+
+
+def _console_of(stderr: bool) -> "PlainConsole":
+    return messages if stderr else console
+
 
 console = PlainConsole(width=None if sys.stdout.isatty() else 160, quiet=process_rank() > 0)
 """Where results go (standard output); of several processes that work together, those of the first."""

@@ -372,9 +372,6 @@ def train_classifier(
     loader, held = loaders(pictures, validation, recipe, num_workers, grid)
     teacher = read_teacher(recipe.teacher, pictures.classes) if recipe.teacher else None
     module = ClassifierModule(model, recipe, classes, len(loader), len(validation), teacher)
-    if processes := int(os.environ.get("WORLD_SIZE", 1)) - 1:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        trainer_options = {"strategy": "ddp", "devices": local, "num_nodes": (processes + 1) // local} | trainer_options
     history = train(
         module,
         loader,
@@ -395,7 +392,6 @@ def train_classifier(
         },
         show_progress=show_progress,
         accumulate_grad_batches=recipe.accumulate,
-        use_distributed_sampler=False,
         **trainer_options,
     )
     classifier = Classifier(
