@@ -43,14 +43,15 @@ def process_rank() -> int:
 def trainer_places() -> dict[str, Any]:
     """`devices`, `num_nodes` and `strategy` of Lightning's Trainer for the processes that were started."""
     count, _, here = place()
-    if count == 1:
-        from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
-        # alone, also in a SLURM allocation whose other places are not meant
+    if count == 1:  # alone, also in a SLURM allocation whose other places are not meant
         return {"devices": 1, "num_nodes": 1, "strategy": "auto", "plugins": [LightningEnvironment()]}
     if count % here:
         raise UserError(f"{count} processes, {here} of them on this machine: all machines must have as many")
-    return {"devices": here, "num_nodes": count // here, "strategy": "ddp_find_unused_parameters_true"}
+    launched = TorchElasticEnvironment() if "WORLD_SIZE" in os.environ else SLURMEnvironment()
+    strategy = "ddp_find_unused_parameters_true"
+    return {"devices": here, "num_nodes": count // here, "strategy": strategy, "plugins": [launched]}
 
 
 def start_processes(devices: int) -> None:
