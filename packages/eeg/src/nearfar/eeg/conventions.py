@@ -25,8 +25,9 @@ from nearfar.eeg.annotations import annotation_names
 SAMPLE = "finger-movements"
 """Name of the recordings that an installed package carries, see `nearfar.eeg.samples`."""
 
-CLASSES = ("left_hand", "right_hand", "feet", "tongue", "hands", "rest")
-"""Names and order of the customary motor-imagery classes (`hands`: both fists), as MOABB has them."""
+CLASSES = ("left_hand", "right_hand", "hands", "feet", "tongue", "rest")
+"""Names of the customary motor-imagery classes (`hands`: both fists), as MOABB has them, in an order in which those of
+every published AGTCNet configuration follow each other as its outputs do."""
 
 _BCICIV2A = "Fz FC3 FC1 FCz FC2 FC4 C5 C3 C1 Cz C2 C4 C6 CP3 CP1 CPz CP2 CP4 P1 Pz P2 POz"
 

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import mne
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
@@ -26,10 +27,13 @@ class Recipe:
     """How a network is trained. The defaults are AGTCNet's published recipe.
 
     Adam at `learning_rate` (`fine_tune_learning_rate` in fine-tuning) without weight decay, batches of `batch_size`,
-    cross-entropy; the learning rate falls by `factor` after `plateau` epochs without a better validation loss, down
+    `objective`; the learning rate falls by `factor` after `plateau` epochs without a better validation loss, down
     to `min_learning_rate`;
     training stops after `patience` epochs without a better validation accuracy, at the latest after `epochs`, and
     the best epoch's weights stay.
+
+    objective: "cross-entropy", or "published": cross-entropy too, but for two classes the binary cross-entropy of the
+    logits' sigmoids, the mean over both outputs, which is what the authors' logged losses of two classes are.
     """
 
     network: str = "AGTCNet"
@@ -42,13 +46,23 @@ class Recipe:
     min_learning_rate: float = 1e-4
     fine_tune_learning_rate: float = 5e-4
     seed: int = 0
+    objective: str = "cross-entropy"
 
     def __post_init__(self) -> None:
+        if self.objective not in ("cross-entropy", "published"):
+            raise ValueError(f"objective must be cross-entropy or published, got {self.objective!r}")
         for name in ("learning_rate", "fine_tune_learning_rate", "batch_size", "epochs", "patience", "plateau"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 < self.factor < 1:
             raise ValueError(f"factor must lie between 0 and 1, got {self.factor}")
+
+
+def loss(objective: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean loss of logits (trials, classes) under an objective of `Recipe`."""
+    if objective == "published" and logits.shape[1] == 2:
+        return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 2).to(logits))
+    return F.cross_entropy(logits, labels)
 
 
 class NetworkClassifier(ClassifierMixin, BaseEstimator):
@@ -190,7 +204,7 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
 
 
 class _Training(pl.LightningModule):
-    """Cross-entropy training of one network; `names` are those of the validation loaders ("val", "test")."""
+    """Training of one network; `names` are those of the validation loaders ("val", "test")."""
 
     def __init__(self, network: nn.Module, recipe: Recipe, learning_rate: float, names: list[str]) -> None:
         super().__init__()
@@ -205,16 +219,16 @@ class _Training(pl.LightningModule):
     def _measure(self, batch: tuple[Tensor, Tensor], name: str) -> Tensor:
         trials, labels = batch
         logits = self.network(trials)
-        loss = nn.functional.cross_entropy(logits, labels)
+        mean = loss(self.recipe.objective, logits, labels)
         accuracy = (logits.argmax(1) == labels).float().mean()
         self.log_dict(
-            {f"{name}_loss": loss, f"{name}_accuracy": accuracy},
+            {f"{name}_loss": mean, f"{name}_accuracy": accuracy},
             on_step=False,
             on_epoch=True,
             batch_size=len(labels),
             add_dataloader_idx=False,
         )
-        return loss
+        return mean
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe

@@ -82,10 +82,17 @@ def load_trials(
     return _join(parts, list(events) if events is not None else None)
 
 
-def trials_array(epochs: mne.BaseEpochs) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
-    """(X, y, classes): X (trials, channels, times) in microvolts, y the index of each trial's class in `classes`."""
-    classes = sorted(epochs.event_id, key=epochs.event_id.__getitem__)
-    index = {epochs.event_id[name]: position for position, name in enumerate(classes)}
+def trials_array(
+    epochs: mne.BaseEpochs, classes: Sequence[str] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
+    """(X, y, classes): X (trials, channels, times) in microvolts, y the index of each trial's class in `classes`.
+
+    classes: names and order; None takes those of the trials. `UserError` where trials are of another class.
+    """
+    classes = sorted(epochs.event_id, key=epochs.event_id.__getitem__) if classes is None else list(classes)
+    if strange := [name for name in epochs.event_id if name not in classes]:
+        raise UserError(f"there are trials of {', '.join(strange)}; the classes are {', '.join(classes)}")
+    index = {code: classes.index(name) for name, code in epochs.event_id.items()}
     X = (epochs.get_data(copy=False) * 1e6).astype(np.float32)
     return X, np.array([index[code] for code in epochs.events[:, 2]], dtype=np.int64), classes
 

@@ -48,6 +48,7 @@ from nearfar.eeg.live.scores import stream_error
 from nearfar.eeg.live.stream import Rule
 from nearfar.eeg.prediction import continuous, decode_all_along, decode_trials, files_of, seen_trials
 from nearfar.eeg.protocols import PROTOCOLS
+from nearfar.eeg.published import reproduce as reproduced
 from nearfar.eeg.recordings import Recording, bad_channels, eeg_channels, find_recordings
 from nearfar.eeg.training import train_decoder
 from nearfar.eeg.trials import load_trials
@@ -151,6 +152,8 @@ def train(
     epoch; the test recordings are looked at once, at the end.
     """
     training = read_recipe(Recipe, recipe, settings or ())
+    if published:
+        training = replace(training, objective="published")
     recordings = chosen_recordings(find_recordings(paths), runs, subjects)
     held_out = find_recordings(test) if test else []
     if test_runs:
@@ -360,6 +363,29 @@ def predict(
         console.print(f"{skipped} recordings had their tables already")
     console.print(f"tables: {output}", soft_wrap=True)
     raise_failures(failures, len(found))
+
+
+@app.command()
+def reproduce(
+    folder: Annotated[Path, typer.Argument(help="The authors' results of AGTCNet: a download of your own.")],
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="EEGMMIDB's EDF files or folders. (default: those in FOLDER)")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Decode EEGMMIDB with the published weights and print accuracy, kappa and loss beside the authors' log.
+
+    Ends with 1 where a figure differs from the log's four digits.
+    """
+    found = reproduced(folder, paths or folder)
+    rows = found.to_dict("records")
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        console.print(table([{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]))
+        console.print(f"{found['agrees'].sum()} of {len(found)} weight files give the figures of the authors' log")
+    if not found["agrees"].all():
+        raise typer.Exit(1)
 
 
 @app.command()
