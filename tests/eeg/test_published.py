@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from nearfar.core.checkpoints import save_state_dict
+from nearfar.core.cli import root as cli
 from nearfar.core.errors import CheckpointError, UserError
+from nearfar.eeg import metrics
 from nearfar.eeg.conventions import CLASSES
 from nearfar.eeg.decoder import Decoder
 from nearfar.eeg.decoding import Recipe, loss
@@ -40,7 +42,7 @@ def test_published_heads_are_reordered_by_name_and_other_classes_refused():
     order = ["feet", "left_hand", "hands", "right_hand"]
     other = AGTCNet.from_published(state, class_names=order)
     torch.testing.assert_close(other(x), model(x)[:, [EEGMMIDB.index(name) for name in order]])
-    with pytest.raises(CheckpointError, match="tells left_hand, right_hand, hands, feet apart, not .*tongue"):
+    with pytest.raises(CheckpointError, match=r"tells left_hand, right_hand, hands, feet apart, not .*tongue"):
         AGTCNet.from_published(state, class_names=["left_hand", "right_hand", "feet", "tongue"])
     with pytest.raises(CheckpointError, match="in this order"):
         other.load_state_dict(model.state_dict())
@@ -114,7 +116,8 @@ def test_trials_by_the_names_of_their_classes(make_raw):
     epochs = load_trials_of(make_raw)
     _, y, _ = trials_array(epochs)
     _, turned, classes = trials_array(epochs, ["T3", "T2", "T1"])
-    assert classes == ["T3", "T2", "T1"] and (turned == 2 - y).all()
+    assert classes == ["T3", "T2", "T1"]
+    assert (turned == 2 - y).all()
     with pytest.raises(UserError, match="trials of T2; the classes are T1"):
         trials_array(epochs, ["T1"])
 
@@ -142,28 +145,28 @@ def write_log(folder, scores):
 
 
 def test_ours_beside_the_log(shared_data, tmp_path):
-    epochs = epochs_of(shared_data, order="published")
-    X, y, _ = trials_array(epochs)
-    state = four_classes()
+    folder = shared_data("eegmmidb/S001")
+    X, y, _ = trials_array(epochs_of(shared_data, (12,), order="published"))
+    state = {name: value.float() for name, value in published_random(n=64, length=18, classes=2).items()}
     with torch.no_grad():
         logits = AGTCNet.from_published(state)(torch.from_numpy(X))
-    place = tmp_path / "AGTCNet+EEGMMIDB+4Class" / "EEGMMIDB-SL-DS-FT"
+    place = tmp_path / "AGTCNet+EEGMMIDB+2Class" / "EEGMMIDB-SL-DS-FT"
     (place / "subj-1").mkdir(parents=True)
     write_keras(place / "subj-1" / "run-1-best_model.h5", state, 3)
-    right = (logits.argmax(1).numpy() == y).mean()
-    scores = [right, 0.0, float(loss("published", logits, torch.from_numpy(y)))]
+    answers = logits.argmax(1).numpy()
+    scores = [(answers == y).mean(), metrics.kappa(y, answers), float(loss("published", logits, torch.from_numpy(y)))]
     write_log(place, scores)
-    row = reproduce(tmp_path, shared_data("eegmmidb/S001")).iloc[0]
-    assert row["accuracy"] == pytest.approx(right) and row["tested on runs"] == "4+6"
-    assert row["loss"] == pytest.approx(scores[2], rel=1e-5) and row["their loss"] == round(scores[2], 4)
-    write_log(place, [right, row["kappa"], scores[2]])
-    assert reproduce(tmp_path, shared_data("eegmmidb/S001"))["agrees"].all()
-    write_log(place, [right + 0.1, row["kappa"], scores[2]])
-    assert not reproduce(tmp_path, shared_data("eegmmidb/S001"))["agrees"].any()
+    (row,) = reproduce(tmp_path, folder).to_dict("records")
+    assert row["agrees"]
+    assert row["tested on runs"] == "12"
+    assert row["loss"] == pytest.approx(scores[2], rel=1e-4)
+    assert row["their loss"] == round(scores[2], 4)
+    write_log(place, [scores[0] + 0.1, *scores[1:]])
+    assert cli.run(["motor-imagery", "reproduce", str(tmp_path), str(folder)]) == 1
 
 
 def test_a_folder_without_results(tmp_path):
-    with pytest.raises(UserError, match="holds no folder AGTCNet.EEGMMIDB"):
+    with pytest.raises(UserError, match=r"holds no folder AGTCNet.EEGMMIDB"):
         reproduce(tmp_path, tmp_path)
     (tmp_path / "log.txt").write_text("nothing", encoding="utf-8")
     with pytest.raises(UserError, match="not a log of the authors"):
@@ -177,4 +180,5 @@ def test_the_authors_log_is_reproduced(shared_data):
     if not results:
         pytest.skip("needs the authors' results: NEARFAR_AGTCNET_RESULTS=FOLDER")
     found = reproduce(results, shared_data("eegmmidb/S001"))
-    assert len(found) == 6 and found["agrees"].all(), found
+    assert len(found) == 6, found
+    assert found["agrees"].all(), found

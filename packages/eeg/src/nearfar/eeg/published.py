@@ -1,4 +1,4 @@
-"""The authors' own figures of AGTCNet, from a download of their repository's results, beside ours with their weights."""
+"""The authors' own figures of AGTCNet, from a download of their results, beside ours with their weights."""
 
 import re
 from collections.abc import Iterable

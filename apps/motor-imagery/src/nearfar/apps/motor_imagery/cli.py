@@ -12,16 +12,21 @@ from nearfar.apps.motor_imagery.options import (
     Band,
     Channels,
     Classes,
+    Encoding,
     Event,
     Interpolate,
     Notch,
     Paths,
     Published,
+    Reference,
+    Rename,
     Resample,
     Runs,
     SkipBad,
     Standardize,
+    SubjectPattern,
     Subjects,
+    Types,
     Unit,
     Window,
     channel_names,
@@ -29,6 +34,7 @@ from nearfar.apps.motor_imagery.options import (
     chosen_trials,
     event_names,
     preparation,
+    reading,
 )
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, progress, show_json, table
@@ -39,7 +45,7 @@ from nearfar.core.made_from import MadeFrom, model_digest
 from nearfar.core.model_folder import mark
 from nearfar.core.recipes import read_recipe
 from nearfar.eeg import plots
-from nearfar.eeg.annotations import event_counts
+from nearfar.eeg.annotations import annotations, event_counts, is_bad, is_edge
 from nearfar.eeg.comparison import compare
 from nearfar.eeg.decoder import Decoder
 from nearfar.eeg.decoding import Recipe
@@ -51,7 +57,7 @@ from nearfar.eeg.protocols import PROTOCOLS
 from nearfar.eeg.published import reproduce as reproduced
 from nearfar.eeg.recordings import Recording, bad_channels, eeg_channels, find_recordings
 from nearfar.eeg.training import train_decoder
-from nearfar.eeg.trials import load_trials
+from nearfar.eeg.trials import load_trials, select_classes
 
 RecipeFile = Annotated[str | None, recipe_option()]
 
@@ -77,18 +83,32 @@ SCORES = {
 
 
 @app.command()
-def inspect(paths: Paths, unit: Unit = None, as_json: Json = False) -> None:
-    """Say what recordings hold: subjects, channels, rate, events, and what is wrong with them."""
+def inspect(
+    paths: Paths,
+    unit: Unit = None,
+    rename: Rename = None,
+    types: Types = None,
+    encoding: Encoding = None,
+    subject_pattern: SubjectPattern = None,
+    as_json: Json = False,
+) -> None:
+    """Say what recordings hold: subjects, channels, rate, events, what is wrong with them, and what was set aside."""
+    how = reading(rename, types, encoding, unit)
 
     def look(recording: Recording) -> dict[str, Any]:
-        if recording.trials is not None:
-            return _look_at_trials(recording, as_json)
-        raw = recording.read(unit=unit)
+        notes: list[str] = []
+        if (trials := recording.epochs(notes=notes, **how)) is not None:
+            return _look_at_trials(recording, trials, notes, as_json)
+        raw = recording.read(notes=notes, **how)
         eeg = eeg_channels(raw.info)
         placed = sum(not np.isnan(raw.info["chs"][pick]["loc"][:3]).any() for pick in eeg)
         problems = [f"{name} {why}" for name, why in bad_channels(raw).items()]
         if placed < len(eeg):
             problems.append(f"{len(eeg) - placed} channels without position")
+        marks = annotations(raw)[2].tolist()
+        counts = {"BAD stretches": sum(map(is_bad, marks)), "edges": sum(map(is_edge, marks))}
+        problems += [f"{count} {kind}" for kind, count in counts.items() if count]
+        problems += notes
         meaning = {name: cls for cls, name in (recording.events or {}).items()}
         events = {meaning.get(name, name): count for name, count in event_counts(raw).items()}
         return {
@@ -103,7 +123,7 @@ def inspect(paths: Paths, unit: Unit = None, as_json: Json = False) -> None:
             "problems": problems if as_json else "; ".join(problems),
         }
 
-    found = find_recordings(paths)
+    found = find_recordings(paths, subject_pattern)
     rows, failures = run_batch(found, look, "reading", name=lambda recording: str(recording.path))
     if as_json:
         show_json(rows)
@@ -135,11 +155,16 @@ def train(
     interpolate: Interpolate = False,
     skip_bad: SkipBad = False,
     unit: Unit = None,
+    rename: Rename = None,
+    types: Types = None,
+    encoding: Encoding = None,
+    subject_pattern: SubjectPattern = None,
     window: Window = None,
     band: Band = None,
     notch: Notch = None,
     resample: Resample = None,
     standardize: Standardize = None,
+    reference: Reference = None,
     published: Published = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
@@ -154,18 +179,18 @@ def train(
     training = read_recipe(Recipe, recipe, settings or ())
     if published:
         training = replace(training, objective="published")
-    recordings = chosen_recordings(find_recordings(paths), runs, subjects)
-    held_out = find_recordings(test) if test else []
+    recordings = chosen_recordings(find_recordings(paths, subject_pattern), runs, subjects)
+    held_out = find_recordings(test, subject_pattern) if test else []
     if test_runs:
         held_out += [recording for recording in recordings if recording.run in test_runs.split(",")]
         recordings = [recording for recording in recordings if recording.run not in test_runs.split(",")]
-    preprocessing = preparation(recordings, window, band, notch, resample, standardize, published)
+    preprocessing = preparation(recordings, window, band, notch, resample, standardize, published, reference)
     options = {
         "events": event_names(event),
         "interpolate": interpolate,
         "skip_bad": skip_bad,
-        "unit": unit,
         "preprocessing": preprocessing,
+        **reading(rename, types, encoding, unit),
     }
     epochs = chosen_trials(recordings, classes, channels=channel_names(channels), **options)
     tested = None
@@ -210,11 +235,16 @@ def evaluate(
     interpolate: Interpolate = False,
     skip_bad: SkipBad = False,
     unit: Unit = None,
+    rename: Rename = None,
+    types: Types = None,
+    encoding: Encoding = None,
+    subject_pattern: SubjectPattern = None,
     window: Window = None,
     band: Band = None,
     notch: Notch = None,
     resample: Resample = None,
     standardize: Standardize = None,
+    reference: Reference = None,
     published: Published = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
@@ -226,8 +256,8 @@ def evaluate(
     for leakage before anything is trained.
     """
     training = read_recipe(Recipe, recipe, settings or ())
-    recordings = chosen_recordings(find_recordings(paths), runs, subjects)
-    preprocessing = preparation(recordings, window, band, notch, resample, standardize, published)
+    recordings = chosen_recordings(find_recordings(paths, subject_pattern), runs, subjects)
+    preprocessing = preparation(recordings, window, band, notch, resample, standardize, published, reference)
     epochs = chosen_trials(
         recordings,
         classes,
@@ -235,8 +265,8 @@ def evaluate(
         channels=channel_names(channels),
         interpolate=interpolate,
         skip_bad=skip_bad,
-        unit=unit,
         preprocessing=preprocessing,
+        **reading(rename, types, encoding, unit),
     )
     wide = None
     if all(recording.trials is None for recording in recordings):
@@ -246,10 +276,10 @@ def evaluate(
             preprocessing=settings_of_maps,
             events=event_names(event),
             channels="common",
-            unit=unit,
             failures=[],
+            **reading(rename, types, encoding, unit),
         )
-        wide = wide[list(epochs.event_id)]
+        wide = select_classes(wide, [name for name in epochs.event_id if name in wide.event_id])
     options: dict[str, Any] = {"published": published, "alignment": align}
     if test_session is not None:
         if protocol != "cross-session":
@@ -301,6 +331,9 @@ def predict(
     dwell: Annotated[int, typer.Option(min=1, help="With --every: so many equal answers in a row make a command.")] = 1,
     interpolate: Interpolate = False,
     unit: Unit = None,
+    rename: Rename = None,
+    types: Types = None,
+    encoding: Encoding = None,
     check: Annotated[
         bool, typer.Option("--check", help="Decode also as a live stream would, and print how far the two differ.")
     ] = False,
@@ -314,7 +347,8 @@ def predict(
     """
     model, of_model = Decoder.load(decoder), model_digest(decoder)
     options = {"event": event, "every": every, "threshold": threshold, "smoothing": smoothing, "dwell": dwell}
-    options |= {"interpolate": interpolate, "unit": unit}
+    how = reading(rename, types, encoding, unit)
+    options |= {"interpolate": interpolate} | how
     found = find_recordings(paths)
     targets = _targets(found, output)
     rule = Rule(threshold=threshold, smoothing=smoothing, dwell=dwell)
@@ -325,12 +359,12 @@ def predict(
         if made.done():
             return None
         line: dict[str, Any] = {"file": str(recording.path)}
-        given = {"events": event_names(event), "interpolate": interpolate, "unit": unit}
+        given = {"events": event_names(event), "interpolate": interpolate} | how
         if every is None:
             rows = decode_trials(model, recording, threshold=threshold, **given)
             seen = rows.get("seen_in_training", ())
         else:
-            raw = continuous(model, recording, interpolate, unit)
+            raw = continuous(model, recording, interpolate, **how)
             step = max(1, round(every * model.sfreq))
             rows, scores, drawn = decode_all_along(model, recording, raw, step, rule, event_names(event))
             seen = seen_trials(model, recording, **given)
@@ -348,7 +382,7 @@ def predict(
         if "true" in rows:
             line["accuracy"] = float((rows["true"] == rows["trial_type"]).mean())
         if check:
-            raw = raw if every is not None else continuous(model, recording, interpolate, unit)
+            raw = raw if every is not None else continuous(model, recording, interpolate, **how)
             step = max(1, round((every or 0.5) * model.sfreq))
             line["streamed - whole"] = stream_error(
                 model, raw.get_data() * 1e6, model.network.n_times, step, model.sfreq, rule=rule
@@ -397,19 +431,18 @@ def report(
     console.print(f"the report: {pages.combined_page(folders).write(output)}", soft_wrap=True)
 
 
-def _look_at_trials(recording: Recording, as_json: bool) -> dict[str, Any]:
-    trials = recording.trials
+def _look_at_trials(recording: Recording, trials: Any, notes: list[str], as_json: bool) -> dict[str, Any]:
     events = {name: int((trials.events[:, 2] == code).sum()) for name, code in trials.event_id.items()}
     return {
         "file": str(recording.path),
         "subject": recording.subject,
         "session": recording.session,
         "run": recording.run,
-        "channels": len(trials.ch_names),
+        "channels": len(eeg_channels(trials.info)),
         "Hz": float(trials.info["sfreq"]),
         "seconds": round(len(trials) * len(trials.times) / trials.info["sfreq"], 1),
         "events": events if as_json else ", ".join(f"{name} {count}" for name, count in events.items()),
-        "problems": [] if as_json else "",
+        "problems": notes if as_json else "; ".join(notes),
     }
 
 

@@ -364,7 +364,8 @@ class AGTCNet(
 
         if theirs.get("classes") and self.class_names and theirs["classes"] != self.class_names:
             raise CheckpointError(
-                f"the weights tell {', '.join(theirs['classes'])} apart, in this order, not {', '.join(self.class_names)}"
+                f"the weights tell {', '.join(theirs['classes'])} apart, in this order, not "
+                f"{', '.join(self.class_names)}"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -437,13 +438,15 @@ def _variant(channels: str, sfreq: float, n_times: int, classes: str) -> dict[st
     return outputs | {"n_times": n_times, "sfreq": sfreq, "chs_info": chs_info}
 
 
+_HANDS = "left_hand right_hand"
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "bciciv2a-3s": _variant(
         _BCICIV2A, 125, 375, "left_hand right_hand feet tongue"
     ),  # 0 to 3 s after the cue, the headline configuration
-    "bciciv2a-long": _variant(_BCICIV2A, 125, 562, "left_hand right_hand feet tongue"),  # -0.5 to 4 s
-    "eegmmidb-4class": _variant(_EEGMMIDB, 160, 640, "left_hand right_hand hands feet"),  # 0 to 4 s
-    "eegmmidb-2class": _variant(_EEGMMIDB, 160, 640, "left_hand right_hand"),
+    "bciciv2a-long": _variant(_BCICIV2A, 125, 562, _HANDS + " feet tongue"),  # -0.5 to 4 s
+    "eegmmidb-4class": _variant(_EEGMMIDB, 160, 640, _HANDS + " hands feet"),  # 0 to 4 s
+    "eegmmidb-2class": _variant(_EEGMMIDB, 160, 640, _HANDS),
 }
-"""The published configurations: `AGTCNet(**VARIANTS["bciciv2a-3s"])`. The order of the channels and of the classes is the
-weights'."""
+"""The published configurations: `AGTCNet(**VARIANTS["bciciv2a-3s"])`. The channels and the classes are in
+the weights' order."""
