@@ -405,9 +405,9 @@ def write_openbci(path, microvolts, titles=True):
         "%Board = OpenBCI_GUI$BoardGanglion",
     ]
     if titles:
-        lines.append(
-            "Sample Index, EXG Channel 0, EXG Channel 1, EXG Channel 2, EXG Channel 3, Accel Channel 0, Timestamp, Marker Channel, Timestamp (Formatted)"
-        )
+        channels = ", ".join(f"EXG Channel {k}" for k in range(4))
+        rest = "Accel Channel 0, Timestamp, Marker Channel, Timestamp (Formatted)"
+        lines.append(f"Sample Index, {channels}, {rest}")
     for k, row in enumerate(microvolts):
         values = [k % 256, *np.round(row, 4), 0.01 * np.sin(k), 1.6e9 + k / 200]
         values += [1.0 if k in (1000, 3000) else 0.0, "2026-01-01 00:00:00.000"] if titles else []

@@ -60,17 +60,20 @@ def seen_trials(
 
 def continuous(
     decoder: Decoder, recording: Recording, interpolate: bool = False, **reading: Unpack[Reading]
-) -> BaseRaw:
-    """A recording as the decoder wants it. Raises UserError for a decoder whose preprocessing needs events, and for a
-    recording of another rate, whose windows would last another time."""
+) -> tuple[BaseRaw, BaseRaw]:
+    """A recording as the decoder wants it, and its channels as recorded.
+
+    Raises UserError for a decoder whose preprocessing needs events, and for a recording of another rate, whose windows
+    would last another time.
+    """
     if decoder.preprocessing.order == "published":
         raise UserError("the decoder preprocesses trial by trial (published order), which needs events: drop --every")
     if decoder.preprocessing.standardization == "trial":
         raise UserError("the decoder standardizes each trial by itself, which needs events; drop --every")
-    raw = select_channels(recording.read(**reading), recorded_channels(decoder), interpolate)
-    raw = decoder.preprocessing.apply(raw)
+    recorded = select_channels(recording.read(**reading), recorded_channels(decoder), interpolate)
+    raw = decoder.preprocessing.apply(recorded)
     check_rate(decoder, raw.info["sfreq"], recording.path)
-    return raw
+    return raw, recorded.pick(decoder.ch_names)
 
 
 def recorded_channels(decoder: Decoder) -> list[str]:
@@ -89,29 +92,39 @@ def check_rate(decoder: Decoder, rate: float, what: Any) -> None:
 
 
 def decode_all_along(
-    decoder: Decoder, recording: Recording, raw: BaseRaw, step: int, rule: Rule, events: Events | None = None
-) -> tuple[pd.DataFrame, dict[str, float], tuple[Decisions, Any] | None]:
-    """Every `step` samples of `raw`, which `continuous` made, a window: rows as of `decode_trials`, with the `command`.
+    decoder: Decoder,
+    recording: Recording,
+    raw: BaseRaw,
+    recorded: BaseRaw,
+    step: int,
+    rule: Rule,
+    events: Events | None = None,
+) -> tuple[pd.DataFrame, Decisions, dict[str, float], Any]:
+    """Every `step` samples of `raw`, which `continuous` made, a window: rows as of `decode_trials`, with the `command`
+    and, where windows abstain because of their input, `abstained`, which says why.
 
-    Also the scores of the commands by the events, and what is needed to draw both, where the events' classes are known.
+    Also the decisions, the scores of the commands by the events, and what these are, where their classes are known.
     """
     network: Any = decoder.network
     n_times, sfreq = int(network.n_times), decoder.sfreq
     known = events or recording.events or {name: name for name in decoder.classes}
     marks = {name: decoder.classes.index(cls) for name, cls in event_classes(known).items() if cls in decoder.classes}
     scores: dict[str, float] = {}
-    drawn = None
+    found: Any = None
+    as_recorded = recorded.get_data() * 1e6, float(recorded.info["sfreq"])
     if set(event_counts(raw)) & set(marks):
         duration = decoder.preprocessing.tmax + n_times / sfreq / 2
         decisions, scores, found = pseudo_online(
-            decoder, raw, marks, n_times, step, duration=duration, n_classes=len(decoder.classes), rule=rule
-        )
-        drawn = decisions, found
+            decoder, raw, marks, n_times, step, duration=duration, n_classes=len(decoder.classes), rule=rule,
+            recorded=as_recorded,
+        )  # fmt: skip
     else:
-        decisions = decode(decoder, raw.get_data() * 1e6, n_times, step, sfreq, rule=rule)
+        decisions = decode(decoder, raw.get_data() * 1e6, n_times, step, sfreq, rule=rule, recorded=as_recorded)
     rows = _rows(decoder, decisions.times - n_times / sfreq, decisions.probabilities, rule.threshold)
     rows["command"] = [decoder.classes[k] if k != metrics.NO_DECISION else "n/a" for k in decisions.commands]
-    return rows, scores, drawn
+    if (decisions.reasons != "").any():
+        rows["abstained"] = [reason or "n/a" for reason in decisions.reasons]
+    return rows, decisions, scores, found
 
 
 def files_of(path: Path) -> list[Path]:

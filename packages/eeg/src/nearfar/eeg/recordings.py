@@ -191,7 +191,7 @@ def read_recording(
 
 
 def bad_channels(raw: mne.io.BaseRaw) -> dict[str, str]:
-    """EEG channels that cannot be used -> why: "NaN", "flat" or "marked bad" (in the file)."""
+    """EEG channels that cannot be used -> why: "NaN", "infinite", "flat" or "marked bad" (in the file)."""
     picks = mne.pick_types(raw.info, eeg=True, exclude=())
     data = raw.get_data(picks, verbose="ERROR")
     empty = np.isnan(data)
@@ -200,6 +200,8 @@ def bad_channels(raw: mne.io.BaseRaw) -> dict[str, str]:
     for name, values in zip([raw.ch_names[pick] for pick in picks], data[:, ~gap]):
         if np.isnan(values).any():
             reasons[name] = "NaN"
+        elif np.isinf(values).any():
+            reasons[name] = "infinite"
         elif np.ptp(values) == 0:
             reasons[name] = "flat"
         elif name in raw.info["bads"]:

@@ -83,7 +83,7 @@ def train_decoder(
         "validation_accuracy": classifier.history_[best]["val_accuracy"],
     }
     if test is not None:
-        scores["test"] = metrics.score(y_test, classifier.predict(X_test), len(names))
+        scores["test"] = _test_score(classifier, X_test, y_test, len(names))
         scores["trials"]["test"] = len(y_test)
         if any(seen := before.seen(digest.hex() for digest in tested)):
             scores["test"]["marked"] = mark(seen)  # by the decoder that it began from
@@ -98,6 +98,11 @@ def train_decoder(
     decoder = Decoder(classifier.network_, names, preprocessing, epochs.ch_names, about, scores, before | seen_here)
     decoder.save(folder)
     return decoder
+
+
+def _test_score(classifier: NetworkClassifier, X: np.ndarray, y: np.ndarray, n_classes: int) -> dict[str, Any]:
+    probabilities = classifier.predict_proba(X)
+    return metrics.score(y, classifier.classes_[probabilities.argmax(1)], n_classes, probabilities)
 
 
 def starting_network(path: str | Path, epochs: BaseEpochs, classes: list[str], recipe: Recipe) -> nn.Module:

@@ -50,7 +50,7 @@ from nearfar.eeg.comparison import compare
 from nearfar.eeg.decoder import Decoder
 from nearfar.eeg.decoding import Recipe
 from nearfar.eeg.evaluation import Results
-from nearfar.eeg.live.scores import stream_error
+from nearfar.eeg.live.scores import live_error
 from nearfar.eeg.live.stream import Rule
 from nearfar.eeg.prediction import continuous, decode_all_along, decode_trials, files_of, seen_trials
 from nearfar.eeg.protocols import PROTOCOLS
@@ -335,7 +335,8 @@ def predict(
     types: Types = None,
     encoding: Encoding = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Decode also as a live stream would, and print how far the two differ.")
+        bool,
+        typer.Option("--check", help="Decode the unfiltered recording as a live stream too; say how far they differ."),
     ] = False,
 ) -> None:
     """Decode recordings with a trained decoder: at their events, or all along (`--every 0.5`).
@@ -364,29 +365,33 @@ def predict(
             rows = decode_trials(model, recording, threshold=threshold, **given)
             seen = rows.get("seen_in_training", ())
         else:
-            raw = continuous(model, recording, interpolate, **how)
+            raw, recorded = continuous(model, recording, interpolate, **how)
             step = max(1, round(every * model.sfreq))
-            rows, scores, drawn = decode_all_along(model, recording, raw, step, rule, event_names(event))
+            rows, decisions, scores, marks = decode_all_along(
+                model, recording, raw, recorded, step, rule, event_names(event)
+            )
             seen = seen_trials(model, recording, **given)
             line |= {shown: scores[name] for name, shown in SCORES.items() if name in scores}
-            if drawn is not None:
+            if marks is not None:
                 with atomic_path(target.with_name(target.name.replace(".tsv", ".png"))) as temporary:
-                    plots.online_timeline(*drawn, model.classes).savefig(temporary, dpi=120, bbox_inches="tight")
+                    plots.online_timeline(decisions, marks, model.classes).savefig(
+                        temporary, dpi=120, bbox_inches="tight"
+                    )
         with atomic_path(target) as temporary:
-            rows.to_csv(temporary, sep="\t", index=False, float_format="%.6g")
+            rows.to_csv(temporary, sep="\t", index=False, float_format="%.6g", na_rep="n/a")
         made.write()
         if every is None:
             line |= {name: int((rows["trial_type"] == name).sum()) for name in [*model.classes, "n/a"]}
         else:
-            line["windows"] = len(rows)
+            line |= {"windows": len(rows), "abstained": int((decisions.reasons != "").sum())}
         if "true" in rows:
             line["accuracy"] = float((rows["true"] == rows["trial_type"]).mean())
         if check:
-            raw = raw if every is not None else continuous(model, recording, interpolate, **how)
-            step = max(1, round((every or 0.5) * model.sfreq))
-            line["streamed - whole"] = stream_error(
-                model, raw.get_data() * 1e6, model.network.n_times, step, model.sfreq, rule=rule
-            )
+            if every is None:
+                raw, recorded = continuous(model, recording, interpolate, **how)
+                step = max(1, round(0.5 * model.sfreq))
+                decisions = decode_all_along(model, recording, raw, recorded, step, rule)[1]
+            line |= live_error(model, recorded, decisions, step, rule)
         line["marked"] = mark(list(seen))
         return line
 
@@ -451,7 +456,7 @@ def _sentence(name: str, score: dict[str, Any]) -> str:
     marked = f" ({score['marked']}: too good)" if "marked" in score else ""
     return (
         f"{name} accuracy {score['accuracy']:.3f} (95 % interval {score['low']:.3f} to {score['high']:.3f}), "
-        f"kappa {score['kappa']:.3f}; {verdict} the chance bound of {score['chance_bound']:.3f}{marked}"
+        f"balanced {score['balanced_accuracy']:.3f}, kappa {score['kappa']:.3f}; {verdict} the chance bound of {score['chance_bound']:.3f}{marked}"
     )
 
 
