@@ -73,7 +73,8 @@ def chance_bound(n_trials: int, n_classes: int, level: float = 0.95, chance: flo
     """The smallest accuracy k / n_trials that guessing reaches with a probability of at most 1 - level.
 
     Guessing is Binomial(n_trials, chance), `chance` being 1 / n_classes or what `chance_level` gives; with the latter
-    always answering the most frequent class stays below the bound. Accuracies at or above the bound are above chance at that level.
+    always answering the most frequent class stays below the bound. Accuracies at or above it are above chance at that
+    level.
     With very few trials no accuracy is: the bound is then above 1.
     """
     return float(stats.binom.ppf(level, n_trials, chance or 1 / n_classes) + 1) / n_trials
@@ -162,15 +163,16 @@ def subject_scores(rows: pd.DataFrame, score: str = "accuracy") -> pd.DataFrame:
 def summary(rows: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     """One row per protocol and model from result rows (see `nearfar.eeg.evaluation.Results.rows`).
 
-    `accuracy`, `balanced_accuracy`, `kappa`, `auc` and `sma20` are means over all rows, that is subjects (or their sessions) and repeats;
-    `..._std` their population standard deviation over the same rows; `low` and `high` the bootstrap interval of
-    the mean accuracy over subjects. `failed` counts the rows of failed fits, which stay in the means as chance.
+    `accuracy`, `balanced_accuracy`, `kappa`, `auc` and `sma20` are means over all rows, that is subjects (or their
+    sessions) and repeats; `..._std` their population standard deviation over the same rows; `low` and `high` the
+    bootstrap interval of the mean accuracy over subjects. `failed` counts the rows of failed fits, which stay in the
+    means as chance.
     """
     table = []
     for (protocol, model), group in rows.groupby(["protocol", "model"], sort=False):
         line = {"protocol": protocol, "model": model, "subjects": group["subject"].nunique()}
         line |= {"repeats": group["repeat"].nunique(), "failed": int((group["failure"] != "").sum())}
-        for score in ("accuracy", "balanced_accuracy", "kappa", "auc", "sma20"):
+        for score in [name for name in ("accuracy", "balanced_accuracy", "kappa", "auc", "sma20") if name in group]:
             line |= {score: group[score].mean(), f"{score}_std": group[score].std(ddof=0)}
         line["low"], line["high"] = bootstrap_interval(group.groupby("subject")["accuracy"].mean(), level)
         table.append(line)

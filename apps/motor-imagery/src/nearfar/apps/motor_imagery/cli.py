@@ -456,7 +456,8 @@ def _sentence(name: str, score: dict[str, Any]) -> str:
     marked = f" ({score['marked']}: too good)" if "marked" in score else ""
     return (
         f"{name} accuracy {score['accuracy']:.3f} (95 % interval {score['low']:.3f} to {score['high']:.3f}), "
-        f"balanced {score['balanced_accuracy']:.3f}, kappa {score['kappa']:.3f}; {verdict} the chance bound of {score['chance_bound']:.3f}{marked}"
+        f"balanced {score['balanced_accuracy']:.3f}, kappa {score['kappa']:.3f}; "
+        f"{verdict} the chance bound of {score['chance_bound']:.3f}{marked}"
     )
 
 

@@ -80,7 +80,8 @@ def evaluation_page(folder: Path, report: Report | None = None, level: int = 2) 
         )
     report.text(
         f"{about['trials']} trials of {', '.join(about['classes'])}. A test set whose accuracy is above its bound is "
-        "better than guessing at 95 %; chance is always answering the class that most of its trials are of. A fit that failed counts as chance."
+        "better than guessing at 95 %; chance is answering the class of most of its trials, always. A fit that failed "
+        "counts as chance."
     )
     report.table(summary_rows(tables["summary"], rows))
     columns = ["model", "subject", "session", "repeat", "n_train", "n_test", "accuracy", "balanced_accuracy", "kappa"]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from braindecode.models.base import EEGModuleMixin
+from braindecode.models.util import models_dict
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -410,6 +411,8 @@ def pooled_steps(
     """Time steps that AGTCNet's temporal attention sees of `n_times` samples."""
     return ((n_times - ctc_kernel + 1 - ctc_pool) // ctc_pool_stride + 1) // gtc_pool // gtc_pool
 
+
+models_dict.setdefault("AGTCNet", AGTCNet)  # so that braindecode's classifiers find it by name
 
 _MODELS: WeakSet[AGTCNet] = WeakSet()
 
