@@ -196,6 +196,8 @@ def _table(
 def _raw(
     path: Path, data: np.ndarray, names: Sequence[str], rate: float, types: str | list[str] = "eeg"
 ) -> mne.io.BaseRaw:
+    if not 0 < rate < 1e6:
+        raise UserError(f"{path}: its rate of {rate:g} Hz cannot be; give another recording")
     unique = [name if list(names).count(name) == 1 else f"{name}-{k}" for k, name in enumerate(names)]
     raw = mne.io.RawArray(data, mne.create_info(unique, rate, types), verbose="ERROR")
     raw.info["description"] = str(path)

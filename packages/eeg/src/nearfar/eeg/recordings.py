@@ -278,7 +278,8 @@ def _open(path: Path, encoding: str | None, notes: list[str]) -> mne.io.BaseRaw:
             raise UserError(f"{path}: holds no cell array `data` of runs, so it is no recording in the BNCI layout")
         return conventions.read_bnci(path)
     if path.suffix.lower() in _TABLES:
-        return _TABLES[path.suffix.lower()](path, notes)
+        with reading(path, "cannot be read as a recording", DAMAGED):
+            return _TABLES[path.suffix.lower()](path, notes)
     if path.suffix.lower() in (".edf", ".bdf"):
         _check_edf(path)
     with quiet(notes), reading(path, f"cannot be read as {path.suffix or 'a recording'}", DAMAGED):

@@ -179,4 +179,6 @@ def chosen_trials(recordings: list[Recording], classes: str | None, *, skip_bad:
         f"{len(epochs.ch_names)} channels x {len(epochs.times)} samples at {epochs.info['sfreq']:g} Hz",
         highlight=False,
     )
+    if options["preprocessing"].reference == "auto" and not options["preprocessing"].averages(epochs.ch_names):
+        messages.print("reference as recorded; --reference says otherwise", highlight=False)
     return epochs
