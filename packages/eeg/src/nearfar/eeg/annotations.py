@@ -67,10 +67,12 @@ EDGES = ("EDGE", "BOUNDARY", "BAD BOUNDARY", "NEW SEGMENT")
 
 
 def segments(raw: mne.io.BaseRaw) -> list[tuple[int, int]]:
-    """First sample of each piece between edges, and the one after its last."""
-    onsets, durations, names = annotations(raw)
-    marks = np.array([is_edge(name) for name in names], dtype=bool)
-    times = np.concatenate([onsets[marks], (onsets + durations)[marks]]) if marks.any() else np.zeros(0)
+    """First sample of each piece between edges, and the one after its last.
+
+    An edge is a point: EEGLAB's `boundary` tells as its duration what was cut out there.
+    """
+    onsets, _, names = annotations(raw)
+    times = onsets[np.array([is_edge(name) for name in names], dtype=bool)]
     cuts = np.unique(np.clip(np.rint(times * raw.info["sfreq"]).astype(int), 0, raw.n_times))
     bounds = [0, *(int(cut) for cut in cuts if 0 < cut < raw.n_times), raw.n_times]
     return list(pairwise(bounds))

@@ -21,10 +21,12 @@ from nearfar.eeg.annotations import (
     EDGES,
     Events,
     annotate,
+    annotation_names,
     annotations,
     event_classes,
     event_counts,
     is_bad,
+    is_edge,
     quiet,
     segments,
     source_name,
@@ -157,6 +159,8 @@ class Preprocessing:
         self._check_rate(raw)
         with quiet():
             fill_gaps(raw)
+            edges = np.array([is_edge(name) for name in annotation_names(raw)], dtype=bool)
+            raw.annotations.duration[edges] = 0  # else MNE leaves that long unfiltered
             if self.order == "published":
                 return raw
             rate = raw.info["sfreq"]

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import signal
 
 from nearfar.core.errors import UserError
-from nearfar.eeg.alignment import EXPONENTIAL_MOVING, ExponentialMovingStandardizer
+from nearfar.eeg.alignment import ExponentialMovingStandardizer
 from nearfar.eeg.preprocessing import Preprocessing
 
 
@@ -108,5 +108,5 @@ def causal_steps(preprocessing: Preprocessing, sfreq: float, ch_names: Sequence[
     if preprocessing.averages(ch_names):
         steps.append(AverageReference())
     if preprocessing.standardization == "exponential-moving":
-        steps.append(ExponentialMovingStandardizer(**EXPONENTIAL_MOVING))
+        steps.append(ExponentialMovingStandardizer())
     return steps
