@@ -77,6 +77,8 @@ def test_lines_of_their_own_are_all_read(make_raw):
     raw = read_recording(triggered(make_raw, ("STI 014", port), ("STI 001", left)), notes=notes)
     assert event_counts(raw) == {"4": 1, "5": 1}
     assert any("not from STI 001" in note for note in notes)
+    raw = read_recording(triggered(make_raw, ("STI 014", 0 * port), ("STI 001", left)))  # a composite that was not used
+    assert event_counts(raw) == {"1": 2}
 
 
 def test_triggers_beside_annotations_are_told(make_raw):

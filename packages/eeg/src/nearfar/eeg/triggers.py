@@ -14,28 +14,28 @@ COMPOSITE = ("STI101", "STI 014", "Status")
 def annotate_triggers(raw: mne.io.BaseRaw, notes: list[str]) -> None:
     """Add the triggers of a recording's stim channels as annotations, in place; what was read how goes to `notes`.
 
-    Of one channel the events' names are its codes; of several each channel's name, with the code where it has several
-    (`DIN1`, `port/4`). A channel at 0 most of the time has pulses: codes that join while another is on are taken apart
-    into bits (1, then 9, then 8 is 1 and 8). Any other channel holds levels: every change to a value but 0 is one.
-    A value of one sample between two others is a glitch of lines that do not switch together, and left out. Values in
-    millionths, as a file in microvolts gives them, are made whole; one between whole numbers is read as on or off.
+    Where one channel has triggers the events' names are its codes; of several each channel's name, with the code where
+    it has several (`DIN1`, `port/4`). A channel at 0 most of the time has pulses: codes that join while another is on
+    are taken apart into bits (1, then 9, then 8 is 1 and 8). Any other channel holds levels: every change to a value
+    but 0 is one. A value of one sample between two others is a glitch of lines that do not switch together, and left
+    out. Values in millionths, as a file in microvolts gives them, are made whole; one between whole numbers is read as
+    on or off.
     """
     names = [raw.ch_names[pick] for pick in mne.pick_types(raw.info, meg=False, stim=True, exclude=())]
-    main = [name for name in COMPOSITE if name in names][:1]
+    main = [name for name in COMPOSITE if name in names and raw.get_data([name]).any()][:1]
     if main and len(names) > 1:
         notes.append(f"triggers are read from {main[0]} alone, not from {', '.join(n for n in names if n not in main)}")
+    lines: dict[str, tuple[list[int], list[int]]] = {}
+    for name in main or names:
+        lines[name] = _events(_whole(raw.get_data([name])[0], name, notes), name, notes)
+        listed = ", ".join(f"{code} ({count})" for code, count in sorted(Counter(lines[name][1]).items())[:20])
+        notes.append(f"trigger channel {name}: {listed or 'none'}")
+    lines = {name: line for name, line in lines.items() if line[0]}
     found: list[tuple[float, str]] = []
-    read = main or names
-    for name in read:
-        samples, codes = _events(_whole(raw.get_data([name])[0], name, notes), name, notes)
-        kinds = Counter(codes)
-        if len(read) == 1:
-            told = [str(code) for code in codes]
-        else:
-            told = [name if len(kinds) == 1 else f"{name}/{code}" for code in codes]
-        found += [(sample / raw.info["sfreq"], what) for sample, what in zip(samples, told, strict=True)]
-        listed = ", ".join(f"{code} ({count})" for code, count in sorted(kinds.items())[:20]) or "none"
-        notes.append(f"trigger channel {name}: {listed}")
+    for name, (samples, codes) in lines.items():
+        for sample, code in zip(samples, codes, strict=True):
+            several = name if len(set(codes)) == 1 else f"{name}/{code}"
+            found.append((sample / raw.info["sfreq"], str(code) if len(lines) == 1 else several))
     if found:
         onsets, texts = zip(*sorted(found), strict=True)
         annotate(raw, np.array(onsets), 0.0, list(texts))
