@@ -227,7 +227,8 @@ class StreamDecoder:
         if unit not in UNITS:
             raise UserError(f"unit must be one of {', '.join(UNITS)}, not {unit!r}")
         self.estimator, self.n_times, self.step, self.sfreq, self.rule = estimator, n_times, step, sfreq, rule
-        self.batch_size, self.recorded = batch_size, None
+        self.batch_size = batch_size
+        self.recorded: tuple[np.ndarray, float] | None = None
         self._steps = copy.deepcopy(list(steps))
         self._factor = int(np.prod([getattr(one, "factor", 1) for one in self._steps]))
         self._scale = UNITS[unit] * 1e6
@@ -284,7 +285,6 @@ class StreamDecoder:
         raw = chunk if self._raw is None else np.concatenate([self._raw, chunk], axis=1)
         self._check_unit(raw)
         self._channels = self._channels or len(chunk)
-        self._raw = raw
         chunk = self._held(chunk)
         for one in self._steps:
             chunk = one.push(chunk) if chunk.shape[1] else chunk
@@ -295,17 +295,15 @@ class StreamDecoder:
         buffer = chunk if self._buffer is None else np.concatenate([self._buffer, chunk], axis=1)
         starts, view = windows(buffer, self.n_times, self.step)
         reasons = np.full(len(view), "", object)
-        new = None
+        new: np.ndarray | None = None
         for at in range(0, len(view), self.batch_size):
-            part = slice(at, at + self.batch_size)
-            reasons[part] = self._faults(starts[part])
-            sound = reasons[part] == ""
-            given = _predict(self.estimator, view[part][sound]) if sound.any() else None
-            if given is not None or new is not None:
-                classes = given.shape[1] if given is not None else new.shape[1]
-                new = np.full((len(view), classes), np.nan) if new is None or not new.shape[1] else new
-                if given is not None:
-                    new[np.arange(len(view))[part][sound]] = given
+            rows = np.arange(at, min(at + self.batch_size, len(view)))
+            reasons[rows] = self._faults(raw, starts[rows])
+            sound = rows[reasons[rows] == ""]
+            if len(sound):
+                given = _predict(self.estimator, view[sound])
+                new = np.full((len(view), given.shape[1]), np.nan) if new is None else new
+                new[sound] = given
         if new is None and len(view):  # all abstain
             known = getattr(self.estimator, "classes", ())
             new = np.full((len(view), self._classes() or len(known) or 1), np.nan)
@@ -314,8 +312,8 @@ class StreamDecoder:
         self._gap += max(0, used - buffer.shape[1])
         self._start += used
         self._buffer = buffer[:, used:].copy()
-        passed = min(max(0, self._start * self._factor - self._raw_start), self._raw.shape[1])
-        self._raw, self._raw_start = self._raw[:, passed:].copy(), self._raw_start + passed
+        passed = min(max(0, self._start * self._factor - self._raw_start), raw.shape[1])
+        self._raw, self._raw_start = raw[:, passed:].copy(), self._raw_start + passed
         return self._decide(new, times, reasons)
 
     def _check(self, rate: float | None) -> None:
@@ -357,8 +355,8 @@ class StreamDecoder:
             self._last = chunk[:, -1].copy()
         return chunk
 
-    def _faults(self, starts: np.ndarray) -> np.ndarray:
-        data, ratio, first = self._raw, float(self._factor), self._raw_start
+    def _faults(self, raw: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        data, ratio, first = raw, float(self._factor), self._raw_start
         if self.recorded is not None:
             data, ratio, first = self.recorded[0], self.recorded[1] / self.sfreq, 0
         length = int((self.n_times - 1) * ratio) + 1
