@@ -244,6 +244,10 @@ BAD_INPUTS = {
     "unknown class": (lambda f: recording(f / "a_raw.fif"), ["--classes", "left_hand,tongue"], "no trials of tongue"),
     "unknown run": (lambda f: recording(f / "a_raw.fif"), ["--runs", "99"], "no recording of run 99"),
     "unknown setting": (lambda f: recording(f / "a_raw.fif"), ["--set", "passes=3"], "unknown setting passes"),
+    "malformed renaming": (lambda f: recording(f / "a_raw.fif"), ["--rename", "C3"], "write OLD=NEW"),
+    "unknown type": (lambda f: recording(f / "a_raw.fif"), ["--types", "C3=brain"], "no type brain"),
+    "subject pattern": (lambda f: recording(f / "a_raw.fif"), ["--subject-pattern", "(P[0-9]+)"], "does not match"),
+    "unknown reference": (lambda f: recording(f / "a_raw.fif"), ["--reference", "A1"], "no reference channel A1"),
     "too short": (lambda f: recording(f / "a_raw.fif"), ["--window", "0", "0.5"], "65 samples"),
 }
 
@@ -296,3 +300,56 @@ def test_imagery_of_a_real_subject(shared_data, tmp_path, capsys):
     assert set(results["n_train"] + results["n_validation"]) == {30}
     assert (results["chance_bound"] > 0.5).all()
     assert (tmp_path / "out" / "figures" / "desynchronization.png").exists()
+
+
+def marker(data):
+    """The last channel holds the class of each cue, as a marker does."""
+    data[-1] = 0
+    for index, cue in enumerate(3.0 + 4.0 * np.arange(12)):
+        data[-1, round(cue * RATE) + 4 : round(cue * RATE) + 40] = 1 + index % 2
+
+
+@pytest.mark.parametrize("name", ["Markers", "X9"])
+def test_a_marker_that_is_typed_as_eeg_is_set_aside_and_named(name, tmp_path, capsys):
+    path = recording(tmp_path / "a_raw.fif", channels=[*CHANNELS, name], change=marker)
+    assert run("inspect", path, "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["channels"] == 8
+    assert any(name in problem and "set aside" in problem for problem in found["problems"])
+    assert run("inspect", path, "--json", "--types", f"{name}=eeg", "--rename", "Pz=POz") == 0
+    assert json.loads(capsys.readouterr().out)[0]["channels"] == 9
+
+
+def test_inspect_tells_edges_triggers_and_people(tmp_path, capsys):
+    for name in ("anna_1_raw.fif", "ben_1_raw.fif"):
+        path = recording(tmp_path / name)
+        raw = mne.io.read_raw(path, preload=True, verbose="ERROR")
+        raw.annotations.append([10.0, 20.0], [0.0, 1.0], ["boundary", "BAD_muscle"])
+        raw.save(path, overwrite=True, verbose="ERROR")
+    assert run("inspect", tmp_path, "--json", "--subject-pattern", "(anna|ben)") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["subject"] for each in found] == ["anna", "ben"]
+    assert found[0]["events"] == {"left_hand": 6, "right_hand": 6}
+    assert {"1 BAD stretches", "1 edges"} <= set(found[0]["problems"])
+
+
+def test_windows_of_another_rate_are_refused(decoder, tmp_path, capsys):
+    other = recording(tmp_path / "b_raw.fif", rate=100.0)
+    for options in ([], ["--every", "0.5"], ["--every", "0.5", "--check"]):
+        assert run("predict", decoder, other, "-o", tmp_path / "out", *options) == 2
+        assert "100 Hz where the decoder" in capsys.readouterr().err.replace("\n", " ")
+    assert not list((tmp_path / "out").glob("*.tsv"))
+
+
+def test_flat_stretches_abstain_and_say_so(decoder, tmp_path, capsys):
+    def flatten(data):
+        data[2, round(20 * RATE) : round(30 * RATE)] = 1e-5
+
+    path = recording(tmp_path / "flat_raw.fif", seed=3, change=flatten)
+    assert run("predict", decoder, path, "-o", tmp_path / "out", "--every", "0.5") == 0
+    assert "abstained" in capsys.readouterr().out
+    rows = pd.read_csv(tmp_path / "out" / "flat_raw_predictions.tsv", sep="\t", keep_default_na=False)
+    inside = (rows["onset"] > 20) & (rows["onset"] < 27)
+    assert set(rows["abstained"][inside]) == {"C3 flat"}
+    assert set(rows["trial_type"][inside]) == {"n/a"}
+    assert set(rows["abstained"][rows["onset"] < 17]) == {"n/a"}

@@ -67,7 +67,7 @@ def test_eegmmidb_runs_by_task(eegmmidb_folder):
 def test_eegmmidb_trials(eegmmidb_folder, make_raw):
     epochs = load_trials(eegmmidb(eegmmidb_folder), preprocessing=PLAIN)
     X, y, classes = trials_array(epochs)
-    assert classes == ["left_hand", "right_hand", "feet", "hands"]
+    assert classes == ["left_hand", "right_hand", "hands", "feet"]
     assert np.bincount(y).tolist() == [12, 12, 6, 6]
     assert epochs.metadata["session"].tolist() == (["1"] * 12 + ["2"] * 6) * 2
     expected = make_raw(seed=206).get_data()[:, 12 * 160 : 14 * 160] * 1e6  # second trial of S002R06

@@ -124,3 +124,35 @@ def test_summary_takes_the_population_deviation_over_subjects_and_repeats():
     assert (line["subjects"], line["repeats"], line["failed"]) == (2, 2, 1)
     assert np.isnan([line["low"], line["high"]]).all()  # two subjects are too few for an interval
     assert np.isnan(line["sma20"])
+
+
+def test_always_rest_is_never_above_chance():
+    for n, rest in ((60, 48), (20, 15), (200, 199), (10, 5), (5, 5)):
+        y = np.array([0] * rest + [1] * (n - rest))
+        given = metrics.score(y, np.zeros(n, int), 2, np.tile([0.9, 0.1], (n, 1)))
+        assert given["accuracy"] == given["chance"] == rest / n
+        assert given["accuracy"] < given["chance_bound"]
+        assert given["balanced_accuracy"] == (0.5 if rest < n else 1.0)
+        assert given["kappa"] == 0
+        assert given.get("auc", 0.5) == 0.5
+
+
+def test_chance_by_the_shares_of_the_classes():
+    assert metrics.chance_level([0, 1, 2, 0], 3) == 0.5
+    assert metrics.chance_level([0, 1] * 10, 2) == 0.5
+    assert metrics.chance_bound(60, 2, chance=0.5) == metrics.chance_bound(60, 2)
+    assert metrics.chance_bound(60, 2, chance=0.8) > 0.8
+    rng = np.random.default_rng(0)
+    guesses = (rng.random((4000, 60)) < 0.8).mean(1)
+    assert (guesses >= metrics.chance_bound(60, 2, chance=0.8)).mean() <= 0.05
+
+
+def test_area_and_balance():
+    y, p = np.array([0, 0, 1, 1]), np.array([0.1, 0.4, 0.35, 0.8])
+    assert metrics.auc(y, np.stack([1 - p, p], axis=1)) == 0.75
+    assert np.isnan(metrics.auc([0, 0], [[0.5, 0.5]] * 2))
+    assert metrics.auc(y, np.full((4, 2), np.nan)) == 0.5
+    three = np.eye(3)[[0, 1, 2, 0]]
+    assert metrics.auc([0, 1, 2, 0], three) == 1
+    assert metrics.balanced_accuracy([0, 0, 0, 1], [0, 0, 0, 0]) == 0.5
+    assert metrics.balanced_accuracy([0, 0, 1, 1], [0, -1, 1, 1]) == 0.75

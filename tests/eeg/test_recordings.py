@@ -245,9 +245,9 @@ def test_trials_of_several_files(make_raw, tmp_path):
         write_edf(tmp_path / name, make_raw(seed=seed))
     epochs = load_trials(tmp_path, preprocessing=PLAIN)
     X, y, classes = trials_array(epochs)
-    assert classes == ["left_hand", "right_hand", "feet", "hands"]
+    assert classes == ["left_hand", "right_hand", "hands", "feet"]
     assert (X.shape, X.dtype, y.dtype) == ((18, 9, 320), np.float32, np.int64)
-    assert y.tolist() == [0, 1] * 6 + [3, 2] * 3
+    assert y.tolist() == [0, 1] * 6 + [2, 3] * 3
     metadata = epochs.metadata
     assert list(metadata) == ["subject", "session", "run", "file", "onset"]
     assert metadata["subject"].tolist() == ["S001"] * 12 + ["S002"] * 6

@@ -9,10 +9,12 @@ from scipy import signal
 from nearfar.core.errors import UserError
 from nearfar.eeg import metrics
 from nearfar.eeg.alignment import ExponentialMovingStandardizer
-from nearfar.eeg.live.scores import pseudo_online, score_events, stream_error
-from nearfar.eeg.live.steps import AverageReference, CausalDecimator, CausalFilter
+from nearfar.eeg.decoder import Decoder
+from nearfar.eeg.live.scores import live_error, pseudo_online, score_events, stream_error
+from nearfar.eeg.live.steps import AverageReference, CausalDecimator, CausalFilter, causal_steps
 from nearfar.eeg.live.stream import Decisions, Rule, StreamDecoder, decode, windows
 from nearfar.eeg.models import baselines
+from nearfar.eeg.preprocessing import Preprocessing
 
 SFREQ = 100.0
 
@@ -225,10 +227,6 @@ def test_streams_refuse_what_would_spoil_them():
     stream = StreamDecoder(Rough(), 50, 10, SFREQ, steps=steps())
     data = noise()
     before = stream.push(data[:, :300])
-    holed = data[:, 300:400].copy()
-    holed[1, 5] = np.nan
-    with pytest.raises(UserError, match="channel 2 of 3 has samples that are not finite"):
-        stream.push(holed)
     with pytest.raises(UserError, match="had 3 channels, the new chunk has 2"):
         stream.push(data[:2])
     after = stream.push(data[:, 300:])  # as if nothing had happened
@@ -240,6 +238,140 @@ def test_streams_refuse_what_would_spoil_them():
         StreamDecoder(Rough(), 50, 0, SFREQ)
     with pytest.raises(UserError, match="window needs 50"):
         decode(Rough(), data[:, :20], 50, 10, SFREQ)
+
+
+def spoil(data, kind):
+    bad = data.copy()
+    if kind == "railed":
+        bad[1, 500:700] = np.where(np.arange(200) % 20 < 10, 3e3, -3e3)
+    else:
+        bad[1, 500:700] = {"flat": 12.0, "nan": np.nan, "inf": np.inf, "-inf": -np.inf}[kind]
+    return bad
+
+
+SAID = {"flat": "flat", "railed": "railed", "nan": "not finite", "inf": "not finite", "-inf": "not finite"}
+
+
+@pytest.mark.parametrize("kind", SAID)
+@pytest.mark.parametrize("prepared", [False, True])
+def test_spoilt_input_abstains_and_says_so(kind, prepared):
+    data = spoil(noise(), kind)
+    options = {"steps": steps() if prepared else []}
+    rate = SFREQ / 2 if prepared else SFREQ
+    n_times, step = (50, 5) if prepared else (100, 10)
+    found = decode(Rough(), data, n_times, step, rate, **options)
+    starts, ends = found.times - 1.0, found.times
+    touched = (ends > 5.3) & (starts < 6.7)
+    assert set(found.reasons[touched]) == {f"channel 2 {SAID[kind]}"}
+    assert (found.decisions[touched] == -1).all()
+    assert np.isnan(found.probabilities[touched]).all()
+    clean = (ends < 5.0) | (starts > 7.1)
+    assert set(found.reasons[clean]) == {""}
+    assert np.isfinite(found.probabilities[clean]).all()
+    stream = StreamDecoder(Rough(), n_times, step, rate, **options)
+    parts = [stream.push(chunk) for chunk in np.split(data, range(37, 1500, 37), axis=1)]
+    parts = [part for part in parts if len(part)]
+    for name in ("probabilities", "decisions", "reasons"):
+        np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(found, name))
+
+
+def test_a_stream_that_is_flat_from_the_start():
+    stream = StreamDecoder(Rough(), 50, 10, SFREQ, rule=Rule(smoothing=2))
+    first = stream.push(np.zeros((3, 120)))
+    assert set(first.reasons) == {"channel 1, channel 2, channel 3 flat"}
+    later = stream.push(noise(times=300))
+    assert np.isfinite(later.probabilities[-1]).all()
+    assert (later.decisions[-5:] != -1).all()
+
+
+def test_averages_over_a_window_that_abstains_say_so():
+    found = decode(Rough(), spoil(noise(), "nan"), 50, 50, SFREQ, rule=Rule(smoothing=3))
+    assert "averaged with a window that abstains" in set(found.reasons)
+    assert (found.decisions[found.reasons != ""] == -1).all()
+
+
+class Trained(Rough):
+    ch_names, sfreq = ("C3", "Cz", "C4"), SFREQ
+
+
+def test_a_stream_is_taken_by_name_unit_and_rate():
+    data = noise()
+    whole = decode(Trained(), data, 50, 10, SFREQ).probabilities
+    named = StreamDecoder(Trained(), 50, 10, SFREQ, ch_names=["TRG", "EEG C4-Ref", "cz", "C3"], unit="V", rate=SFREQ)
+    given = np.concatenate([np.zeros((1, 1500)), data[::-1]]) * 1e-6
+    np.testing.assert_allclose(named.push(given).probabilities, whole, rtol=1e-5)
+    with pytest.raises(UserError, match="channel Cz not exactly once"):
+        StreamDecoder(Trained(), 50, 10, SFREQ, ch_names=["C3", "C4"])
+    with pytest.raises(UserError, match="channel C3 not exactly once"):
+        StreamDecoder(Trained(), 50, 10, SFREQ, ch_names=["C3", "c3", "Cz", "C4"])
+    with pytest.raises(UserError, match="had 3 channels, the new chunk has 4"):
+        StreamDecoder(Trained(), 50, 10, SFREQ).push(noise(channels=4))
+    with pytest.raises(UserError, match="250 Hz, after the steps 125 Hz"):
+        StreamDecoder(Trained(), 50, 10, SFREQ, steps=[CausalDecimator(2)], rate=250)
+    with pytest.raises(UserError, match="windows are of 100 Hz, not 50 Hz"):
+        StreamDecoder(Trained(), 50, 10, SFREQ / 2)
+    with pytest.raises(UserError, match="unit must be one of"):
+        StreamDecoder(Trained(), 50, 10, SFREQ, unit="T")
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3])
+def test_samples_that_cannot_be_microvolts_are_refused(scale):
+    stream = StreamDecoder(Rough(), 50, 10, SFREQ)
+    with pytest.raises(UserError, match="no EEG; say the samples' unit"):
+        stream.push(noise() * scale)
+    np.testing.assert_array_equal(
+        stream.push(noise()).probabilities, decode(Rough(), noise(), 50, 10, SFREQ).probabilities
+    )
+
+
+# The causal chain
+
+
+def test_the_causal_chain_does_what_the_preprocessing_does():
+    names = [f"E{k}" for k in range(8)]
+    settings = Preprocessing(l_freq=4, h_freq=30, notch=50, sfreq=100, standardization="exponential-moving")
+    kinds = [type(one).__name__ for one in causal_steps(settings, 200, names)]
+    assert kinds == [
+        "CausalFilter",
+        "CausalFilter",
+        "CausalDecimator",
+        "AverageReference",
+        "ExponentialMovingStandardizer",
+    ]
+    assert not causal_steps(Preprocessing(), 160, names[:3])
+    time = np.arange(4000) / 200
+    wave = np.stack([np.sin(2 * np.pi * 50 * time), np.sin(2 * np.pi * 10 * time)])
+    out = CausalFilter.notch(200, 50).push(wave)[:, 2000:]
+    assert out[0].std() < 0.02
+    assert out[1].std() == pytest.approx(np.sqrt(0.5), rel=0.02)
+    for wrong in (
+        {"sfreq": 120},
+        {"sfreq": 400},
+        {"reference": ("A1",)},
+        {"standardization": "trial"},
+        {"order": "published"},
+    ):
+        with pytest.raises(UserError):
+            causal_steps(Preprocessing(**wrong), 200, names)
+
+
+def test_the_check_measures_the_whole_chain():
+    names = ["FC3", "FC4", "C3", "Cz", "C4", "CP3", "CP4", "Pz"]
+    network = baselines.network("EEGNet", 8, 2, 128, 64.0).eval()
+    settings = Preprocessing(tmax=2, l_freq=8, h_freq=28, sfreq=64)
+    decoder = Decoder(network, ["left_hand", "right_hand"], settings, names, {"sfreq": 64.0})
+    raw = mne.io.RawArray(noise(8, 6000) * 1e-6, mne.create_info(names, 128.0, "eeg"), verbose="ERROR")
+    whole = decode(decoder, settings.apply(raw).get_data() * 1e6, 128, 16, 64.0)
+    found = live_error(decoder, raw, whole, 16)
+    assert found["streamed - whole"] < 1e-5
+    assert found["live - offline"] > 1e-4  # the causal filters are others
+    assert 0 <= found["live differs"] <= 1
+    same = decode(decoder, raw.get_data() * 1e6, 128, 16, 64.0, steps=causal_steps(settings, 128.0, names))
+    assert live_error(decoder, raw, same, 16)["live - offline"] < 1e-5
+    odd = raw.copy().resample(100.0, verbose="ERROR")
+    assert np.isnan(live_error(decoder, odd, whole, 16)["live differs"])
+    with pytest.raises(UserError, match="128 Hz, after the steps"):
+        StreamDecoder(decoder, 128, 16, 64.0, rate=128.0)
 
 
 # Scores

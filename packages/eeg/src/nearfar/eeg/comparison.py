@@ -46,6 +46,8 @@ def compare(
         options: as in `nearfar.eeg.evaluation.evaluate`.
     """
     output, recipe = Path(output), recipe or Recipe()
+    if options.get("published"):
+        recipe = replace(recipe, objective="published")
     X, y, names = trials_array(epochs)
     classical = baselines.classical(epochs.info["sfreq"])
     fitted: dict[str, Any] = {}

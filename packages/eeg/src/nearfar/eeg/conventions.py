@@ -25,8 +25,9 @@ from nearfar.eeg.annotations import annotation_names
 SAMPLE = "finger-movements"
 """Name of the recordings that an installed package carries, see `nearfar.eeg.samples`."""
 
-CLASSES = ("left_hand", "right_hand", "feet", "tongue", "hands", "rest")
-"""Names and order of the customary motor-imagery classes (`hands`: both fists), as MOABB has them."""
+CLASSES = ("left_hand", "right_hand", "hands", "feet", "tongue", "rest")
+"""Names of the customary motor-imagery classes (`hands`: both fists), as MOABB has them, in an order in which those of
+every published AGTCNet configuration follow each other as its outputs do."""
 
 _BCICIV2A = "Fz FC3 FC1 FCz FC2 FC4 C5 C3 C1 Cz C2 C4 C6 CP3 CP1 CPz CP2 CP4 P1 Pz P2 POz"
 
@@ -80,6 +81,19 @@ def standard_name(name: str) -> str:
     return name.strip()
 
 
+def is_electrode(name: str) -> bool:
+    """Whether a name is that of an electrode of the 10-05 system, or of two with a sign between (`C3-P3`, bipolar)."""
+    known = _standard_names()
+    return standard_name(name).lower() in known or bipolar_pair(name) is not None
+
+
+def bipolar_pair(name: str) -> tuple[str, str] | None:
+    """The two electrodes of a bipolar channel (`EEG C3-P3`, `Fp1-F7`), None for any other name."""
+    bare = re.sub(r"^EEG[ _:-]+", "", name.strip(), flags=re.IGNORECASE)
+    parts = [_standard_names().get(part.strip().lower()) for part in re.split(r"[-–]", bare)]
+    return (parts[0], parts[1]) if len(parts) == 2 and parts[0] and parts[1] else None
+
+
 def is_bciciv2a(names: list[str]) -> bool:
     """Whether these are the channel names that MNE gives a GDF file of BCI Competition IV 2a."""
     return len(names) == 25 and all(names[index] == name for index, name in _BCICIV2A_LANDMARKS.items())
@@ -123,6 +137,61 @@ def identity(path: Path, root: Path | None = None) -> tuple[str, str, str]:
         folders[1] if len(folders) > 1 else "1",
         path.name.split(".")[0],
     )
+
+
+def subject_pattern(text: str) -> re.Pattern[str]:
+    """The regular expression that tells people apart in paths; `UserError` where it is none or has no group."""
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise UserError(f"subject pattern {text!r}: {error}; write a regular expression such as (P[0-9]+)_") from error
+    if not pattern.groups or (pattern.groupindex and "subject" not in pattern.groupindex):
+        raise UserError(f"subject pattern {text!r}: put the subject into brackets, or into a group (?P<subject>...)")
+    return pattern
+
+
+def identity_by(
+    pattern: re.Pattern[str], path: Path, root: Path | None, known: tuple[str, str, str]
+) -> tuple[str, str, str]:
+    """`identity` with what `pattern` finds in the path below `root` in place of `known`."""
+    text = str(path.relative_to(root) if root else path.name)
+    match = pattern.search(text)
+    if match is None:
+        raise UserError(f"{path}: the subject pattern {pattern.pattern!r} does not match {text}")
+    named = match.groupdict() or {"subject": match[1]}
+    if not named["subject"]:
+        raise UserError(f"{path}: the subject pattern {pattern.pattern!r} finds an empty subject in {text}")
+    return (named["subject"], named.get("session") or known[1], named.get("run") or known[2])
+
+
+def participants(folder: Path) -> list[str] | None:
+    """The people in the `participants.tsv` of a folder, without `sub-`; None where there is no such table."""
+    path = folder / "participants.tsv"
+    if not path.is_file():
+        return None
+    with reading(path, "is no table of participants"):
+        rows = [line.split("\t") for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not rows or "participant_id" not in rows[0]:
+        raise UserError(f"{path}: has no column participant_id; write one, tab-separated")
+    column = rows[0].index("participant_id")
+    return [row[column].strip().removeprefix("sub-") for row in rows[1:] if len(row) > column]
+
+
+def identity_of(people: list[str], path: Path, root: Path, known: tuple[str, str, str]) -> tuple[str, str, str]:
+    """`identity` with the one of `people` whose name stands in the path below `root`; `UserError` for none or two."""
+    text = str(path.relative_to(root))
+    found = {one for one in people if re.search(rf"(?<![A-Za-z0-9]){re.escape(one)}(?![A-Za-z0-9])", text)}
+    if len(found) != 1:
+        raise UserError(
+            f"{path}: holds {' and '.join(sorted(found)) or 'the name of none'} of the {len(people)} people of "
+            f"{root / 'participants.tsv'}; add the person there, or give a subject pattern"
+        )
+    return (found.pop(), *known[1:])
+
+
+def by_folder_alone(path: Path) -> bool:
+    """Whether nothing in a file's name says whose it is by a customary scheme."""
+    return not (EEGMMIDB_FILE.search(path.name) or is_bciciv2a_file(path) or re.search(r"(?:^|_)sub-", path.name))
 
 
 def known_events(path: Path) -> dict[str, str] | None:

@@ -48,6 +48,14 @@ class Decoder:
     metrics: dict[str, Any] = field(default_factory=dict)
     trained_on: TrainedOn = field(default_factory=TrainedOn)
 
+    def __post_init__(self) -> None:
+        named = getattr(self.network, "class_names", None)
+        if named is not None and list(named) != list(self.classes):
+            raise UserError(
+                f"the network's outputs are {', '.join(named)}, the decoder's classes {', '.join(self.classes)}; "
+                "reorder_classes brings the outputs into another order"
+            )
+
     @property
     def sfreq(self) -> float:
         """Sampling rate of the trials, Hz."""

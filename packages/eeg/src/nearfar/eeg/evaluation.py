@@ -55,7 +55,8 @@ class Results:
     Attributes:
         rows: one row per model, repeat and tested unit (a subject, or a subject's session): `protocol, alignment,
             model, subject, session` (`all` where the unit is the subject), `repeat, seed, n_train, n_validation,
-            n_test, accuracy, kappa, chance, chance_bound` (95 %), `sma20` (published protocols of networks only),
+            n_test, accuracy, kappa, balanced_accuracy, auc, chance` (of the most frequent class), `chance_bound`
+            (95 %), `sma20` (published protocols of networks only),
             `seconds` (of all fits that test the unit) and `failure` (empty, or why it counts as chance).
         predictions: one row per model, repeat and tested trial: `trial` is its row number, `p_0 ...` the probabilities;
             `y_pred` is -1 where there is none.
@@ -314,11 +315,15 @@ def _rows(predictions: pd.DataFrame, fits: pd.DataFrame, n_classes: int) -> pd.D
         share = len(scored) / len(tested)
         right = metrics.accuracy(scored["y_true"], scored["y_pred"]) if share else 0.0
         agreement = metrics.kappa(scored["y_true"], scored["y_pred"]) if share else 0.0
+        chance = metrics.chance_level(tested["y_true"], n_classes)
+        even = metrics.balanced_accuracy(scored["y_true"], scored["y_pred"]) if share else 0.0
+        area = metrics.auc(tested["y_true"], tested[[f"p_{index}" for index in range(n_classes)]].to_numpy())
         rows.append(
             dict(zip(unit, values))
             | {name: round(own[name].mean()) for name in ("n_train", "n_validation")}
             | {"n_test": len(tested), "accuracy": share * right + (1 - share) / n_classes, "kappa": share * agreement}
-            | {"chance": 1 / n_classes, "chance_bound": metrics.chance_bound(len(tested), n_classes)}
+            | {"balanced_accuracy": share * even + (1 - share) / n_classes, "auc": area, "chance": chance}
+            | {"chance_bound": metrics.chance_bound(len(tested), n_classes, chance=chance)}
             | {"sma20": own["sma20"].mean(), "seconds": own["seconds"].sum()}
             | {"failure": "; ".join(own["failure"][own["failure"] != ""].unique())}
         )
@@ -328,6 +333,13 @@ def _rows(predictions: pd.DataFrame, fits: pd.DataFrame, n_classes: int) -> pd.D
 def _missed_rows(rows: pd.DataFrame, subjects: Sequence[Any], n_classes: int) -> pd.DataFrame:
     models = rows[["protocol", "model", "repeat", "seed"]].drop_duplicates()
     blank = {"session": "all", "n_train": 0, "n_validation": 0, "n_test": 0, "accuracy": 1 / n_classes, "kappa": 0.0}
-    blank |= {"chance": 1 / n_classes, "chance_bound": float("nan"), "sma20": float("nan"), "seconds": 0.0}
+    blank |= {
+        "balanced_accuracy": 1 / n_classes,
+        "auc": 0.5,
+        "chance": 1 / n_classes,
+        "chance_bound": float("nan"),
+        "sma20": float("nan"),
+        "seconds": 0.0,
+    }
     blank |= {"failure": "not tested: the protocol needs another session of this subject"}
     return models.merge(pd.DataFrame({"subject": list(subjects)}), how="cross").assign(**blank)[rows.columns]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
-from sklearn.metrics import accuracy_score, cohen_kappa_score
+from sklearn.metrics import accuracy_score, cohen_kappa_score, roc_auc_score
 from sklearn.metrics import confusion_matrix as _confusion_matrix
 
 from nearfar.core.statistics import bootstrap_interval, holm, paired_test
@@ -41,13 +41,43 @@ def confusion_matrix(y_true: ArrayLike, y_pred: ArrayLike, n_classes: int) -> np
     return _confusion_matrix(y_true, y_pred, labels=np.arange(n_classes + 1))[:n_classes]
 
 
-def chance_bound(n_trials: int, n_classes: int, level: float = 0.95) -> float:
+def chance_level(y_true: ArrayLike, n_classes: int) -> float:
+    """Accuracy of always answering the class that most trials are of: 1 / n_classes where all are as frequent."""
+    counts = np.bincount(np.asarray(y_true, int), minlength=n_classes)
+    return float(counts.max() / counts.sum()) if counts.sum() else 1 / n_classes
+
+
+def balanced_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> float:
+    """Mean over the classes of the share of their trials that are answered rightly; 1 / classes for one same answer."""
+    y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
+    return float(np.mean([(y_pred[y_true == label] == label).mean() for label in np.unique(y_true)]))
+
+
+def auc(y_true: ArrayLike, probabilities: ArrayLike) -> float:
+    """Area under the ROC curve: that a trial of the second class has a higher probability of it than one of the first;
+    of more classes the mean over each against the rest. NaN where there are trials of one class only.
+
+    A trial without probabilities (NaN) counts as equal ones.
+    """
+    y_true, shares = np.asarray(y_true, int), np.asarray(probabilities, float)
+    shares = np.where(np.isfinite(shares).all(1, keepdims=True), shares, 1 / shares.shape[1])
+    labels = np.unique(y_true)
+    if len(labels) < 2:
+        return float("nan")
+    if shares.shape[1] == 2:
+        return float(roc_auc_score(y_true, shares[:, 1]))
+    return float(np.mean([roc_auc_score(y_true == label, shares[:, label]) for label in labels]))
+
+
+def chance_bound(n_trials: int, n_classes: int, level: float = 0.95, chance: float | None = None) -> float:
     """The smallest accuracy k / n_trials that guessing reaches with a probability of at most 1 - level.
 
-    Guessing is Binomial(n_trials, 1 / n_classes). Accuracies at or above the bound are above chance at that level.
+    Guessing is Binomial(n_trials, chance), `chance` being 1 / n_classes or what `chance_level` gives; with the latter
+    always answering the most frequent class stays below the bound. Accuracies at or above it are above chance at that
+    level.
     With very few trials no accuracy is: the bound is then above 1.
     """
-    return float(stats.binom.ppf(level, n_trials, 1 / n_classes) + 1) / n_trials
+    return float(stats.binom.ppf(level, n_trials, chance or 1 / n_classes) + 1) / n_trials
 
 
 def proportion_interval(share: float, n_trials: int, level: float = 0.95) -> tuple[float, float]:
@@ -56,12 +86,19 @@ def proportion_interval(share: float, n_trials: int, level: float = 0.95) -> tup
     return float(interval.low), float(interval.high)
 
 
-def score(y_true: ArrayLike, y_pred: ArrayLike, n_classes: int) -> dict[str, float]:
-    """Accuracy with its 95 % interval (`low`, `high`), kappa, chance and the bound that chance stays below."""
+def score(
+    y_true: ArrayLike, y_pred: ArrayLike, n_classes: int, probabilities: ArrayLike | None = None
+) -> dict[str, float]:
+    """Accuracy with its 95 % interval (`low`, `high`), balanced accuracy, kappa, AUC where probabilities are given;
+    chance by the classes' shares, and the bound that guessing stays below."""
     share, trials = accuracy(y_true, y_pred), len(np.asarray(y_true))
     low, high = proportion_interval(share, trials)
-    chances = {"chance": 1 / n_classes, "chance_bound": chance_bound(trials, n_classes)}
-    return {"accuracy": share, "low": low, "high": high, "kappa": kappa(y_true, y_pred), **chances}
+    chance = chance_level(y_true, n_classes)
+    scores = {"accuracy": share, "low": low, "high": high, "balanced_accuracy": balanced_accuracy(y_true, y_pred)}
+    scores["kappa"] = kappa(y_true, y_pred)
+    if probabilities is not None and not np.isnan(area := auc(y_true, probabilities)):
+        scores["auc"] = area
+    return scores | {"chance": chance, "chance_bound": chance_bound(trials, n_classes, chance=chance)}
 
 
 def moving_average_accuracy(curve: ArrayLike, window: int = 20) -> float:
@@ -126,15 +163,16 @@ def subject_scores(rows: pd.DataFrame, score: str = "accuracy") -> pd.DataFrame:
 def summary(rows: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     """One row per protocol and model from result rows (see `nearfar.eeg.evaluation.Results.rows`).
 
-    `accuracy`, `kappa` and `sma20` are means over all rows, that is subjects (or their sessions) and repeats;
-    `..._std` their population standard deviation over the same rows; `low` and `high` the bootstrap interval of
-    the mean accuracy over subjects. `failed` counts the rows of failed fits, which stay in the means as chance.
+    `accuracy`, `balanced_accuracy`, `kappa`, `auc` and `sma20` are means over all rows, that is subjects (or their
+    sessions) and repeats; `..._std` their population standard deviation over the same rows; `low` and `high` the
+    bootstrap interval of the mean accuracy over subjects. `failed` counts the rows of failed fits, which stay in the
+    means as chance.
     """
     table = []
     for (protocol, model), group in rows.groupby(["protocol", "model"], sort=False):
         line = {"protocol": protocol, "model": model, "subjects": group["subject"].nunique()}
         line |= {"repeats": group["repeat"].nunique(), "failed": int((group["failure"] != "").sum())}
-        for score in ("accuracy", "kappa", "sma20"):
+        for score in [name for name in ("accuracy", "balanced_accuracy", "kappa", "auc", "sma20") if name in group]:
             line |= {score: group[score].mean(), f"{score}_std": group[score].std(ddof=0)}
         line["low"], line["high"] = bootstrap_interval(group.groupby("subject")["accuracy"].mean(), level)
         table.append(line)

@@ -59,7 +59,7 @@ def subject_accuracies(rows: pd.DataFrame, level: float = 0.95) -> Figure:
         for place, subject in enumerate(subjects):
             own = rows[(rows["subject"] == subject) & (rows["model"] == models[0])].drop_duplicates("session")
             if own["n_test"].sum():
-                bound = metrics.chance_bound(int(own["n_test"].sum()), round(1 / own["chance"].iloc[0]))
+                bound = metrics.chance_bound(int(own["n_test"].sum()), 2, chance=own["chance"].mean())
                 name = "chance bound (95 %)" if place == 0 else ""
                 axes.hlines(bound, place - 0.45, place + 0.45, color="0.3", linestyle="--", linewidth=1, label=name)
         axes.set_xticks(range(len(subjects)), [str(subject) for subject in subjects])

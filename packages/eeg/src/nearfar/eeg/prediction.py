@@ -1,7 +1,7 @@
 """A trained decoder on recordings: at their events, or all along as if live; and what of them it was trained on."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from nearfar.eeg.decoder import Decoder
 from nearfar.eeg.leakage import trial_digests
 from nearfar.eeg.live.scores import pseudo_online
 from nearfar.eeg.live.stream import Decisions, Rule, decode
-from nearfar.eeg.recordings import Recording, select_channels
+from nearfar.eeg.recordings import Reading, Recording, select_channels
 from nearfar.eeg.trials import load_trials, trials_array
 
 
@@ -25,14 +25,14 @@ def decode_trials(
     events: Events | None = None,
     threshold: float = 0.0,
     interpolate: bool = False,
-    unit: str | None = None,
+    **reading: Unpack[Reading],
 ) -> pd.DataFrame:
     """One row per event: onset, duration, predicted class (`trial_type`; n/a below `threshold`), probabilities.
 
     Where the events' classes are the decoder's, `true` is that of the event; where the decoder was trained on some of
     these trials, `seen_in_training` says on which.
     """
-    X, y, names, onsets = _trials(decoder, recording, events, interpolate, unit)
+    X, y, names, onsets = _trials(decoder, recording, events, interpolate, **reading)
     rows = _rows(decoder, onsets, decoder.predict_proba(X), threshold)
     if set(names) <= set(decoder.classes):
         rows["true"] = [names[index] for index in y]
@@ -47,50 +47,84 @@ def seen_trials(
     *,
     events: Events | None = None,
     interpolate: bool = False,
-    unit: str | None = None,
+    **reading: Unpack[Reading],
 ) -> list[bool]:
     """Which of a recording's trials the decoder was trained on or chosen by; none where it has no known events."""
     if not decoder.trained_on.items:
         return []
     try:
-        return _seen(decoder, _trials(decoder, recording, events, interpolate, unit)[0])
+        return _seen(decoder, _trials(decoder, recording, events, interpolate, **reading)[0])
     except UserError:
         return []
 
 
-def continuous(decoder: Decoder, recording: Recording, interpolate: bool = False, unit: str | None = None) -> BaseRaw:
-    """A recording as the decoder wants it. Raises UserError for a decoder whose preprocessing needs events."""
+def continuous(
+    decoder: Decoder, recording: Recording, interpolate: bool = False, **reading: Unpack[Reading]
+) -> tuple[BaseRaw, BaseRaw]:
+    """A recording as the decoder wants it, and its channels as recorded.
+
+    Raises UserError for a decoder whose preprocessing needs events, and for a recording of another rate, whose windows
+    would last another time.
+    """
     if decoder.preprocessing.order == "published":
         raise UserError("the decoder preprocesses trial by trial (published order), which needs events: drop --every")
     if decoder.preprocessing.standardization == "trial":
         raise UserError("the decoder standardizes each trial by itself, which needs events; drop --every")
-    return decoder.preprocessing.apply(select_channels(recording.read(unit=unit), decoder.ch_names, interpolate))
+    recorded = select_channels(recording.read(**reading), recorded_channels(decoder), interpolate)
+    raw = decoder.preprocessing.apply(recorded)
+    check_rate(decoder, raw.info["sfreq"], recording.path)
+    return raw, recorded.pick(decoder.ch_names)
+
+
+def recorded_channels(decoder: Decoder) -> list[str]:
+    """The channels that the decoder needs of a recording: its own, and those that are its reference."""
+    reference = decoder.preprocessing.reference
+    return decoder.ch_names + (list(reference) if isinstance(reference, tuple) else [])
+
+
+def check_rate(decoder: Decoder, rate: float, what: Any) -> None:
+    """Refuse samples of another rate than the decoder's."""
+    if abs(rate - decoder.sfreq) > 1e-6 * decoder.sfreq:
+        raise UserError(
+            f"{what}: {rate:g} Hz where the decoder's windows are of {decoder.sfreq:g} Hz; resample the recording, or "
+            f"train the decoder with --resample {decoder.sfreq:g}"
+        )
 
 
 def decode_all_along(
-    decoder: Decoder, recording: Recording, raw: BaseRaw, step: int, rule: Rule, events: Events | None = None
-) -> tuple[pd.DataFrame, dict[str, float], tuple[Decisions, Any] | None]:
-    """Every `step` samples of `raw`, which `continuous` made, a window: rows as of `decode_trials`, with the `command`.
+    decoder: Decoder,
+    recording: Recording,
+    raw: BaseRaw,
+    recorded: BaseRaw,
+    step: int,
+    rule: Rule,
+    events: Events | None = None,
+) -> tuple[pd.DataFrame, Decisions, dict[str, float], Any]:
+    """Every `step` samples of `raw`, which `continuous` made, a window: rows as of `decode_trials`, with the `command`
+    and, where windows abstain because of their input, `abstained`, which says why.
 
-    Also the scores of the commands by the events, and what is needed to draw both, where the events' classes are known.
+    Also the decisions, the scores of the commands by the events, and what these are, where their classes are known.
     """
     network: Any = decoder.network
     n_times, sfreq = int(network.n_times), decoder.sfreq
     known = events or recording.events or {name: name for name in decoder.classes}
     marks = {name: decoder.classes.index(cls) for name, cls in event_classes(known).items() if cls in decoder.classes}
     scores: dict[str, float] = {}
-    drawn = None
+    found: Any = None
+    as_recorded = recorded.get_data() * 1e6, float(recorded.info["sfreq"])
     if set(event_counts(raw)) & set(marks):
         duration = decoder.preprocessing.tmax + n_times / sfreq / 2
         decisions, scores, found = pseudo_online(
-            decoder, raw, marks, n_times, step, duration=duration, n_classes=len(decoder.classes), rule=rule
-        )
-        drawn = decisions, found
+            decoder, raw, marks, n_times, step, duration=duration, n_classes=len(decoder.classes), rule=rule,
+            recorded=as_recorded,
+        )  # fmt: skip
     else:
-        decisions = decode(decoder, raw.get_data() * 1e6, n_times, step, sfreq, rule=rule)
+        decisions = decode(decoder, raw.get_data() * 1e6, n_times, step, sfreq, rule=rule, recorded=as_recorded)
     rows = _rows(decoder, decisions.times - n_times / sfreq, decisions.probabilities, rule.threshold)
     rows["command"] = [decoder.classes[k] if k != metrics.NO_DECISION else "n/a" for k in decisions.commands]
-    return rows, scores, drawn
+    if (decisions.reasons != "").any():
+        rows["abstained"] = [reason or "n/a" for reason in decisions.reasons]
+    return rows, decisions, scores, found
 
 
 def files_of(path: Path) -> list[Path]:
@@ -101,7 +135,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _trials(
-    decoder: Decoder, recording: Recording, events: Events | None, interpolate: bool, unit: str | None
+    decoder: Decoder, recording: Recording, events: Events | None, interpolate: bool, **reading: Unpack[Reading]
 ) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
     epochs = load_trials(
         recording,
@@ -109,8 +143,9 @@ def _trials(
         events=events,
         channels=decoder.ch_names,
         interpolate=interpolate,
-        unit=unit,
+        **reading,
     )
+    check_rate(decoder, epochs.info["sfreq"], recording.path)
     return *trials_array(epochs), epochs.metadata["onset"].to_numpy()
 
 

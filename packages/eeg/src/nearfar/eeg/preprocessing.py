@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,26 @@ from scipy import signal
 
 from nearfar.core.errors import UserError
 from nearfar.eeg.alignment import EXPONENTIAL_MOVING
-from nearfar.eeg.annotations import Events, annotate, annotations, event_classes, event_counts, quiet, source_name
-from nearfar.eeg.conventions import known_set
+from nearfar.eeg.annotations import (
+    EDGES,
+    Events,
+    annotate,
+    annotation_names,
+    annotations,
+    event_classes,
+    event_counts,
+    is_bad,
+    is_edge,
+    quiet,
+    segments,
+    source_name,
+)
+from nearfar.eeg.conventions import bipolar_pair, known_set
 
 logger = logging.getLogger("nearfar.eeg")
+
+_BREAKS = (*EDGES, "-99", "bad_acq_skip")
+"""Annotations at which a filter begins anew."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "bciciv2a": {"tmin": 0.0, "tmax": 3.0, "sfreq": 125.0},
@@ -28,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "eegmmidb": {"tmin": 0.0, "tmax": 4.0, "sfreq": 160.0},
     "finger-movements": {"tmin": -0.63, "tmax": -0.13, "sfreq": 200.0},
 }
-"""Windows and rates, all with an average reference: those of the published AGTCNet configurations (375, 562 and 640
+"""Windows and rates: those of the published AGTCNet configurations (375, 562 and 640
 samples), and the whole trials of `nearfar.eeg.samples` at twice their rate, since AGTCNet needs 65 samples (100)."""
 
 
@@ -40,11 +56,14 @@ class Preprocessing:
     l_freq, h_freq: band-pass in Hz, MNE's zero-phase FIR filter; None leaves that side open.
     notch: mains frequency in Hz, removed with its harmonics.
     sfreq: rate to resample to, in Hz; None keeps the recording's.
-    reference: "average" (over the channels kept), names of channels (dropped afterwards), or None as recorded.
+    reference: "average" (over the channels kept), names of channels (dropped afterwards), None as recorded, or "auto":
+        the average of 8 electrodes or more, none of them bipolar, and as recorded where there are fewer: the mean of a
+        few neighbours holds the very signal that it is to be taken from.
     standardization: "exponential-moving" (causal, over the recording, see `alignment`), "trial" (each channel of each
         trial to mean 0 and deviation 1) or None. A standard deviation is stored as 1 microvolt, so that
         `trials_array` gives unit variance.
-    order: "continuous" filters the whole recording and cuts afterwards. "published" is AGTCNet's own order, trial by
+    order: "continuous" filters the recording, each piece between edges (joined runs, EEGLAB's boundary) by itself, and
+        cuts afterwards. "published" is AGTCNet's own order, trial by
         trial: cut; where the rate changes, low-pass at the new Nyquist frequency (Butterworth, order 12, forward and
         backward, in transfer-function form) and FFT resampling; average reference. It has neither band-pass, notch nor
         standardization, and the ends of each trial carry the filter's transients.
@@ -56,7 +75,7 @@ class Preprocessing:
     h_freq: float | None = None
     notch: float | None = None
     sfreq: float | None = None
-    reference: Literal["average"] | tuple[str, ...] | None = "average"
+    reference: Literal["auto", "average"] | tuple[str, ...] | None = "auto"
     standardization: Literal["exponential-moving", "trial"] | None = None
     order: Literal["continuous", "published"] = "continuous"
 
@@ -71,8 +90,10 @@ class Preprocessing:
                 raise UserError(f"{name} must be positive or None, not {value}")
         if self.l_freq and self.h_freq and not self.l_freq < self.h_freq:
             raise UserError(f"l_freq {self.l_freq:g} Hz must be below h_freq {self.h_freq:g} Hz")
-        if isinstance(self.reference, str) and self.reference != "average":
-            raise UserError(f"reference must be 'average', a tuple of channel names or None, not {self.reference!r}")
+        if isinstance(self.reference, str) and self.reference not in ("auto", "average"):
+            raise UserError(
+                f"reference must be 'auto', 'average', a tuple of channel names or None, not {self.reference!r}"
+            )
         if self.standardization not in (None, "exponential-moving", "trial"):
             raise UserError(
                 f"standardization must be 'exponential-moving', 'trial' or None, not {self.standardization!r}"
@@ -83,7 +104,7 @@ class Preprocessing:
             extra = [
                 name for name in ("l_freq", "h_freq", "notch", "standardization") if getattr(self, name) is not None
             ]
-            if extra or self.reference not in ("average", None):
+            if extra or isinstance(self.reference, tuple):
                 raise UserError(
                     f"the published order has no {', '.join(extra) or 'named reference'}; "
                     "leave that out or use order='continuous'"
@@ -115,6 +136,12 @@ class Preprocessing:
             raise UserError(f"preprocessing has no setting {', '.join(sorted(unknown))}")
         return cls(**values)
 
+    def averages(self, ch_names: Sequence[str]) -> bool:
+        """Whether channels of these names get the average reference."""
+        if self.reference != "auto":
+            return self.reference == "average"
+        return len(ch_names) >= 8 and not any(bipolar_pair(name) for name in ch_names)
+
     def n_times(self, sfreq: float | None = None) -> int:
         """Samples of a trial; `sfreq` is the recording's rate, needed where the settings keep it."""
         rate = self.sfreq or sfreq
@@ -132,23 +159,26 @@ class Preprocessing:
         self._check_rate(raw)
         with quiet():
             fill_gaps(raw)
+            edges = np.array([is_edge(name) for name in annotation_names(raw)], dtype=bool)
+            raw.annotations.duration[edges] = 0  # else MNE leaves that long unfiltered
             if self.order == "published":
                 return raw
             rate = raw.info["sfreq"]
             if self.notch:
-                raw.notch_filter(np.arange(self.notch, rate / 2, self.notch), picks="all")
+                lines = np.arange(self.notch, rate / 2, self.notch)
+                raw.notch_filter(lines, picks="all", skip_by_annotation=_BREAKS)
             if self.l_freq or self.h_freq:
                 needed = 3.3 / min(max(self.l_freq / 4, 2.0), self.l_freq) if self.l_freq else 0.0
-                if raw.n_times / rate < needed:
+                longest = max(stop - start for start, stop in segments(raw))
+                if longest / rate < needed:
                     raise UserError(
-                        f"{source_name(raw)}: {raw.n_times / rate:.1f} s are too short for l_freq {self.l_freq:g} Hz, "
+                        f"{source_name(raw)}: {longest / rate:.1f} s are too short for l_freq {self.l_freq:g} Hz, "
                         f"whose filter spans {needed:.1f} s; raise or drop l_freq"
                     )
-                raw.filter(self.l_freq, self.h_freq, picks="all")
+                raw.filter(self.l_freq, self.h_freq, picks="all", skip_by_annotation=_BREAKS)
             if self.sfreq and self.sfreq != rate:
                 raw.resample(self.sfreq)
-            if self.reference is not None:
-                self._rereference(raw)
+            self._rereference(raw)
         if self.standardization == "exponential-moving":
             with quiet():  # slow to import, seldom needed
                 from braindecode.preprocessing import exponential_moving_standardize
@@ -162,8 +192,9 @@ class Preprocessing:
         start in seconds.
 
         events: class -> annotation name(s); classes get the codes 1, 2, ... in this order. Cues whose window leaves the
-        recording or touches an annotation BAD... are left out, which the log says. Raises `UserError` where no cue is
-        left, listing the names that exist.
+        recording, touches an annotation BAD... or crosses an edge are left out, as is a cue that stands there twice,
+        which the log says. Raises `UserError` where no cue is left, listing the names that exist, and for cues of two
+        classes at one sample.
         """
         rate = raw.info["sfreq"]
         if self.order == "continuous" and self.sfreq not in (None, rate):
@@ -178,30 +209,36 @@ class Preprocessing:
             )
         length = int((self.tmax - self.tmin) * rate + 1e-6)
         starts = np.rint(onsets[chosen] * rate).astype(int) + round(self.tmin * rate)
-        bad = np.array([name.upper().startswith("BAD") for name in descriptions], dtype=bool)
+        bad = np.array([is_bad(name) for name in descriptions], dtype=bool)
         touched = (
             (starts[:, None] < (onsets + durations)[bad] * rate) & (starts[:, None] + length > onsets[bad] * rate)
         ).any(axis=1)
+        edges = np.array([start for start, _ in segments(raw)[1:]], dtype=int)
+        touched |= ((starts[:, None] < edges) & (starts[:, None] + length > edges)).any(axis=1)
         outside = (starts < 0) | (starts + length > raw.n_times)
-        kept = ~(outside | touched)
+        asked = np.array([names[name] for name in descriptions[chosen]])
+        twice = _repeated(starts, asked, source_name(raw), rate)
+        kept = ~(outside | touched | twice)
         if not kept.all():
             logger.warning(
-                "%s: %d of %d trials left out: %d leave the recording, %d touch a bad stretch or gap",
-                *(source_name(raw), (~kept).sum(), len(kept), outside.sum(), (touched & ~outside).sum()),
+                "%s: %d of %d trials left out: %d leave the recording, %d touch a bad stretch or gap or cross an edge, "
+                "%d are there twice",
+                *(source_name(raw), (~kept).sum(), len(kept), outside.sum(), (touched & ~outside & ~twice).sum()),
+                (twice & ~outside).sum(),
             )
         if not kept.any():
             raise UserError(
                 f"{source_name(raw)}: each of the {len(kept)} trials from {self.tmin:g} to {self.tmax:g} s leaves the "
-                "recording or touches a bad stretch; choose another window"
+                "recording, touches a bad stretch or crosses an edge; choose another window"
             )
         codes = {cls: code for code, cls in enumerate(events, start=1)}
-        classes = np.array([names[name] for name in descriptions[chosen][kept]])
+        classes = asked[kept]
         order = np.argsort(starts[kept], kind="stable")
         windows = starts[kept][order][:, None] + np.arange(length)
         data = raw.get_data(verbose="ERROR")[:, windows].transpose(1, 0, 2)
         marks = np.stack([windows[:, 0], np.zeros(len(windows), int), [codes[cls] for cls in classes[order]]], axis=1)
         return self._epochs(
-            self._per_trial(data, rate, source_name(raw)) if self.order == "published" else data,
+            self._per_trial(data, rate, source_name(raw), raw.ch_names) if self.order == "published" else data,
             raw,
             marks,
             {cls: code for cls, code in codes.items() if cls in classes},
@@ -228,7 +265,7 @@ class Preprocessing:
                 f"from {self.tmin:g} to {self.tmax:g} s; choose one within"
             )
         eeg = epochs.copy().pick("eeg", exclude=())
-        data = self._per_trial(eeg.get_data(copy=False)[:, :, first : first + length], rate, "trials")
+        data = self._per_trial(eeg.get_data(copy=False)[:, :, first : first + length], rate, "trials", eeg.ch_names)
         return self._epochs(data, eeg, epochs.events, epochs.event_id, epochs.metadata)
 
     def _check_rate(self, raw: mne.io.BaseRaw) -> None:
@@ -244,8 +281,9 @@ class Preprocessing:
             raise UserError(f"h_freq {self.h_freq:g} Hz must be below half of sfreq {self.sfreq:g} Hz")
 
     def _rereference(self, raw: mne.io.BaseRaw) -> None:
-        if self.reference == "average":
+        if self.averages(raw.ch_names):
             raw.set_eeg_reference("average", projection=False)
+        if not isinstance(self.reference, tuple):
             return
         missing = [name for name in self.reference or () if name not in raw.ch_names]
         if missing:
@@ -255,7 +293,7 @@ class Preprocessing:
         raw.set_eeg_reference(list(self.reference or ()))
         raw.drop_channels(list(self.reference or ()))
 
-    def _per_trial(self, data: np.ndarray, rate: float, name: str) -> np.ndarray:
+    def _per_trial(self, data: np.ndarray, rate: float, name: str, names: list[str]) -> np.ndarray:
         if self.sfreq not in (None, rate):
             if self.order == "published" and self.sfreq < rate:
                 b, a = signal.butter(12, self.sfreq / rate)
@@ -267,7 +305,7 @@ class Preprocessing:
                 data = signal.filtfilt(b, a, data, axis=-1)
             data = mne.filter.resample(data, up=self.sfreq, down=rate, npad="auto", window="boxcar", verbose="ERROR")
             data = data[..., : self.n_times()]
-        return data - data.mean(axis=1, keepdims=True) if self.reference == "average" else data
+        return data - data.mean(axis=1, keepdims=True) if self.averages(names) else data
 
     def _epochs(
         self,
@@ -286,6 +324,21 @@ class Preprocessing:
                 info = mne.create_info(source.ch_names, self.sfreq, "eeg")
                 info.set_montage(source.get_montage(), on_missing="ignore")
             return mne.EpochsArray(data, info, marks, tmin=self.tmin, event_id=event_id, metadata=metadata)
+
+
+def _repeated(starts: np.ndarray, classes: np.ndarray, source: str, rate: float) -> np.ndarray:
+    """Which cues stand at a sample that has one of their class already; `UserError` where it has one of another."""
+    first: dict[int, int] = {}
+    twice = np.zeros(len(starts), bool)
+    for index, start in enumerate(starts.tolist()):
+        other = first.setdefault(start, index)
+        twice[index] = other != index
+        if classes[other] != classes[index]:
+            raise UserError(
+                f"{source}: cues of {classes[other]} and {classes[index]} at one time, in the window from "
+                f"{start / rate:.3f} s on; name the events of the classes alone (--event CLASS=NAME)"
+            )
+    return twice
 
 
 def fill_gaps(raw: mne.io.BaseRaw) -> None:

@@ -17,19 +17,26 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict, Unpack
 
+import h5py
 import mne
 import numpy as np
+from scipy.io import loadmat, whosmat
 
 from nearfar.core.errors import UserError
 from nearfar.core.reading import check_announced, reading
 from nearfar.eeg import conventions
-from nearfar.eeg.annotations import Events, annotate, event_counts, quiet, source_name
+from nearfar.eeg.annotations import Events, event_counts, quiet, source_name
+from nearfar.eeg.channels import type_channels
+from nearfar.eeg.formats import is_openbci, read_brainflow, read_openbci, read_xdf
+from nearfar.eeg.triggers import annotate_triggers
 
 logger = logging.getLogger("nearfar.eeg")
 
-FORMATS = (".edf", ".bdf", ".gdf", ".vhdr", ".set", ".fif", ".fif.gz", ".cnt", ".mff", ".nxe", ".mat")
-"""Endings that count as recordings in a folder; a file named outright may be anything that `mne.io.read_raw` opens."""
+FORMATS = (".edf", ".bdf", ".gdf", ".vhdr", ".set", ".fif", ".fif.gz", ".cnt", ".mff", ".nxe", ".mat", ".xdf")
+"""Endings that count as recordings in a folder, beside OpenBCI's text files; a file named outright may be anything that
+`mne.io.read_raw` opens, or a table of BrainFlow (`.csv`)."""
 
 SAMPLE = conventions.SAMPLE
 """Stands for the real EEG of `nearfar.eeg.samples` wherever a path is asked for."""
@@ -38,7 +45,14 @@ DAMAGED = "the file may be damaged, incomplete or of another type"
 
 UNITS = {"V": 1.0, "mV": 1e-3, "uV": 1e-6, "µV": 1e-6, "nV": 1e-9}
 
-_TYPES = {"eog": r"eog", "ecg": r"ecg|ekg", "emg": r"emg", "stim": r"^(sti ?\d+|status|stim|trigger|trig|marker)$"}
+
+class Reading(TypedDict, total=False):
+    """How files are read, see `read_recording`."""
+
+    rename: Mapping[str, str] | None
+    unit: str | None
+    types: Mapping[str, str] | None
+    encoding: str | None
 
 
 @dataclass(frozen=True)
@@ -61,21 +75,33 @@ class Recording:
     raw: mne.io.BaseRaw | None = field(default=None, compare=False, repr=False)
     trials: mne.BaseEpochs | None = field(default=None, compare=False, repr=False)
 
-    def read(self, *, rename: Mapping[str, str] | None = None, unit: str | None = None) -> mne.io.BaseRaw:
+    def read(self, *, notes: list[str] | None = None, **options: Unpack[Reading]) -> mne.io.BaseRaw:
         """The recording as `read_recording` gives it; `UserError` where there are only trials cut from it."""
-        if self.trials is not None:
-            raise UserError(f"{self.path}: holds {len(self.trials)} trials and no continuous recording")
-        return read_recording(self.path if self.raw is None else self.raw, rename=rename, unit=unit, labels=self.labels)
+        if (trials := self.epochs(**options)) is not None:
+            raise UserError(f"{self.path}: holds {len(trials)} trials and no continuous recording")
+        given = self.path if self.raw is None else self.raw
+        return read_recording(given, labels=self.labels, notes=notes, **options)
+
+    def epochs(self, *, notes: list[str] | None = None, **options: Unpack[Reading]) -> mne.BaseEpochs | None:
+        """The trials where these are all that the file holds, None for a continuous recording."""
+        if self.trials is not None or self.raw is not None or not _is_epoched(self.path):
+            return self.trials
+        return _read_epochs(self.path, [] if notes is None else notes, **options)
 
 
-def find_recordings(paths: str | Path | Iterable[str | Path]) -> list[Recording]:
+def find_recordings(paths: str | Path | Iterable[str | Path], subject_pattern: str | None = None) -> list[Recording]:
     """Recordings among files and folders (searched to the bottom), in natural order.
 
     The name `finger-movements` stands for the installed sample (`nearfar.eeg.samples`), one recording a session.
     Subject, session and run come from customary names (`S001R04.edf`, `A01T.gdf`, BIDS entities), else from the folders
-    (`conventions.identity`). In a BIDS dataset derivatives and source data are passed over. Raises `UserError` for a
-    path that does not exist, a file of a kind that holds no recording and a folder without any.
+    (`conventions.identity`). A table `participants.tsv` in a folder tells people apart in the names of its files.
+    In a BIDS dataset derivatives and source data are passed over. Raises `UserError` for a path that does not exist, a
+    file of a kind that holds no recording and a folder without any.
+
+    subject_pattern: regular expression that is searched for in each path (below the folder given), whose group is the
+        subject, or whose groups `subject`, `session`, `run` are these. A path without a match is a `UserError`.
     """
+    pattern = conventions.subject_pattern(subject_pattern) if subject_pattern is not None else None
     found: dict[tuple[Path, str], Recording] = {}
     for path in [Path(paths)] if isinstance(paths, str | Path) else map(Path, paths):
         if str(path) == SAMPLE and not path.exists():
@@ -85,14 +111,28 @@ def find_recordings(paths: str | Path | Iterable[str | Path]) -> list[Recording]
             raise UserError(f"{path}: no such file or folder")
         single = path.is_file() or path.suffix in FORMATS  # an .mff recording is a folder
         files = [path] if single else sorted(_inside(path), key=_natural)
+        people = None if single else conventions.participants(path)
+        folded = 0
         if not files:
             raise UserError(f"{path}: no recordings in this folder; known endings are {', '.join(FORMATS)}")
         for file in files:
             if file.suffix.lower() == ".mat" and not conventions.is_bnci(file):
                 raise UserError(f"{file}: holds labels or something else, not a recording; give the recording itself")
-            subject, session, run = conventions.identity(file, None if single else path)
+            known = conventions.identity(file, None if single else path)
+            if pattern is not None:
+                known = conventions.identity_by(pattern, file, None if single else path, known)
+            elif people is not None:
+                known = conventions.identity_of(people, file, path, known)
+            subject, session, run = known
+            folded += conventions.by_folder_alone(file) and not single and people is None and pattern is None
             labels = conventions.find_labels(file) if file.suffix.lower() == ".gdf" else None
             found[file.absolute(), ""] = Recording(file, subject, session, run, conventions.known_events(file), labels)
+        if folded > 1 and all(file.parent == path for file in files):
+            logger.warning(
+                "%s: its %d recordings count as one subject, %s, by their folder; a subject pattern or "
+                "participants.tsv tells people apart",
+                *(path, folded, path.absolute().name),
+            )
     return list(found.values())
 
 
@@ -101,17 +141,23 @@ def read_recording(
     *,
     rename: Mapping[str, str] | None = None,
     unit: str | None = None,
+    types: Mapping[str, str] | None = None,
+    encoding: str | None = None,
     labels: str | Path | None = None,
+    notes: list[str] | None = None,
 ) -> mne.io.BaseRaw:
     """Open a recording: EEG in volts, electrodes in the 10-05 spelling with positions, events as annotations.
 
-    - Anything that `mne.io.read_raw` opens, a BNCI `.mat`, or a Raw object. A file of a BIDS dataset is read by
-      mne-bids, with the events, channel types and positions of the dataset.
+    - Anything that `mne.io.read_raw` opens, a BNCI `.mat`, what `nearfar.eeg.formats` reads, or a Raw object. A file
+      of a BIDS dataset is read by mne-bids, with the events, channel types and positions of the dataset.
     - rename: names in the file -> names to use, before the names are brought into the standard spelling. GDF files of
       BCI Competition IV 2a get their electrodes' names by position.
-    - Channels named like EOG, ECG, EMG or a trigger get that type. Positions are the recording's own, else those of the
+    - types: names (renamed) -> types, where the file's are wrong. Of the others, channels that are no EEG by their name
+      or signal are set aside (`nearfar.eeg.channels`). Positions are the recording's own, else those of the
       10-05 system; electrodes of unknown name have none.
-    - Triggers of a stim channel become annotations, named by their numbers, where the file has no others.
+    - Triggers of stim channels become annotations (`nearfar.eeg.triggers`), where the file has no others.
+    - encoding: of the annotations' texts, such as "latin1"; without, UTF-8, else Latin-1.
+    - notes: a list that hears what was set aside, taken for something else or left out, and what MNE warned of.
     - Stretches of a GDF file in which all channels stand at their lowest value, between joined runs, become NaN, which
       `Preprocessing.apply` fills.
     - labels: `.mat` file with `classlabel` for cues of unknown class (783).
@@ -122,10 +168,11 @@ def read_recording(
     """
     if unit is not None and unit not in UNITS:
         raise UserError(f"unit must be one of {', '.join(UNITS)}, not {unit!r}")
-    raw = recording.copy() if isinstance(recording, mne.io.BaseRaw) else _open(Path(recording))
-    with quiet(), reading(source_name(raw), "its header and its samples do not go together", DAMAGED):
+    notes = [] if notes is None else notes
+    raw = recording.copy() if isinstance(recording, mne.io.BaseRaw) else _open(Path(recording), encoding, notes)
+    with quiet(notes), reading(source_name(raw), "its header and its samples do not go together", DAMAGED):
         raw.load_data()
-        _name_channels(raw, rename)
+        _name_channels(raw, rename, types, notes)
         if unit is not None:
             raw.apply_function(
                 lambda x: x * UNITS[unit], picks=mne.pick_types(raw.info, eeg=True, eog=True, exclude=())
@@ -133,15 +180,18 @@ def read_recording(
         if source_name(raw).lower().endswith(".gdf"):
             _open_gaps(raw)
         _check_amplitude(raw)
+        stims = [raw.ch_names[pick] for pick in mne.pick_types(raw.info, meg=False, stim=True, exclude=())]
         if not event_counts(raw):
-            _annotate_triggers(raw)
+            annotate_triggers(raw, notes)
+        elif stims:
+            notes.append(f"trigger channels {', '.join(stims)} are not read: the file has annotations")
         if labels is not None:
             conventions.label_cues(raw, Path(labels))
     return raw
 
 
 def bad_channels(raw: mne.io.BaseRaw) -> dict[str, str]:
-    """EEG channels that cannot be used -> why: "NaN", "flat" or "marked bad" (in the file)."""
+    """EEG channels that cannot be used -> why: "NaN", "infinite", "flat" or "marked bad" (in the file)."""
     picks = mne.pick_types(raw.info, eeg=True, exclude=())
     data = raw.get_data(picks, verbose="ERROR")
     empty = np.isnan(data)
@@ -150,6 +200,8 @@ def bad_channels(raw: mne.io.BaseRaw) -> dict[str, str]:
     for name, values in zip([raw.ch_names[pick] for pick in picks], data[:, ~gap]):
         if np.isnan(values).any():
             reasons[name] = "NaN"
+        elif np.isinf(values).any():
+            reasons[name] = "infinite"
         elif np.ptp(values) == 0:
             reasons[name] = "flat"
         elif name in raw.info["bads"]:
@@ -207,30 +259,87 @@ def _inside(folder: Path) -> Iterator[Path]:
         name = path.name.lower()
         copies = {"derivatives", "sourcedata"} & set(path.relative_to(folder).parts)
         continued = re.search(r"(-\d+|_split-(?!0*1_)\d+_\w+)\.fif(\.gz)?$", name)  # read with the first part
-        if not name.endswith(FORMATS) or name.startswith(".") or copies or continued:
+        if not name.endswith((*FORMATS, ".txt")) or name.startswith(".") or copies or continued:
             continue
         try:
+            if name.endswith(".txt") and not is_openbci(path):
+                continue
             if not name.endswith(".mat") or conventions.is_bnci(path):
                 yield path
         except UserError as error:
             logger.warning("passed over %s", error)
 
 
-def _open(path: Path) -> mne.io.BaseRaw:
+def _open(path: Path, encoding: str | None, notes: list[str]) -> mne.io.BaseRaw:
     if not path.exists():
         raise UserError(f"{path}: no such file")
     if path.suffix.lower() == ".mat":
         if not conventions.is_bnci(path):
             raise UserError(f"{path}: holds no cell array `data` of runs, so it is no recording in the BNCI layout")
         return conventions.read_bnci(path)
+    if path.suffix.lower() in _TABLES:
+        with reading(path, "cannot be read as a recording", DAMAGED):
+            return _TABLES[path.suffix.lower()](path, notes)
     if path.suffix.lower() in (".edf", ".bdf"):
         _check_edf(path)
-    with quiet(), reading(path, f"cannot be read as {path.suffix or 'a recording'}", DAMAGED):
+    with quiet(notes), reading(path, f"cannot be read as {path.suffix or 'a recording'}", DAMAGED):
         if _is_bids(path):
             return _open_bids(path)
         if path.suffix.lower() == ".gdf":
             _check_gdf(path)
+        if path.suffix.lower() == ".vhdr":
+            _check_brainvision(path, notes)
+        if path.suffix.lower() in (".edf", ".bdf"):
+            return _open_edf(path, encoding, notes)
+        if path.suffix.lower() == ".set" and encoding is not None:
+            return mne.io.read_raw(path, preload=True, uint16_codec=encoding)
         return mne.io.read_raw(path, preload=True)
+
+
+_TABLES = {".xdf": read_xdf, ".txt": read_openbci, ".csv": read_brainflow}
+
+
+def _open_edf(path: Path, encoding: str | None, notes: list[str]) -> mne.io.BaseRaw:
+    """EDF or BDF, its annotations in `encoding`; without one UTF-8, else Latin-1, which is told."""
+    try:
+        return mne.io.read_raw(path, preload=True, encoding=encoding or "utf8")
+    except Exception as error:
+        if encoding is not None or "encoding=" not in str(error):
+            raise
+        notes.append("its annotations are no UTF-8: read as Latin-1")
+        return mne.io.read_raw(path, preload=True, encoding="latin1")
+
+
+def _is_epoched(path: Path) -> bool:
+    """Whether a file holds trials: FIF by its name, EEGLAB by what it says."""
+    name = path.name.lower()
+    if re.search(r"[-_]epo(-\d+)?\.fif(\.gz)?$", name):
+        return True
+    if not name.endswith(".set") or not path.is_file():
+        return False
+    with reading(path, "cannot be read as an EEGLAB file", DAMAGED):
+        try:
+            names = {variable for variable, _, _ in whosmat(path)}
+        except NotImplementedError:  # version 7.3
+            with h5py.File(path, "r") as file:
+                place = file["EEG/trials"] if "EEG" in file else file.get("trials")
+                return place is not None and float(np.ravel(place[()])[0]) > 1
+        if "trials" in names:
+            return int(np.ravel(loadmat(path, variable_names=["trials"])["trials"])[0]) > 1
+        told = loadmat(path, variable_names=["EEG"], struct_as_record=False, squeeze_me=True).get("EEG")
+        return int(getattr(told, "trials", 1) or 1) > 1
+
+
+def _read_epochs(path: Path, notes: list[str], **options: Unpack[Reading]) -> mne.BaseEpochs:
+    with quiet(notes), reading(path, "cannot be read as trials", DAMAGED):
+        read = mne.io.read_epochs_eeglab if path.suffix.lower() == ".set" else mne.read_epochs
+        epochs = read(path)
+        epochs.load_data()
+        _name_channels(epochs, options.get("rename"), options.get("types"), notes)
+        if unit := options.get("unit"):
+            epochs.apply_function(lambda x: x * UNITS[unit], picks="eeg")
+        _check_amplitude(epochs)
+        return epochs
 
 
 def _check_edf(path: Path) -> None:
@@ -277,6 +386,20 @@ def _check_gdf(path: Path) -> None:
         check_announced(path, records * each)
 
 
+def _check_brainvision(path: Path, notes: list[str]) -> None:
+    """Compare the files that a BrainVision header names with those that are there."""
+    text = path.read_text(encoding="latin1")
+    for key, ending, what in (("DataFile", ".eeg", "signals"), ("MarkerFile", ".vmrk", "markers")):
+        match = re.search(rf"^{key}=(.+?)\s*$", text, re.MULTILINE | re.IGNORECASE)
+        if match is None or (path.parent / (named := match[1].replace("$b", path.stem))).is_file():
+            continue
+        renamed = path.with_suffix(ending)
+        if renamed.is_file() or key == "DataFile":
+            there = f"; {renamed.name} is: write that name into the header" if renamed.is_file() else "; copy it too"
+            raise UserError(f"{path}: its header names {named} for the {what}, which is not there{there}")
+        notes.append(f"its marker file {named} is not there: no events")
+
+
 def _is_bids(path: Path) -> bool:
     return path.name.startswith("sub-") and any(
         (folder / "dataset_description.json").is_file() for folder in path.absolute().parents[:5]
@@ -291,7 +414,12 @@ def _open_bids(path: Path) -> mne.io.BaseRaw:
     return read_raw_bids(get_bids_path_from_fname(path)).load_data()
 
 
-def _name_channels(raw: mne.io.BaseRaw, rename: Mapping[str, str] | None) -> None:
+def _name_channels(
+    raw: mne.io.BaseRaw | mne.BaseEpochs,
+    rename: Mapping[str, str] | None,
+    kinds: Mapping[str, str] | None,
+    notes: list[str],
+) -> None:
     """Names, types and positions, in place."""
     name = source_name(raw)
     if conventions.is_bciciv2a(raw.ch_names):
@@ -301,12 +429,8 @@ def _name_channels(raw: mne.io.BaseRaw, rename: Mapping[str, str] | None) -> Non
         if unknown:
             raise UserError(f"{name}: no channel {', '.join(unknown)} to rename; it has {', '.join(raw.ch_names)}")
         raw.rename_channels(dict(rename))
+    type_channels(raw, kinds, notes)
     types = dict(zip(raw.ch_names, raw.get_channel_types()))
-    for channel in [channel for channel, kind in types.items() if kind == "eeg"]:
-        for kind, pattern in _TYPES.items():
-            if re.search(pattern, channel, re.IGNORECASE):
-                raw.set_channel_types({channel: kind})
-                types[channel] = kind
     names = {channel: conventions.standard_name(channel) for channel, kind in types.items() if kind == "eeg"}
     twice = [channel for channel, new in names.items() if list(names.values()).count(new) > 1]
     if twice:
@@ -317,7 +441,7 @@ def _name_channels(raw: mne.io.BaseRaw, rename: Mapping[str, str] | None) -> Non
         raw.set_montage(conventions.standard_montage(), on_missing="ignore")
 
 
-def _located(raw: mne.io.BaseRaw) -> set[str]:
+def _located(raw: mne.io.BaseRaw | mne.BaseEpochs) -> set[str]:
     """Names of the channels that have a position."""
     places = {channel["ch_name"]: channel["loc"][:3] for channel in raw.info["chs"]}
     return {name for name, place in places.items() if np.isfinite(place).all() and place.any()}
@@ -333,14 +457,16 @@ def _open_gaps(raw: mne.io.BaseRaw) -> None:
         raw.apply_function(lambda x: np.where(low, np.nan, x), picks=picks)
 
 
-def _check_amplitude(raw: mne.io.BaseRaw) -> None:
+def _check_amplitude(raw: mne.io.BaseRaw | mne.BaseEpochs) -> None:
     """Refuse EEG whose typical deviation within a second is not between 0.05 microvolts and 5 millivolts."""
     picks = mne.pick_types(raw.info, eeg=True, exclude=())
     if not len(picks):
-        raise UserError(f"{source_name(raw)}: no EEG channel; it has {', '.join(raw.ch_names)}")
-    if not raw.n_times:
-        raise UserError(f"{source_name(raw)}: has no samples; give another recording")
+        held = ", ".join(f"{name} ({kind})" for name, kind in zip(raw.ch_names, raw.get_channel_types()))
+        raise UserError(f"{source_name(raw)}: no EEG channel; it has {held}; types= says which are (--types C3=eeg)")
     data = raw.get_data(picks)
+    data = data if data.ndim == 2 else np.concatenate(list(data), axis=1)
+    if not data.size:
+        raise UserError(f"{source_name(raw)}: has no samples; give another recording")
     size = min(round(raw.info["sfreq"]), data.shape[1])
     blocks = data[:, : data.shape[1] // size * size].reshape(len(data), -1, size)
     deviations = blocks.std(axis=2)
@@ -351,16 +477,6 @@ def _check_amplitude(raw: mne.io.BaseRaw) -> None:
             f"{source_name(raw)}: EEG of {typical:.2g} V cannot be volts; say what the file's numbers are with "
             f"unit= ({', '.join(UNITS)})"
         )
-
-
-def _annotate_triggers(raw: mne.io.BaseRaw) -> None:
-    stims = [raw.ch_names[pick] for pick in mne.pick_types(raw.info, meg=False, stim=True, exclude=())]
-    if not stims:
-        return
-    main = next((name for name in ("STI101", "STI 014") if name in stims), stims[0])
-    mask = {"mask": 0xFFFF, "mask_type": "and"} if main == "Status" else {}  # BioSemi keeps its own bits above 16
-    events = mne.find_events(raw, main, shortest_event=1, **mask)
-    annotate(raw, (events[:, 0] - raw.first_samp) / raw.info["sfreq"], 0.0, [str(code) for code in events[:, 2]])
 
 
 def _interpolate(raw: mne.io.BaseRaw, missing: list[str], bad: list[str], total: int) -> None:

@@ -1,14 +1,18 @@
 """Making a decoder from trials: which choose the epoch, what it starts from, and its one look at test trials."""
 
-from collections.abc import Callable
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from mne import BaseEpochs
-from torch import nn
+from torch import Tensor, nn
 
+from nearfar.core.checkpoints import identify, load_state_dict, read_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.model_folder import TrainedOn, mark, trained_on
 from nearfar.eeg import metrics
@@ -16,9 +20,12 @@ from nearfar.eeg.decoder import Decoder
 from nearfar.eeg.decoding import NetworkClassifier, Recipe
 from nearfar.eeg.leakage import check_split, trial_digests
 from nearfar.eeg.models.agtcnet import AGTCNet
+from nearfar.eeg.models.baselines import network, reorder_outputs
 from nearfar.eeg.preprocessing import Preprocessing
 from nearfar.eeg.protocols import Split, validation_split
 from nearfar.eeg.trials import trials_array
+
+logger = logging.getLogger("nearfar.eeg")
 
 
 def train_decoder(
@@ -49,7 +56,9 @@ def train_decoder(
     learn, choose = validation_split(epochs.metadata, y, np.arange(len(y)), validation, recipe.seed)
     digests, before = trial_digests(X), TrainedOn() if start is None else trained_on(start)
     if test is not None:
-        X_test, y_test, _ = trials_array(test)
+        if test.ch_names != epochs.ch_names or test.info["sfreq"] != epochs.info["sfreq"]:
+            raise UserError("the test trials have other channels, another order or another rate than the training's")
+        X_test, y_test, _ = trials_array(test, names)
         tested = trial_digests(X_test)
         check_split(
             Split("train", "the test recordings", learn, choose, np.arange(len(y_test)) + len(y), (), ()),
@@ -74,7 +83,7 @@ def train_decoder(
         "validation_accuracy": classifier.history_[best]["val_accuracy"],
     }
     if test is not None:
-        scores["test"] = metrics.score(y_test, classifier.predict(X_test), len(names))
+        scores["test"] = _test_score(classifier, X_test, y_test, len(names))
         scores["trials"]["test"] = len(y_test)
         if any(seen := before.seen(digest.hex() for digest in tested)):
             scores["test"]["marked"] = mark(seen)  # by the decoder that it began from
@@ -91,9 +100,18 @@ def train_decoder(
     return decoder
 
 
+def _test_score(classifier: NetworkClassifier, X: np.ndarray, y: np.ndarray, n_classes: int) -> dict[str, Any]:
+    probabilities = classifier.predict_proba(X)
+    return metrics.score(y, classifier.classes_[probabilities.argmax(1)], n_classes, probabilities)
+
+
 def starting_network(path: str | Path, epochs: BaseEpochs, classes: list[str], recipe: Recipe) -> nn.Module:
-    """The network to fine-tune, of a decoder folder or of published AGTCNet weights, checked against the trials."""
-    path = Path(path)
+    """The network to fine-tune, its outputs in the order of `classes`, checked against the trials.
+
+    path: a decoder folder, or a weight file of the recipe's network: AGTCNet's as published, or a state dict. The file
+    must account for every tensor of exactly one of these.
+    """
+    path, chs_info = Path(path), epochs.info["chs"]
     if path.is_dir():
         decoder = Decoder.load(path)
         if decoder.ch_names != epochs.ch_names:
@@ -101,13 +119,54 @@ def starting_network(path: str | Path, epochs: BaseEpochs, classes: list[str], r
                 f"{path}: was trained on {', '.join(decoder.ch_names)}, these recordings have "
                 f"{', '.join(epochs.ch_names)}; choose them with --channels {','.join(decoder.ch_names)}"
             )
-        if decoder.classes != classes or decoder.network.n_times != len(epochs.times):
+        if sorted(decoder.classes) != sorted(classes) or decoder.network.n_times != len(epochs.times):
             raise UserError(
                 f"{path}: decodes {', '.join(decoder.classes)} from {decoder.network.n_times} samples, these trials "
                 f"are {', '.join(classes)} of {len(epochs.times)} samples; choose the same --classes, --window and "
                 "--resample"
             )
-        return decoder.network
-    if recipe.network != "AGTCNet":
-        raise UserError(f"{path}: published weights are of AGTCNet, the recipe's network is {recipe.network}")
-    return AGTCNet.from_published(path, chs_info=epochs.info["chs"], n_times=len(epochs.times), n_outputs=len(classes))
+        if decoder.sfreq != epochs.info["sfreq"]:
+            raise UserError(
+                f"{path}: was trained at {decoder.sfreq:g} Hz, these trials have {epochs.info['sfreq']:g} Hz; "
+                f"choose --resample {decoder.sfreq:g}"
+            )
+        return _in_order(decoder.network, decoder.classes, classes)
+    state = read_state_dict(path)
+    sizes = {"n_chans": len(chs_info), "n_outputs": len(classes), "n_times": len(epochs.times)}
+
+    def own(name: str) -> nn.Module:
+        model = network(name, **sizes, sfreq=epochs.info["sfreq"], chs_info=chs_info, **_named(state, name))
+        load_state_dict(model, state)
+        return model.eval()
+
+    def published() -> nn.Module:
+        return AGTCNet.from_published(state, chs_info=chs_info, class_names=classes, n_times=len(epochs.times))
+
+    found, model = identify(
+        {"published AGTCNet": published} | {n: partial(own, n) for n in ("AGTCNet", recipe.network)}, str(path)
+    )
+    if found.removeprefix("published ") != recipe.network:
+        raise UserError(f"{path}: holds weights of {found}, the recipe's network is {recipe.network}")
+    named = getattr(model, "class_names", None)
+    if named is None:
+        logger.warning("%s: does not name its classes; taken to be %s, in this order", path, ", ".join(classes))
+        return model
+    if sorted(named) != sorted(classes):
+        raise UserError(f"{path}: tells {', '.join(named)} apart, these trials are {', '.join(classes)}")
+    return _in_order(model, named, classes)
+
+
+def _in_order(model: nn.Module, theirs: Sequence[str], classes: Sequence[str]) -> nn.Module:
+    if getattr(model, "class_names", None) is not None:
+        model.reorder_classes(classes)
+    else:
+        reorder_outputs(model, [theirs.index(name) for name in classes])
+    return model
+
+
+def _named(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+    """The classes that AGTCNet's own state dict tells, as a setting to build it with."""
+    if name != "AGTCNet" or "_extra_state" not in state:
+        return {}
+    told = json.loads(bytes(state["_extra_state"].tolist()))
+    return {"class_names": told["classes"]} if told.get("classes") else {}

@@ -1,9 +1,9 @@
 """Trials of recordings as arrays: events, windows and channels that all of them have."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import mne
 import numpy as np
@@ -14,7 +14,7 @@ from nearfar.core.errors import UserError
 from nearfar.eeg import conventions
 from nearfar.eeg.annotations import Events, annotations, event_classes, event_counts, quiet, source_name
 from nearfar.eeg.preprocessing import Preprocessing
-from nearfar.eeg.recordings import Recording, bad_channels, find_recordings, select_channels
+from nearfar.eeg.recordings import Reading, Recording, bad_channels, find_recordings, select_channels
 
 logger = logging.getLogger("nearfar.eeg")
 
@@ -26,9 +26,8 @@ def load_trials(
     events: Events | None = None,
     channels: Sequence[str] | Literal["common"] | None = None,
     interpolate: bool = False,
-    rename: Mapping[str, str] | None = None,
-    unit: str | None = None,
     failures: list[tuple[Recording, UserError]] | None = None,
+    **reading: Unpack[Reading],
 ) -> mne.EpochsArray:
     """Trials of all recordings as one Epochs object, with the metadata subject, session, run, file and onset.
 
@@ -37,8 +36,9 @@ def load_trials(
         event found is a class of its own name (`event_counts` lists them, the log says so).
     channels: names and their order; "common": those that all recordings have; None: all, which must then be the same
         in every recording.
-    interpolate, rename, unit: see `select_channels` and `read_recording`.
+    interpolate: see `select_channels`.
     failures: a list to go on past recordings that cannot be used: each is added to it with its error.
+    reading: `rename`, `unit`, `types`, `encoding`, see `read_recording`.
 
     The classes keep the order of `events`, else the customary one (`conventions.CLASSES`), else the alphabet's. onset
     is the time of the cue in its file in seconds. Raises `UserError` for whatever makes a recording unusable and for an
@@ -48,18 +48,18 @@ def load_trials(
     asked = event_classes(events) if events is not None else {}
     errors: list[tuple[Recording, UserError]] = failures if failures is not None else []
     if channels == "common":
-        channels = _common_channels(todo, rename, unit, errors if failures is not None else None)
+        channels = _common_channels(todo, errors if failures is not None else None, **reading)
         todo = [recording for recording in todo if all(recording is not failed for failed, _ in errors)]
     parts: list[mne.EpochsArray] = []
     seen: set[str] = set()
     for recording in todo:
         try:
             with quiet():
-                if recording.trials is not None:
-                    seen |= set(recording.trials.event_id)
-                    part = _given_trials(recording.trials, recording, preprocessing, events, channels)
+                if (given := recording.epochs(**reading)) is not None:
+                    seen |= set(given.event_id)
+                    part = _given_trials(given, recording, preprocessing, events, channels)
                 else:
-                    raw = recording.read(rename=rename, unit=unit)
+                    raw = recording.read(**reading)
                     seen |= set(event_counts(raw))
                     part = _trials_of(raw, recording, preprocessing, events, channels, interpolate)
                 if parts:
@@ -82,12 +82,26 @@ def load_trials(
     return _join(parts, list(events) if events is not None else None)
 
 
-def trials_array(epochs: mne.BaseEpochs) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
-    """(X, y, classes): X (trials, channels, times) in microvolts, y the index of each trial's class in `classes`."""
-    classes = sorted(epochs.event_id, key=epochs.event_id.__getitem__)
-    index = {epochs.event_id[name]: position for position, name in enumerate(classes)}
+def trials_array(
+    epochs: mne.BaseEpochs, classes: Sequence[str] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
+    """(X, y, classes): X (trials, channels, times) in microvolts, y the index of each trial's class in `classes`.
+
+    classes: names and order; None takes those of the trials. `UserError` where trials are of another class.
+    """
+    classes = sorted(epochs.event_id, key=epochs.event_id.__getitem__) if classes is None else list(classes)
+    if strange := [name for name in epochs.event_id if name not in classes]:
+        raise UserError(f"there are trials of {', '.join(strange)}; the classes are {', '.join(classes)}")
+    index = {code: classes.index(name) for name, code in epochs.event_id.items()}
     X = (epochs.get_data(copy=False) * 1e6).astype(np.float32)
     return X, np.array([index[code] for code in epochs.events[:, 2]], dtype=np.int64), classes
+
+
+def select_classes(epochs: mne.BaseEpochs, classes: Sequence[str]) -> mne.BaseEpochs:
+    """The trials of these classes, by their whole names: a class `left` is not one of `left/imagined`, as in MNE."""
+    chosen = epochs[np.flatnonzero(np.isin(epochs.events[:, 2], [epochs.event_id[name] for name in classes]))]
+    chosen.event_id = {name: epochs.event_id[name] for name in classes}
+    return chosen
 
 
 def _recordings(given: str | Path | Recording | Iterable[str | Path | Recording]) -> list[Recording]:
@@ -102,21 +116,21 @@ def _recordings(given: str | Path | Recording | Iterable[str | Path | Recording]
 
 def _common_channels(
     recordings: Sequence[Recording],
-    rename: Mapping[str, str] | None,
-    unit: str | None,
     failures: list[tuple[Recording, UserError]] | None,
+    **reading: Unpack[Reading],
 ) -> list[str]:
     common: list[str] = []
     first: Recording | None = None
     for recording in recordings:
         try:
-            raw = recording.trials if recording.trials is not None else recording.read(rename=rename, unit=unit)
+            trials = recording.epochs(**reading)
+            raw = recording.read(**reading) if trials is None else trials
         except UserError as error:
             if failures is None:
                 raise
             failures.append((recording, error))
             continue
-        bad = bad_channels(raw) if recording.trials is None else {}
+        bad = bad_channels(raw) if trials is None else {}
         names = [name for name in raw.copy().pick("eeg", exclude=()).ch_names if name not in bad]
         common = names if first is None else [name for name in common if name in names]
         first = first or recording
@@ -186,11 +200,21 @@ def _given_trials(
         )
     if not chosen:
         raise UserError(f"{recording.path}: none of the events {', '.join(names)}; it has {', '.join(trials.event_id)}")
-    trials = trials[chosen].pick(list(channels) if channels is not None else "eeg")
+    trials = select_classes(trials, chosen).pick(list(channels) if channels is not None else "eeg")
     classes = list(dict.fromkeys(names.values()))
     given = {code: classes.index(names[name]) + 1 for name, code in trials.event_id.items()}
     trials.events[:, 2] = [given[code] for code in trials.events[:, 2]]
     trials.event_id = {classes[code - 1]: code for code in sorted(set(given.values()))}
+    if trials.metadata is None or "file" not in trials.metadata:
+        trials.metadata = pd.DataFrame(
+            {
+                "subject": recording.subject,
+                "session": recording.session,
+                "run": recording.run,
+                "file": str(recording.path),
+                "onset": trials.events[:, 0] / trials.info["sfreq"],
+            }
+        )
     return preprocessing.apply_trials(trials)
 
 

@@ -12,16 +12,21 @@ from nearfar.apps.motor_imagery.options import (
     Band,
     Channels,
     Classes,
+    Encoding,
     Event,
     Interpolate,
     Notch,
     Paths,
     Published,
+    Reference,
+    Rename,
     Resample,
     Runs,
     SkipBad,
     Standardize,
+    SubjectPattern,
     Subjects,
+    Types,
     Unit,
     Window,
     channel_names,
@@ -29,6 +34,7 @@ from nearfar.apps.motor_imagery.options import (
     chosen_trials,
     event_names,
     preparation,
+    reading,
 )
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, progress, show_json, table
@@ -39,18 +45,19 @@ from nearfar.core.made_from import MadeFrom, model_digest
 from nearfar.core.model_folder import mark
 from nearfar.core.recipes import read_recipe
 from nearfar.eeg import plots
-from nearfar.eeg.annotations import event_counts
+from nearfar.eeg.annotations import annotations, event_counts, is_bad, is_edge
 from nearfar.eeg.comparison import compare
 from nearfar.eeg.decoder import Decoder
 from nearfar.eeg.decoding import Recipe
 from nearfar.eeg.evaluation import Results
-from nearfar.eeg.live.scores import stream_error
+from nearfar.eeg.live.scores import live_error
 from nearfar.eeg.live.stream import Rule
 from nearfar.eeg.prediction import continuous, decode_all_along, decode_trials, files_of, seen_trials
 from nearfar.eeg.protocols import PROTOCOLS
+from nearfar.eeg.published import reproduce as reproduced
 from nearfar.eeg.recordings import Recording, bad_channels, eeg_channels, find_recordings
 from nearfar.eeg.training import train_decoder
-from nearfar.eeg.trials import load_trials
+from nearfar.eeg.trials import load_trials, select_classes
 
 RecipeFile = Annotated[str | None, recipe_option()]
 
@@ -76,18 +83,32 @@ SCORES = {
 
 
 @app.command()
-def inspect(paths: Paths, unit: Unit = None, as_json: Json = False) -> None:
-    """Say what recordings hold: subjects, channels, rate, events, and what is wrong with them."""
+def inspect(
+    paths: Paths,
+    unit: Unit = None,
+    rename: Rename = None,
+    types: Types = None,
+    encoding: Encoding = None,
+    subject_pattern: SubjectPattern = None,
+    as_json: Json = False,
+) -> None:
+    """Say what recordings hold: subjects, channels, rate, events, what is wrong with them, and what was set aside."""
+    how = reading(rename, types, encoding, unit)
 
     def look(recording: Recording) -> dict[str, Any]:
-        if recording.trials is not None:
-            return _look_at_trials(recording, as_json)
-        raw = recording.read(unit=unit)
+        notes: list[str] = []
+        if (trials := recording.epochs(notes=notes, **how)) is not None:
+            return _look_at_trials(recording, trials, notes, as_json)
+        raw = recording.read(notes=notes, **how)
         eeg = eeg_channels(raw.info)
         placed = sum(not np.isnan(raw.info["chs"][pick]["loc"][:3]).any() for pick in eeg)
         problems = [f"{name} {why}" for name, why in bad_channels(raw).items()]
         if placed < len(eeg):
             problems.append(f"{len(eeg) - placed} channels without position")
+        marks = annotations(raw)[2].tolist()
+        counts = {"BAD stretches": sum(map(is_bad, marks)), "edges": sum(map(is_edge, marks))}
+        problems += [f"{count} {kind}" for kind, count in counts.items() if count]
+        problems += notes
         meaning = {name: cls for cls, name in (recording.events or {}).items()}
         events = {meaning.get(name, name): count for name, count in event_counts(raw).items()}
         return {
@@ -102,7 +123,7 @@ def inspect(paths: Paths, unit: Unit = None, as_json: Json = False) -> None:
             "problems": problems if as_json else "; ".join(problems),
         }
 
-    found = find_recordings(paths)
+    found = find_recordings(paths, subject_pattern)
     rows, failures = run_batch(found, look, "reading", name=lambda recording: str(recording.path))
     if as_json:
         show_json(rows)
@@ -134,11 +155,16 @@ def train(
     interpolate: Interpolate = False,
     skip_bad: SkipBad = False,
     unit: Unit = None,
+    rename: Rename = None,
+    types: Types = None,
+    encoding: Encoding = None,
+    subject_pattern: SubjectPattern = None,
     window: Window = None,
     band: Band = None,
     notch: Notch = None,
     resample: Resample = None,
     standardize: Standardize = None,
+    reference: Reference = None,
     published: Published = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
@@ -151,18 +177,20 @@ def train(
     epoch; the test recordings are looked at once, at the end.
     """
     training = read_recipe(Recipe, recipe, settings or ())
-    recordings = chosen_recordings(find_recordings(paths), runs, subjects)
-    held_out = find_recordings(test) if test else []
+    if published:
+        training = replace(training, objective="published")
+    recordings = chosen_recordings(find_recordings(paths, subject_pattern), runs, subjects)
+    held_out = find_recordings(test, subject_pattern) if test else []
     if test_runs:
         held_out += [recording for recording in recordings if recording.run in test_runs.split(",")]
         recordings = [recording for recording in recordings if recording.run not in test_runs.split(",")]
-    preprocessing = preparation(recordings, window, band, notch, resample, standardize, published)
+    preprocessing = preparation(recordings, window, band, notch, resample, standardize, published, reference)
     options = {
         "events": event_names(event),
         "interpolate": interpolate,
         "skip_bad": skip_bad,
-        "unit": unit,
         "preprocessing": preprocessing,
+        **reading(rename, types, encoding, unit),
     }
     epochs = chosen_trials(recordings, classes, channels=channel_names(channels), **options)
     tested = None
@@ -207,11 +235,16 @@ def evaluate(
     interpolate: Interpolate = False,
     skip_bad: SkipBad = False,
     unit: Unit = None,
+    rename: Rename = None,
+    types: Types = None,
+    encoding: Encoding = None,
+    subject_pattern: SubjectPattern = None,
     window: Window = None,
     band: Band = None,
     notch: Notch = None,
     resample: Resample = None,
     standardize: Standardize = None,
+    reference: Reference = None,
     published: Published = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
@@ -223,8 +256,8 @@ def evaluate(
     for leakage before anything is trained.
     """
     training = read_recipe(Recipe, recipe, settings or ())
-    recordings = chosen_recordings(find_recordings(paths), runs, subjects)
-    preprocessing = preparation(recordings, window, band, notch, resample, standardize, published)
+    recordings = chosen_recordings(find_recordings(paths, subject_pattern), runs, subjects)
+    preprocessing = preparation(recordings, window, band, notch, resample, standardize, published, reference)
     epochs = chosen_trials(
         recordings,
         classes,
@@ -232,8 +265,8 @@ def evaluate(
         channels=channel_names(channels),
         interpolate=interpolate,
         skip_bad=skip_bad,
-        unit=unit,
         preprocessing=preprocessing,
+        **reading(rename, types, encoding, unit),
     )
     wide = None
     if all(recording.trials is None for recording in recordings):
@@ -243,10 +276,10 @@ def evaluate(
             preprocessing=settings_of_maps,
             events=event_names(event),
             channels="common",
-            unit=unit,
             failures=[],
+            **reading(rename, types, encoding, unit),
         )
-        wide = wide[list(epochs.event_id)]
+        wide = select_classes(wide, [name for name in epochs.event_id if name in wide.event_id])
     options: dict[str, Any] = {"published": published, "alignment": align}
     if test_session is not None:
         if protocol != "cross-session":
@@ -298,8 +331,12 @@ def predict(
     dwell: Annotated[int, typer.Option(min=1, help="With --every: so many equal answers in a row make a command.")] = 1,
     interpolate: Interpolate = False,
     unit: Unit = None,
+    rename: Rename = None,
+    types: Types = None,
+    encoding: Encoding = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Decode also as a live stream would, and print how far the two differ.")
+        bool,
+        typer.Option("--check", help="Decode the unfiltered recording as a live stream too; say how far they differ."),
     ] = False,
 ) -> None:
     """Decode recordings with a trained decoder: at their events, or all along (`--every 0.5`).
@@ -311,7 +348,8 @@ def predict(
     """
     model, of_model = Decoder.load(decoder), model_digest(decoder)
     options = {"event": event, "every": every, "threshold": threshold, "smoothing": smoothing, "dwell": dwell}
-    options |= {"interpolate": interpolate, "unit": unit}
+    how = reading(rename, types, encoding, unit)
+    options |= {"interpolate": interpolate} | how
     found = find_recordings(paths)
     targets = _targets(found, output)
     rule = Rule(threshold=threshold, smoothing=smoothing, dwell=dwell)
@@ -322,34 +360,38 @@ def predict(
         if made.done():
             return None
         line: dict[str, Any] = {"file": str(recording.path)}
-        given = {"events": event_names(event), "interpolate": interpolate, "unit": unit}
+        given = {"events": event_names(event), "interpolate": interpolate} | how
         if every is None:
             rows = decode_trials(model, recording, threshold=threshold, **given)
             seen = rows.get("seen_in_training", ())
         else:
-            raw = continuous(model, recording, interpolate, unit)
+            raw, recorded = continuous(model, recording, interpolate, **how)
             step = max(1, round(every * model.sfreq))
-            rows, scores, drawn = decode_all_along(model, recording, raw, step, rule, event_names(event))
+            rows, decisions, scores, marks = decode_all_along(
+                model, recording, raw, recorded, step, rule, event_names(event)
+            )
             seen = seen_trials(model, recording, **given)
             line |= {shown: scores[name] for name, shown in SCORES.items() if name in scores}
-            if drawn is not None:
+            if marks is not None:
                 with atomic_path(target.with_name(target.name.replace(".tsv", ".png"))) as temporary:
-                    plots.online_timeline(*drawn, model.classes).savefig(temporary, dpi=120, bbox_inches="tight")
+                    plots.online_timeline(decisions, marks, model.classes).savefig(
+                        temporary, dpi=120, bbox_inches="tight"
+                    )
         with atomic_path(target) as temporary:
-            rows.to_csv(temporary, sep="\t", index=False, float_format="%.6g")
+            rows.to_csv(temporary, sep="\t", index=False, float_format="%.6g", na_rep="n/a")
         made.write()
         if every is None:
             line |= {name: int((rows["trial_type"] == name).sum()) for name in [*model.classes, "n/a"]}
         else:
-            line["windows"] = len(rows)
+            line |= {"windows": len(rows), "abstained": int((decisions.reasons != "").sum())}
         if "true" in rows:
             line["accuracy"] = float((rows["true"] == rows["trial_type"]).mean())
         if check:
-            raw = raw if every is not None else continuous(model, recording, interpolate, unit)
-            step = max(1, round((every or 0.5) * model.sfreq))
-            line["streamed - whole"] = stream_error(
-                model, raw.get_data() * 1e6, model.network.n_times, step, model.sfreq, rule=rule
-            )
+            if every is None:
+                raw, recorded = continuous(model, recording, interpolate, **how)
+                step = max(1, round(0.5 * model.sfreq))
+                decisions = decode_all_along(model, recording, raw, recorded, step, rule)[1]
+            line |= live_error(model, recorded, decisions, step, rule)
         line["marked"] = mark(list(seen))
         return line
 
@@ -363,6 +405,29 @@ def predict(
 
 
 @app.command()
+def reproduce(
+    folder: Annotated[Path, typer.Argument(help="The authors' results of AGTCNet: a download of your own.")],
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="EEGMMIDB's EDF files or folders. (default: those in FOLDER)")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Decode EEGMMIDB with the published weights and print accuracy, kappa and loss beside the authors' log.
+
+    Ends with 1 where a figure differs from the log's four digits.
+    """
+    found = reproduced(folder, paths or folder)
+    rows = found.to_dict("records")
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        console.print(table([{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]))
+        console.print(f"{found['agrees'].sum()} of {len(found)} weight files give the figures of the authors' log")
+    if not found["agrees"].all():
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `evaluate` or `train` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
@@ -371,19 +436,18 @@ def report(
     console.print(f"the report: {pages.combined_page(folders).write(output)}", soft_wrap=True)
 
 
-def _look_at_trials(recording: Recording, as_json: bool) -> dict[str, Any]:
-    trials = recording.trials
+def _look_at_trials(recording: Recording, trials: Any, notes: list[str], as_json: bool) -> dict[str, Any]:
     events = {name: int((trials.events[:, 2] == code).sum()) for name, code in trials.event_id.items()}
     return {
         "file": str(recording.path),
         "subject": recording.subject,
         "session": recording.session,
         "run": recording.run,
-        "channels": len(trials.ch_names),
+        "channels": len(eeg_channels(trials.info)),
         "Hz": float(trials.info["sfreq"]),
         "seconds": round(len(trials) * len(trials.times) / trials.info["sfreq"], 1),
         "events": events if as_json else ", ".join(f"{name} {count}" for name, count in events.items()),
-        "problems": [] if as_json else "",
+        "problems": notes if as_json else "; ".join(notes),
     }
 
 
@@ -392,7 +456,8 @@ def _sentence(name: str, score: dict[str, Any]) -> str:
     marked = f" ({score['marked']}: too good)" if "marked" in score else ""
     return (
         f"{name} accuracy {score['accuracy']:.3f} (95 % interval {score['low']:.3f} to {score['high']:.3f}), "
-        f"kappa {score['kappa']:.3f}; {verdict} the chance bound of {score['chance_bound']:.3f}{marked}"
+        f"balanced {score['balanced_accuracy']:.3f}, kappa {score['kappa']:.3f}; "
+        f"{verdict} the chance bound of {score['chance_bound']:.3f}{marked}"
     )
 
 

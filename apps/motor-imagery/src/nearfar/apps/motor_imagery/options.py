@@ -10,7 +10,7 @@ from nearfar.core.cli.console import messages, say
 from nearfar.core.errors import UserError
 from nearfar.eeg.preprocessing import Preprocessing
 from nearfar.eeg.recordings import Recording
-from nearfar.eeg.trials import load_trials
+from nearfar.eeg.trials import load_trials, select_classes
 
 if TYPE_CHECKING:
     from mne import BaseEpochs
@@ -39,6 +39,22 @@ SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Go on without recordings that cannot be used; each is named.")
 ]
 Unit = Annotated[str | None, typer.Option(help="Unit of the file's numbers where it does not say: V, mV, uV, nV.")]
+Rename = Annotated[list[str] | None, typer.Option("--rename", help="OLD=NEW: another name of a channel. Repeat.")]
+Types = Annotated[
+    list[str] | None,
+    typer.Option("--types", help="CHANNEL=TYPE: eeg, eog, ecg, emg, stim or misc, where the file's is wrong. Repeat."),
+]
+Encoding = Annotated[
+    str | None, typer.Option(help="Of the annotations' texts, e.g. latin1. (default: UTF-8, else Latin-1)")
+]
+SubjectPattern = Annotated[
+    str | None,
+    typer.Option(help="Regular expression for the subject in a path: '(P[0-9]+)_', or (?P<subject>...) ..."),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(help="auto, average, none, or channels: A1,A2. (default: average of 8 electrodes or more)"),
+]
 Window = Annotated[
     tuple[float, float] | None, typer.Option(help="Window around the cue in seconds. (default: the preset's, or 0 3)")
 ]
@@ -68,6 +84,28 @@ def chosen_recordings(recordings: list[Recording], runs: str | None, subjects: s
     return recordings
 
 
+def reading(
+    rename: list[str] | None, types: list[str] | None, encoding: str | None, unit: str | None
+) -> dict[str, Any]:
+    """How files are read, as `nearfar.eeg.recordings.Reading`."""
+    return {
+        "rename": _pairs("--rename", "OLD=NEW", rename),
+        "types": _pairs("--types", "CHANNEL=TYPE", types),
+        "encoding": encoding,
+        "unit": unit,
+    }
+
+
+def _pairs(option: str, form: str, given: list[str] | None) -> dict[str, str] | None:
+    pairs = {}
+    for text in given or ():
+        name, sign, value = text.rpartition("=")
+        if not (name and sign and value):
+            raise UserError(f"{option} {text}: write {form}, for example C3=eeg")
+        pairs[name] = value
+    return pairs or None
+
+
 def event_names(given: list[str] | None) -> dict[str, list[str]] | None:
     """Class -> names of its events, as --event says."""
     if not given:
@@ -94,6 +132,7 @@ def preparation(
     resample: float | None,
     standardize: Standardization | None,
     published: bool,
+    reference: str | None = None,
 ) -> Preprocessing:
     """The preset of a known set, or a window of 3 s, with what the options change."""
     values: dict[str, Any] = {}
@@ -107,6 +146,9 @@ def preparation(
         values["sfreq"] = resample
     if standardize is not None:
         values["standardization"] = standardize.value
+    if reference is not None:
+        known = {"auto": "auto", "average": "average", "none": None}
+        values["reference"] = known[reference] if reference in known else tuple(reference.split(","))
     if published:
         values["order"] = "published"
     return Preprocessing.for_files([recording.path for recording in recordings], **values)
@@ -125,8 +167,7 @@ def chosen_trials(recordings: list[Recording], classes: str | None, *, skip_bad:
     if classes is not None:
         if unknown := [name for name in classes.split(",") if name not in epochs.event_id]:
             raise UserError(f"--classes: no trials of {', '.join(unknown)}; there are {', '.join(epochs.event_id)}")
-        epochs = epochs[classes.split(",")]
-        epochs.event_id = {name: epochs.event_id[name] for name in classes.split(",")}
+        epochs = select_classes(epochs, classes.split(","))
     if len(epochs.event_id) < 2:
         raise UserError(
             f"{recordings[0].path}{' and others' if len(recordings) > 1 else ''}: only one class, "
@@ -138,4 +179,6 @@ def chosen_trials(recordings: list[Recording], classes: str | None, *, skip_bad:
         f"{len(epochs.ch_names)} channels x {len(epochs.times)} samples at {epochs.info['sfreq']:g} Hz",
         highlight=False,
     )
+    if options["preprocessing"].reference == "auto" and not options["preprocessing"].averages(epochs.ch_names):
+        messages.print("reference as recorded; --reference says otherwise", highlight=False)
     return epochs

@@ -43,8 +43,10 @@ def summary_rows(summary: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, An
             "decoder": line["model"],
             "accuracy": float(line["accuracy"]),
             "± std": float(line["accuracy_std"]),
+            "balanced": float(line["balanced_accuracy"]),
             "kappa": float(line["kappa"]),
-            "chance": float(own["chance"].iloc[0]),
+            "AUC": float(line["auc"]),
+            "chance": float(own["chance"].mean()),
             "bound of a test set": float(own["chance_bound"].mean()),
             "subjects": line["subjects"],
             "test trials": int(own[own["repeat"] == own["repeat"].min()]["n_test"].sum()),
@@ -52,6 +54,8 @@ def summary_rows(summary: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, An
         }
         if np.isfinite(line["low"]):  # of a few subjects there is none
             shown |= {"95 % low": float(line["low"]), "95 % high": float(line["high"])}
+        if np.isnan(shown["AUC"]):
+            del shown["AUC"]
         if not np.isnan(line["sma20"]):
             shown["SMA20"] = float(line["sma20"])
         if line["failed"]:
@@ -76,10 +80,12 @@ def evaluation_page(folder: Path, report: Report | None = None, level: int = 2) 
         )
     report.text(
         f"{about['trials']} trials of {', '.join(about['classes'])}. A test set whose accuracy is above its bound is "
-        "better than guessing at 95 %. A fit that failed counts as chance."
+        "better than guessing at 95 %; chance is answering the class of most of its trials, always. A fit that failed "
+        "counts as chance."
     )
     report.table(summary_rows(tables["summary"], rows))
-    columns = ["model", "subject", "session", "repeat", "n_train", "n_test", "accuracy", "kappa", "chance_bound"]
+    columns = ["model", "subject", "session", "repeat", "n_train", "n_test", "accuracy", "balanced_accuracy", "kappa"]
+    columns += ["auc", "chance", "chance_bound"]
     _figures(report, folder / "figures", "subjects", "training", "confusion", "spatial", "desynchronization")
     report.section("All results", level + 1).table(rows[columns].to_dict("records"))
     comparison = pd.read_csv(folder / "comparison.csv")

@@ -37,7 +37,43 @@ def stream_error(
     parts = [part for part in parts if len(part)]
     if not np.array_equal(np.concatenate([np.zeros(0), *(part.times for part in parts)]), whole.times):
         return float("inf")
-    return float(np.abs(np.concatenate([part.probabilities for part in parts]) - whole.probabilities).max())
+    return _largest(np.concatenate([part.probabilities for part in parts]), whole.probabilities)
+
+
+def live_error(
+    decoder: Any, recorded: mne.io.BaseRaw, whole: Decisions, step: int, rule: Rule = Rule()
+) -> dict[str, float]:
+    """How far a live stream of a recording comes from its decisions as a whole, preprocessing included.
+
+    The recording's EEG channels, unfiltered, go through the causal chain (`StreamDecoder.live`), once whole and once in
+    chunks of random size. Returns `streamed - whole`, the largest difference of a probability between these two (what
+    chunks alter); `live - offline`, that between the causal chain and `whole`, which was decoded after zero-phase
+    filters over the whole recording; and `live differs`, the share of windows with another decision. All are NaN where
+    the preprocessing has no causal form for this recording.
+    """
+    rate, names = float(recorded.info["sfreq"]), list(recorded.ch_names)
+    data = recorded.get_data(verbose="ERROR") * 1e6
+    try:
+        live = [StreamDecoder.live(decoder, step, rate=rate, ch_names=names, rule=rule) for _ in range(2)]
+    except UserError:
+        return dict.fromkeys(("streamed - whole", "live - offline", "live differs"), float("nan"))
+    at_once = live[0].push(data)
+    cuts = np.cumsum(np.random.default_rng(0).integers(1, max(2, round(rate)), size=data.shape[1]))
+    parts = [live[1].push(chunk) for chunk in np.split(data, cuts[cuts < data.shape[1]], axis=1)]
+    streamed = np.concatenate([part.probabilities for part in parts if len(part)])
+    count = min(len(at_once), len(whole))
+    return {
+        "streamed - whole": _largest(streamed, at_once.probabilities),
+        "live - offline": _largest(at_once.probabilities[:count], whole.probabilities[:count]),
+        "live differs": float((at_once.decisions[:count] != whole.decisions[:count]).mean()),
+    }
+
+
+def _largest(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest difference; windows that abstain on both sides differ by nothing, on one side by infinity."""
+    if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any():
+        return float("inf")
+    return float(np.nan_to_num(np.abs(a - b)).max(initial=0.0))
 
 
 def score_events(
@@ -106,6 +142,7 @@ def pseudo_online(
     steps: Sequence[Step] = (),
     sfreq: float | None = None,
     rule: Rule = Rule(),
+    recorded: tuple[np.ndarray, float] | None = None,
 ) -> tuple[Decisions, dict[str, float], pd.DataFrame]:
     """Decode a recording as if it came live, and score the commands by its events.
 
@@ -115,6 +152,7 @@ def pseudo_online(
         duration: seconds from its onset within which an event can be answered.
         n_classes: number of commands to choose from.
         sfreq: rate after `steps`, if they change it.
+        recorded: see `decode`.
 
     Returns:
         The decisions, the scores (see `score_events`) and the events: `onset`, `duration`, `label`.
@@ -131,7 +169,7 @@ def pseudo_online(
     table = pd.DataFrame({"onset": onsets[chosen], "duration": duration, "label": labels}).sort_values("onset")
     data = raw.get_data("eeg", verbose="ERROR") * 1e6
     rate = raw.info["sfreq"]
-    decisions = decode(estimator, data, n_times, step, sfreq or rate, steps=steps, rule=rule)
+    decisions = decode(estimator, data, n_times, step, sfreq or rate, steps=steps, rule=rule, recorded=recorded)
     scores = score_events(
         decisions,
         table["onset"].to_numpy(),

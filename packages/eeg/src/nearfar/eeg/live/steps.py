@@ -1,9 +1,14 @@
 """Causal preprocessing steps that keep their state between blocks of samples."""
 
+from collections.abc import Sequence
 from typing import Protocol, Self
 
 import numpy as np
 from scipy import signal
+
+from nearfar.core.errors import UserError
+from nearfar.eeg.alignment import ExponentialMovingStandardizer
+from nearfar.eeg.preprocessing import Preprocessing
 
 
 class Step(Protocol):
@@ -33,6 +38,14 @@ class CausalFilter:
         kind = "bandpass" if len(edges) == 2 else "highpass" if high is None else "lowpass"
         wanted = edges if len(edges) == 2 else edges[0]
         return cls(signal.butter(order, wanted, kind, fs=sfreq, output="sos"))
+
+    @classmethod
+    def notch(cls, sfreq: float, line: float, quality: float = 30.0) -> Self:
+        """Notches at the mains frequency `line` and its harmonics below half of `sfreq`, in Hz."""
+        lines = np.arange(line, sfreq / 2, line)
+        if not len(lines):
+            raise ValueError(f"a notch at {line:g} Hz needs more than {2 * line:g} Hz, got {sfreq:g}")
+        return cls(np.concatenate([signal.tf2sos(*signal.iirnotch(each, quality, sfreq)) for each in lines]))
 
     def push(self, chunk: np.ndarray) -> np.ndarray:
         """The filtered samples, as many as came."""
@@ -66,3 +79,34 @@ class AverageReference:
     def push(self, chunk: np.ndarray) -> np.ndarray:
         """The referenced samples; channels are added one after the other, so that chunks do not alter the rounding."""
         return chunk - np.cumsum(chunk, axis=0)[-1:] / len(chunk)
+
+
+def causal_steps(preprocessing: Preprocessing, sfreq: float, ch_names: Sequence[str]) -> list[Step]:
+    """Steps that do causally, on a stream of `ch_names` at `sfreq`, what `preprocessing` does on a whole recording.
+
+    Butterworth filters take the place of those of zero phase, and decimation that of FFT resampling; so the samples are
+    not the same. Raises UserError for what has no causal form: another rate than a whole fraction, named references,
+    the published order and the standardization of each trial.
+    """
+    if preprocessing.order == "published" or preprocessing.standardization == "trial":
+        raise UserError("the decoder preprocesses trial by trial, which needs events; it cannot decode a stream")
+    if isinstance(preprocessing.reference, tuple):
+        raise UserError(f"no causal step takes the reference {', '.join(preprocessing.reference)}; refer to it before")
+    wanted = preprocessing.sfreq or sfreq
+    factor = round(sfreq / wanted)
+    if factor < 1 or abs(sfreq / factor - wanted) > 1e-6 * wanted:
+        raise UserError(
+            f"a stream of {sfreq:g} Hz has no whole fraction of {wanted:g} Hz; use a decoder of another rate"
+        )
+    steps: list[Step] = []
+    if preprocessing.notch:
+        steps.append(CausalFilter.notch(sfreq, preprocessing.notch))
+    if preprocessing.l_freq or preprocessing.h_freq:
+        steps.append(CausalFilter.band(sfreq, preprocessing.l_freq, preprocessing.h_freq))
+    if factor > 1:
+        steps.append(CausalDecimator(factor))
+    if preprocessing.averages(ch_names):
+        steps.append(AverageReference())
+    if preprocessing.standardization == "exponential-moving":
+        steps.append(ExponentialMovingStandardizer())
+    return steps

@@ -1,7 +1,7 @@
 """AGTCNet: attentive graph-temporal convolutional network for motor-imagery EEG (2025, arXiv 2506.21338)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Self
 from weakref import WeakSet
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from braindecode.models.base import EEGModuleMixin
+from braindecode.models.util import models_dict
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -139,6 +140,8 @@ class AGTCNet(
         Dropout on the weights of the graph attention and of the temporal attention.
     tce_drop_prob : tuple of float
         Dropout after the temporal attention and after the last convolution.
+    class_names : sequence of str
+        What the outputs mean, in their order; None where that is not told. Saved with the model.
 
     Raises
     ------
@@ -193,15 +196,19 @@ class AGTCNet(
         graph_drop_prob: float = 0.2,
         attention_drop_prob: float = 0.6,
         tce_drop_prob: tuple[float, float] = (0.3, 0.2),
+        class_names: Sequence[str] | None = None,
     ) -> None:
+        self.class_names = None if class_names is None else [str(name) for name in class_names]
         super().__init__(
-            n_outputs=n_outputs,
+            n_outputs=n_outputs if self.class_names is None else n_outputs or len(self.class_names),
             n_chans=n_chans,
             chs_info=chs_info,
             n_times=n_times,
             input_window_seconds=input_window_seconds,
             sfreq=sfreq,
         )
+        if self.class_names is not None and not len(set(self.class_names)) == len(self.class_names) == self.n_outputs:
+            raise ValueError(f"class_names are {self.class_names}; give one name to each of {self.n_outputs} outputs")
         self.channels = None if chs_info is None else channel_names(chs_info)
         adjacency = self._adjacency(graph)
         least = (gtc_pool**2 - 1) * ctc_pool_stride + ctc_pool + ctc_kernel - 1
@@ -253,6 +260,7 @@ class AGTCNet(
         sfreq: float | None = None,
         chs_info: list[dict[str, Any]] | None = None,
         graph: str | ArrayLike = "auto",
+        class_names: Sequence[str] | None = None,
         **settings: Any,
     ) -> Self:
         """The model with published weights, in eval mode; every tensor of the file is accounted for.
@@ -260,11 +268,14 @@ class AGTCNet(
         `weights` is a file that the released Keras code wrote (`run-1-best_model.h5`; its licence forbids passing the
         weights on, so you need a download of your own), or the same weights as a torch state dict or file with the
         names of `published_names`. Sizes come from the shapes. Window, rate and electrodes come from the entry of
-        `VARIANTS` that fits, or from the caller; `settings` go to the constructor.
+        `VARIANTS` that fits, or from the caller; `settings` go to the constructor. The outputs are in the order of the
+        variant's classes (`model.class_names`), or in that of `class_names`, which must be the same classes: the head
+        is then reordered by name. For weights of no published configuration `class_names` are what its outputs mean.
 
         Raises CheckpointError where
 
         - a tensor is missing, left over or misshapen;
+        - `class_names` are other classes than the published configuration's;
         - `n_outputs` or `n_times` are given and are not the file's (for other classes, call `reset_head` afterwards);
         - `chs_info` names other electrodes than the published configuration of that size, or another order, unless
           `graph` is an adjacency, which says that these are weights of another montage;
@@ -284,6 +295,9 @@ class AGTCNet(
                 _check_channels(channel_names(fitting[0]["chs_info"]), channel_names(chs_info))
             variant = next((v for v in fitting if pooled_steps(v["n_times"], **sizes) == length), {})
             n_times, sfreq = n_times or variant.get("n_times"), sfreq or variant.get("sfreq")
+            theirs = next((v["class_names"] for v in fitting if v["n_outputs"] == classes), class_names)
+            if class_names is not None and sorted(class_names) != sorted(theirs):
+                raise CheckpointError(f"tells {', '.join(theirs)} apart, not {', '.join(class_names)}")
             if n_times is None or (chs_info is None and isinstance(graph, str)):
                 raise CheckpointError(
                     f"has {n_chans} channels and {length} pooled time steps, which is no published configuration; "
@@ -293,8 +307,10 @@ class AGTCNet(
                 raise CheckpointError(f"tells {classes} classes apart, n_outputs={n_outputs} was asked for")
             if (steps := pooled_steps(n_times, **sizes)) != length:
                 raise CheckpointError(f"has weights for {length} pooled time steps, n_times={n_times} gives {steps}")
-            model = cls(n_chans, classes, n_times, chs_info, sfreq=sfreq, graph=graph, **sizes)
+            model = cls(n_chans, classes, n_times, chs_info, sfreq=sfreq, graph=graph, class_names=theirs, **sizes)
             load_state_dict(model, published_state(state) | {"_extra_state": model.get_extra_state()})
+            if class_names is not None:
+                model.reorder_classes(class_names)
         except (CheckpointError, RuntimeError, IndexError) as error:  # the last two from shapes that do not divide
             raise CheckpointError(f"{name}: {error}") from error
         return model.eval()
@@ -303,6 +319,18 @@ class AGTCNet(
         """Put a newly initialized layer for `n_outputs` classes in the place of the last one."""
         self._set_n_outputs(n_outputs)
         self.final_layer = self._head(self.final_layer.in_features).to(self.final_layer.weight)
+        self._name_classes(None)
+
+    @torch.no_grad()
+    def reorder_classes(self, class_names: Sequence[str]) -> None:
+        """Bring the outputs into the order of `class_names`, in place; ValueError for other classes than its own."""
+        if self.class_names is None or sorted(class_names) != sorted(self.class_names):
+            own = "no names" if self.class_names is None else ", ".join(self.class_names)
+            raise ValueError(f"the outputs have {own}, not {', '.join(class_names)}")
+        order = [self.class_names.index(name) for name in class_names]
+        self.final_layer.weight.copy_(self.final_layer.weight[order])
+        self.final_layer.bias.copy_(self.final_layer.bias[order])
+        self._name_classes(list(class_names))
 
     @torch.no_grad()
     def apply_constraints(self) -> None:
@@ -316,13 +344,15 @@ class AGTCNet(
         self.tce.positions.constrain()
 
     def get_extra_state(self) -> Tensor:
-        """Electrodes and graph, as UTF-8 JSON in a uint8 tensor: part of the state dict."""
+        """Electrodes, graph and classes, as UTF-8 JSON in a uint8 tensor: part of the state dict."""
         edges = self.gcat.attention.adjacency.nonzero().tolist()
-        content = json.dumps({"channels": self.channels, "edges": edges}, ensure_ascii=False, separators=(",", ":"))
+        told = {"channels": self.channels, "edges": edges}
+        told |= {} if self.class_names is None else {"classes": self.class_names}
+        content = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
         return torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuse weights of other electrodes or of another graph with CheckpointError."""
+        """Refuse weights of other electrodes, another graph or other classes with CheckpointError."""
         theirs = json.loads(bytes(state.tolist()))
         ours = json.loads(bytes(self.get_extra_state().tolist()))
         if theirs["channels"] and ours["channels"]:
@@ -331,6 +361,12 @@ class AGTCNet(
             raise CheckpointError(
                 "the weights were trained on another electrode graph "
                 f"({len(theirs['edges'])} edges, this model has {len(ours['edges'])}); build the model with that graph"
+            )
+
+        if theirs.get("classes") and self.class_names and theirs["classes"] != self.class_names:
+            raise CheckpointError(
+                f"the weights tell {', '.join(theirs['classes'])} apart, in this order, not "
+                f"{', '.join(self.class_names)}"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -350,10 +386,17 @@ class AGTCNet(
             raise ValueError(
                 f"graph has shape {tuple(adjacency.shape)}, expected ({self.n_chans}, {self.n_chans}) for the channels"
             )
+        self._remember(graph=(adjacency == 1).int().tolist())  # what save_pretrained writes has to be JSON
+        return adjacency
+
+    def _name_classes(self, class_names: list[str] | None) -> None:
+        self.class_names = class_names
+        self._remember(class_names=class_names)
+
+    def _remember(self, **settings: Any) -> None:
         for config in (getattr(self, "_hub_mixin_config", None), getattr(self, "_braindecode_init_kwargs", None)):
             if config is not None:
-                config["graph"] = (adjacency == 1).int().tolist()  # what save_pretrained writes has to be JSON
-        return adjacency
+                config |= settings
 
     def _head(self, features: int) -> nn.Linear:
         head = nn.Linear(features, self.n_outputs)
@@ -368,6 +411,8 @@ def pooled_steps(
     """Time steps that AGTCNet's temporal attention sees of `n_times` samples."""
     return ((n_times - ctc_kernel + 1 - ctc_pool) // ctc_pool_stride + 1) // gtc_pool // gtc_pool
 
+
+models_dict.setdefault("AGTCNet", AGTCNet)  # so that braindecode's classifiers find it by name
 
 _MODELS: WeakSet[AGTCNet] = WeakSet()
 
@@ -390,15 +435,21 @@ _EEGMMIDB = (
 )
 
 
-def _variant(channels: str, sfreq: float, n_times: int, n_outputs: int) -> dict[str, Any]:
-    chs_info = [{"ch_name": name} for name in channels.split()]
-    return {"n_outputs": n_outputs, "n_times": n_times, "sfreq": sfreq, "chs_info": chs_info}
+def _variant(channels: str, sfreq: float, n_times: int, classes: str) -> dict[str, Any]:
+    chs_info, names = [{"ch_name": name} for name in channels.split()], classes.split()
+    outputs = {"n_outputs": len(names), "class_names": names}
+    return outputs | {"n_times": n_times, "sfreq": sfreq, "chs_info": chs_info}
 
+
+_HANDS = "left_hand right_hand"
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "bciciv2a-3s": _variant(_BCICIV2A, 125, 375, 4),  # 0 to 3 s after the cue, the headline configuration
-    "bciciv2a-long": _variant(_BCICIV2A, 125, 562, 4),  # -0.5 to 4 s
-    "eegmmidb-4class": _variant(_EEGMMIDB, 160, 640, 4),  # 0 to 4 s
-    "eegmmidb-2class": _variant(_EEGMMIDB, 160, 640, 2),
+    "bciciv2a-3s": _variant(
+        _BCICIV2A, 125, 375, "left_hand right_hand feet tongue"
+    ),  # 0 to 3 s after the cue, the headline configuration
+    "bciciv2a-long": _variant(_BCICIV2A, 125, 562, _HANDS + " feet tongue"),  # -0.5 to 4 s
+    "eegmmidb-4class": _variant(_EEGMMIDB, 160, 640, _HANDS + " hands feet"),  # 0 to 4 s
+    "eegmmidb-2class": _variant(_EEGMMIDB, 160, 640, _HANDS),
 }
-"""The published configurations: `AGTCNet(**VARIANTS["bciciv2a-3s"])`. The channels' order is the weights' order."""
+"""The published configurations: `AGTCNet(**VARIANTS["bciciv2a-3s"])`. The channels and the classes are in
+the weights' order."""

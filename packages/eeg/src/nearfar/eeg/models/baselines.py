@@ -12,6 +12,7 @@ from typing import Any, Self
 import braindecode.models
 import mne
 import numpy as np
+import torch
 from pyriemann.classification import MDM
 from pyriemann.estimation import Covariances
 from pyriemann.spatialfilters import CSP
@@ -234,3 +235,26 @@ def network(
         raise UserError(
             f"{name} cannot be built for {n_chans} channels x {n_times} samples: {str(error).splitlines()[0]}"
         ) from error
+
+
+@torch.no_grad()
+def reorder_outputs(model: nn.Module, order: Sequence[int]) -> None:
+    """Make output `order[i]` of a network with `n_outputs` its output i, in place, by its `final_layer`.
+
+    Raises `UserError`, and changes nothing, where that does not give the same outputs in the new order.
+    """
+    if list(order) == list(range(len(order))):
+        return
+    x = torch.randn(2, model.n_chans, model.n_times, generator=torch.Generator().manual_seed(0))
+    training = model.training
+    before = model.eval()(x)
+    last = {n: p for n, p in model.named_parameters() if n.startswith("final_layer.") and len(p) % len(order) == 0}
+    kept = {name: tensor.clone() for name, tensor in last.items()}
+    for tensor in last.values():  # some networks have several heads, or groups of them
+        tensor.copy_(tensor.unflatten(0, (-1, len(order)))[:, list(order)].flatten(0, 1))
+    fits = torch.allclose(model(x), before[:, list(order)], rtol=1e-4, atol=1e-5)
+    model.train(training)
+    if not fits:
+        for name, tensor in last.items():
+            tensor.copy_(kept[name])
+        raise UserError(f"{type(model).__name__}: its outputs cannot be reordered; name the classes in its order")

@@ -4,6 +4,7 @@ Every rule gives an (N, N) array of 0 and 1, symmetric, with an empty diagonal, 
 are given as names, `mne.Info`, `info["chs"]` (braindecode's `chs_info`) or an MNE montage.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -13,6 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nearfar.core.errors import UserError
+from nearfar.eeg.conventions import bipolar_pair, standard_montage, standard_name
+
+logger = logging.getLogger("nearfar.eeg")
 
 Channels: TypeAlias = Sequence[str] | Sequence[Mapping[str, Any]] | mne.Info | mne.channels.DigMontage
 
@@ -44,16 +48,29 @@ def electrode_graph(channels: Channels, rule: str = "auto") -> NDArray[np.uint8]
     - "10-10": neighbours in the grid of the 10-10 system, by name (`grid_graph`);
     - "nearest": the 4 nearest electrodes of each, by position (`nearest_graph`);
     - "radius": all electrodes within 5 cm, by position (`radius_graph`);
-    - "auto": "10-10" where every channel has a 10-10 name, else "nearest".
+    - "auto": "10-10" where every channel has a 10-10 name, else "nearest". Electrodes that the grid leaves without a
+      neighbour, as on small caps, are linked to their 2 nearest, by position.
 
-    Raises ValueError for another rule, UserError where the names or positions that it needs are missing.
+    Electrodes that stay alone are told by a warning. Raises ValueError for another rule, UserError where the names or
+    positions that it needs are missing.
     """
-    if rule == "auto":
-        rule = "10-10" if None not in map(grid_position, channel_names(channels)) else "nearest"
+    names = channel_names(channels)
+    if rule == "auto" and None not in map(grid_position, names):
+        graph = grid_graph(channels)
+        alone = np.flatnonzero(graph.sum(axis=1) == 0)
+        if len(alone) and len(names) > 1:
+            near = _strongest(-_distances(channels, by_name=True), min(2, len(names) - 1))
+            graph[alone], graph[:, alone] = np.maximum(graph[alone], near[alone]), np.maximum(graph, near)[:, alone]
+            graph = np.maximum(graph, graph.T)
+        return graph
+    rule = "nearest" if rule == "auto" else rule
     rules = {"10-10": grid_graph, "nearest": _nearest_four, "radius": radius_graph}
     if rule not in rules:
         raise ValueError(f"there is no electrode graph {rule!r}; choose auto, {', '.join(rules)} or give an adjacency")
-    return rules[rule](channels)
+    graph = rules[rule](channels)
+    if len(alone := np.flatnonzero(graph.sum(axis=1) == 0)) and len(names) > 1:
+        logger.warning("the graph %r leaves %s without a neighbour", rule, ", ".join(names[i] for i in alone))
+    return graph
 
 
 def grid_graph(channels: Channels) -> NDArray[np.uint8]:
@@ -157,8 +174,9 @@ def channel_names(channels: Channels) -> list[str]:
     return [str(name) for name in names]
 
 
-def channel_positions(channels: Channels) -> NDArray[np.float64]:
-    """The electrodes' positions (N, 3) in metres. Raises UserError that names the electrodes without one."""
+def channel_positions(channels: Channels, by_name: bool = False) -> NDArray[np.float64]:
+    """The electrodes' positions (N, 3) in metres; of a bipolar channel (`C3-P3`) without one the middle of its two
+    in the 10-05 system, where the others are too with `by_name`. Raises UserError that names those without."""
     names = channel_names(channels)
     if isinstance(channels, mne.channels.DigMontage):
         places: Sequence[Any] = list(channels.get_positions()["ch_pos"].values())
@@ -168,6 +186,13 @@ def channel_positions(channels: Channels) -> NDArray[np.float64]:
         places = [None if isinstance(c, str) else c.get("loc") for c in channels]
     positions = np.array([np.full(3, np.nan) if p is None else np.asarray(p, float)[:3] for p in places]).reshape(-1, 3)
     missing = ~np.isfinite(positions).all(axis=1) | ~positions.any(axis=1)  # MNE: NaN, in older files zero
+    if missing.any() and not isinstance(channels, mne.channels.DigMontage):
+        known = standard_montage().get_positions()["ch_pos"]
+        for i in np.flatnonzero(missing):
+            pair = bipolar_pair(names[i]) or ((standard_name(names[i]),) if by_name else ())
+            ends = [known[end] for end in pair if end in known]
+            positions[i] = np.mean(ends, axis=0) if ends else np.nan
+        missing = ~np.isfinite(positions).all(axis=1)
     if missing.any():
         lacking = [name for name, lacks in zip(names, missing) if lacks]
         raise UserError(
@@ -198,8 +223,8 @@ def _nearest_four(channels: Channels) -> NDArray[np.uint8]:
     return nearest_graph(channels, min(4, len(channel_names(channels)) - 1))
 
 
-def _distances(channels: Channels) -> NDArray[np.float64]:
-    positions = channel_positions(channels)
+def _distances(channels: Channels, by_name: bool = False) -> NDArray[np.float64]:
+    positions = channel_positions(channels, by_name)
     return np.linalg.norm(positions[:, None] - positions[None], axis=-1)
 
 
