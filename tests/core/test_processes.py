@@ -93,8 +93,9 @@ def test_launchers_tell_the_place(monkeypatch):
     with pytest.raises(UserError, match="has started 4 processes"):
         processes.start_processes(2)
     processes.start_processes(4)
-    with pytest.raises(UserError, match="start it alone"):
-        processes.check_alone("compare")
+    processes.check_together(["language-model", "lra", "train", "x"])
+    with pytest.raises(UserError, match="image-classification compare: only `train` is shared out"):
+        processes.check_together(["image-classification", "compare", "pictures"])
 
 
 def test_shares_hold_every_item_once(monkeypatch):

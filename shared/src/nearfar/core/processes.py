@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from nearfar.core.errors import UserError
@@ -109,7 +110,7 @@ def _wait(children: list[subprocess.Popen]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def check_alone(command: str) -> None:
-    """Raises UserError where several processes work together, which `command` cannot share out."""
-    if process_count() > 1:
-        raise UserError(f"{command}: shares nothing out among processes; start it alone (only `train` can)")
+def check_together(words: Sequence[str]) -> None:
+    """Raises UserError where several processes run a command, the first of its `words`, that is no training."""
+    if process_count() > 1 and "train" not in words[:3]:
+        raise UserError(f"{' '.join(words[:2])}: only `train` is shared out among processes; start this alone")

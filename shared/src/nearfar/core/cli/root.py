@@ -25,7 +25,7 @@ from nearfar.core.cli.verify import verify
 from nearfar.core.entry_points import load_entry_point
 from nearfar.core.errors import UserError
 from nearfar.core.files import new_start, remove_left
-from nearfar.core.processes import process_count, process_rank
+from nearfar.core.processes import check_together, process_count, process_rank
 
 PROCESS = f" (process {process_rank()})" if process_rank() else ""
 """Of several that work together, which one an error comes from, unless it is the first."""
@@ -64,6 +64,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if process_count() > 1:  # advice to programmers from torch's own log, which is read when torch is imported
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
+        check_together(arguments)
         with warnings.catch_warnings(), stop_signals():
             if not debug:
                 warnings.simplefilter("ignore")  # libraries' advice to programmers

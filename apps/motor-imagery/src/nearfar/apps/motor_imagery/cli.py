@@ -38,7 +38,7 @@ from nearfar.apps.motor_imagery.options import (
 )
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, progress, show_json, table
-from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, recipe_option
+from nearfar.core.cli.options import Device, Devices, Fresh, Json, RunFolder, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.made_from import MadeFrom, model_digest
@@ -169,6 +169,7 @@ def train(
     recipe: RecipeFile = None,
     settings: Settings = None,
     device: Device = "auto",
+    devices: Devices = 1,
     fresh: Fresh = False,
 ) -> None:
     """Train a decoder and write it to a folder that `predict` needs alone.
