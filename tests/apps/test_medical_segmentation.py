@@ -65,7 +65,11 @@ def test_predict_evaluate_and_report(brain: Path, model: Path, tmp_path: Path, c
     before = (tmp_path / "out/left.nii.gz").stat().st_mtime_ns
     run("predict", brain / "images", "--model", model, "-o", tmp_path / "out")
     assert (tmp_path / "out/left.nii.gz").stat().st_mtime_ns == before
-    run("evaluate", tmp_path / "out", brain, "-o", tmp_path / "scores", "--tolerance", "4")
+    with pytest.raises(UserError, match=r": the model was trained on 1 of the 2 cases.*--held-out"):
+        run("evaluate", tmp_path / "out", brain, "-o", tmp_path / "scores")
+    run("evaluate", tmp_path / "out", brain, "-o", tmp_path / "scores", "--held-out")
+    assert json.loads((tmp_path / "scores/summary.json").read_text())["summary"][-1]["cases"] == 1
+    run("evaluate", tmp_path / "out", brain, "-o", tmp_path / "scores", "--tolerance", "4", "--training-cases")
     summary = json.loads((tmp_path / "scores/summary.json").read_text())
     assert summary["summary"][-1]["cases"] == 2
     assert {"nsd", "hd95_low"} <= set(summary["summary"][0])
@@ -76,7 +80,7 @@ def test_predict_evaluate_and_report(brain: Path, model: Path, tmp_path: Path, c
     assert "http://" not in page.replace("http://www.w3.org", "")
     (tmp_path / "out/left.nii.gz").unlink()
     with pytest.raises(BatchError, match="left: has no prediction"):
-        run("evaluate", tmp_path / "out", brain, "-o", tmp_path / "scores")
+        run("evaluate", tmp_path / "out", brain, "-o", tmp_path / "scores", "--training-cases")
 
 
 def test_refine(tmp_path: Path, capsys) -> None:
@@ -180,7 +184,7 @@ def test_one_output_pictures_and_a_second_method(tmp_path: Path) -> None:
     run("predict", tmp_path / "data", "--model", tmp_path / "m", "-o", tmp_path / "one")
     run("predict", tmp_path / "data", "--model", tmp_path / "m", "-o", tmp_path / "two", "--crf", "--memory", "64M")
     assert sorted(p.name for p in (tmp_path / "one").glob("*.png"))[:2] == ["a.0.png", "a.0_overlay.png"]
-    run("evaluate", tmp_path / "one", tmp_path / "data", "-o", tmp_path / "s", "--against", tmp_path / "two")
+    run("evaluate", tmp_path / "one", tmp_path / "data", "-o", tmp_path / "s", "--against", tmp_path / "two", "--training-cases")
     summary = json.loads((tmp_path / "s/summary.json").read_text())
     assert summary["summary"][0]["dice"] > 0.8
     assert {"difference", "low", "high", "p"} <= set(summary["against"][0])

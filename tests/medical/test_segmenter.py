@@ -61,8 +61,6 @@ def test_ignored_pixels_do_not_count() -> None:
     labels[0, :2] = 255
     expected = F.cross_entropy(logits[:, :, 2:], labels[:, 2:])
     torch.testing.assert_close(SegmentationLoss("cross_entropy", ignore=255)(logits, labels), expected)
-    with pytest.raises(ValueError, match="leave out"):
-        SegmentationLoss("nnunet", ignore=255)
 
 
 @torch.no_grad()

@@ -170,12 +170,23 @@ def test_volumes_with_a_channel_axis(tmp_path: Path) -> None:
     np.testing.assert_array_equal(back, labels)
 
 
-def test_nnunet_regions_are_refused_by_name(tmp_path: Path) -> None:
+def test_nnunet_regions_need_an_order(tmp_path: Path) -> None:
     build(tmp_path, "nnU-Net")
     content = json.loads((tmp_path / "dataset.json").read_text())
     content["labels"] = {"background": 0, "whole": [1, 2], "core": 2}
     (tmp_path / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"dataset\.json: trains on regions \(whole\)"):
+    with pytest.raises(UserError, match=r"dataset\.json: trains on regions \(whole, core\) without saying"):
+        find_cases(tmp_path)
+    content["regions_class_order"] = [1, 2]
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    found = find_cases(tmp_path)
+    assert (found.regions, found.order) == ({"whole": (1, 2), "core": (2,)}, (1, 2))
+    assert found.labels == {0: "background", 1: "label 1", 2: "core"}
+    content["labels"] = {"background": 0, "whole": [1], "core": 2}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert find_cases(tmp_path).labels == {0: "background", 1: "whole", 2: "core"}
+    volume(tmp_path / "imagesTr/a_1_0002.nii.gz")
+    with pytest.raises(UserError, match="does not declare"):
         find_cases(tmp_path)
 
 

@@ -1,14 +1,35 @@
 """A trained model as a MONAI bundle."""
 
+import itertools
 import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_json
+from nearfar.medical.data.scans import label_type
+from nearfar.medical.preparation import widest
 from nearfar.medical.segmenter import Segmenter
+
+
+def slicing_axis(segmenter: Segmenter) -> int:
+    """The axis of RAS+ that the bundle of a 2-D network goes along: the one of the training scans.
+
+    Raises UserError where those went along several.
+    """
+    seen = segmenter.spacing_seen
+    axes = {2}
+    if len(segmenter.recipe.roi) == 2 and (sides := segmenter.recipe.spacing):
+        axes = {widest(sides)}
+    elif seen is not None:
+        axes = {widest(side) for side in itertools.product(*seen)} if len(segmenter.recipe.roi) == 2 else {2}
+    if len(axes) > 1:
+        raise UserError("the model goes along several axes, by each scan's spacing; a bundle goes along one")
+    return axes.pop()
 
 
 def write_bundle(segmenter: Segmenter, folder: Path) -> Path:
@@ -27,37 +48,47 @@ def write_bundle(segmenter: Segmenter, folder: Path) -> Path:
         "dims": dims,
         "settings": recipe.settings,
     }
+    if segmenter.regions:
+        raise UserError("a bundle decides between labels; this model's regions overlap, so it cannot be exported")
     before: list[dict[str, Any]] = [
         {"_target_": "LoadImaged", "keys": "image", "image_only": True},
         {"_target_": "EnsureChannelFirstd", "keys": "image"},
         {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS", "labels": None},
     ]
-    if recipe.spacing is not None:
-        before.append({"_target_": "Spacingd", "keys": "image", "pixdim": list(recipe.spacing), "mode": "bilinear"})
-    if recipe.resize is not None:
-        before.append({"_target_": "Resized", "keys": "image", "spatial_size": [*recipe.resize, -1], "mode": "area"})
+    if recipe.resize is None:
+        content = {"_target_": "nearfar.medical.preparation.content_mask", "_mode_": "callable"}
+        cut = {"_target_": "CropForegroundd", "keys": "image", "source_key": "image", "select_fn": content}
+        before.append({**cut, "allow_smaller": True})
     window = None if recipe.window is None else list(recipe.window)
     scale = {"_target_": "nearfar.medical.preparation.scale_intensities", "_mode_": "callable", "window": window}
-    scale["intensity"] = recipe.intensity
+    scale |= {"intensity": recipe.intensity, "channels": [channel.as_dict() for channel in segmenter.channels]}
     before += [
         {"_target_": "EnsureTyped", "keys": "image", "dtype": "$torch.float32"},
         {"_target_": "Lambdad", "keys": "image", "func": scale, "track_meta": True},
     ]
+    if recipe.spacing is not None:
+        before.append({"_target_": "Spacingd", "keys": "image", "pixdim": list(recipe.spacing), "mode": "bilinear"})
+    axis = slicing_axis(segmenter)
+    if recipe.resize is not None:
+        size = list(recipe.resize)
+        size.insert(axis, -1)
+        before.append({"_target_": "Resized", "keys": "image", "spatial_size": size, "mode": "area"})
     inverse = {"_target_": "Invertd", "keys": "pred", "orig_keys": "image", "transform": "@preprocessing"}
     decide = {"threshold": 0.0} if recipe.binary else {"argmax": True}
     values = {"orig_labels": list(range(len(segmenter.values))), "target_labels": list(segmenter.values)}
+    kind = "$np." + np.dtype(label_type(min(segmenter.values), max(segmenter.values))).name
     after = [
         {**inverse, "nearest_interp": False, "to_tensor": True},
         {"_target_": "AsDiscreted", "keys": "pred", **decide},
         {"_target_": "MapLabelValued", "keys": "pred", **values},
         {
             **{"_target_": "SaveImaged", "keys": "pred", "output_dir": "@output_dir", "output_postfix": "seg"},
-            **{"output_ext": ".nii.gz", "resample": False, "separate_folder": False, "output_dtype": "$np.uint8"},
+            **{"output_ext": ".nii.gz", "resample": False, "separate_folder": False, "output_dtype": kind},
         },
     ]
     windows = {"_target_": "SlidingWindowInferer", "roi_size": list(recipe.roi), "overlap": 0.5, "mode": "gaussian"}
     if dims == 2:
-        windows |= {"_target_": "SliceInferer", "spatial_dim": 2, "sw_batch_size": 8}
+        windows |= {"_target_": "SliceInferer", "spatial_dim": axis, "sw_batch_size": 8}
     inference = {
         "imports": ["$import glob", "$import os", "$import numpy as np", "$import torch"],
         "bundle_root": ".",

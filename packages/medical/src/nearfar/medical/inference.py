@@ -27,20 +27,25 @@ def segment(
     roi_size: Sequence[int],
     *,
     threshold: float | None = None,
+    decide: Callable[[Tensor], Tensor] | None = None,
     **settings: Any,
 ) -> Tensor:
     """The label map (*S) of an image (C, *S), decided region by region: no array of classes times volume is made.
 
     The label is the class of the largest averaged score (the lowest of equals); with `threshold`, for networks of one
-    output, whether the averaged score exceeds it (0 for logits). uint8 up to 256 classes, int32 above. `settings` are
-    those of `window_scores`, to which the result is equal by construction.
+    output, whether the averaged score exceeds it (0 for logits); with `decide`, what it makes of scores (K, *region).
+    uint8 up to 256 classes, int32 above. `settings` are those of `window_scores`, to which the result is equal by
+    construction.
     """
     labels: Tensor | None = None
     for region, scores in window_scores(image, predictor, roi_size, **settings):
         if labels is None:
-            dtype = torch.uint8 if len(scores) <= 256 else torch.int32
+            dtype = torch.uint8 if decide is None and len(scores) <= 256 else torch.int32
             labels = torch.zeros(image.shape[1:], dtype=dtype)
-        decided = scores[0] > threshold if threshold is not None else scores.argmax(0)
+        if decide is not None:
+            decided = decide(scores)
+        else:
+            decided = scores[0] > threshold if threshold is not None else scores.argmax(0)
         labels[region] = decided.to(labels.dtype).cpu()
     assert labels is not None
     return labels

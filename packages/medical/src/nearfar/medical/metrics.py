@@ -6,7 +6,9 @@ The conventions differ in what an absent structure counts, in the distance's per
   the image's diagonal). Both empty: no score.
 - `synapse_legacy`: HD95 likewise, but in voxels. Only the truth empty: Dice 1, HD95 0. A missed organ, or both empty:
   Dice 0, HD95 0.
-- `brats`: HD95 at 1 mm per voxel. Any empty: Dice 0, HD95 50.
+- `brats`: as the BraTS challenge counted until 2022: HD95 in mm; both empty: Dice 1, HD95 0; one empty: Dice 0, HD95
+  373.13, the diagonal of its 240 x 240 x 155 voxels of 1 mm.
+- `segmamba`: as SegMamba's script counts BraTS: HD95 at 1 mm per voxel. Any empty: Dice 0, HD95 50.
 - `monai`: HD95 is the larger of the two directions'. Truth empty: NaN; a missed structure: Dice 0, HD95 NaN.
 
 A mean over cases that drops NaN lets a network that misses a structure look better; only `nearfar` never does so.
@@ -22,7 +24,9 @@ from scipy import ndimage
 
 from nearfar.core.statistics import bootstrap_interval, holm, paired_test
 
-CONVENTIONS = ("nearfar", "synapse_legacy", "brats", "monai")
+CONVENTIONS = ("nearfar", "synapse_legacy", "brats", "segmamba", "monai")
+
+BRATS_WORST = float(np.linalg.norm((240, 240, 155)))
 
 Array = np.ndarray
 
@@ -118,7 +122,7 @@ def score_case(
     for name, array in (("prediction", prediction), ("truth", truth)):
         if unknown := sorted(set(np.unique(array).tolist()) - {0, *labels}):
             raise ValueError(f"the {name} holds labels {unknown} that are not declared ({sorted(labels)})")
-    unit = {"synapse_legacy": None, "brats": None}.get(convention, spacing)
+    unit = None if convention in ("synapse_legacy", "segmamba") else spacing
     diagonal = float(np.linalg.norm(np.array(truth.shape) * np.array(spacing or [1.0] * truth.ndim)))
     parts = [(name, (value,)) for value, name in labels.items() if value]
     rows = []
@@ -132,12 +136,17 @@ def score_case(
         elif convention == "synapse_legacy" and not (found and there):
             row |= {"dice": float(found), "iou": float(found), "hd95": 0.0}
         elif convention == "brats" and not (found and there):
+            worst = found or there
+            row |= {"dice": float(not worst), "iou": float(not worst), "hd95": BRATS_WORST if worst else 0.0}
+        elif convention == "segmamba" and not (found and there):
             row |= {"dice": 0.0, "iou": 0.0, "hd95": 50.0}
         elif convention == "monai" and not there:
             row |= {"dice": float("nan"), "iou": float("nan")}
         if tolerance is not None:
             limit = tolerance if isinstance(tolerance, int | float) else tolerance[values[0]]
             row["nsd"] = surface_dice(p, g, limit, spacing)
+            if convention == "brats" and not found and not there:
+                row["nsd"] = 1.0
         rows.append(row)
     return rows
 

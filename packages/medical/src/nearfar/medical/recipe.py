@@ -12,15 +12,18 @@ from nearfar.medical.preparation import INTENSITIES
 class Recipe:
     """How a network is trained. Patches of `roi` voxels, a share `foreground` of them centred on a labelled voxel.
 
-    A `roi` of two numbers makes a 2-D network, which goes over volumes slice by slice along the last axis (of RAS+).
+    A `roi` of two numbers makes a 2-D network, which goes over volumes slice by slice: along the axis (of RAS+) with
+    the largest voxel side where that is more than 1.5 times the next, else along the last.
 
     Args:
         network, settings: as in `create_network`.
-        spacing, window, intensity, resize: as in `Preparation`.
+        spacing, window, intensity, resize: as in `Preparation`. "auto" scales each channel by its name in the data's
+            `channel_names`, as nnU-Net does: "CT" as CT, "noNorm", "rescale_to_0_1", "rgb_to_0_1"; others by zscore.
         loss, squash: as in `losses.SegmentationLoss`. "binary" and "structure" make a network of one output.
         optimizer, learning_rate, weight_decay, optimizer_settings: adamw, adam or sgd, and what else it takes.
         schedule: "warmup_cosine", "poly" ((1 - step / steps)^0.9), "constant", or one of torch's schedulers stepped
             once per epoch, `{StepLR: {step_size: 50}}`.
+        foreground: of the patches, how many are centred: on a class of the case drawn first, then on a voxel of it.
         batch_size, accumulate: patches per pass, passes per step.
         patches_per_epoch, epochs: how long.
         scales: sizes of which one is chosen for each patch: its window is `roi / scale` and is resized to `roi`.
@@ -33,7 +36,7 @@ class Recipe:
     roi: tuple[int, ...] = (64, 64, 64)
     spacing: tuple[float, ...] | None = None
     window: tuple[float, float] | None = None
-    intensity: str = "zscore"
+    intensity: str = "auto"
     resize: tuple[int, int] | None = None
     loss: str = "dice_ce"
     squash: bool = False

@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.files import temporary_folder
+from nearfar.core.memory import refuse_memory
 from nearfar.core.model_folder import KINDS, TrainedOn, read, trained_on, writing
 from nearfar.core.reading import check_sizes, reading
-from nearfar.medical.data.scans import Scan
+from nearfar.medical.data.scans import Scan, label_type
 from nearfar.medical.inference import WINDOW_MEMORY, segment, window_scores
 from nearfar.medical.networks import create_network
-from nearfar.medical.preparation import Preparation
+from nearfar.medical.preparation import ABSOLUTE, Channel, Preparation, check_not_constant, quantiles
 from nearfar.medical.recipe import Recipe
 from nearfar.medical.refinement import refine, to_bytes
 from nearfar.ops.graph.dense_crf import DenseCRF
@@ -27,7 +29,10 @@ from nearfar.ops.graph.dense_crf import DenseCRF
 class Segmenter:
     """A trained network with all it needs to segment a scan: preparation, label names, window.
 
-    `save` writes a folder of `model.safetensors` and `model.json`; `load` reads it.
+    With `regions` (name -> label values, which may overlap) its outputs are the logits of each of them, in their order;
+    a voxel gets the label that lies in just the regions found there, or, where there is none, that of the last of the
+    `order` whose region was found, as nnU-Net paints them. `save` writes a folder of `model.safetensors` and
+    `model.json`; `load` reads it.
     """
 
     def __init__(
@@ -37,27 +42,53 @@ class Segmenter:
         recipe: Recipe,
         in_channels: int,
         values: Sequence[int] | None = None,
+        *,
+        regions: Mapping[str, Sequence[int]] | None = None,
+        order: Sequence[int] = (),
     ) -> None:
         self.network, self.recipe, self.in_channels = network.eval(), recipe, in_channels
         self.crf: dict[str, Any] | None = None  # settings that `search_crf` chose
-        self.spacing_seen: list[float] | None = None  # smallest and largest voxel side of the training scans, mm
+        self.spacing_seen: list[list[float]] | None = None  # least and largest voxel side along each axis of RAS+, mm
         self.trained_on = TrainedOn()
         self.labels = dict(labels)
         self.values = list(values) if values is not None else [0, *(v for v in self.labels if v)]
-        self.preparation = Preparation(recipe.spacing, recipe.window, recipe.intensity, recipe.resize)
+        self.regions = {name: tuple(values) for name, values in (regions or {}).items()}
+        self.order = tuple(order)
+        self.channels = ()
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """What the training cases tell of each channel; empty where it is not known."""
+        return self.preparation.channels
+
+    @channels.setter
+    def channels(self, channels: Sequence[Channel]) -> None:
+        recipe = self.recipe
+        self.preparation = Preparation(
+            recipe.spacing, recipe.window, recipe.intensity, recipe.resize, tuple(channels), len(recipe.roi) == 2
+        )
 
     @classmethod
-    def create(cls, recipe: Recipe, labels: Mapping[int, str], in_channels: int, *, fetch: bool = True) -> "Segmenter":
+    def create(
+        cls,
+        recipe: Recipe,
+        labels: Mapping[int, str],
+        in_channels: int,
+        *,
+        fetch: bool = True,
+        regions: Mapping[str, Sequence[int]] | None = None,
+        order: Sequence[int] = (),
+    ) -> "Segmenter":
         """A segmenter with fresh weights, or with fetched ones where the recipe asks for them and `fetch` is set.
 
-        Class k of the network is the k-th label value.
+        Class k of the network is the k-th label value, or output k the k-th of `regions`.
         """
         classes = 1 + len([v for v in labels if v])
-        if recipe.binary and classes != 2:
+        if recipe.binary and (classes != 2 or regions):
             raise UserError(f"loss {recipe.loss} is for one label, the data have {classes - 1}")
-        outputs = 1 if recipe.binary else classes
+        outputs = len(regions) if regions else 1 if recipe.binary else classes
         network = create_network(recipe.network, outputs, in_channels, len(recipe.roi), recipe.settings, fetch=fetch)
-        return cls(network, labels, recipe, in_channels)
+        return cls(network, labels, recipe, in_channels, regions=regions, order=order)
 
     def __call__(
         self,
@@ -72,22 +103,48 @@ class Segmenter:
     ) -> np.ndarray:
         """The label map of a scan on its own grid.
 
-        `mirror` averages over the flips of all axes. Classes are decided window by window within `memory` bytes (None:
-        384 MB). With `crf` the averaged probabilities are refined by the image within `memory` bytes (None: no bound):
-        by slabs from a temporary file where the whole does not fit, see `refinement.refine`.
+        `mirror` averages over the flips of all axes. `memory` bytes (None: 384 MB for windows, else no bound) are for
+        the scan, its prepared image, the label maps, and with what is left the windows, by which classes are decided.
+        With `crf` the averaged probabilities are refined by the image within that, by slabs from a temporary file where
+        the whole does not fit, see `refinement.refine`. Raises UserError where `memory` does not hold the volumes.
         """
+        rest = None if memory is None else memory - self.check_memory(scan, memory)
         image = self.prepare(scan)
         options: dict[str, Any] = {"overlap": overlap, "mirror": mirror, "device": device, "progress": progress}
-        options["memory"] = WINDOW_MEMORY if memory is None else memory
+        options["memory"] = WINDOW_MEMORY if rest is None else min(WINDOW_MEMORY, rest)
         if crf is not None:
+            if self.regions:
+                raise UserError("the CRF decides between labels; this model's regions overlap, run without it")
             with self.probabilities(image, in_memory=memory is None, **options) as scores:
                 spacing = self.preparation.grid_spacing(scan)
-                decided = refine(scores, to_bytes(image), crf, spacing, memory=memory, device=device)
+                decided = refine(scores, to_bytes(image), crf, spacing, memory=rest, device=device)
         else:
             predictor, roi, settings = self._windows(image, **options)
             threshold = 0.0 if self.recipe.binary else None
-            decided = segment(image, predictor, roi, threshold=threshold, **settings).numpy()
-        return self.preparation.restore(np.asarray(self.values, np.int32)[decided], scan)
+            decide = _Painter(self.values, self.regions, self.order) if self.regions else None
+            decided = segment(image, predictor, roi, threshold=threshold, decide=decide, **settings).numpy()
+        del image
+        values = np.asarray(self.values, label_type(min(self.values), max(self.values)))
+        return self.preparation.restore(np.take(values, decided), scan)
+
+    def check_memory(self, scan: Scan, memory: int) -> int:
+        """Bytes that the volumes of a scan take while it is segmented; UserError where that passes `memory`."""
+        voxels = float(np.prod(scan.shape))
+        prepared = voxels
+        if self.recipe.spacing is not None and scan.affine is not None:
+            prepared = voxels * float(np.prod(scan.canonical_spacing()) / np.prod(self.recipe.spacing))
+        elif self.recipe.resize is not None:
+            prepared = float(np.prod(self.recipe.resize)) * (scan.shape[-1] if len(scan.shape) == 3 else 1)
+        size = np.dtype(label_type(min(self.values), max(self.values))).itemsize
+        shares = {
+            "the scan": 4.0 * voxels * len(scan.image),
+            "the prepared image": 4 * prepared * len(scan.image),
+            "padding and label maps": voxels * (1 + size) + prepared * (1 + size),
+        }
+        need = int(sum(shares.values()))
+        if need > memory:
+            raise UserError(f"{scan.path}: {refuse_memory(memory, shares)}")
+        return need
 
     def prepare(self, scan: Scan) -> Tensor:
         """The image (C, *S) that the network sees; UserError where it is not what the model was trained for."""
@@ -97,14 +154,34 @@ class Segmenter:
         if axes not in (dims, 3):
             raise UserError(f"{scan.path}: has {axes} axes, the model takes {dims}")
         if self.spacing_seen is not None and self.recipe.spacing is None and self.recipe.resize is None:
-            low, high = self.spacing_seen
-            if scan.affine is not None and not low / 2 <= min(scan.spacing) <= max(scan.spacing) <= 2 * high:
-                sides = " x ".join(f"{s:.3g}" for s in scan.spacing)
+            sides = scan.canonical_spacing()
+            pairs = list(zip(sides, self.spacing_seen))
+            if scan.affine is not None and not all(low / 2 <= side <= 2 * high for side, (low, high) in pairs):
+                own = " x ".join(f"{s:.3g}" for s in sides)
+                seen = [f"{low:.3g} to {high:.3g}" for low, high in self.spacing_seen]
+                said = seen[0] if len(set(seen)) == 1 else " x ".join(seen)
                 raise UserError(
-                    f"{scan.path}: has voxels of {sides} mm, the model was trained on {low:.3g} to {high:.3g} mm; "
-                    "resample the scan, or train with `spacing`"
+                    f"{scan.path}: has voxels of {own} mm, the model was trained on {said} mm (along left-right, "
+                    "front-back, up-down); resample the scan, or train with `spacing`"
                 )
+        check_not_constant(scan)
+        self._check_range(scan)
         return self.preparation.image(scan)
+
+    def _check_range(self, scan: Scan) -> None:
+        """Refuse intensities in another unit than the training's where that matters, note those far from them."""
+        for i, (channel, known) in enumerate(zip(scan.image, self.channels)):
+            if known.range is None:
+                continue
+            low, high = quantiles(channel)
+            (least, most), wide = known.range, known.range[1] - known.range[0]
+            what = f"channel {i + 1} has" if len(scan.image) > 1 else "has"
+            said = f"{what} intensities of {low:.4g} to {high:.4g}, the model was trained on {least:.4g} to {most:.4g}"
+            absolute = self.recipe.window is not None or known.intensity in ABSOLUTE
+            if absolute and (high <= least or low >= most or high - low < known.width / 20):
+                raise UserError(f"{scan.path}: {said}; convert it to the unit of the training data (CT: Hounsfield)")
+            if low < least - wide / 2 or high > most + wide / 2 or high - low < known.width / 4:
+                scan.notes += [note] if (note := f"{said}; results may be wrong") not in scan.notes else []
 
     @contextmanager
     def probabilities(self, image: Tensor, *, in_memory: bool = True, **options: Any) -> Iterator[np.ndarray]:
@@ -140,6 +217,9 @@ class Segmenter:
             "in_channels": self.in_channels,
             "crf": self.crf,
             "spacing_seen": self.spacing_seen,
+            "channels": [channel.as_dict() for channel in self.channels],
+            "regions": self.regions,
+            "order": self.order,
         }
         with writing(folder, "segmenter", content, self.trained_on) as place:
             save_state_dict(self.network, place / "model.safetensors")
@@ -157,12 +237,36 @@ class Segmenter:
         with reading(description, "holds no trained model", "copy the folder again"):
             recipe = Recipe(**content["recipe"])
             labels = {int(k): str(v) for k, v in content["labels"].items()}
-            segmenter = cls.create(recipe, labels, content["in_channels"], fetch=False)
-            segmenter.crf, segmenter.spacing_seen = content.get("crf"), content.get("spacing_seen")
+            regions = {str(name): tuple(map(int, values)) for name, values in content.get("regions", {}).items()}
+            order = tuple(map(int, content.get("order", ())))
+            segmenter = cls.create(recipe, labels, content["in_channels"], fetch=False, regions=regions, order=order)
+            segmenter.channels = [Channel.read(channel) for channel in content.get("channels", ())]
+            segmenter.crf, seen = content.get("crf"), content.get("spacing_seen")
+            old = seen is not None and not isinstance(seen[0], list)  # once one range for all axes
+            segmenter.spacing_seen = [list(seen)] * 3 if old else seen
             segmenter.trained_on = trained_on(folder)
         with reading(weights, "does not fit its description", "copy the folder again"):
             load_state_dict(segmenter.network, read_state_dict(weights))
         return segmenter
+
+
+class _Painter:
+    """From logits (K, *S) of regions to the index of a label value; see `Segmenter`."""
+
+    def __init__(self, values: Sequence[int], regions: Mapping[str, Sequence[int]], order: Sequence[int]) -> None:
+        if len(regions) > 16:
+            raise UserError(f"there are {len(regions)} regions; up to 16 are taken")
+        codes = [sum(1 << k for k, inside in enumerate(regions.values()) if value in inside) for value in values]
+        painted = [list(values).index(value) for value in order]
+        table = []
+        for code in range(1 << len(regions)):
+            last = next((painted[k] for k in reversed(range(len(painted))) if code >> k & 1), 0)
+            table.append(codes.index(code) if code in codes else last)
+        self.table = torch.tensor(table)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        weights = (1 << torch.arange(len(scores), device=scores.device)).view(-1, *[1] * (scores.ndim - 1))
+        return self.table.to(scores.device)[((scores > 0) * weights).sum(0)]
 
 
 class _Planes(nn.Module):

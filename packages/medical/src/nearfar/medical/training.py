@@ -23,13 +23,17 @@ from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.medical.data.cases import Case, Collection, case_digest, check_split
 from nearfar.medical.inference import _predict
 from nearfar.medical.losses import SegmentationLoss
-from nearfar.medical.metrics import score_case, summarize
-from nearfar.medical.preparation import Preparation
+from nearfar.medical.metrics import summarize
+from nearfar.medical.preparation import Channel, ChannelSurvey, Preparation
 from nearfar.medical.recipe import Recipe
 from nearfar.medical.refinement import crf_grid, search_crf, to_bytes
 from nearfar.medical.segmenter import Segmenter
 
 MAX_PLACES = 20_000
+"""Voxels of a class in a case that patches are centred on."""
+
+IGNORED = -1
+"""Class index of voxels that do not count."""
 
 
 def augmentation(entries: Sequence[Mapping[str, Any]] | None, dims: int) -> monai.transforms.Compose:
@@ -61,7 +65,8 @@ def augmentation(entries: Sequence[Mapping[str, Any]] | None, dims: int) -> mona
 class Patches(Dataset):
     """Random patches of prepared cases (image (C, *S), labels (*S)); deterministic where the generators are seeded.
 
-    Outside an image the patch is zero and its label `outside`.
+    Outside an image the patch is zero and its label `outside`. A share `foreground` of the patches is centred: on one
+    of the case's classes, each as likely as the others, and then on one of its voxels.
     """
 
     def __init__(self, items: Sequence[tuple[np.ndarray, np.ndarray]], recipe: Recipe, outside: int = 0) -> None:
@@ -70,10 +75,14 @@ class Patches(Dataset):
         draw = np.random.default_rng(recipe.seed)
         self.places = []
         for _, labels in self.items:
-            found = np.flatnonzero((labels > 0) & (labels != (outside or -1)))
-            found = draw.choice(found, MAX_PLACES) if len(found) > MAX_PLACES else found
-            self.places.append(np.stack(np.unravel_index(found, labels.shape), 1))
-        if not any(len(places) for places in self.places):
+            classes = []
+            for value in np.unique(labels):
+                if value > 0 and value != (outside or IGNORED):
+                    found = np.flatnonzero(labels == value)
+                    found = draw.choice(found, MAX_PLACES) if len(found) > MAX_PLACES else found
+                    classes.append(np.stack(np.unravel_index(found, labels.shape), 1))
+            self.places.append(classes)
+        if not any(self.places):
             raise UserError("the training cases hold no labelled voxel: there is nothing to learn")
 
     def __len__(self) -> int:
@@ -81,12 +90,14 @@ class Patches(Dataset):
 
     def __getitem__(self, _: int) -> tuple[Tensor, Tensor]:
         number = random.randrange(len(self.items))
-        (whole, all_labels), places, recipe = self.items[number], self.places[number], self.recipe
+        (whole, all_labels), classes, recipe = self.items[number], self.places[number], self.recipe
         scale = random.choice(recipe.scales) if recipe.scales else 1.0
         window = [*(round(r / scale) for r in recipe.roi), *[1] * (all_labels.ndim - len(recipe.roi))]
         pads = [max(0, w - n) for w, n in zip(window, all_labels.shape)]
-        centred = len(places) and random.random() < recipe.foreground
-        centre = places[random.randrange(len(places))] if centred else None
+        centre = None
+        if classes and random.random() < recipe.foreground:
+            places = random.choice(classes)
+            centre = places[random.randrange(len(places))]
         where = []
         for axis, (w, n) in enumerate(zip(window, all_labels.shape)):
             room = max(0, n - w)
@@ -113,7 +124,16 @@ class _Module(pl.LightningModule):
     def __init__(self, segmenter: Segmenter, steps: int, ignore: int | None) -> None:
         super().__init__()
         self.network, self.recipe, self.steps = segmenter.network, segmenter.recipe, steps
-        self.loss = SegmentationLoss(segmenter.recipe.loss, squash=segmenter.recipe.squash, ignore=ignore)
+        table = None
+        if segmenter.regions:
+            inside = [[value in region for region in segmenter.regions.values()] for value in segmenter.values]
+            table = torch.tensor(inside)
+        try:
+            self.loss = SegmentationLoss(
+                segmenter.recipe.loss, squash=segmenter.recipe.squash, ignore=ignore, regions=table
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         images, labels = batch
@@ -157,28 +177,31 @@ def train_segmenter(
     train_cases: Sequence[Case],
     validation_cases: Sequence[Case] = (),
     show_progress: bool = False,
+    say: Callable[[str], Any] = lambda text: None,
     **trainer_options: Any,
 ) -> tuple[Segmenter, list[dict[str, Any]]]:
     """Train on `train_cases`; returns the segmenter and the summary of scores on `validation_cases`.
 
     The folder gets the run's record (see `nearfar.core.training.train`; an interrupted run goes on), the model and
     `validation.json`. Prepared cases lie in a temporary folder in it, so memory does not grow with their number. A
-    patient on both sides is refused.
+    patient on both sides is refused. `say` gets a line for what a rule had to decide about a case.
     """
     folder = Path(folder)
     check_split(collection.cases, [c.name for c in train_cases], [c.name for c in validation_cases])
     if not collection.labels:
         raise UserError("the data do not say what their label values mean; declare them")
     with locked(folder, "trains"), temporary_folder(folder, "prepared") as cache:
-        items, channels, spacing = _prepare(collection, train_cases, recipe, cache)
+        items, channels, spacing = _prepare(collection, train_cases, recipe, cache, say)
         pl.seed_everything(recipe.seed, verbose=False)
-        segmenter = Segmenter.create(recipe, collection.labels, channels)
-        segmenter.spacing_seen = spacing
-        patches = Patches(items, recipe, collection.ignore or 0)
+        trained = {"regions": collection.regions, "order": collection.order} if collection.order else {}
+        segmenter = Segmenter.create(recipe, collection.labels, len(channels), **trained)
+        segmenter.spacing_seen, segmenter.channels = spacing, channels
+        ignore = None if collection.ignore is None else IGNORED
+        patches = Patches(items, recipe, ignore or 0)
         loader = data_loader(patches, recipe.batch_size, shuffle=True, seed=recipe.seed)
         steps = recipe.epochs * -(-len(loader) // recipe.accumulate)
         train(
-            _Module(segmenter, steps, collection.ignore),
+            _Module(segmenter, steps, ignore),
             loader,
             epochs=recipe.epochs,
             seed=recipe.seed,
@@ -207,10 +230,7 @@ def score_cases(
     for case in cases:
         scan, labels = collection.read(case)
         if labels is not None:
-            found = segment(scan)
-            if collection.ignore is not None:
-                found, labels = (np.where(labels == collection.ignore, 0, m) for m in (found, labels))
-            rows += [{"case": case.name, **r} for r in score_case(found, labels, collection.labels, scan.spacing)]
+            rows += [{"case": case.name, **r} for r in collection.score(segment(scan), labels, scan.spacing)]
     return summarize(rows) if rows else []
 
 
@@ -253,30 +273,42 @@ def crf_items(
 
 
 def _prepare(
-    collection: Collection, cases: Sequence[Case], recipe: Recipe, cache: Path
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], int, list[float] | None]:
-    """(image, class index) of each case, mapped from files in `cache`; channels; smallest and largest voxel side."""
-    values = np.array([0, *(v for v in collection.labels if v)])
-    preparation = Preparation(recipe.spacing, recipe.window, recipe.intensity, recipe.resize)
-    items, channels, sides = [], set(), []
-    for number, case in enumerate(cases):
+    collection: Collection, cases: Sequence[Case], recipe: Recipe, cache: Path, say: Callable[[str], Any]
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[Channel, ...], list[list[float]] | None]:
+    """(image, class index) of each case, mapped from files in `cache`; channels; least and largest voxel sides."""
+    survey, sides = ChannelSurvey(), []
+    for case in cases:
         scan, labels = collection.read(case)
         if labels is None:
             raise UserError(f"{case.name}: has no labels to train on")
+        for note in scan.notes:
+            say(f"{case.name}: {note}")
+        if survey.quantiles and len(scan.image) != len(survey.quantiles):
+            raise UserError(
+                f"{case.name}: has {len(scan.image)} channels, the training cases before it {len(survey.quantiles)}; "
+                "they must not differ in their number of channels"
+            )
+        survey.add(scan, labels, collection.ignore)
+        if scan.kind not in ("picture", "array"):
+            sides.append(scan.canonical_spacing())
+    channels = survey.channels(collection.channel_names, recipe.intensity)
+    preparation = Preparation(
+        recipe.spacing, recipe.window, recipe.intensity, recipe.resize, channels, len(recipe.roi) == 2
+    )
+    values = np.array([0, *(v for v in collection.labels if v)])
+    kind = np.uint8 if len(values) < 256 and collection.ignore is None else np.int32
+    order, items = np.argsort(values), []
+    for number, case in enumerate(cases):
+        scan, labels = collection.read(case)
+        assert labels is not None
         prepared = preparation.labels(labels, scan)
-        order = np.argsort(values)
-        index = order[np.searchsorted(values[order], prepared).clip(max=len(values) - 1)]
+        if cut := int((labels != 0).sum()) - int((scan.to_canonical(labels)[preparation.box(scan)] != 0).sum()):
+            say(f"{case.name}: {cut} labelled voxels lie in the padding around the image; they are not learned")
+        index = order[np.searchsorted(values[order], prepared).clip(max=len(values) - 1)].astype(kind)
         if collection.ignore is not None:
-            index[prepared == collection.ignore] = collection.ignore
-        pair = (
-            preparation.image(scan).numpy().astype(np.float32),
-            index.astype(np.uint8 if index.max() < 256 else np.int16),
-        )
-        for kind, array in zip(("image", "label"), pair):
-            np.save(cache / f"{number}-{kind}.npy", array)
-        items.append(tuple(np.load(cache / f"{number}-{kind}.npy", mmap_mode="r") for kind in ("image", "label")))
-        channels.add(len(scan.image))
-        sides += scan.spacing if scan.kind not in ("picture", "array") else ()
-    if len(channels) != 1:
-        raise UserError(f"the training cases differ in their number of channels: {sorted(channels)}")
-    return items, channels.pop(), [min(sides), max(sides)] if sides else None
+            index[prepared == collection.ignore] = IGNORED
+        for what, array in (("image", preparation.image(scan).numpy()), ("label", index)):
+            np.save(cache / f"{number}-{what}.npy", array)
+        items.append(tuple(np.load(cache / f"{number}-{what}.npy", mmap_mode="r") for what in ("image", "label")))
+    seen = [[min(axis), max(axis)] for axis in zip(*sides)] if sides else None
+    return items, channels, seen

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,19 +14,21 @@ import yaml
 
 from nearfar.apps.medical_segmentation import pages
 from nearfar.core.cli.batch import raise_failures, run_batch
-from nearfar.core.cli.console import console, show_json, table, track
+from nearfar.core.cli.console import console, say, show_json, table, track
 from nearfar.core.cli.options import Device, Fresh, Json, Memory, RunFolder, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
 from nearfar.core.made_from import MadeFrom, mark_beside, model_digest
 from nearfar.core.memory import parse_memory
-from nearfar.core.model_folder import mark
+from nearfar.core.model_folder import TrainedOn, mark
+from nearfar.core.reading import read_json
 from nearfar.core.recipes import read_recipe
 from nearfar.medical import metrics
 from nearfar.medical.bundle import write_bundle
 from nearfar.medical.data.cases import Case, Collection, case_digest, check_split, make_splits
-from nearfar.medical.data.layouts import find_cases, is_series, stem
-from nearfar.medical.data.scans import read_labels, read_scan, write_dicom_seg, write_labels
+from nearfar.medical.data.dicom import segment_code
+from nearfar.medical.data.layouts import find_cases, grouped, is_series, read_splits, stem
+from nearfar.medical.data.scans import read_about, read_labels, read_scan, write_dicom_seg, write_labels
 from nearfar.medical.models.umamba import PLACEMENTS, plan_recipe
 from nearfar.medical.recipe import Recipe
 from nearfar.medical.refinement import refine as refine_probabilities
@@ -54,11 +56,19 @@ class Convention(StrEnum):
     nearfar = "nearfar"
     synapse_legacy = "synapse_legacy"
     brats = "brats"
+    segmamba = "segmamba"
     monai = "monai"
 
 
 Data = Annotated[Path, typer.Argument(help="Folder of a data set.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
+Groups = Annotated[
+    str | None,
+    typer.Option(
+        help="Patients: a CSV file of case,patient, or a pattern on the cases' names whose one group is the patient. "
+        "(default: by the layout, else by the names)"
+    ),
+]
 CRF: Mapping[str, Any] = {
     "iterations": 5, "spatial_weight": 1.0, "spatial_std": 2.0,
     "bilateral_weight": 1.0, "bilateral_std": 10.0, "color_std": 20.0,
@@ -75,16 +85,22 @@ ColorStd = Annotated[float, typer.Option(help="Its deviation in intensity, of 0.
 @app.command()
 def inspect(
     data: Data,
+    groups: Groups = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a data folder holds: layout, shapes, spacings, labels, problems. Exit status 1 if there are any."""
-    collection = find_cases(data)
+    """Say what a data folder holds: layout, shapes, spacings, labels, problems. Exit status 1 if there are any.
+
+    Below the table stand notes on what a rule had to decide, such as which of two affines of a file counts.
+    """
+    collection = _collection(data, groups)
+    notes = list(collection.notes)
 
     def look(case: Case) -> dict[str, Any]:
         scan, labels = collection.read(case)
         found = [] if labels is None else sorted(set(np.unique(labels).tolist()) - {0})
         if labels is not None and not found:
             raise UserError(f"{case.label}: has no foreground at all")
+        notes.extend(f"{case.name}: {note}" for note in scan.notes)
         return {
             "case": case.name,
             "shape": "x".join(map(str, scan.shape)),
@@ -98,13 +114,17 @@ def inspect(
     rows, failures = run_batch(collection.cases, look, "reading", lambda case: case.name)
     names = {str(k): v for k, v in collection.labels.items()}
     if as_json:
-        content = {"layout": collection.layout, "labels": names, "cases": rows, "problems": failures}
+        content = {"layout": collection.layout, "labels": names, "cases": rows, "problems": failures, "notes": notes}
         show_json(content)
     else:
         console.print(f"{collection.layout}, {len(collection.cases)} cases", highlight=False)
         if names:
             console.print("labels: " + ", ".join(f"{k} {v}" for k, v in names.items()), highlight=False)
+        if collection.regions:
+            regions = (f"{name} ({', '.join(map(str, v))})" for name, v in collection.regions.items())
+            console.print("regions: " + ", ".join(regions), highlight=False)
         console.print(table(rows))
+        _note(notes)
     raise_failures(failures, len(collection.cases))
 
 
@@ -114,6 +134,11 @@ def train(
     output: RunFolder,
     recipe: Annotated[str, recipe_option(RECIPES)] = "small",
     settings: Settings = None,
+    groups: Groups = None,
+    splits_file: Annotated[
+        Path | None,
+        typer.Option("--splits", help="Splits as nnU-Net's splits_final.json has them. (default: that of DATA if any)"),
+    ] = None,
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation split, by patient.")] = 5,
     fold: Annotated[int, typer.Option(help="The fold that is held out.")] = 0,
     device: Device = "auto",
@@ -123,15 +148,24 @@ def train(
 
     Writes the model, the split (splits.json), the record of the run and validation.json. An interrupted run goes on.
     """
-    collection = find_cases(data)
+    collection = _collection(data, groups)
     labelled = [case for case in collection.cases if case.label is not None and case.part != "test"]
     chosen = read_recipe(Recipe, recipe, settings or (), RECIPES)
     if not labelled:
         raise UserError(f"{data}: no labelled cases to train on")
-    folds = min(folds, len({case.group for case in labelled}))
-    splits = make_splits(labelled, folds, chosen.seed, output / "splits.json")
-    if not 0 <= fold < folds:
-        raise UserError(f"--fold {fold}: must be one of 0 to {folds - 1}")
+    _note(collection.notes)
+    given = splits_file or (data / "splits_final.json" if (data / "splits_final.json").is_file() else None)
+    if given is not None:
+        splits = read_splits(given, labelled)
+        named = {name for split in splits[fold : fold + 1] for side in split.values() for name in side}
+        left = len({case.name for case in labelled} - named)
+        _note([f"split by {given}" + (f", which leaves out {left} of {len(labelled)} cases" if left else "")])
+        write_json(output / "splits.json", splits)
+    else:
+        folds = min(folds, len({case.group for case in labelled}))
+        splits = make_splits(labelled, folds, chosen.seed, output / "splits.json")
+    if not 0 <= fold < len(splits):
+        raise UserError(f"--fold {fold}: must be one of 0 to {len(splits) - 1}")
     split = splits[fold]
     check_split(labelled, split["train"], split["validation"])
     _, summary = train_segmenter(
@@ -141,6 +175,7 @@ def train(
         train_cases=[c for c in labelled if c.name in split["train"]],
         validation_cases=[c for c in labelled if c.name in split["validation"]],
         show_progress=console.is_terminal,
+        say=lambda text: _note([text]),
         device=device,
         fresh=fresh,
     )
@@ -211,12 +246,19 @@ def predict(
     memory: Memory = None,
     device: Device = "auto",
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Also write DICOM-SEG for DICOM input.")] = False,
+    codes: Annotated[
+        Path | None,
+        typer.Option(
+            help="For DICOM-SEG, codes and colours by label: JSON of {name: {code, scheme, meaning, color: #rrggbb}}."
+        ),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare a bounded with an unbounded run; print it.")] = False,
 ) -> None:
     """Segment scans: label maps on the input's exact grid, and overlay pictures.
 
-    What is there is not done again, unless scan, model or options were others. --memory counts what grows with classes
-    and volume, 384M if it is not given (the CRF then has no bound).
+    What is there is not done again, unless scan, model or options were others. --memory counts the scan, its prepared
+    image, label maps and windows, not the program and the network; a scan that does not fit is refused. Without it the
+    windows have 384M and the rest no bound. Below the table stand notes on what a rule had to decide.
     """
     segmenter, of_model = Segmenter.load(model), model_digest(model)
     budget = None if memory is None else parse_memory(memory)
@@ -225,6 +267,14 @@ def predict(
     options = {"overlap": overlap, "mirror": mirror, "device": device}
     options["crf"] = DenseCRF(**(segmenter.crf or CRF)) if crf else None
     jobs = _jobs(inputs, output, part)
+    coded = None if codes is None else read_json(codes, "codes of labels")
+    about = {"model": of_model, "trained_on": sorted(segmenter.trained_on.items)}
+    about["patients"] = sorted(segmenter.trained_on.groups)
+    notes: list[str] = []
+    if dicom_seg and (
+        strange := [n for v, n in segmenter.labels.items() if v and n not in (coded or {}) and not segment_code(n)]
+    ):
+        notes.append(f"no code is known for {', '.join(strange)}: Tissue stands in DICOM-SEG; give --codes")
 
     def one(job: tuple[Collection, Case, Path]) -> dict[str, Any]:
         collection, case, base = job
@@ -232,21 +282,28 @@ def predict(
         target = base.with_name(f"{base.name}.nii.gz" if scan.affine is not None else f"{base.name}.png")
         if target.resolve() == case.images[0].resolve():
             raise UserError(f"{target}: is the scan itself; give another output folder")
-        made = MadeFrom(target, case.images, of_model, overlap=overlap, mirror=mirror, crf=crf, dicom_seg=dicom_seg)
+        made, segmentation = MadeFrom(target, case.images, of_model, overlap=overlap, mirror=mirror, crf=crf), None
+        if dicom_seg:
+            segmentation = base.with_name(f"{base.name}.dcm")
+            if scan.kind != "dicom":
+                raise UserError(f"{scan.path}: is no DICOM series, so --dicom-seg has nothing to refer to")
         if made.done():
+            if segmentation is not None and not segmentation.exists():
+                write_dicom_seg(segmentation, read_labels(target, scan), scan, segmenter.labels, coded)
             return {"case": case.name, "labels": "done before", "file": str(target), "marked": mark_beside(target)}
         labels = segmenter(scan, memory=budget, **options)
+        notes.extend(f"{case.name}: {note}" for note in scan.notes)
         if check:
             small, large = budget or 2**20, 2**40
             same = float((segmenter(scan, memory=small, **options) == segmenter(scan, memory=large, **options)).mean())
             message = f"{case.name}: within {small / 2**20:.0f} MB and unbounded agree on {same:.4%} of the voxels"
             console.print(message, highlight=False, soft_wrap=True)
         pages.write_overlay(base.with_name(f"{base.name}_overlay.png"), scan, labels)
-        if dicom_seg:
-            write_dicom_seg(base.with_name(f"{base.name}.dcm"), labels, scan, segmenter.labels)
-        write_labels(target, labels, scan)
+        write_labels(target, labels, scan, about)
         marked = mark(segmenter.trained_on.seen([case_digest(case)]))
         made.write(marked)
+        if segmentation is not None:
+            write_dicom_seg(segmentation, labels, scan, segmenter.labels, coded)
         voxels = {v: int((labels == k).sum()) for k, v in segmenter.labels.items() if k}
         if scan.kind in ("picture", "array"):
             sizes = [f"{name} {count / labels.size:.2%}" for name, count in voxels.items()]
@@ -257,7 +314,18 @@ def predict(
 
     rows, failures = run_batch(jobs, one, "segmenting", lambda job: str(job[1].images[0]))
     console.print(table(rows))
+    _note(notes)
     raise_failures(failures, len(jobs))
+
+
+def _collection(data: Path, groups: str | None) -> Collection:
+    collection = find_cases(data)
+    return collection if groups is None else grouped(collection, groups)
+
+
+def _note(notes: Sequence[str]) -> None:
+    for note in notes:
+        say("note", note, "yellow")
 
 
 def _jobs(inputs: list[Path], output: Path | None, part: str | None) -> list[tuple[Collection, Case, Path]]:
@@ -289,15 +357,25 @@ def evaluate(
     convention: Annotated[Convention, typer.Option(help="How empty structures count, and units.")] = Convention.nearfar,
     tolerance: Annotated[float | None, typer.Option(help="Also the normalized surface Dice at this many mm.")] = None,
     worst: Annotated[int, typer.Option(help="Worst cases to show on the page.")] = 3,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Leave out the cases and patients that the model was trained on.")
+    ] = False,
+    training_cases: Annotated[
+        bool, typer.Option("--training-cases", help="Score also cases that the model was trained on, and mark them.")
+    ] = False,
+    groups: Groups = None,
     against: Annotated[Path | None, typer.Option(help="Label maps of another method: paired tests.")] = None,
 ) -> None:
     """Score label maps: cases.csv, summary.json with bootstrap intervals, and index.html with the worst cases.
 
-    A labelled case without a prediction is an error, not a case less; cases that the model of `predict` was trained on
-    are marked. Conventions: nearfar (a missed structure counts
-    as worst), synapse_legacy, brats, monai.
+    A labelled case without a prediction is an error, not a case less. A case, or another of the same patient, that the
+    model of `predict` was trained on is refused, by what the prediction says of its model: --held-out leaves such cases
+    out, --training-cases scores them. Conventions: nearfar (a missed structure counts as worst), synapse_legacy, brats
+    (the challenge until 2022), segmamba (its paper's script for BraTS), monai.
     """
-    collection = find_cases(data)
+    if held_out and training_cases:
+        raise UserError("--held-out and --training-cases: give one")
+    collection = _collection(data, groups)
     labelled = [case for case in collection.cases if case.label is not None]
     labelled = [c for c in labelled if c.part != "train"] if any(c.part == "test" for c in labelled) else labelled
 
@@ -308,31 +386,40 @@ def evaluate(
             raise UserError(f"{case.name}: has no prediction in {folder}")
         return files[0]
 
+    def trained(case: Case) -> bool:
+        """Whether the prediction's model has seen the case or another of its patient."""
+        try:
+            path = prediction(case, predictions)
+        except UserError:
+            return False  # told when it is scored
+        about = read_about(path)
+        seen = TrainedOn(frozenset(about.get("trained_on", ())), frozenset(about.get("patients", ())))
+        patient = case.group if case.group != case.name else None  # a name alone may stand in another data set too
+        return seen.seen([case_digest(case)], [patient or None])[0] or bool(mark_beside(path))
+
+    seen_before = {case.name for case in track(labelled, "looking for training cases") if trained(case)}
+    if seen_before and not training_cases:
+        if not held_out or len(seen_before) == len(labelled):
+            raise UserError(
+                f"{', '.join(sorted(seen_before)[:5])}: the model was trained on {len(seen_before)} of the "
+                f"{len(labelled)} cases, or on others of their patients; leave them out with --held-out, or score "
+                "them with --training-cases"
+            )
+        console.print(f"{len(seen_before)} training cases are left out", highlight=False)
+        labelled = [case for case in labelled if case.name not in seen_before]
+
     def load(case: Case, folder: Path) -> tuple[Any, np.ndarray, np.ndarray]:
         scan, truth = collection.read(case)
         assert truth is not None
-        found = read_labels(prediction(case, folder), scan)
-        if collection.ignore is not None:
-            found, truth = (np.where(truth == collection.ignore, 0, m) for m in (found, truth))
-        return scan, found, truth
+        return scan, read_labels(prediction(case, folder), scan), truth
 
     def one(case: Case, folder: Path = predictions) -> list[dict[str, Any]]:
         scan, found, truth = load(case, folder)
-        names = _declared(collection, truth)
         try:
-            scores = metrics.score_case(
-                found,
-                truth,
-                names,
-                scan.spacing,
-                convention=convention,
-                tolerance=tolerance,
-                regions=collection.regions,
-            )
+            scores = collection.score(found, truth, scan.spacing, convention=convention, tolerance=tolerance)
         except ValueError as error:
             raise UserError(f"{case.name}: {error}") from error
-        seen = bool(mark_beside(prediction(case, folder)))
-        return [{"case": case.name, **row, "seen_in_training": seen} for row in scores]
+        return [{"case": case.name, **row, "seen_in_training": case.name in seen_before} for row in scores]
 
     results, failures = run_batch(labelled, one, "scoring", lambda case: case.name)
     rows = [row for result in results for row in result]
@@ -423,10 +510,6 @@ def export(
     """
     write_bundle(Segmenter.load(model), output)
     console.print(f"MONAI bundle: {output}", soft_wrap=True, highlight=False)
-
-
-def _declared(collection: Collection, truth: np.ndarray) -> dict[int, str]:
-    return collection.labels or {int(v): str(v) for v in np.unique(truth) if v}
 
 
 def _short(summary: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -12,7 +13,8 @@ from nearfar.core.files import write_json
 from nearfar.core.fingerprint import content_digest, data_digest
 from nearfar.core.leakage import Side, check_apart
 from nearfar.core.reading import check_hdf5, read_arrays, reading
-from nearfar.medical.data.scans import Scan, read_labels, read_scan
+from nearfar.medical.data.scans import SAME, Scan, grid_distance, read_labels, read_scan, whole_numbers
+from nearfar.medical.metrics import score_case
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,11 @@ class Collection:
     Args:
         gray: masks are pictures whose grey values (lowest, highest) stand for a label value.
         ignore: a label value that does not count.
-        regions: names of unions of labels that are scored too.
+        regions: names of unions of labels that are scored too; they may overlap.
+        order: where networks are trained on `regions`, the label that stands for each, later ones over earlier ones.
         channels: of a file; more than one where volumes have a fourth axis.
+        channel_names: what each channel is, "CT" or "T1"; see `preparation.scheme_of`.
+        notes: what had to be decided about the folder.
     """
 
     layout: str
@@ -48,7 +53,23 @@ class Collection:
     gray: tuple[tuple[int, int, int], ...] = ()
     ignore: int | None = None
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    order: tuple[int, ...] = ()
     channels: int = 1
+    channel_names: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def score(
+        self, prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float], **options: Any
+    ) -> list[dict[str, Any]]:
+        """Rows of `metrics.score_case`: of the labels and regions, or of the regions alone where those are trained.
+
+        What the truth says to ignore does not count.
+        """
+        if self.ignore is not None:
+            prediction, truth = (np.where(truth == self.ignore, 0, m) for m in (prediction, truth))
+        names = self.labels or {int(v): str(v) for v in np.unique(truth) if v}
+        rows = score_case(prediction, truth, names, spacing, regions=self.regions, **options)
+        return rows[-len(self.regions) :] if self.order else rows
 
     def read(self, case: Case) -> tuple[Scan, np.ndarray | None]:
         """The scan of a case, channels stacked, and its labels on the same grid (None where it has none)."""
@@ -74,14 +95,18 @@ class Collection:
         for path in case.images[1:]:
             other = read_scan(path)
             if other.shape != scan.shape or not _same_grid(scan, other):
-                raise UserError(f"{path}: lies on another grid ({other.shape}) than {case.images[0].name} {scan.shape}")
+                raise UserError(
+                    f"{path}: lies on another grid ({other.shape}, {_place(other)}) than {case.images[0].name} "
+                    f"({scan.shape}, {_place(scan)}); resample one onto the other"
+                )
             scan.image = np.concatenate([scan.image, other.image])
+            scan.notes += [f"{path.name}: {note}" for note in other.notes if note not in scan.notes]
         return scan
 
     def read_label(self, path: Path, scan: Scan) -> np.ndarray:
         """The labels of a case as its data set stores them, as label values on the scan's grid."""
         if path.suffix in ARRAYS:
-            labels = np.rint(_array(path, "label")).astype(np.int32)
+            labels = whole_numbers(path, _array(path, "label"))
         elif path.is_dir():
             labels = _png_slices(path, scan)
         else:
@@ -172,4 +197,11 @@ def _png_slices(folder: Path, scan: Scan) -> np.ndarray:
 
 
 def _same_grid(first: Scan, second: Scan) -> bool:
-    return first.affine is None or second.affine is None or np.allclose(first.affine, second.affine, atol=1e-3)
+    if first.affine is None or second.affine is None:
+        return True
+    return grid_distance(first.affine, second.affine, first.shape) <= SAME
+
+
+def _place(scan: Scan) -> str:
+    sides = " x ".join(f"{side:.4g}" for side in scan.spacing)
+    return sides if scan.affine is None else f"{sides} mm from {', '.join(f'{v:.4g}' for v in scan.affine[:3, 3])}"

@@ -1,8 +1,12 @@
 """The usual layouts of segmentation data sets."""
 
+import json
 import re
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pydicom.misc
 
@@ -22,7 +26,7 @@ def find_cases(folder: str | Path) -> Collection:
         raise UserError(f"{folder}: no such folder")
     for layout in LAYOUTS:
         if (found := layout(folder)) is not None and found.cases:
-            return found
+            return _by_patient(found) if layout in (_dataset_json, _pairs) else found
     raise UserError(
         f"{folder}: no scans found; expected one of the layouts nnU-Net, Medical Segmentation Decathlon, ACDC, "
         "Synapse, BTCV, BraTS, CHAOS, Pascal VOC, CHASE_DB1, DRIVE, ISIC, BUSI, Kvasir or CVC, folders `images` and "
@@ -58,11 +62,12 @@ def _dataset_json(folder: Path) -> Collection | None:
             channels, ending = len(content["channel_names"]), content["file_ending"]
             if not re.fullmatch(r"(\.\w+)+", ending) or channels < 1:
                 raise ValueError(f"channel_names or file_ending are {content['channel_names']!r} and {ending!r}")
-            if regions := [k for k, v in content["labels"].items() if type(v) is not int]:
-                raise UserError(f"{path}: trains on regions ({', '.join(regions)}); only plain labels are taken here")
-            labels = {int(v): k for k, v in content["labels"].items() if k != "ignore"}
+            if not ending.lower().endswith(READABLE):
+                raise UserError(f"{path}: its scans end in {ending}, which is not read here; convert them to NIfTI")
+            about = _labels_json(path, content) | {"channel_names": _in_order(content["channel_names"])}
         else:
-            channels = len(content.get("modality", {"0": ""}))
+            names = _in_order(content.get("modality", {"0": ""}))
+            channels = len(names)
             labels = {int(k): str(v) for k, v in content["labels"].items()}
             cases = [
                 Case(
@@ -74,16 +79,171 @@ def _dataset_json(folder: Path) -> Collection | None:
             cases += [Case(stem(Path(p)), (folder / p,), None, stem(Path(p)), "test") for p in tests]
             if not all(str(place).isprintable() for case in cases for place in case.images):
                 raise ValueError("a file's name has control characters")
-            return Collection("Medical Segmentation Decathlon", cases, labels, channels=channels)
+            return Collection("Medical Segmentation Decathlon", cases, labels, channels=channels, channel_names=names)
+        if "dataset" in content:  # each case by its files, which may lie anywhere
+            cases = [
+                Case(name, tuple(folder / p for p in found["images"]), folder / found["label"], name, "train")
+                for name, found in content["dataset"].items()
+            ]
+            if wrong := next((c for c in cases if len(c.images) != channels), None):
+                raise UserError(f"{path}: {wrong.name} has {len(wrong.images)} images for {channels} channels")
+            if not all(str(place).isprintable() for case in cases for place in case.images):
+                raise ValueError("a file's name has control characters")
+            return Collection("nnU-Net", cases, **about)
     cases = []
     for part, images, targets in (("train", "imagesTr", "labelsTr"), ("test", "imagesTs", "labelsTs")):
         first = sorted((folder / images).glob(f"*_0000{ending}")) if (folder / images).is_dir() else []
         for image in first:
             name = image.name.removesuffix(f"_0000{ending}")
             files = tuple(image.with_name(f"{name}_{i:04d}{ending}") for i in range(channels))
+            if (more := image.with_name(f"{name}_{channels:04d}{ending}")).is_file():
+                raise UserError(
+                    f"{more}: is a channel that dataset.json does not declare (it has {channels}); declare it"
+                )
             label = folder / targets / f"{name}{ending}"
             cases.append(Case(name, files, label if part == "train" or label.is_file() else None, name, part))
-    return Collection("nnU-Net", cases, labels, ignore=content["labels"].get("ignore"))
+    if not cases:
+        raise UserError(f"{path}: no file in imagesTr or imagesTs ends in _0000{ending}, as it says; mend file_ending")
+    return Collection("nnU-Net", cases, **about)
+
+
+def _in_order(names: Any) -> tuple[str, ...]:
+    """Names of the channels, by their numbers."""
+    if isinstance(names, list):
+        return tuple(map(str, names))
+    return tuple(str(names[key]) for key in sorted(names, key=int))
+
+
+def _labels_json(path: Path, content: Any) -> dict[str, Any]:
+    """Labels, the label to ignore, and regions with their order, as nnU-Net's dataset.json declares them."""
+    declared = {
+        name: (value,) if type(value) is int else tuple(value)
+        for name, value in content["labels"].items()
+        if name != "ignore"
+    }
+    if not all(values and all(type(v) is int for v in values) for values in declared.values()):
+        raise ValueError("a label is no whole number or list of them")
+    ignore = content["labels"].get("ignore")
+    if ignore is not None and type(ignore) is not int:
+        raise ValueError(f"the label to ignore is {ignore!r}")
+    if all(len(values) == 1 for values in declared.values()):
+        labels = {values[0]: name for name, values in declared.items()}
+        if len(labels) < len(declared) or ignore in labels:
+            raise UserError(f"{path}: two names have the same label value")
+        return {"labels": labels, "ignore": ignore}
+    regions = {name: values for name, values in declared.items() if values != (0,)}
+    order = tuple(content.get("regions_class_order") or ())
+    if len(order) != len(regions) or not all(type(v) is int for v in order):
+        raise UserError(
+            f"{path}: trains on regions ({', '.join(regions)}) without saying in regions_class_order, by a label for "
+            "each, how they are painted"
+        )
+    single = {values[0]: name for name, values in regions.items() if len(values) == 1}
+    values = sorted({value for region in regions.values() for value in region})
+    if strange := sorted(set(order) - set(values)):
+        raise UserError(f"{path}: regions_class_order has {strange}, which no region holds")
+    labels = {0: "background"} | {v: single.get(v, f"label {v}") for v in values}
+    return {"labels": labels, "ignore": ignore, "regions": regions, "order": order}
+
+
+SCANS = re.compile(
+    r"[-_. ]+(?:scan|ses|session|visit|frame|timepoint|time|tp|series|study|exam|acq|run|phase|day|week|month|year|"
+    r"follow[-_]?up|baseline|pre|post|left|right|l|r|od|os|ed|es|mr|ct|v|t)[-_]?\d*$",
+    re.IGNORECASE,
+)
+"""The end of a name that tells which of a patient's scans it is."""
+
+
+def patients_by_name(names: list[str]) -> dict[str, str]:
+    """The patient of each case, by its name: what is left without the part that tells the scan.
+
+    `p1_scan2`, `patient001_frame01`, `sub-01_ses-2` and `07_left` are scans of p1, patient001, sub-01 and 07. A number
+    of one or two digits after a name that ends in one (`p01_1`, `training03_02`) tells the scan too, where that leaves
+    several patients, and some of them with several scans.
+    """
+    found = {}
+    for name in names:
+        rest = name
+        while (cut := SCANS.sub("", rest)) != rest and cut:
+            rest = cut
+        found[name] = rest
+    if len(set(found.values())) == 1:
+        found = {name: name for name in names}
+    numbered = {name: re.sub(r"(?<=\d)[-_]\d{1,2}$", "", rest) for name, rest in found.items()}
+    counts = Counter(numbered.values())
+    return (
+        numbered if len(counts) > 1 and max(counts.values()) > 1 and len(counts) < len(set(found.values())) else found
+    )
+
+
+def _by_patient(found: Collection) -> Collection:
+    """The collection, its cases grouped by patient where their names tell several scans of one."""
+    names = [case.name for case in found.cases]
+    patients = patients_by_name(names)
+    counts = Counter(patients.values())
+    if len(counts) == len(names):
+        return found
+    example = next(patient for patient, count in counts.items() if count > 1)
+    scans = [name for name in names if patients[name] == example]
+    cases = [replace(case, group=patients[case.name]) for case in found.cases]
+    said = (
+        f"{len(names)} cases of {len(counts)} patients, by their names ({', '.join(scans[:3])}: {example}); "
+        "give --groups where that is wrong"
+    )
+    return replace(found, cases=cases, notes=[*found.notes, said])
+
+
+def grouped(found: Collection, groups: str) -> Collection:
+    """The collection with patients by a CSV file of cases and patients, or by a pattern whose group is the patient.
+
+    Raises UserError where a case has no patient.
+    """
+    names = [case.name for case in found.cases]
+    if (path := Path(groups)).is_file():
+        with reading(path, "cannot be read as a table of cases and patients", "write case,patient on each line"):
+            rows = [
+                re.split(r"[,;\t]", line.strip())
+                for line in path.read_text(encoding="utf-8-sig").splitlines()
+                if line.strip()
+            ]
+            if any(len(row) < 2 for row in rows):
+                raise ValueError("a line has no second column")
+            patients = {row[0].strip().strip('"'): row[1].strip().strip('"') for row in rows}
+    else:
+        try:
+            pattern = re.compile(groups)
+        except re.error as error:
+            raise UserError(f"--groups {groups}: is no file and no pattern ({error})") from error
+        if pattern.groups != 1:
+            raise UserError(f"--groups {groups}: is no file, and as a pattern it must have one group, the patient")
+        patients = {name: match[1] for name in names if (match := pattern.search(name)) and match[1]}
+    if missing := [name for name in names if not patients.get(name)]:
+        raise UserError(f"--groups {groups}: tells no patient of {', '.join(missing[:5])}")
+    cases = [replace(case, group=patients[case.name]) for case in found.cases]
+    return replace(found, cases=cases, notes=[n for n in found.notes if "--groups" not in n])
+
+
+def read_splits(path: Path, cases: list[Case]) -> list[dict[str, list[str]]]:
+    """Splits as nnU-Net's `splits_final.json` has them: a list of `train` and `val` (or `validation`) names.
+
+    Raises UserError for names that are not there.
+    """
+    with reading(path, "cannot be read as splits", "write [{train: [...], val: [...]}, ...]"):
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        splits = [
+            {
+                "train": list(map(str, s["train"])),
+                "validation": list(map(str, s["val"] if "val" in s else s["validation"])),
+            }
+            for s in content
+        ]
+        if not splits or not all(split["train"] for split in splits):
+            raise ValueError("a split has no training cases")
+    known = {case.name for case in cases}
+    for number, split in enumerate(splits):
+        if unknown := sorted({*split["train"], *split["validation"]} - known):
+            raise UserError(f"{path}: fold {number} names cases that are not there: {', '.join(unknown[:5])}")
+    return splits
 
 
 def _btcv(folder: Path) -> Collection | None:

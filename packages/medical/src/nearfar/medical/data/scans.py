@@ -4,24 +4,46 @@ A volume is held as its file orders it; its affine maps voxel indices to millime
 Label maps are written on exactly that grid.
 """
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import highdicom
 import nibabel as nib
 import nrrd
 import numpy as np
-import pydicom
-from nibabel.orientations import apply_orientation, io_orientation
+import torch
+import torch.nn.functional as F
+from nibabel.orientations import io_orientation
 from PIL import Image
-from pydicom.errors import InvalidDicomError
+from PIL.PngImagePlugin import PngInfo
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
-from nearfar.core.reading import UNIFORM, check_announced, check_picture, reading
+from nearfar.core.reading import check_announced, check_picture, reading
+from nearfar.medical.data.dicom import read_series, write_dicom_seg
+from nearfar.medical.data.scan import SAME, Scan, grid_distance
+
+__all__ = [
+    "NIFTI",
+    "NRRD",
+    "PICTURES",
+    "SAME",
+    "SLAB",
+    "Scan",
+    "grid_distance",
+    "label_type",
+    "linear_slabs",
+    "read_about",
+    "read_labels",
+    "read_scan",
+    "resize_labels",
+    "whole_numbers",
+    "write_dicom_seg",
+    "write_labels",
+    "write_probabilities",
+]
 
 NIFTI = (".nii", ".nii.gz")
 
@@ -29,136 +51,163 @@ NRRD = (".nrrd", ".nhdr")
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
 
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+UNITS = {"meter": 1000.0, "micron": 0.001}
+"""Millimetres in the units of length of NIfTI, where they are others."""
 
-
-@dataclass
-class Scan:
-    """An image (C, *S) in float32 and where its voxels lie.
-
-    `affine` (4, 4) is None for pictures, whose axes are (row, column). `source` is what its format needs to write
-    something on the same grid.
-    """
-
-    path: Path
-    image: np.ndarray
-    affine: np.ndarray | None = None
-    kind: str = "picture"
-    source: Any = field(default=None, repr=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.image.shape[1:]
-
-    @property
-    def spacing(self) -> tuple[float, ...]:
-        """Size of a voxel along each axis, in mm; 1 for pictures."""
-        if self.affine is None:
-            return (1.0,) * (self.image.ndim - 1)
-        return tuple(float(v) for v in np.linalg.norm(self.affine[:3, :3], axis=0))
-
-    @property
-    def orientation(self) -> str:
-        """Directions in which the axes grow, such as RAS or LPS; "rows, columns" for pictures."""
-        return "rows, columns" if self.affine is None else "".join(nib.aff2axcodes(self.affine))
-
-    def canonical(self) -> np.ndarray:
-        """The image (C, *S) with its axes permuted and flipped so that they come nearest to RAS+; no resampling."""
-        if self.affine is None:
-            return self.image
-        order = io_orientation(self.affine)
-        return np.stack([apply_orientation(channel, order) for channel in self.image])
-
-    def canonical_spacing(self) -> tuple[float, ...]:
-        """`spacing` in the order of `canonical`."""
-        if self.affine is None:
-            return self.spacing
-        order = io_orientation(self.affine)[:, 0].astype(int)
-        return tuple(self.spacing[int(np.flatnonzero(order == axis)[0])] for axis in range(3))
-
-    def to_canonical(self, labels: np.ndarray) -> np.ndarray:
-        """A map on this scan's grid, in the order of `canonical`."""
-        return labels if self.affine is None else apply_orientation(labels, io_orientation(self.affine))
-
-    def from_canonical(self, labels: np.ndarray) -> np.ndarray:
-        """A map in the order of `canonical`, on this scan's grid: the exact inverse of `to_canonical`."""
-        if self.affine is None:
-            return labels
-        order = io_orientation(self.affine)
-        back = np.zeros_like(order)
-        for axis, (target, flip) in enumerate(order):
-            back[int(target)] = (axis, flip)
-        return apply_orientation(labels, back)
+SLAB = 1 << 23
+"""Voxels that are worked on at once."""
 
 
 def read_scan(path: str | Path, channels: int = 1) -> Scan:
     """Read a volume or picture by its name; a folder is a DICOM series. NIfTI volumes may have `channels` as 4th axis.
 
+    Where a file contradicts itself or leaves something open a rule decides, and the scan's `notes` say how: the sform
+    before the qform before the voxel sizes alone; units of length as declared; axes that are not at right angles stay.
+
     Raises UserError that names the file for anything unreadable: truncated data, 4-D where 3-D is expected, NaN
     voxels, mixed series, missing slices ...
     """
-    path = Path(path)
-    if path.is_dir():
-        scan = _read_dicom(path)
+    scan = _read(Path(path), channels)
+    scan.image = scan.image.astype(np.float32, copy=False)
+    return scan
+
+
+def _read(path: Path, channels: int = 1, exact: bool = False) -> Scan:
+    """As `read_scan`; with `exact` the values of NIfTI and NRRD stay of the type that they are stored in."""
+    if path.is_dir() or (path.suffix.lower() in (".dcm", ".ima") and path.is_file()):
+        scan = read_series(path)
     elif not path.is_file():
         raise UserError(f"{path}: no such file or folder")
     elif path.name.lower().endswith(NIFTI):
-        scan = _read_nifti(path, channels)
+        scan = _read_nifti(path, channels, exact)
     elif path.suffix.lower() in NRRD:
         scan = _read_nrrd(path)
     elif path.suffix.lower() in PICTURES:
         scan = Scan(path, np.moveaxis(_picture(path, "RGB"), -1, 0).astype(np.float32))
-    elif path.suffix.lower() == ".dcm":
-        raise UserError(f"{path}: a single DICOM file; give the folder that holds the whole series")
     else:
         raise UserError(f"{path}: not a format that is read here ({', '.join(NIFTI + NRRD + PICTURES)}, DICOM folder)")
     if not scan.image.size:
         raise UserError(f"{path}: the image is empty {scan.shape}")
     if scan.affine is not None:
         _check_affine(path, scan.affine)
-    if not np.isfinite(scan.image).all():
-        raise UserError(f"{path}: {int((~np.isfinite(scan.image)).sum())} voxels are NaN or infinite")
+        axes = scan.affine[:3, :3] / np.linalg.norm(scan.affine[:3, :3], axis=0)
+        tilt = np.degrees(np.arcsin(np.abs(axes.T @ axes - np.eye(3)).max().clip(0, 1)))
+        if tilt > 0.1:
+            scan.notes.append(
+                f"its axes are off right angles by {tilt:.2g} degrees; spacing is that along each axis, so distances "
+                "and volumes are those of voxels without the shear"
+            )
+    if scan.image.dtype.kind == "f":
+        planes = (scan.image[..., i] for i in range(scan.image.shape[-1]))
+        if wrong := sum(plane.size - int(np.isfinite(plane).sum()) for plane in planes):
+            raise UserError(f"{path}: {wrong} voxels are NaN or infinite")
     return scan
 
 
-def read_labels(path: str | Path, like: Scan | None = None, tolerance: float = 1e-3) -> np.ndarray:
-    """A label map as integers; with `like`, it must lie on that scan's grid (same shape, affine to `tolerance` mm).
+def read_labels(path: str | Path, like: Scan | None = None, tolerance: float = SAME) -> np.ndarray:
+    """A label map as integers of any size and sign; with `like`, it must lie on that scan's grid.
 
-    Pictures are read as they are stored: palette indices, not colours.
+    That is, have the same shape, and corners within `tolerance` voxels. Pictures are read as they are stored: palette
+    indices, not colours. Values that are no whole numbers, or too large for their floating type to tell from their
+    neighbours, are refused.
     """
     path = Path(path)
     if path.suffix.lower() in PICTURES and path.is_file():
         values, affine = _picture(path), None
         if values.ndim == 3:
-            if (values[..., :1] != values[..., :3]).any():
+            colors = values[..., :-1] if values.shape[-1] in (2, 4) else values  # the last is how opaque
+            if (colors[..., :1] != colors).any():
                 raise UserError(f"{path}: a colour picture; a mask has one value for each pixel")
-            values = values[..., 0]
+            values = colors[..., 0]
     else:
-        scan = read_scan(path)
+        scan = _read(path, exact=True)
         values, affine = scan.image[0], scan.affine
         if len(scan.image) != 1:
             raise UserError(f"{path}: a label map has one channel, this has {len(scan.image)}")
-    labels = np.rint(values).astype(np.int32)
-    if np.abs(labels - values).max(initial=0) > 1e-3:
-        raise UserError(f"{path}: holds values that are no whole numbers, so it is no label map")
+    labels = whole_numbers(path, values)
     if like is not None:
         if labels.shape != like.shape:
             raise UserError(f"{path}: shape {labels.shape} differs from its image's {like.shape} ({like.path.name})")
-        if affine is not None and like.affine is not None and not np.allclose(affine, like.affine, atol=tolerance):
-            raise UserError(
-                f"{path}: its affine differs from its image's ({like.path.name}) by up to "
-                f"{np.abs(affine - like.affine).max():.3g}; resample one onto the other"
-            )
+        if affine is not None and like.affine is not None:
+            apart = grid_distance(like.affine, affine, like.shape)
+            if apart > tolerance:
+                raise UserError(
+                    f"{path}: its affine differs from its image's ({like.path.name}) by up to {apart:.3g} voxels at "
+                    "the corners; resample one onto the other"
+                )
     return labels
 
 
-def write_labels(path: str | Path, labels: np.ndarray, like: Scan) -> Path:
-    """Write a label map (*S) on the grid of `like`, atomically. The name's ending decides: NIfTI, NRRD or PNG."""
+def whole_numbers(path: Path, values: np.ndarray) -> np.ndarray:
+    """Stored label values as int32, or int64 where they need it. Raises UserError where they are no whole numbers."""
+    if values.dtype.kind == "f":
+        largest = 2.0 ** (1 + np.finfo(values.dtype).nmant)
+        wrong = "holds values that are no whole numbers, so it is no label map"
+        parts = [values[..., i] for i in range(values.shape[-1])]
+        if any(np.abs(np.rint(part) - part).max(initial=0) > 1e-3 for part in parts):
+            raise UserError(f"{path}: {wrong}")
+        if max(np.abs(part).max(initial=0) for part in parts) >= largest:
+            raise UserError(
+                f"{path}: holds labels from {largest:.0f} on as {values.dtype}, which cannot tell them from their "
+                "neighbours; store them as integers"
+            )
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    if high > np.iinfo(np.int64).max:
+        raise UserError(f"{path}: holds the label {high}; labels go up to {np.iinfo(np.int64).max}")
+    small = np.iinfo(np.int32).min <= low and high <= np.iinfo(np.int32).max
+    kind: Any = np.int32 if small else np.int64
+    if values.dtype.kind != "f":
+        return values.astype(kind)
+    labels = np.empty_like(values, dtype=kind)
+    for i in range(values.shape[-1]):
+        labels[..., i] = np.rint(values[..., i])
+    return labels
+
+
+def label_type(low: int, high: int) -> Any:
+    """The smallest integer type that holds all labels from `low` to `high`."""
+    types = (np.uint8, np.uint16, np.int32, np.int64) if low >= 0 else (np.int16, np.int32, np.int64)
+    return next(t for t in types if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
+
+
+def write_labels(path: str | Path, labels: np.ndarray, like: Scan, about: Mapping[str, Any] | None = None) -> Path:
+    """Write a label map (*S) on the grid of `like`, atomically. The name's ending decides: NIfTI, NRRD or PNG.
+
+    It is stored in the smallest type that holds every label. `about` is kept in the file, see `read_about`.
+    """
     path = Path(path)
     if labels.shape != like.shape:
         raise ValueError(f"labels {labels.shape} are not on the grid of {like.path.name} {like.shape}")
-    dtype = np.uint8 if labels.max(initial=0) <= 255 else np.int16
-    return _write_map(path, labels.astype(dtype), like)
+    kind = label_type(int(labels.min(initial=0)), int(labels.max(initial=0)))
+    return _write_map(path, labels.astype(kind, copy=False), like, about)
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """What `write_labels` kept in a file as `about`; nothing where there is none."""
+    path = Path(path)
+    texts: list[Any] = []
+    with reading(path, "its header cannot be read"):
+        if path.name.lower().endswith(NIFTI):
+            extensions = getattr(nib.load(path).header, "extensions", ())  # type: ignore[attr-defined]
+            texts = [e.get_content() for e in extensions if e.get_code() == COMMENT]
+        elif path.suffix.lower() == ".nrrd":
+            with path.open("rb") as stream:
+                texts = [nrrd.read_header(stream).get("nearfar", "")]
+        elif path.suffix.lower() == ".png":
+            with Image.open(path) as picture:
+                texts = [picture.info.get("nearfar", "")]
+    for text in texts:
+        try:
+            found = json.loads(text.rstrip(b"\0") if isinstance(text, bytes) else str(text))
+        except ValueError:
+            continue  # a comment of someone else's
+        if isinstance(found, dict) and "nearfar" in found:
+            return dict(found["nearfar"])
+    return {}
+
+
+COMMENT = 6
+"""Code of NIfTI's extension for text."""
 
 
 def write_probabilities(path: str | Path, values: np.ndarray, like: Scan) -> Path:
@@ -166,66 +215,33 @@ def write_probabilities(path: str | Path, values: np.ndarray, like: Scan) -> Pat
     return _write_map(Path(path), values.astype(np.float32), like)
 
 
-def _write_map(path: Path, values: np.ndarray, like: Scan) -> Path:
-    name = path.name.lower()
+def _write_map(path: Path, values: np.ndarray, like: Scan, about: Mapping[str, Any] | None = None) -> Path:
+    name, text = path.name.lower(), json.dumps({"nearfar": dict(about)}) if about else ""
     with atomic_path(path) as temporary:
         if name.endswith(NIFTI):
             if like.affine is None:
                 raise UserError(f"{path}: {like.path.name} is a picture; write PNG")
             with reading(path, f"cannot be written on the grid of {like.path}", "its header is odd; convert it again"):
-                nib.save(_nifti(values, like), temporary)
+                image = _nifti(values, like)
+                if text:
+                    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", text.encode()))
+                nib.save(image, temporary)
         elif path.suffix.lower() == ".nrrd":
-            nrrd.write(str(temporary), values, _nrrd_header(like), index_order="F")
-        elif path.suffix.lower() == ".png" and values.ndim == 2 and values.dtype == np.uint8:
-            Image.fromarray(values).save(temporary)
+            header = _nrrd_header(like) | ({"nearfar": text} if text else {})
+            nrrd.write(str(temporary), values, header, index_order="F")
+        elif path.suffix.lower() == ".png" and values.ndim == 2 and values.dtype in (np.uint8, np.uint16):
+            info = PngInfo()
+            if text:
+                info.add_text("nearfar", text)
+            Image.fromarray(values).save(temporary, pnginfo=info)
+        elif path.suffix.lower() == ".png" and values.ndim == 2:
+            raise UserError(f"{path}: PNG holds labels from 0 to 65535; these go beyond, write another format")
         else:
             raise UserError(f"{path}: label maps are written as .nii, .nii.gz or .nrrd, those of pictures as .png")
     return path
 
 
-def write_dicom_seg(path: str | Path, labels: np.ndarray, like: Scan, names: dict[int, str]) -> Path:
-    """Write a label map as a DICOM segmentation object that refers to the series `like` was read from."""
-    if like.kind != "dicom":
-        raise UserError(f"{path}: a DICOM segmentation needs a DICOM series as input, {like.path.name} is none")
-    codes = highdicom.sr.CodedConcept
-    tissue = codes("85756007", "SCT", "Tissue")
-    present = {number: name for number, name in names.items() if number > 0}
-    described = [
-        highdicom.seg.SegmentDescription(
-            segment_number=i,
-            segment_label=name,
-            segmented_property_category=tissue,
-            segmented_property_type=tissue,
-            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-            algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-                name="nearfar", version="1", family=codes("123110", "DCM", "Artificial Intelligence")
-            ),
-        )
-        for i, name in enumerate(present.values(), 1)
-    ]
-    masks = np.stack([labels == number for number in present], -1)  # (X, Y, Z, segments)
-    pixels = masks.transpose(2, 1, 0, 3).astype(np.uint8)
-    segmentation = highdicom.seg.Segmentation(
-        source_images=like.source,
-        pixel_array=pixels,
-        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=described,
-        series_instance_uid=highdicom.UID(),
-        series_number=100,
-        sop_instance_uid=highdicom.UID(),
-        instance_number=1,
-        manufacturer="nearfar",
-        manufacturer_model_name="nearfar",
-        software_versions="1",
-        device_serial_number="1",
-        omit_empty_frames=False,
-    )
-    with atomic_path(path) as temporary:
-        segmentation.save_as(temporary)
-    return Path(path)
-
-
-def _read_nifti(path: Path, channels: int) -> Scan:
+def _read_nifti(path: Path, channels: int, exact: bool) -> Scan:
     with reading(path, "damaged or no NIfTI file"):
         file: Any = nib.load(path)
         kind = file.header.get_data_dtype()
@@ -233,30 +249,77 @@ def _read_nifti(path: Path, channels: int) -> Scan:
             what = "colours (RGB)" if kind.names else "complex numbers" if kind.kind == "c" else str(kind)
             raise UserError(f"{path}: its voxels are {what}; a scan has one real number for each, convert it first")
         check_announced(path, math.prod(file.shape) * kind.itemsize, path.name.lower().endswith(".gz"))
-        data = np.asarray(file.dataobj, dtype=np.float32)
+        data = np.asanyarray(file.dataobj) if exact else np.asarray(file.dataobj, dtype=np.float32)
+        affine, notes = _nifti_affine(file)
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     data = np.moveaxis(data, -1, 0) if data.ndim == 4 and data.shape[-1] == channels else data[None]
     if data.ndim != 4:
         shape = data.shape[1:]
         raise UserError(f"{path}: has {len(shape)} axes {shape}; a volume of three is expected, split it first")
-    return Scan(path, data, np.array(file.affine, float), "nifti", file)
+    return Scan(path, data, affine, "nifti", file, notes)
+
+
+def _nifti_affine(file: Any) -> tuple[np.ndarray, list[str]]:
+    """The affine to mm that the rules choose, and what is to be said of it."""
+    header, shape, notes = file.header, file.shape[:3], []
+    if not hasattr(header, "get_qform") or len(shape) < 3:
+        return np.array(file.affine, float), notes
+    forms = {}
+    for name in ("sform", "qform"):
+        if int(header[f"{name}_code"]) > 0:
+            try:
+                forms[name] = np.array(getattr(header, f"get_{name}")(), float)
+            except Exception as error:  # whatever nibabel says of a broken quaternion
+                notes.append(f"its {name} cannot be read ({error})")
+    usable = {name: form for name, form in forms.items() if not _wrong_affine(form)}
+    if usable:
+        chosen, affine = next(iter(usable.items()))
+        if "sform" in forms and chosen == "qform":
+            notes.append(f"its sform {_wrong_affine(forms['sform'])}; the qform is used")
+        if len(usable) == 2 and (apart := grid_distance(usable["sform"], usable["qform"], shape)) > SAME:
+            sizes = [" x ".join(f"{v:.3g}" for v in np.linalg.norm(f[:3, :3], axis=0)) for f in usable.values()]
+            axes = ["".join(nib.aff2axcodes(f)) for f in usable.values()]
+            notes.append(
+                f"its sform ({axes[0]}, {sizes[0]}) and qform ({axes[1]}, {sizes[1]}) differ by up to {apart:.3g} "
+                "voxels at the corners; the sform is used"
+            )
+    elif forms:
+        affine = next(iter(forms.values()))
+    else:
+        affine = np.array(header.get_base_affine(), float)
+        notes.append(
+            "it says nothing of its orientation (sform and qform codes are 0); voxel sizes are taken from pixdim and "
+            "the axes as LAS, as nibabel does, so left and right are not certain"
+        )
+    unit = header.get_xyzt_units()[0]
+    if factor := UNITS.get(unit):
+        largest = float(np.linalg.norm(affine[:3, :3], axis=0).max())
+        if factor * largest > 100:
+            notes.append(f"it declares {unit} as unit, which makes voxels of {factor * largest:.3g} mm; taken as mm")
+        else:
+            affine = np.diag([factor, factor, factor, 1.0]) @ affine
+            notes.append(f"it declares {unit} as unit; converted to mm")
+    return affine, notes
+
+
+def _wrong_affine(affine: np.ndarray) -> str:
+    """What is wrong with an affine under which voxels have no place, no size, or axes that cannot be told apart."""
+    if not np.isfinite(affine).all():
+        return "is not finite"
+    if not 1e-20 < abs(np.linalg.det(affine[:3, :3])) < math.inf:
+        return "is singular, so its voxels have no size"
+    return "has axes that cannot be told apart" if np.isnan(io_orientation(affine)).any() else ""
 
 
 def _check_affine(path: Path, affine: np.ndarray) -> None:
-    """Raise UserError where voxels have no place, no size, or axes that cannot be told apart."""
-    what = "is not finite" if not np.isfinite(affine).all() else ""
-    if not what and not 1e-12 < abs(np.linalg.det(affine[:3, :3])) < math.inf:
-        what = "is singular, so its voxels have no size"
-    if not what and np.isnan(io_orientation(affine)).any():
-        what = "has axes that cannot be told apart"
-    if what:
+    if what := _wrong_affine(affine):
         raise UserError(f"{path}: its affine {what}; mend its header or convert it again")
 
 
 def _nifti(values: np.ndarray, like: Scan) -> Any:
     if like.kind != "nifti":
-        plain = nib.Nifti1Image(values, like.affine)
+        plain = nib.Nifti1Image(values, like.affine, dtype=values.dtype)
         plain.header.set_xyzt_units("mm")
         plain.set_sform(like.affine, 1)
         plain.set_qform(like.affine, 1)
@@ -264,9 +327,10 @@ def _nifti(values: np.ndarray, like: Scan) -> Any:
     original = like.source.header
     if math.prod(like.source.shape[3:]) == 1:
         values = values.reshape(like.source.shape)
-    image: Any = type(like.source)(values, None, original) if hasattr(original, "get_qform") else None
-    if image is None:
-        return nib.Nifti1Image(values, like.affine)
+    if not hasattr(original, "get_qform"):
+        return nib.Nifti1Image(values, like.affine, dtype=values.dtype)
+    image: Any = type(like.source)(values, None, original, dtype=values.dtype)
+    image.header.extensions = type(image.header.extensions)()
     image.header.set_data_dtype(values.dtype)
     image.header.set_slope_inter(1, 0)
     image.header["cal_min"] = image.header["cal_max"] = 0
@@ -299,7 +363,7 @@ def _read_nrrd(path: Path) -> Scan:
     if space not in flips or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path}: its space {space!r} or its directions cannot be placed in a patient")
     affine = np.diag([*flips[space], 1.0]) @ affine
-    return Scan(path, data.astype(np.float32)[None], affine, "nrrd", header)
+    return Scan(path, data[None], affine, "nrrd", header)
 
 
 def _check_nrrd(path: Path, header: Any) -> None:
@@ -327,90 +391,6 @@ def _nrrd_header(like: Scan) -> dict[str, Any]:
     }
 
 
-def _read_dicom(folder: Path) -> Scan:
-    slices: list[Any] = []
-    seen: dict[Any, Any] = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        with reading(path, "damaged DICOM file"):
-            try:
-                item = pydicom.dcmread(path)
-            except InvalidDicomError:
-                if path.suffix.lower() in (".dcm", ".ima"):
-                    raise
-                continue  # something else that lies in the folder
-            if "PixelData" not in item:
-                continue
-            if int(item.get("NumberOfFrames", None) or 1) > 1:
-                raise UserError(f"{path}: a multi-frame DICOM object; convert it to NIfTI first")
-            seen.setdefault(str(item.get("SeriesInstanceUID", "")), []).append(path.name)
-            slices.append(item)
-    if not slices:
-        raise UserError(f"{folder}: no DICOM images in this folder")
-    if len(seen) > 1:
-        counts = ", ".join(f"{len(names)} files such as {names[0]}" for names in seen.values())
-        raise UserError(f"{folder}: holds {len(seen)} series mixed ({counts}); put each into a folder of its own")
-    geometry = [_geometry(item) for item in slices]
-    directions, positions = (np.stack(values) for values in list(zip(*geometry))[:2])
-    in_plane = [plane for *_, plane, _ in geometry]
-    thickness = geometry[0][3]
-    if np.abs(directions - directions[0]).max() > 1e-4 or len(set(in_plane)) > 1:
-        raise UserError(f"{folder}: the slices differ in orientation, size or pixel spacing")
-    row, column = directions[0, :3], directions[0, 3:]
-    normal = np.cross(row, column)
-    order = np.argsort(positions @ normal)
-    slices, positions = [slices[i] for i in order], positions[order]
-    steps = np.diff(positions, axis=0)
-    step = normal * thickness
-    if len(slices) > 1:
-        gaps = steps @ normal
-        step = (positions[-1] - positions[0]) / (len(slices) - 1)
-        usual = float(np.median(gaps))
-        if gaps.min() < 1e-3:
-            raise UserError(f"{folder}: {int((gaps < 1e-3).sum())} slices share their position with another")
-        if np.abs(gaps - usual).max() > 0.02 * usual + 1e-3:
-            where = int(np.argmax(np.abs(gaps - usual)))
-            raise UserError(
-                f"{folder}: a slice is missing: slices {where + 1} and {where + 2} lie {gaps[where]:.3g} mm apart, "
-                f"the others {usual:.3g} mm"
-            )
-        if np.abs(step - normal * (step @ normal)).max() > 0.01 * usual:
-            raise UserError(f"{folder}: the gantry was tilted (slices are sheared); resample the series first")
-    with reading(folder, "the pixels of a slice cannot be read"):
-        planes = [_rescaled(s) for s in slices]
-    row_spacing, column_spacing = in_plane[0][2:]  # between rows, between columns
-    affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1], affine[:3, 2] = row * column_spacing, column * row_spacing, step
-    affine[:3, 3] = positions[0]
-    volume = np.stack(planes, -1).transpose(1, 0, 2)  # (rows, columns, slices) to (x, y, z)
-    return Scan(folder, volume[None].astype(np.float32), LPS_TO_RAS @ affine, "dicom", slices)
-
-
-def _geometry(item: Any) -> tuple[np.ndarray, np.ndarray, tuple[float, ...], float]:
-    """Directions of rows and columns (6,), position (3,), rows, columns and their spacing, thickness of a slice."""
-    with reading(Path(item.filename), "lacks its position, orientation or spacing", "export the series again"):
-        direction = np.array(item.ImageOrientationPatient, float).reshape(6)
-        position = np.array(item.ImagePositionPatient, float).reshape(3)
-        down, across = map(float, item.PixelSpacing)
-        plane = (int(item.Rows), int(item.Columns), down, across)
-        thickness = float(item.get("SliceThickness") or 1.0)
-        if not all(np.isfinite(values).all() for values in (direction, position, plane, thickness)):
-            raise ValueError("a number is not finite")
-        return direction, position, plane, thickness
-
-
-def _rescaled(item: Any) -> np.ndarray:
-    path = Path(item.filename)
-    with reading(path, "its pixels cannot be read"):
-        slope, intercept = float(item.get("RescaleSlope", 1)), float(item.get("RescaleIntercept", 0))
-        shape = int(item.Rows), int(item.Columns)
-        if math.prod(shape) > UNIFORM:
-            check_announced(path, math.prod(shape), compressed=True, size=len(item.PixelData))
-        plane = item.pixel_array
-        if plane.shape != shape:
-            raise UserError(f"{path}: its pixels are {plane.shape}; a slice of a scan has one number for each")
-        return plane.astype(np.float32) * slope + intercept
-
-
 def _picture(path: Path, mode: str | None = None) -> np.ndarray:
     with reading(path, "damaged or no picture"), Image.open(path) as picture:
         check_picture(picture, path)
@@ -419,21 +399,43 @@ def _picture(path: Path, mode: str | None = None) -> np.ndarray:
         return np.asarray(picture.convert(mode) if mode else picture)
 
 
+def linear_slabs(image: np.ndarray, size: Sequence[int]) -> Iterator[tuple[slice, np.ndarray]]:
+    """An array (*S) on another grid of the same extent, linearly: slabs of the first axis, a few at a time.
+
+    Together they are `F.interpolate(..., align_corners=False)`.
+    """
+    rows = max(1, SLAB // math.prod((1, *size[1:])))
+    place = ((np.arange(size[0]) + 0.5) * (len(image) / size[0]) - 0.5).clip(0, len(image) - 1)
+    for start in range(0, size[0], rows):
+        where = slice(start, min(start + rows, size[0]))
+        yield where, _planes_at(image, place[where], size[1:])
+
+
+def _planes_at(image: np.ndarray, place: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Linear interpolation of (*S) at places along the first axis, and to `size` along the others."""
+    low = place.astype(int)
+    share = (place - low).astype(np.float32).reshape(-1, *[1] * (image.ndim - 1))
+    slab = (1 - share) * image[low] + share * image[np.minimum(low + 1, len(image) - 1)]
+    mode = "bilinear" if image.ndim == 3 else "linear"
+    return F.interpolate(torch.from_numpy(slab)[None], tuple(size), mode=mode, align_corners=False)[0].numpy()
+
+
 def resize_labels(labels: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """A label map on another grid of the same extent: each label's indicator is resized linearly, the largest wins.
 
-    Smoother borders than nearest neighbour; holds two volumes at a time, however many labels there are.
+    Smoother borders than nearest neighbour; works slab by slab, so that memory grows neither with labels nor volume.
     """
-    import torch
-    import torch.nn.functional as F
-
     if tuple(size) == labels.shape:
         return labels
-    mode = "trilinear" if labels.ndim == 3 else "bilinear"
-    best, result = np.full(tuple(size), -1.0, np.float32), np.zeros(tuple(size), labels.dtype)
-    for value in np.unique(labels):
-        mask = torch.from_numpy((labels == value).astype(np.float32))[None, None]
-        share = F.interpolate(mask, tuple(size), mode=mode, align_corners=False)[0, 0].numpy()
-        better = share > best
-        result[better], best[better] = value, share[better]
+    result = np.zeros(tuple(size), labels.dtype)
+    scale, rows = len(labels) / size[0], max(1, SLAB // math.prod((1, *size[1:])))
+    for start in range(0, size[0], rows):
+        stop = min(start + rows, size[0])
+        first, last = max(0, math.floor(start * scale - 0.5)), min(len(labels), math.ceil(stop * scale + 0.5) + 1)
+        part, best = labels[first:last], np.full((stop - start, *size[1:]), -1.0, np.float32)
+        place = ((np.arange(start, stop) + 0.5) * scale - 0.5).clip(0, len(labels) - 1) - first
+        for value in np.unique(part):
+            share = _planes_at((part == value).astype(np.float32), place, size[1:])
+            better = share > best
+            result[start:stop][better], best[better] = value, share[better]
     return result
