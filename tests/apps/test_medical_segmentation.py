@@ -184,7 +184,16 @@ def test_one_output_pictures_and_a_second_method(tmp_path: Path) -> None:
     run("predict", tmp_path / "data", "--model", tmp_path / "m", "-o", tmp_path / "one")
     run("predict", tmp_path / "data", "--model", tmp_path / "m", "-o", tmp_path / "two", "--crf", "--memory", "64M")
     assert sorted(p.name for p in (tmp_path / "one").glob("*.png"))[:2] == ["a.0.png", "a.0_overlay.png"]
-    run("evaluate", tmp_path / "one", tmp_path / "data", "-o", tmp_path / "s", "--against", tmp_path / "two", "--training-cases")
+    run(
+        "evaluate",
+        tmp_path / "one",
+        tmp_path / "data",
+        "-o",
+        tmp_path / "s",
+        "--against",
+        tmp_path / "two",
+        "--training-cases",
+    )
     summary = json.loads((tmp_path / "s/summary.json").read_text())
     assert summary["summary"][0]["dice"] > 0.8
     assert {"difference", "low", "high", "p"} <= set(summary["against"][0])

@@ -86,7 +86,8 @@ def test_a_missed_structure_is_the_worst_and_stays_in_the_mean() -> None:
     [
         ("nearfar", (0.0, math.sqrt(48)), (0.0, math.sqrt(48)), (None, None)),
         ("synapse_legacy", (0.0, 0.0), (1.0, 0.0), (0.0, 0.0)),
-        ("brats", (0.0, 50.0), (0.0, 50.0), (0.0, 50.0)),
+        ("brats", (0.0, 373.128664), (0.0, 373.128664), (1.0, 0.0)),
+        ("segmamba", (0.0, 50.0), (0.0, 50.0), (0.0, 50.0)),
         ("monai", (0.0, None), (None, None), (None, None)),
     ],
 )
@@ -102,7 +103,7 @@ def test_units_of_the_conventions() -> None:
     p, g = np.zeros((12, 12), np.uint8), np.zeros((12, 12), np.uint8)
     p[2:5, 2:5], g[5:8, 2:5] = 1, 1
     score = lambda name: score_case(p, g, {1: "a"}, (4.0, 4.0), convention=name)[0]["hd95"]  # noqa: E731
-    assert score("nearfar") == 4 * score("synapse_legacy") == 4 * score("brats")
+    assert score("nearfar") == score("brats") == 4 * score("synapse_legacy") == 4 * score("segmamba")
 
 
 def test_surface_dice() -> None:

@@ -1,5 +1,6 @@
 """Losses by their formulas; a network trained on real scans against a stated baseline; any network by name."""
 
+import json
 import math
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_preparation_is_undone_exactly(tmp_path: Path) -> None:
     same = Preparation()
     np.testing.assert_array_equal(same.restore(same.labels(labels, scan), scan), labels)
     finer = Preparation(spacing=(0.5, 0.5, 0.5))
-    assert finer.image(scan).shape[1:] == finer.size(scan) == (36, 32, 20)
+    assert finer.image(scan).shape[1:] == finer.size(scan) == (12, 16, 8)  # the box of what is no padding
     np.testing.assert_array_equal(finer.restore(finer.labels(labels, scan), scan), labels)
     windowed = Preparation(window=(0, 50)).image(scan)
     assert (float(windowed.min()), float(windowed.max())) == (0, 1)
@@ -247,3 +248,58 @@ def test_a_published_checkpoint_is_told_by_its_tensors() -> None:
             assert type(load_published(contract.state())).__name__ == name
     with pytest.raises(CheckpointError, match=r"is none of \d+ known"):
         load_published({"weight": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("name", ["dice_ce", "nnunet", "transunet"])
+def test_losses_without_the_ignored_voxels(name: str) -> None:
+    """Nothing ignored: the usual loss. Ignored voxels: as if they were not there, whatever the scores."""
+    logits, labels = torch.randn(2, 3, 6, 6), torch.randint(0, 3, (2, 6, 6))
+    torch.testing.assert_close(
+        SegmentationLoss(name, ignore=-1)(logits, labels), SegmentationLoss(name)(logits, labels)
+    )
+    hidden, other = labels.clone(), logits.clone()
+    hidden[:, 3:], other[:, :, 3:] = -1, 50 * torch.randn(2, 3, 3, 6)
+    loss = SegmentationLoss(name, ignore=-1)
+    torch.testing.assert_close(loss(logits, hidden), loss(other, hidden))
+    torch.testing.assert_close(loss(logits, hidden), SegmentationLoss(name)(logits[:, :, :3], labels[:, :3]))
+    assert torch.isfinite(loss(logits, torch.full_like(labels, -1)))
+
+
+def test_regions_and_ignored_voxels_are_trained_and_scored(tmp_path: Path) -> None:
+    """nnU-Net's regions: outputs of their own, a label map painted from them, regions scored, what is ignored not."""
+    rng = np.random.default_rng(0)
+    for kind in ("imagesTr", "labelsTr"):
+        (tmp_path / kind).mkdir()
+    for i in range(2):
+        labels = np.zeros((24, 24, 8), np.int32)
+        labels[4:20, 4:20], labels[8:16, 8:16] = 1, -3
+        image = np.choose(labels.clip(-1) + 1, [90, 0, 50]) + rng.normal(0, 3, labels.shape)
+        labels[..., :2] = 70000
+        for folder, name, data in (("imagesTr", f"c{i}_0000", image.astype(np.float32)), ("labelsTr", f"c{i}", labels)):
+            nib.save(nib.Nifti1Image(data, np.diag([1, 1, 3, 1])), tmp_path / folder / f"{name}.nii.gz")
+    labels = {"background": 0, "whole": [1, -3], "core": -3, "ignore": 70000}
+    content = {"channel_names": {"0": "MR"}, "labels": labels, "regions_class_order": [1, -3]}
+    (tmp_path / "dataset.json").write_text(json.dumps({**content, "numTraining": 2, "file_ending": ".nii.gz"}))
+    collection = find_cases(tmp_path)
+    settings = {"features": (8, 8, 8, 8, 8, 8), "norm": ("group", {"num_groups": 4})}
+    recipe = Recipe(settings=settings, roi=(16, 16), epochs=4, batch_size=8, patches_per_epoch=64, learning_rate=1e-2)
+    segmenter, summary = train_segmenter(
+        collection, recipe, tmp_path / "m", train_cases=collection.cases[:1], validation_cases=collection.cases[1:],
+        device="cpu",
+    )  # fmt: skip
+    assert [row["label"] for row in summary] == ["whole", "core", "mean of labels"]
+    assert summary[0]["dice"] > 0.85
+    scan, truth = collection.read(collection.cases[1])
+    found = Segmenter.load(tmp_path / "m")(scan)
+    assert set(np.unique(found)) <= {0, 1, -3}
+    assert segmenter.network.final_conv.out_channels == 2
+    np.testing.assert_array_equal(found, segmenter(scan))
+
+
+def test_patches_are_centred_on_classes_alike() -> None:
+    labels = np.zeros((64, 64), np.uint8)
+    labels[:, 32:], labels[5, 5] = 1, 2
+    recipe = Recipe(roi=(8, 8), patches_per_epoch=60, augment=[], foreground=1.0)
+    patches = Patches([(np.zeros((1, 64, 64), np.float32), labels)], recipe)
+    rare = np.mean([bool((patches[i][1] == 2).any()) for i in range(60)])
+    assert 0.25 < rare < 0.75  # one voxel of 2049, one class of two

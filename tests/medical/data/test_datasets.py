@@ -11,7 +11,7 @@ from PIL import Image
 
 from nearfar.core.errors import UserError
 from nearfar.medical.data.cases import Case, check_split, make_splits
-from nearfar.medical.data.layouts import find_cases
+from nearfar.medical.data.layouts import find_cases, grouped, patients_by_name, read_splits
 from nearfar.medical.data.scans import read_labels, write_labels
 
 
@@ -286,3 +286,34 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text('{"channel_names": {}}')
     with pytest.raises(UserError, match=r"dataset\.json"):
         find_cases(tmp_path)
+
+
+def test_scans_of_one_patient_are_told_by_their_names() -> None:
+    def groups(*names: str) -> list[str]:
+        found = patients_by_name(list(names))
+        return [found[name] for name in names]
+
+    assert groups("p1_scan1", "p1_scan2", "p2_scan1") == ["p1", "p1", "p2"]
+    assert groups("sub-01_ses-1", "sub-01_ses-2", "sub-02_ses-1") == ["sub-01", "sub-01", "sub-02"]
+    assert groups("patient001_frame01", "patient001_frame12", "patient002_frame01")[:2] == ["patient001"] * 2
+    assert groups("training01_01", "training01_02", "training02_01") == ["training01", "training01", "training02"]
+    for apart in (("a_1", "a_2"), ("liver_0", "liver_1"), ("left", "right"), ("case_00001", "case_00002")):
+        assert groups(*apart) == list(apart)
+    assert groups("site1_001", "site1_002", "site2_001") == ["site1_001", "site1_002", "site2_001"]
+
+
+def test_patients_and_splits_are_given(tmp_path: Path) -> None:
+    build(tmp_path, "nnU-Net")
+    found = find_cases(tmp_path)
+    (tmp_path / "groups.csv").write_text("case,patient\na_1,x\na_2,x\n")
+    assert {c.group for c in grouped(found, str(tmp_path / "groups.csv")).cases} == {"x"}
+    assert {c.group for c in grouped(found, r"^(\w)_").cases} == {"a"}
+    for wrong, reason in (("(", "no pattern"), ("a", "one group"), ("(b)", "no patient of a_1")):
+        with pytest.raises(UserError, match=reason):
+            grouped(found, wrong)
+    path = tmp_path / "splits_final.json"
+    path.write_text(json.dumps([{"train": ["a_1"], "val": ["a_2"]}]))
+    assert read_splits(path, found.cases) == [{"train": ["a_1"], "validation": ["a_2"]}]
+    path.write_text(json.dumps([{"train": ["a_1"], "val": ["b"]}]))
+    with pytest.raises(UserError, match="names cases that are not there: b"):
+        read_splits(path, found.cases)

@@ -13,7 +13,15 @@ from PIL import Image
 from pydicom.uid import generate_uid
 
 from nearfar.core.errors import UserError
-from nearfar.medical.data.scans import read_labels, read_scan, resize_labels, write_dicom_seg, write_labels
+from nearfar.medical.data.scans import (
+    Scan,
+    read_about,
+    read_labels,
+    read_scan,
+    resize_labels,
+    write_dicom_seg,
+    write_labels,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -196,3 +204,49 @@ def test_resizing_labels() -> None:
     assert (resize_labels(resize_labels(labels, (20, 24, 16)), (10, 12, 8)) == labels).all()
     assert set(np.unique(resize_labels(labels, (13, 15, 9)))) == {0, 3, 7}
     assert resize_labels(labels, labels.shape) is labels
+
+
+def test_labels_of_any_integer(tmp_path: Path) -> None:
+    data = np.zeros((4, 5, 6), np.float32)
+    data[1] = 1
+    nib.save(nib.Nifti1Image(data, np.eye(4)), tmp_path / "a.nii")
+    scan = read_scan(tmp_path / "a.nii")
+    for value in (255, 256, 70000, -1, -40000, 2**24 + 1, 2**40):
+        labels = data.astype(np.int64) * value
+        for ending in (".nii.gz", ".nrrd"):
+            path = write_labels(tmp_path / f"b{ending}", labels, scan, {"model": "m"})
+            np.testing.assert_array_equal(read_labels(path, scan), labels)
+            assert read_about(path) == {"model": "m"}
+    picture = Scan(tmp_path / "p.png", data[None, ..., 0])
+    np.testing.assert_array_equal(
+        read_labels(write_labels(tmp_path / "p.png", (data[..., 0] * 300).astype(int), picture, {"model": "m"})),
+        data[..., 0] * 300,
+    )
+    assert read_about(tmp_path / "p.png") == {"model": "m"}
+    for value in (-1, 70000):
+        with pytest.raises(UserError, match="PNG holds labels"):
+            write_labels(tmp_path / "p.png", (data[..., 0] * value).astype(int), picture)
+    for kind, value, reason in (
+        (np.float32, 0.9882, "no whole numbers"),
+        (np.float32, 2.0**25, "cannot tell them"),
+        (np.float64, 2.0**60, "cannot tell them"),
+        (np.uint64, 2**63, "labels go up to"),
+    ):
+        nib.save(nib.Nifti1Image((data * 1).astype(kind) * kind(value), np.eye(4), dtype=kind), tmp_path / "c.nii")
+        with pytest.raises(UserError, match=reason):
+            read_labels(tmp_path / "c.nii")
+
+
+def test_grids_are_compared_by_their_corners(tmp_path: Path) -> None:
+    data, affine = np.zeros((4, 5, 600), np.uint8), np.diag([1.0, 1, 2, 1])
+    nib.save(nib.Nifti1Image(data, affine), tmp_path / "a.nii.gz")
+    scan = read_scan(tmp_path / "a.nii.gz")
+    for moved, stretched, same in ((0.005, 1.0, True), (0.3, 1.0, False), (0, 1.0001, True), (0, 1.0005, False)):
+        other = affine.copy()
+        other[0, 3], other[2, 2] = moved, 2 * stretched
+        nib.save(nib.Nifti1Image(data, other), tmp_path / "b.nii.gz")
+        if same:
+            assert read_labels(tmp_path / "b.nii.gz", scan).shape == scan.shape
+        else:
+            with pytest.raises(UserError, match=r"0\.3 voxels at the corners"):
+                read_labels(tmp_path / "b.nii.gz", scan)

@@ -223,7 +223,10 @@ def scale_intensities(
             if outside is not None:
                 part = np.where(outside[..., start : start + step], np.float32(floor), part)
             out[i][..., start : start + step] = (np.clip(part, low, high) - np.float32(shift)) / np.float32(scale)
-    return torch.from_numpy(out)
+    result = torch.from_numpy(out)
+    if isinstance(image, Tensor):  # MONAI's carry what was done to them
+        return torch.empty_like(image, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(result)
+    return result
 
 
 def _mean_std(values: np.ndarray) -> tuple[float, float]:

@@ -174,13 +174,14 @@ class Segmenter:
             if known.range is None:
                 continue
             low, high = quantiles(channel)
+            spread = float(channel.max() - channel.min())  # what is cut off as padding may be air of one value
             (least, most), wide = known.range, known.range[1] - known.range[0]
             what = f"channel {i + 1} has" if len(scan.image) > 1 else "has"
             said = f"{what} intensities of {low:.4g} to {high:.4g}, the model was trained on {least:.4g} to {most:.4g}"
             absolute = self.recipe.window is not None or known.intensity in ABSOLUTE
-            if absolute and (high <= least or low >= most or high - low < known.width / 20):
+            if absolute and (high <= least or low >= most or spread < known.width / 20):
                 raise UserError(f"{scan.path}: {said}; convert it to the unit of the training data (CT: Hounsfield)")
-            if low < least - wide / 2 or high > most + wide / 2 or high - low < known.width / 4:
+            if low < least - wide / 2 or high > most + wide / 2 or spread < known.width / 4:
                 scan.notes += [note] if (note := f"{said}; results may be wrong") not in scan.notes else []
 
     @contextmanager
