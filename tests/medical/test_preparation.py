@@ -146,7 +146,7 @@ def test_memory_bounds_the_volumes(segmenter: Segmenter, image: np.ndarray) -> N
     need = segmenter.check_memory(one, 1 << 30)
     assert need == image.size * (4 + 4 + 2 + 2)
     np.testing.assert_array_equal(segmenter(one, memory=need + 1000), segmenter(one))
-    with pytest.raises(UserError, match="the scan .*the prepared image"):
+    with pytest.raises(UserError, match=r"the scan .*the prepared image"):
         segmenter(one, memory=need - 1)
 
 

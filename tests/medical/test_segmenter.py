@@ -261,7 +261,7 @@ def test_losses_without_the_ignored_voxels(name: str) -> None:
     hidden[:, 3:], other[:, :, 3:] = -1, 50 * torch.randn(2, 3, 3, 6)
     loss = SegmentationLoss(name, ignore=-1)
     torch.testing.assert_close(loss(logits, hidden), loss(other, hidden))
-    torch.testing.assert_close(loss(logits, hidden), SegmentationLoss(name)(logits[:, :, :3], labels[:, :3]))
+    torch.testing.assert_close(loss(logits, hidden), plain(logits[:, :, :3], labels[:, :3]))
     assert torch.isfinite(loss(logits, torch.full_like(labels, -1)))
 
 
@@ -289,7 +289,7 @@ def test_regions_and_ignored_voxels_are_trained_and_scored(tmp_path: Path) -> No
     )  # fmt: skip
     assert [row["label"] for row in summary] == ["whole", "core", "mean of labels"]
     assert summary[0]["dice"] > 0.85
-    scan, truth = collection.read(collection.cases[1])
+    scan = collection.scan(collection.cases[1])
     found = Segmenter.load(tmp_path / "m")(scan)
     assert set(np.unique(found)) <= {0, 1, -3}
     assert segmenter.network.final_conv.out_channels == 2
