@@ -100,6 +100,7 @@ def test_preparation_is_undone_exactly(tmp_path: Path) -> None:
     finer = Preparation(spacing=(0.5, 0.5, 0.5))
     assert finer.image(scan).shape[1:] == finer.size(scan) == (12, 16, 8)  # the box of what is no padding
     np.testing.assert_array_equal(finer.restore(finer.labels(labels, scan), scan), labels)
+    scan.image[0, 4, 4, 3] = -10
     windowed = Preparation(window=(0, 50)).image(scan)
     assert (float(windowed.min()), float(windowed.max())) == (0, 1)
 
@@ -261,7 +262,7 @@ def test_losses_without_the_ignored_voxels(name: str) -> None:
     hidden[:, 3:], other[:, :, 3:] = -1, 50 * torch.randn(2, 3, 3, 6)
     loss = SegmentationLoss(name, ignore=-1)
     torch.testing.assert_close(loss(logits, hidden), loss(other, hidden))
-    torch.testing.assert_close(loss(logits, hidden), plain(logits[:, :, :3], labels[:, :3]))
+    torch.testing.assert_close(loss(logits, hidden), SegmentationLoss(name)(logits[:, :, :3], labels[:, :3]))
     assert torch.isfinite(loss(logits, torch.full_like(labels, -1)))
 
 

@@ -248,5 +248,5 @@ def test_grids_are_compared_by_their_corners(tmp_path: Path) -> None:
         if same:
             assert read_labels(tmp_path / "b.nii.gz", scan).shape == scan.shape
         else:
-            with pytest.raises(UserError, match=r"0\.3 voxels at the corners"):
+            with pytest.raises(UserError, match=r"0\.(3|299) voxels at the corners"):
                 read_labels(tmp_path / "b.nii.gz", scan)

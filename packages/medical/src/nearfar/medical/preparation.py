@@ -121,9 +121,11 @@ def padding(channel: np.ndarray) -> np.ndarray | None:
     """Mask of the voxels that were never measured; None where there are none.
 
     That is the value that at least half of the image's corners share: everywhere where nothing is lower, else only what
-    is joined to the image's border. What lies in the box of the rest is looked at again, for padding within padding.
+    is joined to the image's border. What lies in the box of the rest is looked at again, for padding within padding: of
+    a value lower than the one before and than all that is left.
     """
     result: np.ndarray | None = None
+    before = 0.0
     box: tuple[slice, ...] = (slice(None),) * channel.ndim
     for _ in range(3):
         inner = channel[box]
@@ -133,7 +135,10 @@ def padding(channel: np.ndarray) -> np.ndarray | None:
         if counts.max() < max(2, len(corners) / 2):
             break
         mask = inner == value
-        if value > (inner.min() if result is None else inner[~result[box]].min()):
+        if result is not None and not value == inner[~result[box]].min() < before:
+            break
+        before = value
+        if result is None and value > inner.min():
             border = np.zeros_like(mask)
             for axis in range(mask.ndim):
                 if mask.shape[axis] > 2:

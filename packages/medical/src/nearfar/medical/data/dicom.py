@@ -1,5 +1,6 @@
 """DICOM: series of single slices or of many frames in, segmentation objects out."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -276,8 +277,7 @@ def _completed(items: Sequence[Any], like: Scan) -> list[Any]:
     for number, item in enumerate(items, 1):
         if "SOPInstanceUID" not in item or "SOPClassUID" not in item:
             raise UserError(f"{item.filename}: has no UID of its own, so no segmentation can refer to it; export it")
-        whole = pydicom.Dataset(item)
-        whole.file_meta = item.file_meta
+        whole = copy.deepcopy(item)
         for name, value in (made | {"InstanceNumber": number}).items():
             if name not in whole:
                 setattr(whole, name, value)
