@@ -183,7 +183,7 @@ def _box(mask: np.ndarray) -> tuple[slice, ...]:
 def content_mask(image: Tensor) -> Tensor:
     """Mask (1, *S) of the content box of (C, *S), as MONAI's `CropForegroundd` takes it."""
     mask = torch.zeros((1, *image.shape[1:]), dtype=torch.bool)
-    mask[(0, *content_box(np.asarray(image)))] = True
+    mask[0][content_box(np.asarray(image))] = True
     return mask
 
 
@@ -192,8 +192,12 @@ def scale_intensities(
     window: Sequence[float] | None = None,
     intensity: str = "zscore",
     channels: Iterable[Channel | Mapping[str, Any]] = (),
+    masks: Sequence[np.ndarray | None] | None = None,
 ) -> Tensor:
-    """Intensities of an image (C, *S) as `Preparation` describes them; padding gets the lowest that is none."""
+    """Intensities of an image (C, *S) as `Preparation` describes them; padding gets the lowest that is none.
+
+    `masks`: what is `padding` in each channel, where the image is a part of a larger one.
+    """
     source = np.asarray(image)
     known = [c if isinstance(c, Channel) else Channel.read(c) for c in channels]
     out = np.empty(source.shape, np.float32)
@@ -202,7 +206,9 @@ def scale_intensities(
         source = source[::-1]
     for i, channel in enumerate(source):
         scheme = known[i].intensity if known else "zscore" if intensity == "auto" else intensity
-        outside = padding(channel) if window is not None or scheme in ("zscore", "ct", "minmax") else None
+        outside = None
+        if window is not None or scheme in ("zscore", "ct", "minmax"):
+            outside = padding(channel) if masks is None else masks[i]
         low, high, shift, scale = -np.inf, np.inf, 0.0, 1.0
         if window is not None:
             low, high = window
@@ -276,10 +282,10 @@ class Preparation:
         if self.intensity == "caffe" and len(scan.image) != 3:
             raise UserError(f"{scan.path}: has {len(scan.image)} channels; intensity caffe is for photographs of three")
         turned = scan.canonical()
-        box = self.box(scan)
-        cut = turned[(slice(None), *box)]
-        axis = self.axis(scan)
-        image = scale_intensities(np.moveaxis(cut, axis + 1, -1), self.window, self.intensity, self.channels)
+        box, axis = self.box(scan), self.axis(scan)
+        cut = np.moveaxis(turned[(slice(None), *box)], axis + 1, -1)
+        masks = [None if (m := padding(channel)) is None else np.moveaxis(m[box], axis, -1) for channel in turned]
+        image = scale_intensities(cut, self.window, self.intensity, self.channels, masks)
         size = self.size(scan, box)
         if size == tuple(image.shape[1:]):
             return image

@@ -262,7 +262,8 @@ def _read_nifti(path: Path, channels: int, exact: bool) -> Scan:
 
 def _nifti_affine(file: Any) -> tuple[np.ndarray, list[str]]:
     """The affine to mm that the rules choose, and what is to be said of it."""
-    header, shape, notes = file.header, file.shape[:3], []
+    header, shape = file.header, file.shape[:3]
+    notes: list[str] = []
     if not hasattr(header, "get_qform") or len(shape) < 3:
         return np.array(file.affine, float), notes
     forms = {}
