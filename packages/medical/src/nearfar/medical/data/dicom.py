@@ -269,7 +269,7 @@ NEEDED = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDa
 def _completed(items: Sequence[Any], like: Scan) -> list[Any]:
     """Copies of the slices' objects with what a reference to them needs: empty, or made from what is there."""
     series = str(items[0].get("SeriesInstanceUID", "")) or str(items[0].get("SOPInstanceUID", ""))
-    made = dict.fromkeys(NEEDED, "")
+    made: dict[str, Any] = dict.fromkeys(NEEDED, "")
     for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
         made[name] = generate_uid(entropy_srcs=[series, name])
     made |= {"SliceThickness": like.spacing[2], "SeriesNumber": 1, "Manufacturer": ""}
