@@ -15,7 +15,7 @@ import yaml
 from nearfar.apps.medical_segmentation import pages
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, say, show_json, table, track
-from nearfar.core.cli.options import Device, Fresh, Json, Memory, RunFolder, Settings, recipe_option
+from nearfar.core.cli.options import Device, Devices, Fresh, Json, Memory, RunFolder, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
 from nearfar.core.made_from import MadeFrom, mark_beside, model_digest
@@ -142,6 +142,7 @@ def train(
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation split, by patient.")] = 5,
     fold: Annotated[int, typer.Option(help="The fold that is held out.")] = 0,
     device: Device = "auto",
+    devices: Devices = 1,
     fresh: Fresh = False,
 ) -> None:
     """Train a network on the labelled cases of a folder; one fold is held out and scored.
