@@ -10,6 +10,7 @@ from typing import Any
 
 from nearfar.audio.sound import SUFFIXES
 from nearfar.core.errors import UserError
+from nearfar.core.fingerprint import content_digest
 from nearfar.core.reading import reading
 
 LAYOUTS = {
@@ -23,12 +24,26 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Utterance:
-    """A recording by the name that lists use for it, with its speaker and session where they are known."""
+    """A recording by the name that lists use for it, with its speaker and session where they are known.
+
+    start, seconds: the stretch of the file that it is, to the end where `seconds` is None. channel: 1, 2 ... where one
+    of several is meant.
+    """
 
     name: str
     path: Path
     speaker: str | None = None
     session: str | None = None
+    start: float = 0.0
+    seconds: float | None = None
+    channel: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of its content: that of the file, and which part of it."""
+        part = (self.start, self.seconds, self.channel)
+        whole = content_digest(self.path)
+        return whole if part == (0.0, None, None) else f"{whole} {part}"
 
 
 def find_utterances(source: str | Path, layout: str = "auto") -> list[Utterance]:

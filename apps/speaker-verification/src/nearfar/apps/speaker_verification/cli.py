@@ -119,7 +119,7 @@ def train(
         except ValueError as error:
             messages.print(f"not calibrated: {error}. `calibrate` can do it with other trials.")
     before = TrainedOn() if start is None else trained_on(start)
-    system.trained_on = before | TrainedOn.of((content_digest(u.path) for u in good), (u.speaker for u in good))
+    system.trained_on = before | TrainedOn.of((u.digest for u in good), (u.speaker for u in good))
     system.save(output, trained_on={"data": str(data), "speakers": len({u.speaker for u in learn})})
     pages.training_page(system, history, chosen).write(output / "report.html")
     if held and history:
