@@ -11,11 +11,13 @@ import typer
 from nearfar.apps.speaker_verification import lists, pages
 from nearfar.apps.speaker_verification.common import (
     Cache,
+    Channel,
     MixChannels,
     Model,
     embed_all,
     matrix,
     refuse_folder,
+    say_silence,
 )
 from nearfar.audio.corpora import Utterance, find_utterances
 from nearfar.audio.sound import SUFFIXES
@@ -136,6 +138,7 @@ def embed(
     model: Model,
     cache: Cache = None,
     layout: Layout = "auto",
+    channel: Channel = None,
     mix_channels: MixChannels = False,
     device: Device = "auto",
 ) -> None:
@@ -143,7 +146,7 @@ def embed(
     refuse_folder(output)
     system = SpeakerSystem.load(model, device)
     utterances = _recordings(paths, layout)
-    found, failures = embed_all(utterances, Embedder(system.model, cache, mix_channels=mix_channels))
+    found, failures = embed_all(utterances, Embedder(system.model, cache, mix_channels=mix_channels, channel=channel))
     if found:
         qualities = {
             name: np.array([getattr(e.quality, name) for _, e in found]) for name in ("seconds", "speech", "snr")
@@ -167,6 +170,7 @@ def enroll(
     gallery: Annotated[Path, typer.Option("--gallery", "-g", help="Gallery file (.npz); made if it is not there.")],
     model: Model,
     replace: Annotated[bool, typer.Option("--replace", help="Enrol again a speaker who is in the gallery.")] = False,
+    channel: Channel = None,
     mix_channels: MixChannels = False,
     min_speech: LeastSpeech = GATE.speech,
     min_snr: LeastSNR = GATE.snr,
@@ -177,7 +181,7 @@ def enroll(
     """Put a speaker into a gallery: the mean of the normalized embeddings of their recordings."""
     system = SpeakerSystem.load(model, device)
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)
-    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels)
+    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels, channel=channel)
     found = galleries.Gallery.load(gallery, system.model) if gallery.exists() else galleries.Gallery.new(system.model)
     utterances = [Utterance(str(path), path) for path in recordings]
     if len({path.resolve() for path in recordings}) != len(recordings):
@@ -196,6 +200,7 @@ def verify(
     second: Annotated[Path, typer.Argument(help="Another recording.")],
     model: Model,
     as_json: Json = False,
+    channel: Channel = None,
     mix_channels: MixChannels = False,
     no_gate: NoGate = False,
     min_speech: LeastSpeech = GATE.speech,
@@ -207,8 +212,9 @@ def verify(
     """Say how strongly two recordings speak for one speaker: a log-likelihood ratio, its interval, a sentence."""
     system = SpeakerSystem.load(model, device)
     gate = None if no_gate else Gate(min_speech, min_snr, max_clipped, min_bandwidth)
-    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels)
+    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels, channel=channel)
     found = [embed_one(path) for path in (first, second)]
+    say_silence(list(zip(map(str, (first, second)), found, strict=True)))
     x = np.stack([e.embedding for e in found])
     left, right = np.array([0]), np.array([1])
     score = system.score(x, x, left, right)
@@ -249,6 +255,7 @@ def identify(
     model: Model,
     far: Far = 0.01,
     as_json: Json = False,
+    channel: Channel = None,
     mix_channels: MixChannels = False,
     min_speech: LeastSpeech = GATE.speech,
     min_snr: LeastSNR = GATE.snr,
@@ -266,7 +273,8 @@ def identify(
     limit = system.threshold(far, len(found.names))
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)
     utterances = [Utterance(str(path), path) for path in recordings]
-    seen, failures = embed_all(utterances, Embedder(system.model, gate=gate, mix_channels=mix_channels))
+    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels, channel=channel)
+    seen, failures = embed_all(utterances, embed_one)
     models, rows = found.models(system.mean), []
     for utterance, embedded in seen:
         scores = found.scores(system, models, embedded.embedding)

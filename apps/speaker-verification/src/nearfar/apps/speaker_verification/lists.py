@@ -10,6 +10,7 @@ import typer
 from nearfar.apps.speaker_verification import pages
 from nearfar.apps.speaker_verification.common import (
     Cache,
+    Channel,
     MixChannels,
     Model,
     embed_all,
@@ -64,6 +65,7 @@ def score(
         bool, typer.Option("--llr", help="Write calibrated log-likelihood ratios, and OUTPUT.csv with intervals.")
     ] = False,
     cache: Cache = None,
+    channel: Channel = None,
     mix_channels: MixChannels = False,
     device: Device = "auto",
 ) -> None:
@@ -105,7 +107,7 @@ def score(
             raise UserError(f"{trials}: {error}; choose a lower --top-n or --keep-cohort-speakers") from error
     utterances = [Utterance(name, path) for name, path in places.items()]
     keep = cache or output.with_name(output.name + ".cache")
-    seen, failures = embed_all(utterances, Embedder(system.model, keep, mix_channels=mix_channels))
+    seen, failures = embed_all(utterances, Embedder(system.model, keep, mix_channels=mix_channels, channel=channel))
     if not seen:
         raise_failures(failures, len(utterances))
     x, seconds = matrix(seen), np.array([e.quality.seconds for _, e in seen])

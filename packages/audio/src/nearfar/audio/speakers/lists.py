@@ -1,5 +1,6 @@
 """Scoring a list of trials with a model, and putting scores and lists together."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,18 +76,58 @@ def count_unscored(
     """The reference's trials, their scores and which had none: a target then gets the lowest, others the highest."""
     filled = np.where(np.asarray(reference.labels) == 1, values.min(), values.max())
     unscored = np.ones(len(reference), bool)
-    rows = rows_in(listed, reference, path)
-    filled[rows], unscored[rows] = values, False
+    places = _places(reference)
+    rows_in(listed, reference, path)
+    own: dict[tuple[str, str], list[float]] = {}
+    for pair, value in zip(_pairs(listed), np.asarray(values).tolist(), strict=True):
+        own.setdefault(pair, []).append(value)
+    for pair, scores in own.items():
+        there = places[pair]
+        if len(set(scores)) == 1:  # once or several times the same: every copy of the trial has it
+            scores = scores[:1] * len(there)
+        elif len(scores) != len(there):
+            raise UserError(
+                f"{path}: the trial {' '.join(pair)} has {len(scores)} different scores and is {len(there)} times in "
+                f"{reference.source}; keep one of them"
+            )
+        filled[there], unscored[there] = scores, False
     return reference, filled, unscored
 
 
 def rows_in(listed: scoring.Trials, reference: scoring.Trials, path: Path) -> np.ndarray:
-    """Where the reference has each trial of `path`. Raises UserError where it lacks one."""
-    row = {pair: n for n, pair in enumerate(zip(reference.enroll.tolist(), reference.test.tolist()))}
-    rows = np.array([row.get(pair, -1) for pair in zip(listed.enroll.tolist(), listed.test.tolist())])
-    if (rows < 0).any():
-        raise UserError(f"{path}: {int((rows < 0).sum())} of its trials are not in {reference.source}")
-    return rows
+    """Where the reference has each trial of `path`, copies of a trial in their order.
+
+    Raises UserError where it lacks one.
+    """
+    places = _places(reference)
+    taken: dict[tuple[str, str], int] = {}
+    rows = []
+    for pair in _pairs(listed):
+        there = places.get(pair)
+        count = taken[pair] = taken.get(pair, -1) + 1
+        rows.append(-1 if there is None else there[min(count, len(there) - 1)])
+    lacking = [pair for pair, row in zip(_pairs(listed), rows, strict=True) if row < 0]
+    if lacking:
+        turned = sum(pair[::-1] in places for pair in lacking)
+        other = f", {turned} of them are there with their sides exchanged" if turned else ""
+        raise UserError(
+            f"{path}: {len(lacking)} of its trials are not in {reference.source}{other}; the first is "
+            f"{' '.join(lacking[0])}"
+        )
+    return np.array(rows)
+
+
+def _pairs(trials: scoring.Trials) -> list[tuple[str, str]]:
+    """Both names of each trial, whichever of Unicode's forms they are written in."""
+    sides = ([unicodedata.normalize("NFC", name) for name in side.tolist()] for side in (trials.enroll, trials.test))
+    return list(zip(*sides, strict=True))
+
+
+def _places(trials: scoring.Trials) -> dict[tuple[str, str], list[int]]:
+    found: dict[tuple[str, str], list[int]] = {}
+    for row, pair in enumerate(_pairs(trials)):
+        found.setdefault(pair, []).append(row)
+    return found
 
 
 def unique(names: np.ndarray | Sequence[str]) -> list[str]:
