@@ -122,7 +122,7 @@ def _kaldi(root: Path) -> list[Utterance]:
     if (root / "reco2file_and_channel").is_file():
         for name, rest in _two_columns(root / "reco2file_and_channel").items():
             side = rest.split()[-1]
-            if name in places and side in ("A", "B", "1", "2") and _channels(places[name].path) > 1:
+            if name in places and side in ("A", "B", "1", "2") and channel_count(places[name].path) > 1:
                 places[name] = replace(places[name], channel=1 if side in "A1" else 2)
     if (root / "segments").is_file():
         segments = _segments(root / "segments", places)
@@ -134,11 +134,19 @@ def _kaldi(root: Path) -> list[Utterance]:
     return found
 
 
-def _channels(path: Path) -> int:
+def channel_count(path: Path) -> int:
+    """Channels of a recording; 1 where there is none."""
     if not path.is_file():
         return 1
     with Recording(path) as recording:
         return recording.channels
+
+
+def chosen_channel(utterance: Utterance, option: int | None) -> int | None:
+    """The channel to read: the utterance's own, else `option` where its file has several."""
+    if utterance.channel is not None or option is None:
+        return utterance.channel
+    return option if channel_count(utterance.path) > 1 else None
 
 
 def _speakers(root: Path) -> dict[str, str]:
@@ -283,7 +291,7 @@ def locate(
         utterance = _locate(name, Path(root), table)
         if utterance is None and (side := re.fullmatch(r"(.+):([ab])", name, re.DOTALL)):
             utterance = _locate(side[1], Path(root), table)
-            if utterance is not None and utterance.channel is None and _channels(utterance.path) > 1:
+            if utterance is not None and utterance.channel is None and channel_count(utterance.path) > 1:
                 utterance = replace(utterance, channel=1 if side[2] == "a" else 2)
         if utterance is None:
             missing.append(name)

@@ -10,6 +10,7 @@ import typer
 
 from nearfar.apps.speaker_verification import lists, pages
 from nearfar.apps.speaker_verification.common import (
+    AllowLeakage,
     Cache,
     Channel,
     MixChannels,
@@ -17,6 +18,7 @@ from nearfar.apps.speaker_verification.common import (
     embed_all,
     matrix,
     refuse_folder,
+    refuse_leaks,
     say_silence,
 )
 from nearfar.audio.corpora import Utterance, find_utterances
@@ -203,6 +205,7 @@ def verify(
     channel: Channel = None,
     mix_channels: MixChannels = False,
     no_gate: NoGate = False,
+    allow_leakage: AllowLeakage = False,
     min_speech: LeastSpeech = GATE.speech,
     min_snr: LeastSNR = GATE.snr,
     max_clipped: MostClipped = GATE.clipped,
@@ -213,6 +216,8 @@ def verify(
     system = SpeakerSystem.load(model, device)
     gate = None if no_gate else Gate(min_speech, min_snr, max_clipped, min_bandwidth)
     embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels, channel=channel)
+    if first.is_file() and second.is_file() and content_digest(first) == content_digest(second):
+        refuse_leaks(first, [f"holds the same as {second}"], allow_leakage)
     found = [embed_one(path) for path in (first, second)]
     say_silence(list(zip(map(str, (first, second)), found, strict=True)))
     x = np.stack([e.embedding for e in found])
@@ -299,6 +304,7 @@ def identify(
 
 for command in (lists.score, lists.evaluate, lists.calibrate):
     app.command()(command)
+app.command("stress")(lists.stress_test)
 
 
 def _recordings(paths: Sequence[Path], layout: str) -> list[Utterance]:

@@ -12,6 +12,7 @@ from nearfar.audio.speakers.embedding import Embedded, Embedder
 from nearfar.core.cli.batch import run_batch
 from nearfar.core.cli.console import messages
 from nearfar.core.errors import UserError, some
+from nearfar.core.leakage import LeakageError
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Model folder that `train` wrote.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder that keeps embeddings; interrupted work goes on there.")]
@@ -19,6 +20,24 @@ Channel = Annotated[
     int | None, typer.Option("--channel", min=1, help="Which channel (1, 2 ...) of recordings with several.")
 ]
 MixChannels = Annotated[bool, typer.Option("--mix-channels", help="Average the channels of recordings with several.")]
+
+
+AllowLeakage = Annotated[
+    bool,
+    typer.Option(
+        "--allow-leakage",
+        help="Go on with what the model was trained on, a recording as its own test, or one content under two names. "
+        "The figures are too good.",
+    ),
+]
+
+
+def refuse_leaks(where: object, leaks: Sequence[str], allowed: bool) -> None:
+    """Say what makes figures too good, and raise LeakageError unless that is allowed."""
+    if leaks and not allowed:
+        raise LeakageError(f"{where}: {'; '.join(leaks)}; leave them out, or go on with --allow-leakage")
+    for leak in leaks:
+        messages.print(f"{where}: {leak}: their scores are too good", highlight=False, soft_wrap=True)
 
 
 def embed_all(

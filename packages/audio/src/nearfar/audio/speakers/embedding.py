@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.audio.corpora import Utterance
+from nearfar.audio.corpora import Utterance, chosen_channel
 from nearfar.audio.sound import Samples, stream_samples, without_silence
 from nearfar.audio.speakers.ltdnn import SpeakerEncoder
 from nearfar.audio.speakers.quality import Gate, Quality, QualityMeter
@@ -106,7 +106,7 @@ class Embedder:
         """
         utterance = source if isinstance(source, Utterance) else Utterance(str(source), Path(source))
         path = utterance.path
-        channel = self.channel if utterance.channel is None else utterance.channel
+        channel = chosen_channel(utterance, self.channel)
         stored = None
         if self.cache is not None:
             if not path.is_file():

@@ -4,13 +4,16 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
+from nearfar.audio.corpora import Utterance
 from nearfar.audio.speakers import scoring
 from nearfar.audio.speakers.gallery import enroll_before_mean
 from nearfar.audio.speakers.system import SpeakerSystem
-from nearfar.core.errors import UserError
+from nearfar.core.errors import UserError, some
+from nearfar.core.model_folder import TrainedOn
 
 
 @dataclass
@@ -128,6 +131,40 @@ def _places(trials: scoring.Trials) -> dict[tuple[str, str], list[int]]:
     for row, pair in enumerate(_pairs(trials)):
         found.setdefault(pair, []).append(row)
     return found
+
+
+def find_leaks(
+    listed: scoring.Trials,
+    utterances: Mapping[str, Utterance],
+    trained_on: TrainedOn,
+    members: Mapping[str, Sequence[str]] | None = None,
+    speakers: Mapping[str, str | None] = MappingProxyType({}),
+) -> list[str]:
+    """What makes the scores of a list too good, in words: nothing where it is empty.
+
+    Recordings or speakers that the model was trained on, a recording that is enrolled and its own test, and one content
+    under two names. utterances: by name. members: recordings of enrolled models. speakers: by name, where known; else
+    the first folder of a name.
+    """
+    names = list(utterances)
+    digests = {name: utterances[name].digest for name in names}
+    known = [speakers.get(name) or (name.split("/")[0] if "/" in name else None) for name in names]
+    seen = [name for name, flag in zip(names, trained_on.seen(digests.values(), known), strict=True) if flag]
+    leaks = [f"the model was trained on {len(seen)} of {len(names)} recordings or on their speakers: {some(seen, 3)}"]
+    leaks = leaks if seen else []
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(digests[name], []).append(name)
+    own = []
+    for enroll, test in zip(listed.enroll.tolist(), listed.test.tolist(), strict=True):
+        enrolled = [enroll] if members is None else members.get(enroll, ())
+        if test in enrolled or digests.get(test) in {digests[name] for name in enrolled if name in digests}:
+            own.append(f"{enroll} {test}")
+    if own:
+        leaks.append(f"{len(own)} trials test a recording against itself: {some(own, 3)}")
+    if twins := [" = ".join(group) for group in groups.values() if len(group) > 1]:
+        leaks.append(f"{len(twins)} recordings stand under several names: {some(twins, 3)}")
+    return leaks
 
 
 def unique(names: np.ndarray | Sequence[str]) -> list[str]:

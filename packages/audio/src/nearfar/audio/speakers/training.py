@@ -65,7 +65,7 @@ class Recipe:
     noise: str | None = None
     responses: str | None = None
     augment_probability: float = 0.6
-    degrade_probability: float = 0.5
+    degrade_probability: float = 0.0
     validation: float = 0.1
     margin: float = 0.2
     margin_epochs: float = 0.0
@@ -155,7 +155,6 @@ class Crops(Dataset):
         heard = _heard(samples, self.rate)  # a gate has made silence
         samples = fit_length(heard if len(heard) else samples, size)
         return torch.from_numpy(samples), self.classes[str(utterance.speaker)] + len(self.speakers) * number
-
 
     def _crop(self, utterance: Utterance, seconds: float) -> Samples:
         """A stretch of the utterance without its digital silence, or the whole where there is none else."""
