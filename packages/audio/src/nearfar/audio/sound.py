@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from math import ceil, gcd
 from pathlib import Path
 from types import TracebackType
@@ -347,15 +348,54 @@ class StreamResampler:
         return out
 
 
+@dataclass(frozen=True)
+class Channels:
+    """What the channels of a recording hold, measured on all of it.
+
+    means: DC of each. levels: root mean square of each without it. peak: greatest sample of all. correlation: of the
+    pair of channels that is least alike, -1 to 1 (1 for one channel). alike: every sample is the same on all.
+    """
+
+    means: NDArray[np.float64]
+    levels: NDArray[np.float64]
+    peak: float
+    correlation: float
+    alike: bool
+
+
+def measure_channels(recording: Recording) -> Channels:
+    """Go once over a recording, block by block."""
+    count, size = recording.channels, 10 * recording.rate
+    total, products, peak, alike = np.zeros(count), np.zeros((count, count)), 0.0, True
+    for start in range(0, recording.frames, size):
+        block = recording.read_channels(start, min(start + size, recording.frames)).astype(np.float64)
+        total += block.sum(0)
+        products += block.T @ block
+        peak = max(peak, float(np.abs(block).max(initial=0.0)))
+        alike = alike and bool((np.abs(block - block[:, :1]) <= 2.0**-15).all())
+    means = total / recording.frames
+    covariance = products / recording.frames - np.outer(means, means)
+    levels = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+    apart = covariance / np.maximum(np.outer(levels, levels), 1e-20)
+    pairs = apart[np.triu_indices(count, 1)]
+    return Channels(means, levels, peak, float(pairs.min()) if len(pairs) else 1.0, alike)
+
+
 class Writers:
-    """Sound files written side by side; `with writing(...)` renames them into place together at its end."""
+    """Sound files written side by side; `with writing(...)` renames them into place together at its end.
+
+    `clipped` counts the samples of each that a format of whole numbers had to cut at full scale.
+    """
 
     def __init__(self, files: list[soundfile.SoundFile], paths: list[Path]):
         self._files, self._paths = files, paths
+        self.clipped = [0] * len(files)
 
     def write(self, block: NDArray[np.float32]) -> None:
         """block: (files, n) samples."""
-        for file, path, samples in zip(self._files, self._paths, block):
+        for place, (file, path, samples) in enumerate(zip(self._files, self._paths, block)):
+            if file.subtype not in ("FLOAT", "DOUBLE"):
+                self.clipped[place] += int((np.abs(samples) > 1).sum())
             try:
                 file.write(samples)
                 file.flush()
