@@ -138,7 +138,7 @@ def test_trials_of_the_training_are_marked(model, corpus, test_folder, tmp_path,
     lines = ["1 s00/0.wav s00/1.wav", "0 s00/0.wav s01/0.wav", "1 s02/0.wav s02/1.wav", "0 s01/0.wav s02/1.wav"]
     (tmp_path / "trials.txt").write_text("\n".join(lines))
     score = ["score", tmp_path / "trials.txt", "--root", corpus, "-o", tmp_path / "seen", "-m", model]
-    with pytest.raises(UserError, match="trained on 5 of 5 recordings .* --allow-leakage"):
+    with pytest.raises(UserError, match=r"trained on 5 of 5 recordings .* --allow-leakage"):
         run(*score, "--norm", "none", "--keep-cohort-speakers")
     run(*score, "--norm", "none", "--keep-cohort-speakers", "--allow-leakage")
     capsys.readouterr()

@@ -369,7 +369,7 @@ class Meter:
             "sum_back_fitted_db": self.sum_back(gains),
             "fitted_gains": [round(float(g), 5) for g in gains],
             "levels_db": self.levels(),
-            "peak": [round(float(p), 4) for p in self.peak],
+            "peak": [round(float(p), 6) for p in self.peak],
             "correlation": self.correlation(),
             "collapsed": self.collapsed(),
         }
