@@ -13,6 +13,7 @@ from nearfar.audio.corpora import Utterance, find_utterances, locate
 from nearfar.audio.sound import read_samples
 from nearfar.audio.speakers.embedding import Embedder, model_digest
 from nearfar.audio.speakers.frontends import KaldiFbank
+from nearfar.audio.speakers.gallery import Gallery
 from nearfar.audio.speakers.ltdnn import ECAPA, SpeakerEncoder
 from nearfar.audio.speakers.quality import Gate, measure_quality
 from nearfar.audio.speakers.scoring.backend import pair_scores
@@ -516,6 +517,26 @@ def test_systems_keep_mean_cohort_and_calibration(tmp_path):
     again.save_scoring(tmp_path / "model")
     with pytest.raises(UserError, match="calibration is for other scores"):
         SpeakerSystem.load(tmp_path / "model")
+
+
+def test_galleries_forget_and_grow(tmp_path):
+    model, rng = tiny_model(), np.random.default_rng(0)
+    x = rng.standard_normal((6, 8)).astype(np.float32)
+    gallery = Gallery.new(model)
+    for name, rows in (("anna", x[:2]), ("bob", x[2:3]), ("eve", x[3:5])):
+        gallery.add(name, rows)
+    gallery.add("bob", x[5:], append=True)
+    assert gallery.counts == {"anna": 2, "bob": 2, "eve": 2}
+    gallery.remove("anna")
+    gallery.save(tmp_path / "g.npz")
+    again = Gallery.load(tmp_path / "g.npz", model)
+    assert again.counts == {"bob": 2, "eve": 2}
+    np.testing.assert_array_equal(again.embeddings[again.owners == 1], x[3:5])
+    np.testing.assert_array_equal(again.embeddings[again.owners == 0], x[[2, 5]])
+    with pytest.raises(UserError, match="anna: is not in the gallery; bob, eve are"):
+        again.remove("anna")
+    with pytest.raises(UserError, match="--append adds"):
+        again.add("bob", x[:1])
 
 
 def test_synthetic_voices_differ():

@@ -144,6 +144,8 @@ class Recording:
             try:
                 self._patched = None if patch is None else _Patched(self.path, *patch)
                 self._file = soundfile.SoundFile(self._patched or self.path)
+                if not self._file.seekable():
+                    self._file = _Forwards(self.path, self._file)
             except soundfile.LibsndfileError as error:
                 try:
                     from nearfar.audio.containers import Container
@@ -286,6 +288,31 @@ def _decodable(file: soundfile.SoundFile) -> int:
             count += piece
         file.seek(0)
     return count
+
+
+class _Forwards:
+    """A sound file whose code can only be read forwards (GSM, G.721): going back begins again."""
+
+    def __init__(self, path: Path, file: soundfile.SoundFile):
+        self._path, self._file, self._place = path, file, 0
+        self.samplerate, self.channels, self.frames, self.subtype = (
+            file.samplerate, file.channels, file.frames, file.subtype,
+        )  # fmt: skip
+
+    def seek(self, position: int) -> None:
+        if position < self._place:
+            self._file.close()
+            self._file, self._place = soundfile.SoundFile(self._path), 0
+        while self._place < position and len(self.read(min(PIECE, position - self._place), "float32", True)):
+            pass
+
+    def read(self, count: int, dtype: str, always_2d: bool) -> NDArray[np.float32]:
+        found = self._file.read(count, dtype=dtype, always_2d=always_2d)
+        self._place += len(found)
+        return found
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _Patched:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from nearfar.core.errors import UserError
 
@@ -123,7 +124,7 @@ def read_table(path: str | Path, roles: Mapping[str, Sequence[str]], needed: Seq
 
 def _split(path: Path, texts: Sequence[str], mark: str) -> list[list[str]]:
     """Cells of each line; a quoted cell may hold the mark, no line end."""
-    quoting = csv.QUOTE_NONE if mark == "\t" else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if mark == "\t" else csv.QUOTE_MINIMAL
     try:
         rows = [next(csv.reader([text], delimiter=mark, quoting=quoting, skipinitialspace=True)) for text in texts]
     except (csv.Error, StopIteration) as error:

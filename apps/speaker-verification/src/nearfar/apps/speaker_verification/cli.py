@@ -172,6 +172,7 @@ def enroll(
     gallery: Annotated[Path, typer.Option("--gallery", "-g", help="Gallery file (.npz); made if it is not there.")],
     model: Model,
     replace: Annotated[bool, typer.Option("--replace", help="Enrol again a speaker who is in the gallery.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add to a speaker who is in the gallery.")] = False,
     channel: Channel = None,
     mix_channels: MixChannels = False,
     min_speech: LeastSpeech = GATE.speech,
@@ -181,6 +182,8 @@ def enroll(
     device: Device = "auto",
 ) -> None:
     """Put a speaker into a gallery: the mean of the normalized embeddings of their recordings."""
+    if replace and append:
+        raise UserError("--replace and --append: are one or the other")
     system = SpeakerSystem.load(model, device)
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)
     embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels, channel=channel)
@@ -190,10 +193,30 @@ def enroll(
         raise UserError(f"{name}: the same recording is given twice")
     seen, failures = embed_all(utterances, embed_one)
     if seen:
-        found.add(name, matrix(seen), replace)
+        found.add(name, matrix(seen), replace, append)
         found.save(gallery)
         console.print(f"{name} enrolled with {len(seen)} recordings; speakers in {gallery}: {len(found.names)}")
     raise_failures(failures, len(recordings))
+
+
+@app.command()
+def gallery(
+    path: Annotated[Path, typer.Argument(metavar="GALLERY", help="Gallery file that `enroll` wrote.")],
+    model: Model,
+    remove: Annotated[list[str] | None, typer.Option(help="Name of a speaker to forget; repeat for more.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the speakers of a gallery with their number of recordings, or forget some."""
+    found = galleries.Gallery.load(path, SpeakerSystem.load(model).model)
+    for name in remove or ():
+        found.remove(name)
+    if remove:
+        found.save(path)
+    if as_json:
+        print(json.dumps(found.counts, indent=2, ensure_ascii=False))
+    else:
+        rows = [{"speaker": name, "recordings": count} for name, count in found.counts.items()]
+        console.print(table(rows, f"{len(rows)} speakers in {path}"))
 
 
 @app.command()

@@ -240,10 +240,10 @@ def _score_columns(table: Table) -> dict[str, int]:
     columns = {"enroll": 0, "test": 1, "score": 2}
     if width == 3:
         return columns
-    words = {place: [row[place].lower() for _, row in table.rows] for place in (2, 3)}
-    labels = [place for place in words if all(word in LABELS for word in words[place])]
+    texts = {place: [row[place].lower() for _, row in table.rows] for place in (2, 3)}
+    labels = [place for place in texts if all(text in LABELS for text in texts[place])]
     if len(labels) == 2:  # of numbers and words, the words are the labels
-        labels = [place for place in labels if not any(_is_number(word) for word in words[place])]
+        labels = [place for place in labels if not any(_is_number(text) for text in texts[place])]
         if len(labels) != 1:
             raise UserError(
                 f"{table.path}: both the third and the fourth column could be the labels; name the columns in a first "
