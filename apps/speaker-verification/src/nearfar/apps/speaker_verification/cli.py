@@ -213,7 +213,7 @@ def gallery(
     if remove:
         found.save(path)
     if as_json:
-        print(json.dumps(found.counts, indent=2, ensure_ascii=False))
+        show_json(found.counts)
     else:
         rows = [{"speaker": name, "recordings": count} for name, count in found.counts.items()]
         console.print(table(rows, f"{len(rows)} speakers in {path}"))
