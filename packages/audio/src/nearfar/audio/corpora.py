@@ -258,7 +258,7 @@ def _audiofolder(root: Path, table: Path) -> list[Utterance]:
     column = next((name for name in ("speaker", "speaker_id", "client_id", "label") if name in rows[0]), None)
     for number, row in enumerate(rows, 1):
         for name in ("file_name", column):
-            value = row.get(name) if isinstance(row, dict) else None
+            value = row.get(name) if isinstance(row, dict) and name is not None else None
             if name is not None and not (isinstance(value, str | int) and str(value).strip()):
                 raise UserError(f"{table}, row {number}: has no {name}; every row needs one")
     names = [str(row["file_name"]) for row in rows]
