@@ -1,6 +1,6 @@
 """Which of our models a released checkpoint holds."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ def load_published(source: str | Path | Mapping[str, Tensor], **settings: Any) -
     """
     is_path = isinstance(source, str | Path)
     state = read_published(source) if is_path else unwrap(source, ())  # type: ignore[arg-type]
-    attempts = {kind.__name__: partial(_separator, kind, source, state, settings) for kind in (MossFormer, MossFormer2)}
-    head = partial(LTDNN.from_published, state)
-    return identify({**attempts, "LTDNN": head}, str(source) if is_path else "the state dict")[1]
+    attempts: dict[str, Callable[[], nn.Module]] = {"LTDNN": partial(LTDNN.from_published, state)}
+    for kind in (MossFormer, MossFormer2):
+        attempts[kind.__name__] = partial(_separator, kind, source, state, settings)
+    return identify(attempts, str(source) if is_path else "the state dict")[1]
 
 
 def _separator(

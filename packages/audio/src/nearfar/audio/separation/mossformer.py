@@ -347,10 +347,10 @@ def load_model(path: str | Path, sample_rate: int | None = None, masking: bool |
             return model.eval()
     from nearfar.audio.checkpoints import load_published  # knows this module, and the speaker models
 
-    model = load_published(path, sample_rate=sample_rate, masking=masking)
-    if not isinstance(model, MossFormer):
-        raise CheckpointError(f"{path}: holds the weights of {type(model).__name__}, which separates no voices")
-    return model
+    found = load_published(path, sample_rate=sample_rate, masking=masking)
+    if not isinstance(found, MossFormer):
+        raise CheckpointError(f"{path}: holds the weights of {type(found).__name__}, which separates no voices")
+    return found
 
 
 RENAMES: list[tuple[re.Pattern[str], Any]] = [

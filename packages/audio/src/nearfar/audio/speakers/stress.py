@@ -64,7 +64,7 @@ def stress(
         if draws:
             metric = scoring.INTERVAL_METRICS["eer_nist"]
             try:
-                interval = scoring.bootstrap_difference(metric, scores, plain, labels, *sides, draws)
+                interval = scoring.bootstrap_difference(metric, scores, plain, labels, sides[0], sides[1], draws)
                 row["low"], row["high"] = interval.low, interval.high
             except ValueError:  # too few speakers: the figure stands, its interval does not
                 row["low"] = row["high"] = float("nan")
