@@ -5,6 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
+import unicodedata
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ LENIENT = ["--min-speech", "0.2", "--min-snr", "0"]
 TINY = [
     "channels=16", "num_mels=24", "sample_rate=8000", "embedding_dim=8", "crop_seconds=0.5", "crops_per_utterance=4",
     "batch_size=24", "epochs=7", "learning_rate=5e-3", "scale=15", "margin=0.1", "margin_epochs=3", "validation=0.3",
-    "speeds=[1.0]",
+    "speeds=[1.0]", "degrade_probability=0",
 ]  # fmt: skip
 
 
@@ -136,7 +138,9 @@ def test_trials_of_the_training_are_marked(model, corpus, test_folder, tmp_path,
     lines = ["1 s00/0.wav s00/1.wav", "0 s00/0.wav s01/0.wav", "1 s02/0.wav s02/1.wav", "0 s01/0.wav s02/1.wav"]
     (tmp_path / "trials.txt").write_text("\n".join(lines))
     score = ["score", tmp_path / "trials.txt", "--root", corpus, "-o", tmp_path / "seen", "-m", model]
-    run(*score, "--norm", "none", "--keep-cohort-speakers")
+    with pytest.raises(UserError, match=r"trained on 5 of 5 recordings .* --allow-leakage"):
+        run(*score, "--norm", "none", "--keep-cohort-speakers")
+    run(*score, "--norm", "none", "--keep-cohort-speakers", "--allow-leakage")
     capsys.readouterr()
     run("evaluate", tmp_path / "seen", "-o", tmp_path / "eval", "--draws", "0")
     assert "4 of 4 seen in training" in capsys.readouterr().out
@@ -320,6 +324,150 @@ def test_a_bad_recording_among_many_loses_only_its_trials(model, test_folder, tm
     alone = json.loads((tmp_path / "e/evaluation.json").read_text())
     assert alone["missing"] == 0
     assert counted["eer_nist"] > alone["eer_nist"]  # a trial without a score is an error
+
+
+def test_scores_without_a_record_few_trials_and_leaks_do_not_calibrate(model, corpus, test_folder, tmp_path, capsys):
+    names = [f"t{s}/{n}.wav" for s in range(6) for n in range(4)]
+    pairs = [(a, b, a[:2] == b[:2]) for i, a in enumerate(names) for b in names[i + 1 :]]
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    before = (own / "calibration.json").read_bytes()
+
+    def written(name, chosen):
+        (tmp_path / name).write_text("".join(f"{a} {b} {'target' if y else 'nontarget'}\n" for a, b, y in chosen))
+        return tmp_path / name
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "foreign").write_text(
+        "".join(f"{a} {b} {3 * y + rng.standard_normal()} {'target' if y else 'nontarget'}\n" for a, b, y in pairs)
+    )
+    with pytest.raises(UserError, match="has no record of how it was made"):
+        run("calibrate", tmp_path / "foreign", "-m", own)
+    score = ["--root", test_folder, "--cache", tmp_path / "cache", "-m", own]
+    few = [p for p in pairs if p[2]][:3] + [p for p in pairs if not p[2]][:3]
+    run("score", written("few.txt", few), "-o", tmp_path / "few", *score)
+    with pytest.raises(UserError, match="3 targets and 3 non-targets are too few"):
+        run("calibrate", tmp_path / "few", "-m", own)
+    copies = [p for p in pairs if p[0] == names[0]] * 30  # four people, many trials, one recording on their left
+    run("score", written("two.txt", [p for p in copies if p[1][:2] in ("t0", "t1")]), "-o", tmp_path / "two", *score)
+    with pytest.raises(UserError, match="2 speakers are too few"):
+        run("calibrate", tmp_path / "two", "-m", own)
+    (tmp_path / "twin").mkdir()
+    shutil.copytree(test_folder, tmp_path / "twin/data")
+    shutil.copy(test_folder / "t0/0.wav", tmp_path / "twin/data/t0/other.wav")
+    leaky = written("leaky.txt", [*pairs, (names[0], names[0], True), (names[0], "t0/other.wav", True)])
+    score[1] = tmp_path / "twin/data"
+    with pytest.raises(UserError, match=r"2 trials test a recording against itself.*t0/0\.wav = t0/other\.wav"):
+        run("score", leaky, "-o", tmp_path / "leaky", *score)
+    run("score", leaky, "-o", tmp_path / "leaky", *score, "--allow-leakage")
+    with pytest.raises(UserError, match="against itself"):
+        run("calibrate", tmp_path / "leaky", "-m", own)
+    assert (own / "calibration.json").read_bytes() == before
+    run("calibrate", tmp_path / "leaky", "-m", own, "--allow-leakage")
+    assert (own / "calibration.json").read_bytes() != before
+    with pytest.raises(UserError, match="holds the same as"):
+        run("verify", test_folder / "t0/0.wav", tmp_path / "twin/data/t0/other.wav", "-m", own, *LENIENT)
+
+
+def test_what_one_command_writes_the_others_read(model, test_folder, tmp_path, capsys):
+    """Names with blanks and accents, a BOM, CRLF, tabs, Latin-1: score, evaluate and calibrate agree on all of them."""
+    root = tmp_path / "wav"
+    for s in range(6):
+        for n in range(4):
+            (root / f"Böhm, {s}").mkdir(parents=True, exist_ok=True)
+            shutil.copy(test_folder / f"t{s}/{n}.wav", root / f"Böhm, {s}" / f"take {n}.wav")
+    names = [f"Böhm, {s}/take {n}.wav" for s in range(6) for n in range(4)]
+    pairs = [(a, b, int(a[:7] == b[:7])) for i, a in enumerate(names) for b in names[i + 1 :]]
+    rows = ["label,sample1,sample2", *(f'{y},"{a}","{b}"' for a, b, y in pairs)]
+    tabs = [f"{a}\t{b}\t{'same' if y else 'different'}" for a, b, y in pairs]
+    forms = {
+        "bom.csv": ("\ufeff" + "\r\n".join(rows)).encode(),
+        "utf16.txt": "\r\n".join(tabs).encode("utf-16"),
+        "latin.txt": "\n".join(tabs).encode("latin-1"),
+        "nist.tsv": "\n".join(["modelid\tsegmentid\ttargettype", *tabs]).encode(),
+        "nfd.txt": unicodedata.normalize("NFD", "\n".join(tabs)).encode(),
+    }
+    wanted = None
+    for name, content in forms.items():
+        (tmp_path / name).write_bytes(content)
+        scores = tmp_path / f"{name}.scores"
+        arguments = ["--root", root, "--cache", tmp_path / "cache", "-m", model]
+        if name == "latin.txt":
+            with pytest.warns(UserWarning, match="read as Windows-1252"):
+                run("score", tmp_path / name, "-o", scores, *arguments)
+        else:
+            run("score", tmp_path / name, "-o", scores, *arguments)
+        values = read_scores(scores)[1]
+        wanted = values if wanted is None else wanted
+        np.testing.assert_array_equal(values, wanted)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run("evaluate", scores, "--trials", tmp_path / name, "-o", tmp_path / "e", "--draws", "20")
+    assert json.loads((tmp_path / "e/evaluation.json").read_text())["missing"] == 0
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    run("calibrate", tmp_path / "bom.csv.scores", "-m", own)
+    assert "intervals over speakers" in capsys.readouterr().out
+
+
+def test_kaldi_segments_and_nist_sides_are_scored(model, test_folder, tmp_path):
+    both = np.stack([voice(0.5, 50, 2.0), voice(8.5, 50, 2.0)], 1)
+    soundfile.write(tmp_path / "CALL.SPH", both, RATE, format="NIST", subtype="PCM_16")
+    soundfile.write(tmp_path / "long.wav", np.concatenate([voice(0.5, 51), voice(8.5, 51)]), RATE)
+    (tmp_path / "wav.scp").write_bytes(b"\xef\xbb\xbfrec1 long.wav\r\nrec2\tCALL.SPH\r\n")
+    (tmp_path / "segments").write_text("u1 rec1 0.0 1.0\nu2 rec1 1.0 -1\nu3 rec2 0 2 A\nu4 rec2 0 2 B\n")
+    (tmp_path / "utt2spk").write_text("u1 x\nu2 y\nu3 x\nu4 y\n")
+    (tmp_path / "t.txt").write_text("u1 u3 target\nu1 u4 nontarget\nu2 u4 target\nu2 u3 nontarget\n")
+    run("score", tmp_path / "t.txt", "--root", tmp_path, "-o", tmp_path / "s", "-m", model)
+    trials, scores = read_scores(tmp_path / "s")
+    assert scores[trials.labels == 1].min() > scores[trials.labels == 0].max()
+    nist = tmp_path / "nist"
+    nist.mkdir()
+    shutil.copy(tmp_path / "CALL.SPH", nist / "call.sph")
+    for part, s in (("m0", 0.5), ("m8", 8.5)):
+        soundfile.write(nist / f"{part}.wav", voice(s, 51), RATE)
+    (nist / "t.tsv").write_text("modelid\tsegmentid\tside\n" + "".join(
+        f"{m}\tcall\t{side}\n" for m in ("m0", "m8") for side in "ab"))  # fmt: skip
+    run("score", nist / "t.tsv", "--root", nist, "-o", nist / "s", "-m", model)
+    assert (nist / "s").read_text().splitlines()[0] == "modelid\tsegmentid\tside\tLLR"
+    trials, scores = read_scores(nist / "s")
+    assert trials.test.tolist() == ["call:a", "call:b"] * 2
+    assert scores[0] > scores[1]
+    assert scores[3] > scores[2]
+
+
+def test_stress_says_what_each_condition_costs(model, test_folder, tmp_path, capsys):
+    run(
+        "stress", test_folder / "trials.txt", "--root", test_folder, "-o", tmp_path / "s", "-m", model, "--draws", "20",
+        *(word for name in ("zeros", "noise", "gain", "cut") for word in ("--condition", name)),
+    )  # fmt: skip
+    assert "100 ms of zeros at the end" in capsys.readouterr().out
+    found = json.loads((tmp_path / "s/stress.json").read_text())["conditions"]
+    by_name = {row["condition"]: row for row in found}
+    assert by_name["zeros"]["eer"] == by_name["clean"]["eer"]  # digital silence is dropped
+    assert abs(by_name["zeros"]["shift_same"]) < 0.05
+    assert by_name["noise"]["shift_same"] != 0 != by_name["cut"]["shift_other"]
+    assert (tmp_path / "s/report.html").is_file()
+    with pytest.raises(UserError, match="must be one of zeros"):
+        run("stress", test_folder / "trials.txt", "--root", test_folder, "-o", tmp_path / "s", "-m", model,
+            "--condition", "fire")  # fmt: skip
+
+
+def test_dropped_silence_and_chosen_channels_are_said(model, test_folder, tmp_path, capsys):
+    first, second = test_folder / "t0/0.wav", tmp_path / "gated.wav"
+    samples = soundfile.read(test_folder / "t0/1.wav")[0]
+    soundfile.write(second, np.r_[np.zeros(4000), samples, np.zeros(4000)], RATE)
+    run("verify", first, test_folder / "t0/1.wav", "-m", model, "--json", *LENIENT)
+    plain = json.loads(capsys.readouterr().out)
+    run("verify", first, second, "-m", model, "--json", *LENIENT)
+    output = capsys.readouterr()
+    gated = json.loads(output.out)
+    assert "digital silence was dropped from 1 of 2" in " ".join(output.err.split())
+    assert gated["qualities"][1]["silence"] == pytest.approx(1.0, abs=0.01)
+    assert gated["score"] == pytest.approx(plain["score"], abs=1e-4)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([np.roll(samples, 999), samples], 1), RATE)
+    run("verify", first, tmp_path / "stereo.wav", "--channel", "2", "-m", model, "--json", *LENIENT)
+    assert json.loads(capsys.readouterr().out)["score"] == pytest.approx(plain["score"], abs=1e-4)
 
 
 def test_bad_lists_are_refused(model, test_folder, tmp_path):

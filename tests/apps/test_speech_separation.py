@@ -115,11 +115,53 @@ def test_a_folder_goes_on_past_bad_files_and_names_them(model, tmp_path, capsys)
 
 def test_clipping_and_very_short_input_are_handled(model, tmp_path, capsys):
     soundfile.write(tmp_path / "loud.wav", np.clip(20 * sound(110, 2), -1, 1), RATE)
-    soundfile.write(tmp_path / "short.wav", sound(110, 1)[:7] + 0.1, RATE)
-    done = run("separate", tmp_path / "loud.wav", tmp_path / "short.wav", "-o", tmp_path / "o", "--model", model)
-    assert done == 0
-    assert "clipped" in error(capsys)
-    assert soundfile.info(tmp_path / "o/short/voice1.wav").frames == 7
+    soundfile.write(tmp_path / "short.wav", sound(110, 1)[100:900], RATE)
+    soundfile.write(tmp_path / "few.wav", sound(110, 1)[:7] + 0.1, RATE)
+    files = [tmp_path / f"{name}.wav" for name in ("loud", "short", "few")]
+    assert run("separate", *files, "-o", tmp_path / "o", "--model", model) == 1
+    said = error(capsys)
+    assert "clipped" in said
+    assert "7 samples (0.000875 s) are too few to separate" in said
+    assert soundfile.info(tmp_path / "o/short/voice1.wav").frames == 800
+    assert not (tmp_path / "o/few").exists()
+
+
+def test_channels_are_chosen_and_a_talker_a_side_is_offered(model, tmp_path, capsys):
+    left, right = sound(110, 3), sound(190, 3, 1)
+    soundfile.write(tmp_path / "phone.wav", np.stack([left, right + 0.1], 1), RATE, "FLOAT")
+    separate = ["separate", tmp_path / "phone.wav", "--model", model, "--json"]
+    assert run(*separate, "-o", tmp_path / "a") == 2
+    assert "with a talker a side" in (said := error(capsys))
+    assert "--channel each" in said
+    assert run(*separate, "-o", tmp_path / "a", "--channel", "each") == 0
+    for number, voice in enumerate((left, right), 1):
+        written = soundfile.read(tmp_path / f"a/phone/voice{number}.wav", dtype="float32")[0]
+        np.testing.assert_allclose(written, voice - voice.mean(), atol=1e-6)
+    soundfile.write(tmp_path / "right.wav", right, RATE, "FLOAT")
+    assert run(*separate, "-o", tmp_path / "b", "--channel", "2") == 0
+    assert run("separate", tmp_path / "right.wav", "--model", model, "-o", tmp_path / "b") == 0
+    voices = [soundfile.read(tmp_path / f"b/{name}/voice1.wav")[0] for name in ("phone", "right")]
+    np.testing.assert_allclose(*voices, atol=1e-5)  # DC does not count
+    capsys.readouterr()
+    soundfile.write(tmp_path / "phone.wav", np.stack([left, -left], 1), RATE, "FLOAT")
+    assert run(*separate, "-o", tmp_path / "c") == 2
+    assert "correlation -1.00" in error(capsys)
+    assert run(*separate, "-o", tmp_path / "c", "--channel", "3") == 2
+    assert "there is no channel 3" in error(capsys)
+
+
+def test_flac_never_clips(model, tmp_path, capsys):
+    soundfile.write(tmp_path / "hot.wav", 8 * (sound(110, 3) + sound(190, 3, 1)), RATE, "FLOAT")
+    for ending, options in (("wav", []), ("flac", ["--format", "flac"])):
+        assert run("separate", tmp_path / "hot.wav", "-o", tmp_path / ending, "--model", model, "--speakers", 2,
+                   "--level", "rms", *options) == 0  # fmt: skip
+    wav, flac = (
+        np.stack([soundfile.read(tmp_path / f"{e}/hot/voice{k}.{e}")[0] for k in (1, 2)]) for e in ("wav", "flac")
+    )
+    assert np.abs(wav).max() > 1.2
+    assert np.abs(flac).max() == pytest.approx(0.999, abs=1e-3)
+    np.testing.assert_allclose(flac * np.abs(wav).max() / np.abs(flac).max(), wav, atol=1e-4)
+    assert "dB lower, so that none clips" in error(capsys)
 
 
 def test_stream_writes_as_many_samples(recording, model, tmp_path):
@@ -256,7 +298,9 @@ def test_mix_train_evaluate_separate(tmp_path, capsys):
     )  # fmt: skip
     assert done == 0
     scores = json.loads(capsys.readouterr().out)
-    assert {row["metric"] for row in scores["summary"]} == {"si_sdr", "si_sdri", "stoi"}
+    assert {row["metric"] for row in scores["summary"]} == {
+        "si_sdr", "si_sdri", "stoi", "separate_si_sdri", "collapsed", "correlation",
+    }  # fmt: skip
     assert len(list(csv.DictReader((tmp_path / "scores.csv").open()))) == 4
     assert run("separate", tmp_path / "mixtures/mix/00000.wav", "-o", tmp_path / "o", "--model", model) == 0
 

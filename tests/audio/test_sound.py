@@ -1,5 +1,6 @@
 """Recordings that libsndfile cannot decode, on files that the test itself codes with PyAV."""
 
+import struct
 import sys
 
 import av
@@ -8,7 +9,7 @@ import pytest
 import soundfile
 
 from nearfar.audio.corpora import find_utterances
-from nearfar.audio.sound import Recording, read_samples
+from nearfar.audio.sound import Recording, measure_channels, read_samples, without_silence
 from nearfar.core.errors import UserError
 
 RATE = 16000
@@ -104,3 +105,93 @@ def test_without_pyav_a_container_is_refused_with_what_to_install(tmp_path, monk
         Recording(tmp_path / "a.m4a")
     soundfile.write(tmp_path / "a.flac", np.full(800, 0.1, np.float32), 8000)
     assert Recording(tmp_path / "a.flac").frames == 800
+
+
+def patched(path, target, size, riff=None, fact=None):
+    """A WAV whose header says `size` bytes of sound, and perhaps other things."""
+    raw = bytearray(path.read_bytes())
+    place = raw.index(b"data") + 4
+    raw[place : place + 4] = struct.pack("<I", size)
+    if riff is not None:
+        raw[4:8] = struct.pack("<I", riff)
+    if fact is not None:
+        place = raw.index(b"fact") + 8
+        raw[place : place + 4] = struct.pack("<I", fact)
+    target.write_bytes(raw)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("size", "riff"),
+    [(0, None), (0, 0), (0xFFFFFFFF, 0xFFFFFFFF), (0x80000000, 0x80000024), (0x7FFFF000, None), (1000, None), (0, 36)],
+)
+def test_headers_of_pipes_and_headers_that_lie_are_read_whole(tmp_path, size, riff):
+    sound = tone(1)[0]
+    soundfile.write(tmp_path / "a.wav", sound, RATE)
+    with Recording(patched(tmp_path / "a.wav", tmp_path / "b.wav", size, riff)) as recording:
+        assert recording.frames == RATE
+        np.testing.assert_allclose(recording.read(0, RATE), sound, atol=1e-4)
+        np.testing.assert_allclose(recording.read(15000, 15010), sound[15000:15010], atol=1e-4)
+
+
+def test_chunks_behind_the_sound_are_no_sound_and_a_cut_off_file_is_refused(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(1)[0], RATE)
+    whole = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "b.wav").write_bytes(whole + b"LIST" + struct.pack("<I", 2000) + bytes(2000))
+    with Recording(tmp_path / "b.wav") as recording:
+        assert recording.frames == RATE
+    (tmp_path / "c.wav").write_bytes(whole[:20000])
+    with pytest.raises(UserError, match="truncated"):
+        Recording(tmp_path / "c.wav")
+    soundfile.write(tmp_path / "a.au", tone(1)[0], RATE)
+    raw = bytearray((tmp_path / "a.au").read_bytes())
+    for said in (0, 100, 0xFFFFFFFF):
+        raw[8:12] = struct.pack(">I", said)
+        (tmp_path / "b.au").write_bytes(raw)
+        with Recording(tmp_path / "b.au") as recording:
+            assert recording.frames == RATE
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype"),
+    [("WAV", "GSM610"), ("WAV", "MS_ADPCM"), ("WAV", "G721_32"), ("WAV", "ULAW"), ("NIST", "PCM_16"), ("NIST", "ULAW"),
+     ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"), ("CAF", "ALAC_16"),
+     ("W64", "PCM_16"), ("AIFF", "PCM_16"), ("RF64", "PCM_16")],
+)  # fmt: skip
+def test_containers_are_read_to_the_sample(tmp_path, form, subtype):
+    path = tmp_path / "a.bin"
+    soundfile.write(path, tone(2, rate=8000)[0][:12345], 8000, format=form, subtype=subtype)
+    with Recording(path) as recording:
+        assert recording.frames == 12345
+        assert len(recording.read(0, 12345)) == 12345
+
+
+def test_channels_are_chosen_and_measured(tmp_path):
+    both = tone(1, 2).T + np.array([0.1, 0.0])
+    soundfile.write(tmp_path / "a.wav", both, RATE, "FLOAT")
+    for number in (1, 2):
+        with Recording(tmp_path / "a.wav", number) as recording:
+            np.testing.assert_allclose(recording.read(0, RATE), both[:, number - 1], atol=1e-6)
+        samples = read_samples(tmp_path / "a.wav", RATE, channel=number)
+        assert abs(samples.mean()) < 1e-6  # DC is taken away
+        np.testing.assert_allclose(samples, both[:, number - 1] - both[:, number - 1].mean(), atol=1e-6)
+    with Recording(tmp_path / "a.wav") as recording:
+        found = measure_channels(recording)
+    assert found.correlation == pytest.approx(1)
+    assert not found.alike
+    np.testing.assert_allclose(found.means, both.mean(0), atol=1e-6)
+    with pytest.raises(UserError, match="there is no channel 3"):
+        Recording(tmp_path / "a.wav", 3)
+
+
+def test_digital_silence_is_dropped_whatever_the_blocks():
+    rng = np.random.default_rng(0)
+    x = (0.1 * rng.standard_normal(8000)).astype(np.float32)
+    gap = np.zeros(400, np.float32)
+    mixed = np.concatenate([gap, x[:3000], gap + 0.2, x[3000:], np.zeros(40, np.float32), gap])
+    for size in (7, 100, 1000, len(mixed)):
+        blocks = [mixed[start : start + size] for start in range(0, len(mixed), size)]
+        np.testing.assert_array_equal(np.concatenate(list(without_silence(blocks, 8000))), x)
+    short = np.concatenate([x[:3000], np.zeros(50, np.float32), x[3000:]])  # 6 ms: speech may cross zero for long
+    np.testing.assert_array_equal(np.concatenate(list(without_silence([short], 8000))), short)
+    assert not len(np.concatenate(list(without_silence([np.zeros(8000, np.float32)], 8000))))

@@ -9,8 +9,18 @@ import jaxtyping
 import pytest
 import torch
 
+from nearfar.audio.checkpoints import load_published
 from nearfar.audio.contracts.mossformer import build_contract
-from nearfar.audio.separation.mossformer import VARIANTS, MossFormer, MossFormer2, create_model, detect, published_state
+from nearfar.audio.separation.mossformer import (
+    VARIANTS,
+    MossFormer,
+    MossFormer2,
+    create_model,
+    detect,
+    load_model,
+    published_state,
+)
+from nearfar.audio.speakers.ltdnn import LTDNN
 from nearfar.core.checkpoints import load_state_dict, save_state_dict
 from nearfar.core.contracts import Contract, shipped
 from nearfar.core.errors import CheckpointError, UserError
@@ -442,3 +452,18 @@ def test_settings_that_no_release_has_are_refused():
     ):
         with pytest.raises(UserError, match=next(iter(settings))):
             build_contract(altered(name, **settings))
+
+
+@pytest.mark.parametrize("cls", [MossFormer, MossFormer2])
+def test_a_released_checkpoint_is_identified_by_every_key(tmp_path, cls):
+    """One class accounts for all of it; none is an error with the reason of each."""
+    assert type(load_published(clearervoice(small(cls)), sample_rate=8000)) is cls
+    head = LTDNN(16, 3, conv_dim=16, embedding_dim=4, layer_pool_heads=2, layer_pool_dim=8).eval()
+    published = {re.sub(r"gate\.(w|b)", lambda m: m[1].replace("w", "W"), n): v for n, v in head.state_dict().items()}
+    torch.save({f"encoder.{name}": value for name, value in published.items()}, tmp_path / "head.pt")
+    assert type(load_published(tmp_path / "head.pt")) is LTDNN
+    with pytest.raises(CheckpointError, match="weights of LTDNN, which separates no voices"):
+        load_model(tmp_path / "head.pt")
+    torch.save({"a.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"is none of 3 known:\n"):
+        load_model(tmp_path / "other.pt")

@@ -442,3 +442,34 @@ def test_bad_settings_are_named(tmp_path):
         separate_recording(source, lambda mix: mix, RATE, tmp_path)
     with pytest.raises(UserError, match="one channel"):
         ArraySource(np.ones((2, 8)), RATE)
+
+
+def test_voices_that_were_asked_for_are_never_merged():
+    """A poor model's outputs are much alike; both stay, and the report says so."""
+    rng = np.random.default_rng(0)
+    one, other = (rng.standard_normal(10 * RATE).astype(np.float32) for _ in range(2))
+
+    def poor(mix):
+        share = np.sqrt(0.5).astype(np.float32)
+        pair = np.stack([one, share * one + share * other])[:, : len(mix)]  # correlation 0.71
+        return 0.1 * pair
+
+    tracks, report = separate_samples(0.1 * (one + other), RATE, poor, RATE, speakers=2)
+    assert (np.sqrt((tracks**2).mean(1)) > 0.05).all()
+    assert report.correlation == pytest.approx(0.71, abs=0.02)
+    assert report.confidence == pytest.approx(1 - report.correlation, abs=0.02)
+    assert not report.collapsed
+    same = lambda mix: 0.1 * np.stack([one, 0.8 * one])[:, : len(mix)]  # noqa: E731
+    tracks, report = separate_samples(0.1 * one, RATE, same, RATE, speakers=2)
+    assert (np.sqrt((tracks**2).mean(1)) > 0.05).all()
+    assert report.collapsed
+    assert report.confidence < 0.01
+    alone, report = separate_samples(0.1 * one, RATE, same, RATE, speakers=1)
+    assert len(alone) == 1
+    assert not report.collapsed
+
+
+@pytest.mark.parametrize("samples", [1, 10, 799])
+def test_a_few_samples_are_refused(samples):
+    with pytest.raises(UserError, match=f"{samples} samples .* too few to separate"):
+        separate_samples(np.full(samples, 0.1, np.float32), 8000, lambda mix: np.stack([mix, mix]), 8000)

@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_curve
 
 from nearfar.audio.speakers import scoring
+from nearfar.audio.speakers.lists import count_unscored
 from nearfar.audio.speakers.scoring.backend import (
     PLDA,
     CohortStatistics,
@@ -713,3 +714,58 @@ def test_score_files_keep_every_digit(tmp_path):
         read_scores(path)
     with pytest.raises(ValueError, match="50 trials, 3 scores"):
         write_scores(path, some, scores[:3])
+
+
+@pytest.mark.parametrize(
+    ("same", "other"),
+    [("same", "different"), ("T", "F"), ("1.0", "0.0"), ("tar", "imp"), ("positive", "negative"), ("yes", "no"),
+     ("1", "-1"), ("genuine", "impostor"), ("TARGET", "NONTARGET")],
+)  # fmt: skip
+def test_usual_label_words(tmp_path, same, other):
+    (tmp_path / "t").write_text(f"a.wav b.wav {same}\na.wav c.wav {other}\n")
+    assert read_trials(tmp_path / "t").labels.tolist() == [1, 0]
+
+
+def test_score_files_of_others(tmp_path):
+    path = tmp_path / "s"
+    path.write_text("a b 1 3.5\na c 0 0.25\n")  # enrol test label score
+    trials, scores = read_scores(path)
+    assert (trials.labels.tolist(), scores.tolist()) == ([1, 0], [3.5, 0.25])
+    path.write_text("a b 1 1\na c 0 0\n")
+    with pytest.raises(UserError, match="both the third and the fourth column could be the labels"):
+        read_scores(path)
+    path.write_text("score;utt2;utt1;label\n1;b;a;same\n0;c;a;different\n")
+    trials, scores = read_scores(path)
+    assert (trials.enroll.tolist(), trials.test.tolist()) == (["a", "a"], ["b", "c"])
+    assert scores.tolist() == [1, 0]
+    path.write_text("a b 1.0 target\na b 0.5 nontarget\n")
+    with pytest.raises(UserError, match="both target and nontarget"):
+        read_scores(path)
+
+
+def test_names_with_blanks_commas_and_sides_come_back(tmp_path):
+    for enroll, test in ((["a b", "c, d"], ["é f", 'g "h"']), (["m", "n"], ["call:a", "call:b"]), (["a;b"], ["c"])):
+        labels = np.arange(len(enroll)) % 2
+        some = Trials(np.array(enroll), np.array(test), labels)
+        again, scores = read_scores(write_scores(tmp_path / "s", some, labels + 0.5))
+        assert (again.enroll.tolist(), again.test.tolist()) == (enroll, test)
+        assert (again.labels.tolist(), scores.tolist()) == (labels.tolist(), (labels + 0.5).tolist())
+        if ":" not in test[0]:
+            back = read_trials(write_trials(tmp_path / "t", some))
+            assert (back.enroll.tolist(), back.labels.tolist()) == (enroll, labels.tolist())
+    (tmp_path / "m").write_text("modelid\tsegmentid\tside\nm 1\tcall x\tb\nm 1\tother\ta\n")
+    assert read_enrollments(tmp_path / "m") == {"m 1": ["call x:b", "other:a"]}
+
+
+def test_copies_of_a_trial_all_get_their_score(tmp_path):
+    names = lambda text: np.array(text.split())  # noqa: E731
+    listed = Trials(names("a a"), names("b c"), np.array([1, 0]))
+    reference = Trials(names("a a a a"), names("b c b d"), np.array([1, 0, 1, 0]), source="list")
+    _, scores, unscored = count_unscored(listed, np.array([2.0, 1.0]), reference, tmp_path)
+    assert scores.tolist() == [2, 1, 2, 2]  # the last has none and counts as an error
+    assert unscored.tolist() == [False, False, False, True]
+    double = Trials(names("a a a"), names("b b b"), np.array([1, 1, 1]))
+    with pytest.raises(UserError, match="has 3 different scores and is 2 times"):
+        count_unscored(double, np.array([1.0, 2.0, 3.0]), reference, tmp_path)
+    with pytest.raises(UserError, match="1 of them are there with their sides exchanged"):
+        count_unscored(Trials(names("b"), names("a")), np.array([1.0]), reference, tmp_path)

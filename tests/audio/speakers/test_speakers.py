@@ -8,11 +8,12 @@ import pytest
 import soundfile
 import torch
 
-from nearfar.audio.augment import Augmentation, add_noise, add_reverberation, change_speed
+from nearfar.audio.augment import CODECS, Augmentation, add_noise, add_reverberation, change_speed, through_codec
 from nearfar.audio.corpora import Utterance, find_utterances, locate
 from nearfar.audio.sound import read_samples
 from nearfar.audio.speakers.embedding import Embedder, model_digest
 from nearfar.audio.speakers.frontends import KaldiFbank
+from nearfar.audio.speakers.gallery import Gallery
 from nearfar.audio.speakers.ltdnn import ECAPA, SpeakerEncoder
 from nearfar.audio.speakers.quality import Gate, measure_quality
 from nearfar.audio.speakers.scoring.backend import pair_scores
@@ -97,6 +98,34 @@ def test_kaldi_folders(tmp_path):
     (tmp_path / "wav.scp").write_text("u1 a\nu1 b\n")
     with pytest.raises(UserError, match="line 2: u1 is there twice"):
         find_utterances(tmp_path)
+
+
+def test_kaldi_segments_and_commands_that_only_decode(tmp_path):
+    write(tmp_path / "a b.wav")
+    (tmp_path / "wav.scp").write_bytes(b"\xef\xbb\xbfr1\ta b.wav\r\nr2 sph2pipe -f wav -p -c 2 x.sph |\r\n")
+    (tmp_path / "segments").write_text("u1 r1 0.25 1.0\nu2 r1 1.0 -1\nu3 r2 0 1\n")
+    (tmp_path / "spk2utt").write_text("s1 u1 u3\ns2 u2\n")
+    found = {u.name: u for u in find_utterances(tmp_path)}
+    assert [(u.start, u.seconds, u.speaker) for u in found.values()] == [
+        (0.25, 0.75, "s1"), (1.0, None, "s2"), (0.0, 1.0, "s1"),
+    ]  # fmt: skip
+    assert found["u1"].path.name == "a b.wav"
+    assert (found["u3"].path.name, found["u3"].channel) == ("x.sph", 2)
+    assert found["u1"].digest != found["u2"].digest
+    for text, message in (
+        ("u1 r1 1.0 0.5\n", "ends after its start"),
+        ("u1 r9 0 1\n", "r9 is not in wav.scp"),
+        ("u1 r1 0 1\nu1 r1 1 2\n", "line 2: u1 is there twice"),
+        ("u1 r1 x 1\n", "no times"),
+    ):
+        (tmp_path / "segments").write_text(text)
+        with pytest.raises(UserError, match=message):
+            find_utterances(tmp_path)
+    (tmp_path / "segments").unlink()
+    for command in ("flac -c -d x.flac; rm y |", "sox x.wav -r 8000 -t wav - |", "cat x.wav y.wav |"):
+        (tmp_path / "wav.scp").write_text(f"u1 {command}\n")
+        with pytest.raises(UserError, match="never run"):
+            find_utterances(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -256,6 +285,46 @@ def test_long_recordings_are_embedded_in_parts():
         Embedder(model).embed_samples(samples[:100])
 
 
+@pytest.mark.parametrize("place", ["front", "middle", "end"])
+def test_a_recording_and_the_same_with_zeros_agree(tmp_path, place):
+    x, zeros = voice(2.0), np.zeros(4000, np.float32)
+    cut = {"front": 0, "middle": 8000, "end": len(x)}[place]
+    embed = Embedder(tiny_model())
+    padded = np.concatenate([x[:cut], zeros, x[cut:]])
+    np.testing.assert_allclose(embed.embed_samples(padded), embed.embed_samples(x), atol=1e-5)
+    plain = embed(write(tmp_path / "a.wav", x, subtype="FLOAT"))
+    gated = embed(write(tmp_path / "b.wav", padded, subtype="FLOAT"))
+    np.testing.assert_allclose(gated.embedding, plain.embedding, atol=1e-5)
+    assert gated.quality.silence == pytest.approx(0.5, abs=0.001)
+    assert gated.quality.speech == plain.quality.speech
+    dc = embed(write(tmp_path / "c.wav", x + 0.3, subtype="FLOAT"))
+    np.testing.assert_allclose(dc.embedding, plain.embedding, atol=1e-3)
+
+
+def test_long_files_are_embedded_in_flat_memory_as_they_are_at_once(tmp_path, monkeypatch):
+    x = np.concatenate([voice(3.0, seed=seed) for seed in range(10)])
+    path = write(tmp_path / "a.wav", x, subtype="FLOAT")
+    model = tiny_model()
+    whole = Embedder(model, max_seconds=8.0).embed_samples(read_samples(path, RATE))
+    monkeypatch.setattr(Embedder, "KEPT", 5)  # so that it is decoded twice
+    np.testing.assert_allclose(Embedder(model, max_seconds=8.0)(path).embedding, whole, atol=1e-4)
+
+
+def test_the_floor_is_the_models_own(tmp_path):
+    """Published weights keep Kaldi's; new ones have the recipe's, and it is kept with them."""
+    assert KaldiFbank(24, RATE).floor == pytest.approx(2**-23)
+    model = build_model(Recipe(sample_rate=RATE, channels=16, num_mels=24, embedding_dim=8))
+    assert model.frontend.floor == 10
+    model.save_pretrained(tmp_path)
+    assert SpeakerEncoder.from_pretrained(tmp_path).frontend.floor == 10
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["frontend"]["floor"]  # as older folders are
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert SpeakerEncoder.from_pretrained(tmp_path).frontend.floor == pytest.approx(2**-23)
+    with pytest.raises(ValueError, match="floor must be"):
+        KaldiFbank(24, RATE, floor=0)
+
+
 # Augmentation ------------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +372,29 @@ def test_augmentation_follows_the_seed_and_its_probability(tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="no recordings"):
         Augmentation(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_codecs_keep_length_and_speech(codec):
+    x = voice(1.0)
+    y = through_codec(x, RATE, codec)
+    assert len(y) == len(x)
+    delays = range(-400, 401, 8)
+    assert max(np.corrcoef(np.roll(y, d), x)[0, 1] for d in delays) > 0.7
+
+
+def test_degraded_crops_keep_their_length_and_follow_the_seed():
+    x = voice(1.0)
+    augment = Augmentation(degraded=1.0)
+
+    def changed(seed):
+        torch.manual_seed(seed)
+        return augment(x, RATE)
+
+    found = [changed(seed) for seed in range(20)]
+    assert all(len(y) == len(x) and np.isfinite(y).all() and np.abs(y).max() <= 1 for y in found)
+    assert all(np.array_equal(changed(seed), found[seed]) for seed in (0, 7))
+    assert len({y.tobytes() for y in found}) == 20
 
 
 # Training ----------------------------------------------------------------------------------------------------------
@@ -425,6 +517,26 @@ def test_systems_keep_mean_cohort_and_calibration(tmp_path):
     again.save_scoring(tmp_path / "model")
     with pytest.raises(UserError, match="calibration is for other scores"):
         SpeakerSystem.load(tmp_path / "model")
+
+
+def test_galleries_forget_and_grow(tmp_path):
+    model, rng = tiny_model(), np.random.default_rng(0)
+    x = rng.standard_normal((6, 8)).astype(np.float32)
+    gallery = Gallery.new(model)
+    for name, rows in (("anna", x[:2]), ("bob", x[2:3]), ("eve", x[3:5])):
+        gallery.add(name, rows)
+    gallery.add("bob", x[5:], append=True)
+    assert gallery.counts == {"anna": 2, "bob": 2, "eve": 2}
+    gallery.remove("anna")
+    gallery.save(tmp_path / "g.npz")
+    again = Gallery.load(tmp_path / "g.npz", model)
+    assert again.counts == {"bob": 2, "eve": 2}
+    np.testing.assert_array_equal(again.embeddings[again.owners == 1], x[3:5])
+    np.testing.assert_array_equal(again.embeddings[again.owners == 0], x[[2, 5]])
+    with pytest.raises(UserError, match="anna: is not in the gallery; bob, eve are"):
+        again.remove("anna")
+    with pytest.raises(UserError, match="--append adds"):
+        again.add("bob", x[:1])
 
 
 def test_synthetic_voices_differ():

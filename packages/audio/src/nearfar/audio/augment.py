@@ -1,12 +1,14 @@
-"""Augmentation of speech for training speaker models: noise, reverberation, speed."""
+"""Augmentation of speech for training speaker models: noise, reverberation, speed, and what devices and lines do."""
 
+import io
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 from scipy.signal import fftconvolve, resample_poly
 
-from nearfar.audio.sound import SUFFIXES, Samples, read_samples
+from nearfar.audio.sound import SUFFIXES, Samples, read_samples, resample
 from nearfar.core.errors import UserError
 
 SNR = {"noise": (0.0, 15.0), "music": (5.0, 15.0), "speech": (13.0, 20.0)}
@@ -38,13 +40,89 @@ def add_reverberation(samples: Samples, response: Samples) -> Samples:
     return wet * np.float32(np.sqrt(np.mean(samples**2)) / level) if level > 0 else samples
 
 
+CODECS = {
+    "mu-law": ("WAV", "ULAW"),
+    "A-law": ("WAV", "ALAW"),
+    "GSM": ("WAV", "GSM610"),
+    "ADPCM": ("WAV", "IMA_ADPCM"),
+    "Vorbis": ("OGG", "VORBIS"),
+    "MP3": ("MP3", "MPEG_LAYER_III"),
+}
+"""What `through_codec` knows, in libsndfile's words."""
+
+
+def through_codec(samples: Samples, rate: int, codec: str) -> Samples:
+    """Code and decode, at the rate of the samples. Raises ValueError for a codec that is none of `CODECS`."""
+    if codec not in CODECS:
+        raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}")
+    form, subtype = CODECS[codec]
+    coded = io.BytesIO()
+    soundfile.write(coded, np.clip(samples, -1, 1), rate, subtype, format=form)
+    coded.seek(0)
+    decoded = soundfile.read(coded, dtype="float32")[0]
+    return np.pad(decoded, (0, max(0, len(samples) - len(decoded))))[: len(samples)]
+
+
+def apply_gain(samples: Samples, decibel: float) -> Samples:
+    """Louder or softer; what leaves full scale is clipped, as a converter does."""
+    return np.clip(samples * np.float32(10 ** (decibel / 20)), -1, 1)
+
+
+def quantize(samples: Samples, rng: np.random.Generator, bits: int = 16) -> Samples:
+    """Round to `bits` with triangular dither."""
+    steps = 2.0 ** (bits - 1)
+    dither = rng.random(len(samples)) - rng.random(len(samples))
+    return (np.round(samples * steps + dither) / steps).astype(np.float32)
+
+
+def add_white_noise(samples: Samples, rng: np.random.Generator, snr: float) -> Samples:
+    """White noise at a signal-to-noise ratio in dB of mean powers."""
+    return add_noise(samples, rng.standard_normal(len(samples)).astype(np.float32), snr)
+
+
+def gate(samples: Samples, below: float) -> Samples:
+    """Digital silence wherever a sample is more than `below` dB under the peak."""
+    level = np.abs(samples)
+    return np.where(level < level.max(initial=0.0) * 10 ** (-below / 20), 0, samples).astype(np.float32)
+
+
+def lose_packets(samples: Samples, rate: int, rng: np.random.Generator, share: float) -> Samples:
+    """Digital silence for a `share` of the packets of 20 ms."""
+    size = rate // 50
+    lost = np.repeat(rng.random(len(samples) // size + 1) < share, size)[: len(samples)]
+    return np.where(lost, 0, samples).astype(np.float32)
+
+
+def narrow(samples: Samples, rate: int, to: int) -> Samples:
+    """Through a lower rate and back: what lies above half of it is lost."""
+    return resample(resample(samples, rate, to), to, rate, len(samples))
+
+
+def degrade(samples: Samples, rate: int, rng: np.random.Generator) -> Samples:
+    """What a device or a line may do to speech: one thing drawn evenly, at a gain of -30 to +6 dB."""
+    kind = int(rng.integers(6))
+    if kind == 0:
+        samples = through_codec(samples, rate, str(rng.choice(list(CODECS))))
+    elif kind == 1:
+        samples = add_white_noise(samples, rng, rng.uniform(10, 40))
+    elif kind == 2:
+        samples = gate(samples, rng.uniform(30, 60))
+    elif kind == 3:
+        samples = lose_packets(samples, rate, rng, rng.uniform(0.01, 0.1))
+    elif kind == 4:
+        samples = narrow(samples, rate, round(rate * rng.uniform(0.7, 0.95) / 100) * 100)
+    samples = apply_gain(samples, rng.uniform(-30, 6))
+    return quantize(samples, rng) if kind == 5 or rng.random() < 0.5 else samples
+
+
 class Augmentation:
-    """With `probability` change a crop in one way, chosen evenly among what is there.
+    """With `probability` change a crop in one way, chosen evenly among what is there, and then perhaps `degrade` it.
 
     Args:
         noise: MUSAN's folder, or any with sub-folders named noise, music or speech.
         responses: folder of room impulse responses.
         probability: that a crop is changed at all (0.6).
+        degraded: probability of `degrade`, which needs no recordings (0).
 
     All randomness comes from torch's generator, so it follows the seed of the epoch.
 
@@ -52,11 +130,16 @@ class Augmentation:
     """
 
     def __init__(
-        self, noise: str | Path | None = None, responses: str | Path | None = None, probability: float = 0.6
+        self,
+        noise: str | Path | None = None,
+        responses: str | Path | None = None,
+        probability: float = 0.6,
+        degraded: float = 0.0,
     ) -> None:
-        if not 0 <= probability <= 1:
-            raise ValueError(f"probability must be between 0 and 1, got {probability}")
-        self.probability = probability
+        for name, value in (("probability", probability), ("degraded", degraded)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        self.probability, self.degraded = probability, degraded
         self.noises: dict[str, list[Path]] = {}
         for path in _recordings(noise):
             kind = next((part for part in reversed(path.parts[:-1]) if part in SNR), "noise")
@@ -66,8 +149,11 @@ class Augmentation:
 
     def __call__(self, samples: Samples, rate: int) -> Samples:
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
-        if not self.kinds or rng.random() >= self.probability:
-            return samples
+        if self.kinds and rng.random() < self.probability:
+            samples = self._add(samples, rate, rng)
+        return degrade(samples, rate, rng) if rng.random() < self.degraded else samples
+
+    def _add(self, samples: Samples, rate: int, rng: np.random.Generator) -> Samples:
         kind = self.kinds[rng.integers(len(self.kinds))]
         if kind == "reverberation":
             path = self.responses[rng.integers(len(self.responses))]

@@ -31,9 +31,13 @@ class Container:
             with self._open() as container:
                 stream: Any = container.streams.audio[0]
                 self.subtype = stream.codec_context.name
+                self._skipped = 0  # what an encoder puts before the sound, by the file's own times
                 for frame in container.decode(stream):
                     rates.add(frame.sample_rate)
                     channels.add(frame.layout.nb_channels)
+                    if frame.pts is not None and frame.time_base and frame.pts < 0:
+                        early = round(-float(frame.pts * frame.time_base) * frame.sample_rate)
+                        self._skipped += min(early, frame.samples)
                     self.frames += frame.samples
                 told = "mp4" in container.format.name and stream.duration and stream.time_base
                 promised = float(stream.duration * stream.time_base) if told else 0.0
@@ -49,6 +53,9 @@ class Container:
             raise UserError(
                 f"{path}: truncated, {self.frames / self.samplerate:.1f} of {promised:.1f} s of sound are there"
             )
+        self.frames -= self._skipped
+        if told:  # and what it adds at the end
+            self.frames = min(self.frames, round(promised * self.samplerate))
         self._start()
 
     def _open(self) -> av.container.InputContainer:
@@ -62,10 +69,12 @@ class Container:
         self._decoded = self._decode()
 
     def _decode(self) -> Iterator[NDArray[np.float32]]:
-        to_float = av.AudioResampler(format="fltp")
+        to_float, skip = av.AudioResampler(format="fltp"), self._skipped
         for frame in self._container.decode(audio=0):
             for piece in to_float.resample(frame):
-                yield piece.to_ndarray().T.astype(np.float32, copy=False)
+                samples = piece.to_ndarray().T.astype(np.float32, copy=False)
+                yield samples[skip:]
+                skip = max(0, skip - len(samples))
 
     def seek(self, position: int) -> None:
         if position < self._first:
@@ -74,7 +83,7 @@ class Container:
         self._position = position
 
     def read(self, count: int, dtype: str, always_2d: bool) -> NDArray[np.float32]:
-        stop = self._position + count
+        stop = min(self._position + count, self.frames)
         while self._end < stop and (piece := self._next()) is not None:
             self._pieces.append(piece)
             self._end += len(piece)

@@ -10,12 +10,16 @@ import typer
 
 from nearfar.apps.speaker_verification import lists, pages
 from nearfar.apps.speaker_verification.common import (
+    AllowLeakage,
     Cache,
+    Channel,
     MixChannels,
     Model,
     embed_all,
     matrix,
     refuse_folder,
+    refuse_leaks,
+    say_silence,
 )
 from nearfar.audio.corpora import Utterance, find_utterances
 from nearfar.audio.sound import SUFFIXES
@@ -119,7 +123,7 @@ def train(
         except ValueError as error:
             messages.print(f"not calibrated: {error}. `calibrate` can do it with other trials.")
     before = TrainedOn() if start is None else trained_on(start)
-    system.trained_on = before | TrainedOn.of((content_digest(u.path) for u in good), (u.speaker for u in good))
+    system.trained_on = before | TrainedOn.of((u.digest for u in good), (u.speaker for u in good))
     system.save(output, trained_on={"data": str(data), "speakers": len({u.speaker for u in learn})})
     pages.training_page(system, history, chosen).write(output / "report.html")
     if held and history:
@@ -136,6 +140,7 @@ def embed(
     model: Model,
     cache: Cache = None,
     layout: Layout = "auto",
+    channel: Channel = None,
     mix_channels: MixChannels = False,
     device: Device = "auto",
 ) -> None:
@@ -143,7 +148,7 @@ def embed(
     refuse_folder(output)
     system = SpeakerSystem.load(model, device)
     utterances = _recordings(paths, layout)
-    found, failures = embed_all(utterances, Embedder(system.model, cache, mix_channels=mix_channels))
+    found, failures = embed_all(utterances, Embedder(system.model, cache, mix_channels=mix_channels, channel=channel))
     if found:
         qualities = {
             name: np.array([getattr(e.quality, name) for _, e in found]) for name in ("seconds", "speech", "snr")
@@ -167,6 +172,8 @@ def enroll(
     gallery: Annotated[Path, typer.Option("--gallery", "-g", help="Gallery file (.npz); made if it is not there.")],
     model: Model,
     replace: Annotated[bool, typer.Option("--replace", help="Enrol again a speaker who is in the gallery.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add to a speaker who is in the gallery.")] = False,
+    channel: Channel = None,
     mix_channels: MixChannels = False,
     min_speech: LeastSpeech = GATE.speech,
     min_snr: LeastSNR = GATE.snr,
@@ -175,19 +182,41 @@ def enroll(
     device: Device = "auto",
 ) -> None:
     """Put a speaker into a gallery: the mean of the normalized embeddings of their recordings."""
+    if replace and append:
+        raise UserError("--replace and --append: are one or the other")
     system = SpeakerSystem.load(model, device)
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)
-    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels)
+    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels, channel=channel)
     found = galleries.Gallery.load(gallery, system.model) if gallery.exists() else galleries.Gallery.new(system.model)
     utterances = [Utterance(str(path), path) for path in recordings]
     if len({path.resolve() for path in recordings}) != len(recordings):
         raise UserError(f"{name}: the same recording is given twice")
     seen, failures = embed_all(utterances, embed_one)
     if seen:
-        found.add(name, matrix(seen), replace)
+        found.add(name, matrix(seen), replace, append)
         found.save(gallery)
         console.print(f"{name} enrolled with {len(seen)} recordings; speakers in {gallery}: {len(found.names)}")
     raise_failures(failures, len(recordings))
+
+
+@app.command()
+def gallery(
+    path: Annotated[Path, typer.Argument(metavar="GALLERY", help="Gallery file that `enroll` wrote.")],
+    model: Model,
+    remove: Annotated[list[str] | None, typer.Option(help="Name of a speaker to forget; repeat for more.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the speakers of a gallery with their number of recordings, or forget some."""
+    found = galleries.Gallery.load(path, SpeakerSystem.load(model).model)
+    for name in remove or ():
+        found.remove(name)
+    if remove:
+        found.save(path)
+    if as_json:
+        show_json(found.counts)
+    else:
+        rows = [{"speaker": name, "recordings": count} for name, count in found.counts.items()]
+        console.print(table(rows, f"{len(rows)} speakers in {path}"))
 
 
 @app.command()
@@ -196,8 +225,10 @@ def verify(
     second: Annotated[Path, typer.Argument(help="Another recording.")],
     model: Model,
     as_json: Json = False,
+    channel: Channel = None,
     mix_channels: MixChannels = False,
     no_gate: NoGate = False,
+    allow_leakage: AllowLeakage = False,
     min_speech: LeastSpeech = GATE.speech,
     min_snr: LeastSNR = GATE.snr,
     max_clipped: MostClipped = GATE.clipped,
@@ -207,8 +238,11 @@ def verify(
     """Say how strongly two recordings speak for one speaker: a log-likelihood ratio, its interval, a sentence."""
     system = SpeakerSystem.load(model, device)
     gate = None if no_gate else Gate(min_speech, min_snr, max_clipped, min_bandwidth)
-    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels)
+    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels, channel=channel)
+    if first.is_file() and second.is_file() and content_digest(first) == content_digest(second):
+        refuse_leaks(first, [f"holds the same as {second}"], allow_leakage)
     found = [embed_one(path) for path in (first, second)]
+    say_silence(list(zip(map(str, (first, second)), found, strict=True)))
     x = np.stack([e.embedding for e in found])
     left, right = np.array([0]), np.array([1])
     score = system.score(x, x, left, right)
@@ -249,6 +283,7 @@ def identify(
     model: Model,
     far: Far = 0.01,
     as_json: Json = False,
+    channel: Channel = None,
     mix_channels: MixChannels = False,
     min_speech: LeastSpeech = GATE.speech,
     min_snr: LeastSNR = GATE.snr,
@@ -266,7 +301,8 @@ def identify(
     limit = system.threshold(far, len(found.names))
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)
     utterances = [Utterance(str(path), path) for path in recordings]
-    seen, failures = embed_all(utterances, Embedder(system.model, gate=gate, mix_channels=mix_channels))
+    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels, channel=channel)
+    seen, failures = embed_all(utterances, embed_one)
     models, rows = found.models(system.mean), []
     for utterance, embedded in seen:
         scores = found.scores(system, models, embedded.embedding)
@@ -291,6 +327,7 @@ def identify(
 
 for command in (lists.score, lists.evaluate, lists.calibrate):
     app.command()(command)
+app.command("stress")(lists.stress_test)
 
 
 def _recordings(paths: Sequence[Path], layout: str) -> list[Utterance]:

@@ -1,6 +1,7 @@
 """The commands that take trial lists: score, evaluate, calibrate."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,26 +10,31 @@ import typer
 
 from nearfar.apps.speaker_verification import pages
 from nearfar.apps.speaker_verification.common import (
+    AllowLeakage,
     Cache,
+    Channel,
     MixChannels,
     Model,
     embed_all,
     matrix,
     refuse_folder,
+    refuse_leaks,
 )
-from nearfar.audio.corpora import Utterance, find_utterances, locate
+from nearfar.audio.corpora import Utterance, chosen_channel, find_utterances, locate
+from nearfar.audio.sound import read_samples
 from nearfar.audio.speakers import scoring
 from nearfar.audio.speakers.embedding import Embedder, model_digest
-from nearfar.audio.speakers.lists import count_unscored, rows_in, score_trials, unique
+from nearfar.audio.speakers.lists import count_unscored, find_leaks, rows_in, score_trials, unique
+from nearfar.audio.speakers.stress import CONDITIONS, stress
 from nearfar.audio.speakers.system import SpeakerSystem
-from nearfar.core.cli.batch import raise_failures
+from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, show_json, table
-from nearfar.core.cli.options import Device, Json
-from nearfar.core.errors import UserError
+from nearfar.core.cli.options import Device, Json, Seed
+from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path, write_csv, write_json
-from nearfar.core.fingerprint import content_digest
 from nearfar.core.model_folder import mark
 from nearfar.core.reading import read_arrays, read_json, reading
+from nearfar.core.report import Report
 
 Labels = Annotated[Path | None, typer.Option("--trials", help="Trial list with the labels, if the scores have none.")]
 SpeakerPattern = Annotated[
@@ -64,7 +70,9 @@ def score(
         bool, typer.Option("--llr", help="Write calibrated log-likelihood ratios, and OUTPUT.csv with intervals.")
     ] = False,
     cache: Cache = None,
+    channel: Channel = None,
     mix_channels: MixChannels = False,
+    allow_leakage: AllowLeakage = False,
     device: Device = "auto",
 ) -> None:
     """Score a trial list: each recording is embedded once, and kept (default: OUTPUT.cache), so it can go on.
@@ -90,22 +98,18 @@ def score(
     needed = listed.names()
     if members is not None:
         needed = list(dict.fromkeys([m for name in unique(listed.enroll) for m in members[name]] + unique(listed.test)))
-    known = find_utterances(root, "kaldi") if (root / "wav.scp").is_file() else []
-    places, missing = locate(needed, root, known)
-    if missing:
-        raise UserError(
-            f"{trials}: {len(missing)} of {len(needed)} recordings are not below {root}: {', '.join(missing[:5])}"
-        )
-    speakers = {u.name: str(u.speaker) for u in known}
+    places, speakers = _find(trials, root, needed)
+    leaks = find_leaks(listed, places, system.trained_on, members, speakers)
+    refuse_leaks(trials, leaks, allow_leakage)
     if not keep_speakers:
         own = {part for name in needed for part in (*Path(name).parts, speakers.get(name))}
         try:
             system.leave_out(own)
         except UserError as error:
             raise UserError(f"{trials}: {error}; choose a lower --top-n or --keep-cohort-speakers") from error
-    utterances = [Utterance(name, path) for name, path in places.items()]
+    utterances = list(places.values())
     keep = cache or output.with_name(output.name + ".cache")
-    seen, failures = embed_all(utterances, Embedder(system.model, keep, mix_channels=mix_channels))
+    seen, failures = embed_all(utterances, Embedder(system.model, keep, mix_channels=mix_channels, channel=channel))
     if not seen:
         raise_failures(failures, len(utterances))
     x, seconds = matrix(seen), np.array([e.quality.seconds for _, e in seen])
@@ -127,7 +131,7 @@ def score(
             np.savez(stream, inputs=inputs)
     scoring.write_scores(output, kept, values)
     known_to = system.trained_on.seen(
-        (content_digest(u.path) for u, _ in seen),
+        (u.digest for u, _ in seen),
         (speakers.get(u.name) or (Path(u.name).parts[0] if "/" in u.name else None) for u, _ in seen),
     )
     trained = {name for name, flag in zip(names, known_to, strict=True) if flag}
@@ -147,6 +151,7 @@ def score(
         "quality": quality,
         "llr": llr,
         "marked": marked,
+        "leaks": leaks,
         "scored": len(kept),
         "listed": len(listed),
     }
@@ -157,6 +162,88 @@ def score(
         scoring.write_trials(_beside(output, "failed"), lost_trials)
         failures.append(f"{len(lost_trials)} trials have no score: {output.name}.failed")
     raise_failures(failures, len(utterances))
+
+
+def _find(trials: Path, root: Path, needed: Sequence[str]) -> tuple[dict[str, Utterance], dict[str, str | None]]:
+    """The utterances of a list by name, and the speakers that a Kaldi folder tells. Raises UserError."""
+    known = find_utterances(root, "kaldi") if (root / "wav.scp").is_file() else []
+    places, missing = locate(needed, root, known)
+    if missing:
+        raise UserError(f"{trials}: {len(missing)} of {len(needed)} recordings are not below {root}: {some(missing)}")
+    return places, {u.name: u.speaker for u in known}
+
+
+def stress_test(
+    trials: Annotated[Path, typer.Argument(help="Trial list with labels.")],
+    root: Annotated[Path, typer.Option(help="Folder of the recordings, or a Kaldi folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for figures and the page.")],
+    model: Model,
+    condition: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(CONDITIONS)}; repeat for more, all by default.")
+    ] = None,
+    form: Annotated[str, typer.Option("--format", help="auto, voxceleb, kaldi, csv or pairs.")] = "auto",
+    speaker_pattern: SpeakerPattern = None,
+    draws: Annotated[int, typer.Option(help="Bootstrap draws for the intervals, 0 for none.")] = 200,
+    channel: Channel = None,
+    mix_channels: MixChannels = False,
+    allow_leakage: AllowLeakage = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """What zeros, gates, codecs, noise, gain, cuts and resampling do to a model, on your own list.
+
+    The test side of every trial is changed, one condition at a time; the enrolled side stays as it is. Of each
+    recording the first minute counts.
+    """
+    system = SpeakerSystem.load(model, device)
+    chosen = condition or list(CONDITIONS)
+    if unknown := [name for name in chosen if name not in CONDITIONS]:
+        raise UserError(f"--condition {unknown[0]}: must be one of {', '.join(CONDITIONS)}")
+    listed = scoring.read_trials(trials, form)  # type: ignore[arg-type]
+    if listed.labels is None:
+        raise UserError(f"{trials}: has no labels, without which there are no error rates")
+    if draws and draws < 20:
+        raise UserError(f"--draws {draws}: must be 0, or at least 20")
+    places, speakers = _find(trials, root, listed.names())
+    refuse_leaks(trials, find_leaks(listed, places, system.trained_on, None, speakers), allow_leakage)
+    embed_one = Embedder(system.model, mix_channels=mix_channels, channel=channel)
+    rate = system.model.sample_rate
+
+    def one(utterance: Utterance) -> tuple[str, dict[str, np.ndarray]]:
+        seconds = min(60.0, 60.0 if utterance.seconds is None else utterance.seconds)
+        which = chosen_channel(utterance, channel)
+        samples = read_samples(utterance.path, rate, utterance.start, seconds, mix_channels, which)
+        found = {"clean": embed_one.embed_samples(samples)}
+        for place, name in enumerate(chosen):
+            rng = np.random.default_rng([seed, place, *utterance.name.encode()])
+            found[name] = embed_one.embed_samples(CONDITIONS[name][1](samples, rate, rng).astype(np.float32))
+        return utterance.name, found
+
+    done, failures = run_batch(places.values(), one, "embedding", name=lambda u: str(u.path))
+    names = [name for name, _ in done]
+    possible = np.isin(listed.enroll, names) & np.isin(listed.test, names)
+    kept = listed.select(possible)
+    if not done or len(set(np.asarray(kept.labels).tolist())) < 2:
+        raise_failures(failures, len(places))
+        raise UserError(f"{trials}: needs targets and non-targets")
+    stacked = {name: np.stack([found[name] for _, found in done]) for name in ("clean", *chosen)}
+    clean = stacked.pop("clean")
+    sides = pages.speakers_of(kept, speaker_pattern)
+    rows = stress(system, kept, names, clean, stacked, sides, draws)
+    about = {"trials": str(trials), "scored": len(kept), "listed": len(listed), "convention": system.convention}
+    write_json(output / "stress.json", {**about, "conditions": rows})
+    write_csv(output / "stress.csv", rows[1:])
+    shown = pages.stress_rows(rows)
+    page = Report("What a speaker model suffers from", f"{len(kept)} trials of {trials}, by {system.convention}.")
+    page.text("The test side of every trial is changed, the enrolled side is not.").table(shown)
+    page.write(output / "report.html")
+    if as_json:
+        show_json({**about, "conditions": rows})
+    else:
+        console.print(table(shown))
+        console.print(f"page: {output / 'report.html'}", soft_wrap=True)
+    raise_failures(failures, len(places))
 
 
 def evaluate(
@@ -219,32 +306,42 @@ def calibrate(
     model: Model,
     trials: Labels = None,
     speaker_pattern: SpeakerPattern = None,
+    allow_leakage: AllowLeakage = False,
     as_json: Json = False,
 ) -> None:
     """Calibrate a model folder with your own trials, scored with it by `score` (without --llr).
+
+    Scores without the record that `score` writes beside them are refused: nothing tells what made them.
 
     From then on the model scores as they were scored: with that back end, norm and quality measures.
     """
     listed, values, _ = _labelled(scores, trials)
     system = SpeakerSystem.load(model)
     about, inputs = _record(scores), values
-    if about:
-        if about["llr"]:
-            raise UserError(
-                f"{scores}: holds log-likelihood ratios; `calibrate` takes what `score` writes without --llr"
-            )
-        if about["model"] != model_digest(system.model) or (system.mean is None and not about["no_mean"]):
-            raise UserError(f"{scores}: was scored with another model than {model}")
-        system.choose(about["backend"], about["norm"], about["top_n"], about["no_mean"])
-        if about["quality"]:
-            path = _beside(scores, "quality.npz")
-            with reading(path, "holds no measures of quality", "run `score` again"):
-                inputs = read_arrays(path, "measures of quality")["inputs"]
-                if inputs.ndim != 2:
-                    raise ValueError(f"inputs are {inputs.shape}")
-            if not np.array_equal(inputs[:, 0], values):
-                raise UserError(f"{scores}: is not what {scores.name}.quality.npz belongs to; run `score` again")
+    if not about:
+        raise UserError(
+            f"{scores}: has no record of how it was made ({_beside(scores, 'json').name}), so it may be another "
+            "model's; score the trials with `score`"
+        )
+    if about["llr"]:
+        raise UserError(f"{scores}: holds log-likelihood ratios; `calibrate` takes what `score` writes without --llr")
+    if about["model"] != model_digest(system.model) or (system.mean is None and not about["no_mean"]):
+        raise UserError(f"{scores}: was scored with another model than {model}")
+    system.choose(about["backend"], about["norm"], about["top_n"], about["no_mean"])
+    if about["quality"]:
+        path = _beside(scores, "quality.npz")
+        with reading(path, "holds no measures of quality", "run `score` again"):
+            inputs = read_arrays(path, "measures of quality")["inputs"]
+            if inputs.ndim != 2:
+                raise ValueError(f"inputs are {inputs.shape}")
+        if not np.array_equal(inputs[:, 0], values):
+            raise UserError(f"{scores}: is not what {scores.name}.quality.npz belongs to; run `score` again")
     sides = pages.speakers_of(listed, speaker_pattern)
+    leaks = list(about.get("leaks", []))
+    people = sorted({*sides[0], *sides[1]}) if sides else []
+    if not leaks and (known := [p for p, seen in zip(people, system.trained_on.seen(people, people)) if seen]):
+        leaks = [f"the model was trained on {len(known)} of {len(people)} speakers: {some(known, 3)}"]
+    refuse_leaks(scores, leaks, allow_leakage)
     try:
         system.fit(inputs, listed.labels, *(sides or (None, None)), about.get("quality"))
         ratios = system.calibration(inputs)

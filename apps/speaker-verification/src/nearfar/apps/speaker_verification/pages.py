@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from nearfar.audio.corpora import locate
-from nearfar.audio.sound import read_samples, write_samples
+from nearfar.audio.corpora import Utterance, locate
+from nearfar.audio.sound import write_samples
 from nearfar.audio.speakers import scoring
 from nearfar.audio.speakers.system import SpeakerSystem
-from nearfar.audio.speakers.training import Recipe
+from nearfar.audio.speakers.training import Recipe, read_utterance
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.plots import new_figure, style
@@ -192,8 +192,8 @@ def write_evaluation(
         report.text(f"{row['kind']}: {row['enrol']} and {row['test']}, score {row['score']:.3f}")
         if root is not None:
             places, _ = locate([row["enrol"], row["test"]], root)
-            for name, path in places.items():
-                report.audio(_wav(path), name)
+            for name, utterance in places.items():
+                report.audio(_wav(utterance), name)
     write_json(folder / "evaluation.json", figures)
     report.write(folder / "report.html")
     return report
@@ -211,7 +211,28 @@ def worst_errors(trials: scoring.Trials, scores: np.ndarray, count: int = 5) -> 
     ]
 
 
-def _wav(path: Path) -> bytes:
+def _wav(utterance: Utterance) -> bytes:
     buffer = io.BytesIO()
-    write_samples(buffer, read_samples(path, 16000, 0.0, 15.0, mix_channels=True), 16000)
+    write_samples(buffer, read_utterance(utterance, 16000, 0.0, 15.0), 16000)
     return buffer.getvalue()
+
+
+def stress_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Rows of `nearfar.audio.speakers.stress.stress` as they are shown."""
+    shown = []
+    for row in rows:
+        line = {"condition": row["condition"], "what": row.get("what", "as it is"), "EER": f"{row['eer']:.2%}"}
+        interval = ""
+        if math.isfinite(row.get("low", math.nan)):
+            interval = f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}"
+        line["adds (points)"] = f"{100 * row['adds']:+.2f}" if "adds" in row else ""
+        line["95 % interval"] = interval
+        unit = row.get("shift_of", "score")
+        line |= (
+            {f"{unit}, same": f"{row['shift_same']:+.2f}", f"{unit}, others": f"{row['shift_other']:+.2f}"}
+            if ("shift_same" in row)
+            else {}
+        )
+        shown.append(line)
+    names = list(dict.fromkeys(name for line in shown for name in line))
+    return [{name: line.get(name, "") for name in names} for line in shown]

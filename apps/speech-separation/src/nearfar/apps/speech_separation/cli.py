@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 from nearfar.apps.speech_separation import separating
-from nearfar.apps.speech_separation.separating import Job, Pipe
+from nearfar.apps.speech_separation.separating import EACH, Job, Pipe
 from nearfar.audio.separation.live import WavPipe, read_pipe
 from nearfar.audio.separation.memory import fit_window
 from nearfar.audio.separation.mossformer import load_model
@@ -88,6 +88,13 @@ def separate(
     consistency: Annotated[bool, typer.Option("--consistency", help="Make the voices sum to the recording.")] = False,
     level: Annotated[Level, typer.Option(help=str(Level.__doc__))] = Level.keep,
     audio_format: Annotated[Format, typer.Option("--format", help="wav is 32-bit float, flac 24 bit.")] = Format.wav,
+    channel: Annotated[
+        str | None,
+        typer.Option(
+            help="Of recordings whose channels differ: 1, 2 ..., mix (their mean), or each (every channel is a voice "
+            "as it is, no model is asked)."
+        ),
+    ] = None,
     memory: Memory = None,
     check: Annotated[
         bool, typer.Option("--check", help="Measure on each recording what ought to be equal, and print it.")
@@ -120,6 +127,10 @@ def separate(
         raise UserError("-: a pipe needs --stream, one input, and no --check")
     if raw is not None and not piped:
         raise UserError("--raw: is for samples from a pipe, give - as the input")
+    if channel is not None and channel not in ("mix", EACH) and not (channel.isdecimal() and int(channel) >= 1):
+        raise UserError(f"--channel {channel}: must be 1, 2 ..., mix or each")
+    if channel is not None and (piped or to_pipe or (channel == EACH and (stream or check))):
+        raise UserError("--channel: is for files, and each for neither --stream nor --check")
     found = inputs if piped else _recordings(inputs)
     net = load_model(model, rate, False if mapping else None).to(device)
     embed = None
@@ -134,6 +145,7 @@ def separate(
     job = Job(
         net, model_separator(net, device, frames_at_once), device, window, hop, embed,
         None if speakers == "auto" else int(speakers), most, stream, consistency, str(level), str(audio_format),
+        channel,
     )  # fmt: skip
 
     with progress() as bar:
@@ -164,7 +176,7 @@ def separate(
             options = {
                 name: getattr(job, name) for name in ("window", "hop", "speakers", "most", "stream", "consistency")
             }
-            options |= {"level": job.level, "ending": job.ending, "rate": rate, "mapping": mapping}
+            options |= {"level": job.level, "ending": job.ending, "rate": rate, "mapping": mapping, "channel": channel}
             options["voices"] = None if speaker_model is None else model_digest(speaker_model)
 
             def one(path: Path) -> dict[str, Any]:
@@ -185,7 +197,8 @@ def separate(
     if as_json:
         show_json(results)
     elif results:
-        columns = ("file", "seconds", "speakers", "sum_back_db", "sum_back_fitted_db", "confidence", "real_time_factor")
+        columns = ("file", "seconds", "speakers", "sum_back_db", "sum_back_fitted_db", "correlation", "confidence",
+                   "real_time_factor")  # fmt: skip
         console.print(table([{name: row.get(name, "") for name in columns} for row in results]))
         for row in results:
             if check:
@@ -193,6 +206,15 @@ def separate(
                 console.print(table(lines, f"check: {row['file']}"))
             if row["clipped"] > 1e-4:
                 messages.print(f"{row['file']}: clipped ({100 * row['clipped']:.2f} % of its samples at full scale)")
+            if row.get("collapsed"):
+                messages.print(
+                    f"{row['file']}: a voice is lost: two are the same signal (correlation {row['correlation']:g}), or "
+                    "one is silent"
+                )
+            if row.get("lowered_db"):
+                messages.print(f"{row['file']}: all voices are {row['lowered_db']:g} dB lower, so that none clips")
+            if row.get("clipped_out"):
+                messages.print(f"{row['file']}: {row['clipped_out']} samples of its voices clip; write wav instead")
             if row["uncertain"]:
                 times = ", ".join(f"{t:g}" for t in row["uncertain"][:10])
                 messages.print(f"{row['file']}: which voice is which was not clear at {times} s")
@@ -368,7 +390,11 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score a model on whole mixtures: improvement over the mixture, mean over files, 95 % bootstrap interval."""
+    """Score a model on whole mixtures: improvement over the mixture, mean over files, 95 % bootstrap interval.
+
+    separate_si_sdri is what `separate` gives for as many voices, and collapsed the share of files in which it loses
+    one: two tracks are the same signal, or one is silent.
+    """
     from nearfar.audio.separation.metrics import METRICS, evaluate_mixture, summary
     from nearfar.audio.separation.mixtures import Mixture, find_mixtures
 

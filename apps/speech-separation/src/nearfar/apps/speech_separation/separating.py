@@ -18,7 +18,7 @@ from nearfar.audio.separation.live import LiveSeparator
 from nearfar.audio.separation.mossformer import MossFormer
 from nearfar.audio.separation.tracking import Embedder
 from nearfar.audio.separation.windows import CLIPPED, Meter, Separator, separate_recording
-from nearfar.audio.sound import Recording, resample, writing
+from nearfar.audio.sound import Recording, measure_channels, resample, writing
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_json
 
@@ -74,22 +74,27 @@ class Job:
     consistency: bool
     level: str
     ending: str
+    channel: str | None = None
 
 
 def separate_file(job: Job, path: Path, folder: Path, advance: Callable[[str, float, float], None]) -> dict[str, Any]:
     """Separate a recording into `folder`, which appears when all of it is done."""
     started = time.monotonic()
-    with Recording(path) as recording, _appearing(folder) as place:
+    chosen, said = (Recording(path), "each") if job.channel == EACH else open_channel(path, job.channel)
+    with chosen as recording, _appearing(folder) as place:
         seconds = recording.frames / recording.rate
         tell = lambda done: advance(path.name, done, seconds)  # noqa: E731
-        if job.stream:
+        if job.channel == EACH:
+            result = _each(job, recording, place, tell)
+        elif job.stream:
             paths = [place / f"voice{k + 1}.{job.ending}" for k in range(job.model.num_speakers)]
             with writing(paths, recording.rate) as out:
                 result = stream(job, recording.blocks(0.5), recording.rate, out, tell, str(path))
+            result["clipped_out"] = sum(out.clipped)
         else:
             result = _whole(job, recording, place, tell)
         result["real_time_factor"] = round((time.monotonic() - started) / result["seconds"], 3)
-        return _finish(job, place, {path.name: path}, {"file": str(path), **result})
+        return _finish(job, place, {path.name: path}, {"file": str(path), "channel": said, **result})
 
 
 def separate_pipe(
@@ -108,6 +113,7 @@ def separate_pipe(
 
             tell = lambda done: advance("standard input", done, 0)  # noqa: E731
             result = stream(job, both(), rate, out, tell, "standard input")
+        result["clipped_out"] = sum(out.clipped)
         return _finish(job, place, {mixture.name: mixture}, {"file": "standard input", **result})
 
 
@@ -150,7 +156,7 @@ def stream(
 
 def check_file(job: Job, path: Path) -> list[dict[str, Any]]:
     """Measure on the beginning of a recording what ought to be equal."""
-    with Recording(path) as recording:
+    with open_channel(path, None if job.channel == EACH else job.channel)[0] as recording:
         samples = recording.read(0, min(recording.frames, round(CHECKED * recording.rate)))
         at_rate = resample(samples, recording.rate, job.model.sample_rate)
     if len(at_rate) < job.model.kernel_size:
@@ -180,22 +186,91 @@ def _whole(job: Job, recording: Recording, place: Path, tell: Callable[[float], 
         most=job.most, embed=job.embed, consistency=job.consistency, progress=tell,
     )  # fmt: skip
     gain = np.ones((separation.count, 1), dtype=np.float32)
-    if job.level != "keep":  # the gain follows from the whole: make the tracks once to measure them
+    lowered = 0.0
+    if job.level != "keep" or job.ending == "flac":  # the gain follows from the whole: make the tracks to measure them
         for _ in separation.blocks():
             pass
-        assert separation.report is not None
+        report = separation.report
+        assert report is not None
         gain[:, 0] = {
-            "mix": np.array(separation.report.fitted_gains),
-            "peak": 0.9 / np.maximum(separation.report.peak, 1e-6),
-            "rms": 10 ** (-np.array(separation.report.levels_db) / 20),
+            "keep": np.ones(separation.count),
+            "mix": np.array(report.fitted_gains),
+            "peak": 0.9 / np.maximum(report.peak, 1e-6),
+            "rms": 10 ** (-np.array(report.levels_db) / 20),
         }[job.level]
+        highest = float((gain[:, 0] * np.array(report.peak)).max())
+        if job.ending == "flac" and highest > HIGHEST_PEAK:  # whole numbers end at full scale: all voices lower alike
+            gain *= HIGHEST_PEAK / highest
+            lowered = round(20 * float(np.log10(highest / HIGHEST_PEAK)), 2)
     paths = [place / f"voice{k + 1}.{job.ending}" for k in range(separation.count)]
     with writing(paths, recording.rate) as out:
         for block in separation.blocks():
             out.write(gain * block)
     assert separation.report is not None
     settings = {"window": round(job.window, 3), "level": job.level, "gain": [round(float(g), 5) for g in gain[:, 0]]}
-    return {**separation.report.as_dict(), **settings}
+    return {**separation.report.as_dict(), **settings, "lowered_db": lowered, "clipped_out": sum(out.clipped)}
+
+
+HIGHEST_PEAK = 0.999
+"""Where the loudest voice ends in a format of whole numbers."""
+
+EACH = "each"
+"""Channel of `separate` that writes every channel as a voice."""
+
+
+def open_channel(path: Path, channel: str | None) -> tuple[Recording, str]:
+    """A recording whose channel is chosen and whose DC is taken away, and what was chosen, in words.
+
+    channel: 1, 2 ..., "mix", or None: the only one, or the first of those that are alike.
+    Raises UserError where several channels differ and none is chosen.
+    """
+    recording = Recording(path)
+    try:
+        found = measure_channels(recording)
+        count = recording.channels
+        if channel is None and count > 1 and not found.alike:
+            names = ", ".join(map(str, range(1, count + 1)))
+            heard = found.levels > found.levels.max() * 10**-2
+            if heard.all() and abs(found.correlation) < 0.3:
+                what = f"with a talker a side, it seems (correlation {found.correlation:.2f})"
+            else:
+                what = f"that differ (correlation {found.correlation:.2f})"
+            raise UserError(
+                f"{path}: has {count} channels {what}; --channel each writes them as the voices, without a model, "
+                f"{names} separates one of them, mix their mean"
+            )
+        number = None if channel == "mix" else int(channel or 1)
+        if number is not None and number > count:
+            raise UserError(f"{path}: has {count} channels, there is no channel {number}")
+        recording.channel = number
+        recording.offset = float(found.means.mean() if number is None else found.means[number - 1])
+    except BaseException:
+        recording.close()
+        raise
+    said = "mean" if number is None else str(number)
+    return recording, f"{said} of {count}, all alike" if channel is None and count > 1 else f"{said} of {count}"
+
+
+def _each(job: Job, recording: Recording, place: Path, tell: Callable[[float], None]) -> dict[str, Any]:
+    """Every channel as a voice, untouched but for its DC."""
+    found, count = measure_channels(recording), recording.channels
+    if count < 2:
+        raise UserError(f"{recording.path}: has one channel; --channel each is for several")
+    meter, clipped, size = Meter(count), 0, 10 * recording.rate
+    gain = HIGHEST_PEAK / found.peak if job.ending == "flac" and found.peak > HIGHEST_PEAK else 1.0
+    with writing([place / f"voice{k + 1}.{job.ending}" for k in range(count)], recording.rate) as out:
+        for start in range(0, recording.frames, size):
+            block = recording.read_channels(start, min(start + size, recording.frames))
+            clipped += int((np.abs(block) >= CLIPPED).any(1).sum())
+            voices = (block - found.means.astype(np.float32)).T
+            meter.add(voices, voices.sum(0))
+            out.write(np.float32(gain) * voices)
+            tell(len(block) / recording.rate)
+    return {
+        "seconds": recording.frames / recording.rate, "rate": recording.rate, "speakers": count, **meter.as_dict(),
+        "confidence": 1.0, "uncertain": [], "clipped": clipped / recording.frames, "level": "keep",
+        "gain": [round(gain, 5)] * count, "clipped_out": sum(out.clipped),
+    }  # fmt: skip
 
 
 def _finish(job: Job, place: Path, mixture: dict[str, Path], result: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ Any other works on windows and answers one window late. `LiveSeparator` chooses 
 
 import struct
 from collections.abc import Iterator
-from math import ceil, gcd
 from typing import Any, BinaryIO, Protocol
 
 import av
@@ -18,7 +17,7 @@ import torch
 from nearfar.audio.separation.mossformer import MossFormer
 from nearfar.audio.separation.tracking import Embedder, OnlineTracker, VoicePrint, describe
 from nearfar.audio.separation.windows import FAINT, UNSURE, Separator, Stitcher, model_separator, route, run_separator
-from nearfar.audio.sound import Samples, resample
+from nearfar.audio.sound import Samples, StreamResampler, resample
 from nearfar.core.errors import UserError
 from nearfar.core.reading import reading
 
@@ -89,42 +88,6 @@ class LiveSeparator:
 
     def _behind(self, voices: Samples) -> Samples:
         return self.behind.push(voices if voices.shape[1] else np.zeros((self.voices, 0), np.float32))
-
-
-class StreamResampler:
-    """`resample` on a stream: pieces (C, n) in, pieces (C, m) out, which together equal the whole resampled at once.
-
-    delay: samples of the input by which it answers late at the most (0 where the rates are equal).
-    """
-
-    def __init__(self, rate: int, new_rate: int):
-        self.rate, self.new_rate = rate, new_rate
-        self.up, self.down = new_rate // gcd(rate, new_rate), rate // gcd(rate, new_rate)
-        reach = 10 * max(self.up, self.down) / self.up  # half the length of resample_poly's filter
-        self.margin = 0 if rate == new_rate else ceil(reach / self.down + 1) * self.down
-        self.delay = self.margin and self.margin + self.down
-        self.held: Samples | None = None  # from `past` input samples before the first whose output is still to come
-        self.past = 0
-
-    def push(self, samples: Samples) -> Samples:
-        held = samples if self.held is None else np.concatenate([self.held, samples], axis=1)
-        steps = max(held.shape[1] - self.past - self.margin, 0) // self.down
-        return self._give(held, self.past + steps * self.down, steps * self.up)
-
-    def finish(self, channels: int) -> Samples:
-        """The rest; `channels` gives the shape where nothing came."""
-        held = np.zeros((channels, 0), np.float32) if self.held is None else self.held
-        return self._give(held, held.shape[1], None)
-
-    def _give(self, held: Samples, until: int, count: int | None) -> Samples:
-        if count == 0 or held.shape[1] == 0:
-            self.held = held
-            return held[:, :0]
-        first = self.past // self.down * self.up
-        out = resample(held, self.rate, self.new_rate)[:, first : None if count is None else first + count]
-        start = max(until - self.margin, 0)
-        self.held, self.past = held[:, start:], until - start
-        return out
 
 
 class CausalSeparator:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.audio import signal_distortion_ratio
 
 from nearfar.audio.separation.pit import best_permutation, pairwise_si_sdr
+from nearfar.audio.separation.windows import separate_samples
 from nearfar.core.errors import UserError
 from nearfar.core.statistics import bootstrap_interval
 
@@ -102,6 +103,15 @@ def evaluate_mixture(
     separate: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     metrics: Sequence[str] = METRICS,
 ) -> dict[str, float]:
-    """Separate one mixture whole, as published figures do, and score it."""
+    """Separate one mixture whole, as published figures do, and as `separate` does for its number of voices; score both.
+
+    separate_si_sdri: of the second way, window by window with the voices put in order. collapsed: 1 where a voice was
+    lost there (two tracks are one signal, or one is silent), else 0. correlation: greatest between two of its tracks.
+    """
     estimates = torch.from_numpy(np.asarray(separate(mix)))
-    return score(estimates, torch.from_numpy(sources), torch.from_numpy(mix), rate, metrics)
+    targets, whole = torch.from_numpy(sources), torch.from_numpy(mix)
+    scores = score(estimates, targets, whole, rate, metrics)
+    tracks, report = separate_samples(mix, rate, separate, rate, speakers=len(sources))
+    own = score(torch.from_numpy(tracks), targets, whole, rate, ["si_sdri"])
+    scores |= {"separate_si_sdri": own["si_sdri"], "collapsed": float(report.collapsed)}
+    return scores | {"correlation": report.correlation}

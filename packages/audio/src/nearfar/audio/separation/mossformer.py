@@ -345,7 +345,12 @@ def load_model(path: str | Path, sample_rate: int | None = None, masking: bool |
             with reading(path / "model.safetensors", "does not fit its config.json", AGAIN):
                 load_state_dict(model, state)
             return model.eval()
-    return MossFormer.from_published(path, sample_rate=sample_rate, masking=masking)
+    from nearfar.audio.checkpoints import load_published  # knows this module, and the speaker models
+
+    found = load_published(path, sample_rate=sample_rate, masking=masking)
+    if not isinstance(found, MossFormer):
+        raise CheckpointError(f"{path}: holds the weights of {type(found).__name__}, which separates no voices")
+    return found
 
 
 RENAMES: list[tuple[re.Pattern[str], Any]] = [

@@ -8,7 +8,7 @@ window never share a voice. `OnlineTracker` does the same as windows arrive, wit
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import scipy.fft
@@ -84,7 +84,8 @@ class Window:
 
     active: (K,) outputs that hold a voice. seconds: (K,) how long each speaks. twin: (K,) index of a louder output
     that carries the same signal (a voice split in two), else -1. embedding: (K, D), NaN where too little is heard.
-    overlap: (K before, K here) correlation with the outputs of the window before, over the shared samples.
+    overlap: (K before, K here) correlation with the outputs of the window before, over the shared samples. likeness:
+    (K,) correlation of each twin with that louder output, else 0; None: 1 for every twin.
     """
 
     active: NDArray[np.bool_]
@@ -92,6 +93,20 @@ class Window:
     twin: NDArray[np.intp]
     embedding: NDArray[np.floating]
     overlap: NDArray[np.floating] | None
+    likeness: NDArray[np.floating] | None = None
+
+    def apart(self, speakers: int | None) -> "Window":
+        """The window as `speakers` voices were asked for: twins are one voice no more where voices would be missing."""
+        wanted = 0 if speakers is None else min(speakers, int(self.active.sum()))
+        twins = [k for k in range(len(self.twin)) if self.twin[k] >= 0]
+        missing = wanted - (int(self.active.sum()) - len(twins))
+        if missing <= 0:
+            return self
+        likeness = np.ones(len(self.twin)) if self.likeness is None else self.likeness
+        twin = self.twin.copy()
+        for k in sorted(twins, key=lambda k: likeness[k])[:missing]:
+            twin[k] = -1
+        return replace(self, twin=twin)
 
 
 def describe(
@@ -109,12 +124,12 @@ def describe(
     rms = np.sqrt(np.mean(outputs.astype(np.float64) ** 2, axis=1))
     active = rms > max(floor, rms.max() * 10 ** (SILENT_DB / 20))
     correlation = correlate(outputs, outputs)
-    twin = np.full(len(outputs), -1, dtype=np.intp)
+    twin, likeness = np.full(len(outputs), -1, dtype=np.intp), np.zeros(len(outputs))
     order = np.argsort(-rms)
     for place, k in enumerate(order):
         for louder in order[:place]:
             if active[k] and twin[louder] < 0 and correlation[louder, k] >= SAME:
-                twin[k] = louder
+                twin[k], likeness[k] = louder, correlation[louder, k]
                 break
     frame = max(1, int(0.02 * rate))
     usable = outputs[:, : outputs.shape[1] // frame * frame].reshape(len(outputs), -1, frame)
@@ -123,14 +138,14 @@ def describe(
     seconds = np.where(active, speaking.sum(1) * frame / rate, 0.0)
     embeddings: list[NDArray[np.floating] | None] = [
         np.asarray(embed(outputs[k], rate), dtype=np.float64)
-        if embed is not None and active[k] and twin[k] < 0 and seconds[k] >= least
+        if embed is not None and active[k] and seconds[k] >= least
         else None
         for k in range(len(outputs))
     ]
     size = next((len(e) for e in embeddings if e is not None), 1)
     stacked = np.stack([np.full(size, np.nan) if e is None else e for e in embeddings])
     overlap = None if before is None else correlate(before, outputs[:, : before.shape[1]], floor)
-    return Window(active, seconds, twin, stacked, overlap)
+    return Window(active, seconds, twin, stacked, overlap, likeness)
 
 
 def correlate(first: NDArray[np.float32], second: NDArray[np.float32], floor: float = 1e-4) -> NDArray[np.floating]:
@@ -194,6 +209,9 @@ def track_speakers(
     short ones), and beyond that until there are `most` at the utmost (default: as many as the model gives); without a
     threshold there are as many tracks as voices that ever share a window.
 
+    Outputs that carry the same signal are one voice, unless `speakers` asks for more voices than would then be left:
+    they keep tracks of their own, and the window's confidence says how alike they are.
+
     Raises ValueError for no windows, or a number of speakers below 1.
     """
     if not windows:
@@ -201,6 +219,10 @@ def track_speakers(
     if speakers is not None and speakers < 1:
         raise ValueError(f"speakers is {speakers}; it must be at least 1")
     outputs = len(windows[0].active)
+    collapse = [0.0 if w.likeness is None else float(w.likeness.max(initial=0.0)) for w in windows]
+    released = [w.apart(speakers) for w in windows]
+    collapse = [c if new is not old else 0.0 for c, new, old in zip(collapse, released, windows, strict=True)]
+    windows = released
     together = max(1, max(int((w.active & (w.twin < 0)).sum()) for w in windows))
     if speakers is None and threshold is None:
         speakers = together
@@ -219,7 +241,7 @@ def track_speakers(
     for w, window in enumerate(windows):
         for k in np.flatnonzero(window.active & (window.twin < 0)):
             labels[w, k] = home.get((w, int(k)), -1)
-        confidence[w] = _place(labels[w], window, [c.centre for c in kept], evidence, w)
+        confidence[w] = min(1 - collapse[w], _place(labels[w], window, [c.centre for c in kept], evidence, w))
     return Tracks(labels, wanted, confidence)
 
 

@@ -35,6 +35,12 @@ WINDOW, HOP = 10.0, 0.6
 CLIPPED, FAINT = 0.9999, 0.003
 """Level of full scale; part of the loudest window's level below which everything is silence."""
 
+SAME_TRACK, SILENT_TRACK = 0.9, -30.0
+"""Correlation from which two tracks are one signal; dB of a track below the loudest from which it is silent."""
+
+LEAST_SECONDS = 0.1
+"""Shorter recordings are refused: no voice can be told in them."""
+
 UNSURE = 0.1
 """Confidence below which a window is reported as uncertain."""
 
@@ -161,6 +167,8 @@ class Report:
     (100 and more: equal). sum_back_fitted_db: the same after multiplying each track by its `fitted_gains`, those that
     make it best: a model trained on SI-SDR leaves levels open. levels_db: root mean square of each track relative to
     the mixture's, in dB.
+    correlation: greatest between two tracks, 0 to 1 (0 for one track): near 1 the model gave one signal twice.
+    collapsed: two tracks are the same (`SAME_TRACK`), or one of several is silent, so a voice is lost.
     confidence: the least of all windows, 0 to 1. uncertain: times in s at which a window's order was not clear.
     clipped: part of the mixture's samples at full scale. peak: of each track.
     """
@@ -175,6 +183,8 @@ class Report:
     fitted_gains: list[float]
     levels_db: list[float]
     peak: list[float]
+    correlation: float
+    collapsed: bool
     confidence: float
     uncertain: list[float]
     clipped: float
@@ -227,6 +237,11 @@ def separate_recording(
         raise ValueError(f"hop is {hop}; it must be 0.5 to 0.75 of the window")
     embed = VoicePrint() if embed is None else embed
     rate, total = source.rate, source.frames
+    if total < LEAST_SECONDS * rate:
+        raise UserError(
+            f"{getattr(source, 'path', 'the recording')}: {total} samples ({total / rate:.3g} s) are too few to "
+            f"separate, {LEAST_SECONDS:g} s are needed"
+        )
     size = round(window * rate)
     unit = rate // gcd(rate, model_rate)  # windows begin on samples of both rates
     ranges = window_ranges(total, size, round(hop * size), unit)
@@ -334,6 +349,18 @@ class Meter:
         ratio = (np.diag(self.products) + 1e-20) / (self.mix + 1e-20)
         return [round(float(db), 2) for db in 10 * np.log10(ratio)]
 
+    def correlation(self) -> float:
+        """Greatest correlation between two tracks, whatever their signs, 0 to 1; 0 for one track or silence."""
+        norm = np.sqrt(np.diag(self.products))
+        alike = np.abs(self.products) / np.maximum(np.outer(norm, norm), 1e-20)
+        return round(float(np.triu(alike, 1).max(initial=0.0)), 4)
+
+    def collapsed(self) -> bool:
+        """Whether a voice is lost: two tracks are one signal, or one of several is silent."""
+        power = np.diag(self.products)
+        silent = power < power.max() * 10 ** (SILENT_TRACK / 10)
+        return len(power) > 1 and (self.correlation() >= SAME_TRACK or bool(silent.any()))
+
     def as_dict(self) -> dict[str, Any]:
         """What `Report` holds of it."""
         gains = self.gains()
@@ -342,7 +369,9 @@ class Meter:
             "sum_back_fitted_db": self.sum_back(gains),
             "fitted_gains": [round(float(g), 5) for g in gains],
             "levels_db": self.levels(),
-            "peak": [round(float(p), 4) for p in self.peak],
+            "peak": [round(float(p), 6) for p in self.peak],
+            "correlation": self.correlation(),
+            "collapsed": self.collapsed(),
         }
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.audio.sound import Samples, read_samples
+from nearfar.audio.corpora import Utterance, chosen_channel
+from nearfar.audio.sound import Samples, stream_samples, without_silence
 from nearfar.audio.speakers.ltdnn import SpeakerEncoder
-from nearfar.audio.speakers.quality import Gate, Quality, measure_quality
+from nearfar.audio.speakers.quality import Gate, Quality, QualityMeter
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.fingerprint import content_digest, source_digest
@@ -41,17 +43,22 @@ def model_digest(model: SpeakerEncoder) -> str:
 class Embedder:
     """Recordings to embeddings, each whole and on its own, with a cache on disk.
 
-    A recording longer than `max_seconds` is embedded in equal parts of at most that length and their normalized
-    embeddings are averaged, so memory does not grow with its length.
+    Digital silence (a gate's, a lost packet's, an editor's) is dropped first, so a recording and the same with zeros
+    agree; so is DC. A recording longer than `max_seconds` is embedded in equal parts of at most that length and their
+    normalized embeddings are averaged, so memory does not grow with its length.
 
     Args:
         model: in evaluation mode.
-        cache: folder of embeddings by model, code, `max_seconds`, `mix_channels` and content of the file; None keeps
+        cache: folder of embeddings by model, code, `max_seconds`, channel and content of the file; None keeps
             none. Interrupted work goes on there.
         gate: recordings that do not pass it are refused; None lets all pass.
         max_seconds: longest part that the model sees at once.
         mix_channels: average the channels of recordings with several.
+        channel: of recordings with several, 1, 2 ...; an utterance's own goes first.
     """
+
+    KEPT = 600
+    """Seconds of a recording that are kept between judging and embedding it; a longer one is decoded twice."""
 
     def __init__(
         self,
@@ -60,9 +67,10 @@ class Embedder:
         gate: Gate | None = None,
         max_seconds: float = 60.0,
         mix_channels: bool = False,
+        channel: int | None = None,
     ) -> None:
         self.model, self.gate = model.eval(), gate
-        self.max_seconds, self.mix_channels = max_seconds, mix_channels
+        self.max_seconds, self.mix_channels, self.channel = max_seconds, mix_channels, channel
         code = "" if cache is None else source_digest(Embedder, type(model), type(model.frontend), type(model.head))
         self.cache = None if cache is None else Path(cache) / f"{model_digest(model)[:16]}-{code[:16]}"
         self.device = next(model.parameters()).device
@@ -72,39 +80,64 @@ class Embedder:
 
         Raises DivergedError where the embedding is not finite.
         """
+        kept = np.concatenate(list(without_silence([np.asarray(samples, np.float32)], self.model.sample_rate)))
+        return self._embed([kept], len(kept), float(kept.mean(dtype=np.float64)) if len(kept) else 0.0)
+
+    def _embed(self, blocks: Iterable[Samples], total: int, mean: float) -> NDArray[np.float32]:
+        """blocks: `total` samples without digital silence. mean: of all of them."""
         least = self.model.frontend.min_samples
-        if len(samples) < least:
-            raise UserError(f"{len(samples)} samples are too few, the model needs {least}")
-        parts = np.array_split(
-            samples, max(1, int(np.ceil(len(samples) / (self.max_seconds * self.model.sample_rate))))
-        )
+        if total < least:
+            raise UserError(f"{total} samples are too few, the model needs {least}")
+        count = max(1, int(np.ceil(total / (self.max_seconds * self.model.sample_rate))))
+        found = []
         with torch.inference_mode():
-            found = [
-                self.model(torch.from_numpy(part)[None].to(self.device))[0].float().cpu().numpy() for part in parts
-            ]
+            for part in _parts(blocks, total, count):
+                whole = torch.from_numpy(part - np.float32(mean))[None].to(self.device)
+                found.append(self.model(whole)[0].float().cpu().numpy())
         check_finite(np.stack(found), "the model's embedding")
         if len(found) == 1:
             return found[0]
         return np.mean([embedding / np.linalg.norm(embedding) for embedding in found], 0)
 
-    def __call__(self, path: str | Path) -> Embedded:
-        """Embed a file. Raises UserError where it cannot be read, is too short, or does not pass the gate."""
+    def __call__(self, source: str | Path | Utterance) -> Embedded:
+        """Embed a file, or an utterance of one.
+
+        Raises UserError where it cannot be read, is too short, or does not pass the gate.
+        """
+        utterance = source if isinstance(source, Utterance) else Utterance(str(source), Path(source))
+        path = utterance.path
+        channel = chosen_channel(utterance, self.channel)
         stored = None
         if self.cache is not None:
-            if not Path(path).is_file():
+            if not path.is_file():
                 raise UserError(f"{path}: no such file")
-            digest = content_digest(Path(path))
-            how = f"{self.max_seconds:g}s{'-mixed' if self.mix_channels else ''}"
-            stored = self.cache / digest[:2] / f"{digest}-{how}.npz"
+            digest = content_digest(path)
+            which = "mixed" if channel is None and self.mix_channels else f"channel {channel}"
+            how = hashlib.sha256(f"{self.max_seconds:g} {which} {utterance.start} {utterance.seconds}".encode())
+            stored = self.cache / digest[:2] / f"{digest}-{how.hexdigest()[:12]}.npz"
         found = None if stored is None else _load_embedded(stored)
         if found is None:
             rate = self.model.sample_rate
-            samples = read_samples(path, rate, mix_channels=self.mix_channels)
-            quality = measure_quality(samples, rate)
+
+            def blocks() -> Iterator[Samples]:
+                read = stream_samples(path, rate, utterance.start, utterance.seconds, self.mix_channels, channel)
+                return without_silence(_counted(read, taken), rate)
+
+            taken: list[int] = []
+            meter, kept, total, whole = QualityMeter(rate), list[Samples](), 0, 0.0
+            for block in blocks():
+                meter.add(block)
+                total, whole = total + len(block), whole + float(block.sum(dtype=np.float64))
+                if total <= self.KEPT * rate:
+                    kept.append(block)
+            if not total:
+                raise UserError(f"{path}: is silent, no sample differs from the one before")
+            quality = meter.result((sum(taken) - total) / rate)
             if self.gate is not None:
                 self.gate.check(path, quality)  # before the costly part
             try:
-                found = Embedded(self.embed_samples(samples), quality)
+                again = kept if total <= self.KEPT * rate else blocks()
+                found = Embedded(self._embed(again, total, whole / total), quality)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
             if stored is not None:
@@ -113,6 +146,24 @@ class Embedder:
         elif self.gate is not None:
             self.gate.check(path, found.quality)
         return found
+
+
+def _counted(blocks: Iterable[Samples], taken: list[int]) -> Iterator[Samples]:
+    for block in blocks:
+        taken.append(len(block))
+        yield block
+
+
+def _parts(blocks: Iterable[Samples], total: int, count: int) -> Iterator[Samples]:
+    """`total` samples that come in blocks, in `count` parts of equal length (up to one sample)."""
+    held, waiting = list[Samples](), iter(blocks)
+    for number in range(count):
+        size = total // count + (number < total % count)
+        while sum(map(len, held)) < size:
+            held.append(next(waiting))
+        joined = np.concatenate(held)
+        yield joined[:size]
+        held = [joined[size:]]
 
 
 def _load_embedded(path: Path) -> Embedded | None:

@@ -4,6 +4,7 @@ Both map waveforms `(B, N)` with optional lengths in samples `(B,)` to features 
 shorter than the batch), and give an item in a padded batch the features that it has alone.
 """
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -245,6 +246,10 @@ class SelfSupervised(nn.Module):
         return torch.stack(states, 1), frames
 
 
+KALDI_FLOOR = torch.finfo(torch.float32).eps
+"""Least power of a filter in Kaldi's features."""
+
+
 class KaldiFbank(nn.Module):
     """Log mel filter-bank energies as Kaldi's `compute-fbank-feats`, in batches, minus their mean over the utterance.
 
@@ -253,16 +258,22 @@ class KaldiFbank(nn.Module):
     range first, as Kaldi reads them. Equal to `torchaudio.compliance.kaldi.fbank` without dither, utterance by
     utterance.
 
+    Kaldi's floor of the filters' power, 2^-23, lies far below a 16-bit step: a pause that an editor has filled with
+    zeros stands out by 20 nepers from one in a room. A higher `floor` hides what no microphone hears.
+
     Args:
         num_mels: number of filters (80).
         sample_rate: in Hz (16000).
+        floor: least power of a filter, in squared 16-bit steps (2^-23, what published weights were trained with).
 
     Shapes: `(B, N)` to `(B, T, num_mels)`.
     """
 
-    def __init__(self, num_mels: int = 80, sample_rate: int = 16000) -> None:
+    def __init__(self, num_mels: int = 80, sample_rate: int = 16000, floor: float = KALDI_FLOOR) -> None:
         super().__init__()
-        self.num_mels, self.sample_rate = num_mels, sample_rate
+        if not 0 < floor < math.inf:
+            raise ValueError(f"floor must be a positive number, got {floor}")
+        self.num_mels, self.sample_rate, self.floor = num_mels, sample_rate, float(floor)
         self.size, self.shift = sample_rate * 25 // 1000, sample_rate // 100
         self.fft_size = 1 << (self.size - 1).bit_length()
         filters, _ = get_mel_banks(num_mels, self.fft_size, float(sample_rate), 20.0, 0.0, 100.0, -500.0, 1.0)
@@ -275,12 +286,12 @@ class KaldiFbank(nn.Module):
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "KaldiFbank":
         """The front end that `settings` describes."""
-        return cls(settings["num_mels"], settings["sample_rate"])
+        return cls(settings["num_mels"], settings["sample_rate"], settings.get("floor", KALDI_FLOOR))
 
     @property
     def settings(self) -> dict[str, Any]:
         """What `from_settings` needs, as plain values."""
-        return {"type": "KaldiFbank", "num_mels": self.num_mels, "sample_rate": self.sample_rate}
+        return {"type": "KaldiFbank", "num_mels": self.num_mels, "sample_rate": self.sample_rate, "floor": self.floor}
 
     @property
     def min_samples(self) -> int:
@@ -306,7 +317,7 @@ class KaldiFbank(nn.Module):
             before = torch.cat([frames[..., :1], frames[..., :-1]], 2)
             spectrum = torch.fft.rfft((frames - 0.97 * before) * self.window, self.fft_size)
             power = spectrum.real.square() + spectrum.imag.square()
-            features = (power @ self.filters).clamp(min=torch.finfo(torch.float32).eps).log()
+            features = (power @ self.filters).clamp(min=self.floor).log()
             if mask is None:
                 return features - features.mean(1, keepdim=True), None
             counts = self.frame_lengths(lengths.to(waveforms.device))

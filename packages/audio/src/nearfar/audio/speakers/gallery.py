@@ -10,7 +10,7 @@ from nearfar.audio.speakers.embedding import model_digest
 from nearfar.audio.speakers.ltdnn import SpeakerEncoder
 from nearfar.audio.speakers.scoring.backend import enroll_models, unit
 from nearfar.audio.speakers.system import SpeakerSystem
-from nearfar.core.errors import UserError
+from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path
 from nearfar.core.reading import read_arrays, reading
 
@@ -55,16 +55,33 @@ class Gallery:
                 stream, digest=self.digest, names=np.array(self.names), embeddings=self.embeddings, owners=self.owners
             )
 
-    def add(self, name: str, embeddings: np.ndarray, replace: bool = False) -> None:
-        """Enrol a speaker. Raises UserError for a name that is there, unless it is to be replaced."""
-        if name in self.names and not replace:
-            raise UserError(f"{name}: is in the gallery already; --replace enrols them again")
+    def add(self, name: str, embeddings: np.ndarray, replace: bool = False, append: bool = False) -> None:
+        """Enrol a speaker; of one who is there, `replace` the recordings or `append` to them, else raises UserError."""
+        if name in self.names and not (replace or append):
+            raise UserError(
+                f"{name}: is in the gallery already; --replace enrols them again, --append adds these recordings"
+            )
         if name not in self.names:
             self.names.append(name)
         number = self.names.index(name)
-        keep = self.owners != number
+        keep = (self.owners != number) | append
         self.embeddings = np.concatenate([self.embeddings[keep], embeddings])
         self.owners = np.concatenate([self.owners[keep], np.full(len(embeddings), number)])
+
+    def remove(self, name: str) -> None:
+        """Forget a speaker. Raises UserError where there is no such one."""
+        if name not in self.names:
+            raise UserError(f"{name}: is not in the gallery; {some(self.names)} are")
+        number = self.names.index(name)
+        keep = self.owners != number
+        self.names.remove(name)
+        self.embeddings, owners = self.embeddings[keep], self.owners[keep]
+        self.owners = owners - (owners > number)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Recordings of each speaker."""
+        return {name: int((self.owners == number).sum()) for number, name in enumerate(self.names)}
 
     def models(self, mean: np.ndarray | None) -> np.ndarray:
         """One vector per speaker, from which the system will subtract `mean`."""

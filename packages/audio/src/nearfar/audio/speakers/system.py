@@ -29,6 +29,10 @@ LEAST_COHORT = 50
 """Rows below which a cohort is not used: the deviation of a few cosines says little."""
 
 
+LEAST_TRIALS, LEAST_SPEAKERS = 20, 4
+"""Targets, and other trials, and their speakers, below which nothing is calibrated."""
+
+
 @dataclass
 class SpeakerSystem:
     """A model and how its embeddings become scores and log-likelihood ratios.
@@ -190,8 +194,25 @@ class SpeakerSystem:
         quality: str | None = None,
         seed: int = 0,
     ) -> None:
-        """Calibrate on trials scored by this system; `inputs` are those of the measures `quality`."""
-        self.calibration = Calibration.fit(
+        """Calibrate on trials scored by this system; `inputs` are those of the measures `quality`.
+
+        Raises ValueError for too few trials or speakers, scores that cannot be calibrated, or where the trials leave
+        nothing open (every interval has no width): they are copies of a few.
+        """
+        labels = np.asarray(labels)
+        counts = int((labels == 1).sum()), int((labels == 0).sum())
+        if min(counts) < LEAST_TRIALS:
+            raise ValueError(
+                f"{counts[0]} targets and {counts[1]} non-targets are too few to calibrate on, {LEAST_TRIALS} of each "
+                "are needed"
+            )
+        if enroll_speakers is not None and test_speakers is not None:
+            people = {*map(str, enroll_speakers), *map(str, test_speakers)}
+            if len(people) < LEAST_SPEAKERS:
+                raise ValueError(
+                    f"trials of {len(people)} speakers are too few to calibrate on, {LEAST_SPEAKERS} are needed"
+                )
+        calibration = Calibration.fit(
             inputs,
             labels,
             QUALITY_NAMES[quality] if quality else ("score",),
@@ -205,6 +226,14 @@ class SpeakerSystem:
                 "quality": quality,
             },
         )
+        if len(calibration.replicates) < 100:
+            raise ValueError(
+                f"only {len(calibration.replicates)} of 200 draws of these trials can be calibrated: they are too few"
+            )
+        low, high = calibration.interval(inputs)
+        if not (high - low > 1e-6).any():
+            raise ValueError("the intervals of all ratios have no width: these trials are copies of a few")
+        self.calibration = calibration
         self.scores, self.labels = np.reshape(inputs, (len(inputs), -1))[:, 0], np.asarray(labels)
 
     def threshold(self, far: float, comparisons: int = 1) -> Rate:

@@ -1,6 +1,6 @@
 """Trial lists, enrolment maps and score files."""
 
-import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,17 +8,40 @@ from typing import Literal
 
 import numpy as np
 
+from nearfar.audio.tables import Table, join, read_table
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path
-from nearfar.core.reading import reading
 
 Array = np.ndarray
 
-LONGEST_NAME = 4096
-"""Letters of a recording's name in a list."""
-
-LABELS = {"1": 1, "0": 0, "target": 1, "nontarget": 0, "true": 1, "false": 0, "tgt": 1, "imp": 0, "non": 0}
+LABELS = {
+    word: label
+    for label, words in (
+        (1, "1 1.0 target true t tgt tar same yes y positive pos genuine match client"),
+        (0, "0 0.0 -1 -1.0 nontarget non-target non_target false f imp impostor imposter non different diff no n "
+            "negative neg mismatch nonmatch"),
+    )
+    for word in words.split()
+}  # fmt: skip
 """How lists write their labels (upper or lower case)."""
+
+ROLES = {
+    "enroll": (
+        "enroll", "enrol", "enrollment", "enrolment", "enrollid", "enrolid", "enrollmentid", "sample1", "modelid",
+        "model", "utt1", "utterance1", "file1", "filename1", "wav1", "path1", "audio1", "recording1", "segment1",
+    ),
+    "test": (
+        "test", "testid", "sample2", "segmentid", "segment", "utt2", "utterance2", "file2", "filename2", "wav2",
+        "path2", "audio2", "recording2", "segment2", "probe",
+    ),
+    "label": ("label", "labels", "target", "targettype", "key", "truth", "samespeaker", "issame", "ismatch"),
+    "score": ("score", "scores", "llr", "similarity", "cosine", "loglikelihoodratio"),
+    "side": ("side", "channel"),
+}  # fmt: skip
+"""Names of a list's columns, as `nearfar.audio.tables.plain` gives them."""
+
+SIDE = re.compile(r"(.+):([ab])$", re.DOTALL)
+"""A name with the side of the call that is meant, a for the first channel, b for the second."""
 
 TrialFormat = Literal["auto", "voxceleb", "kaldi", "csv", "pairs"]
 
@@ -68,60 +91,79 @@ class Trials:
 def read_trials(path: str | Path, form: TrialFormat = "auto") -> Trials:
     """Read a trial list.
 
-    Forms: "voxceleb" `label enrol test`; "kaldi" `enrol test label`; "pairs" `enrol test` without labels, all separated
-    by white space; "csv" with a header that names LABEL, SAMPLE1, SAMPLE2 (or ENROLL, TEST) and, if any, columns of
-    conditions. Labels are 1/0 or target/nontarget. "auto" looks at the lines and refuses what it cannot tell.
+    Forms: "voxceleb" `label enrol test`; "kaldi" `enrol test label`; "pairs" `enrol test` without labels; "csv" with a
+    header that names its columns (LABEL, SAMPLE1, SAMPLE2; ENROLL, TEST; NIST's modelid, segmentid, side, targettype)
+    and, if any, columns of conditions. Blanks separate, or tabs or commas, with which names may hold blanks. A side, a
+    or b, is kept in the test name, `segment:b`. Labels are `LABELS`: 1/0, target/nontarget, same/different ... "auto"
+    looks at the lines and refuses what it cannot tell. For encodings see `nearfar.audio.tables.read_lines`.
 
     Raises UserError for an empty list, a line of another shape, a label it does not know, or one trial with two
     labels; it names file and line.
     """
     path = Path(path)
-    lines = _lines(path)
-    if not lines:
-        raise UserError(f"{path}: the trial list is empty")
     if form not in ("auto", "voxceleb", "kaldi", "csv", "pairs"):
         raise ValueError(f"form must be auto, voxceleb, kaldi, csv or pairs, got {form!r}")
-    if form == "csv" or (form == "auto" and "," in lines[0][1]):
-        return _read_csv_trials(path, lines)
-    rows = [(number, line.split()) for number, line in lines]
+    table = read_table(path, ROLES, ("enroll", "test"))
+    if not table.rows:
+        raise UserError(f"{path}: the trial list is empty")
+    if table.header or form == "csv":
+        return _refuse_contradictions(_named_trials(table))
     if form == "auto":
-        form = _guess_form(path, [words for _, words in rows])
-    width = 2 if form == "pairs" else 3
-    for number, words in rows:
-        if len(words) != width:
-            raise UserError(f"{path}, line {number}: {len(words)} columns, a {form} list has {width}")
-    columns = list(zip(*(words for _, words in rows)))
+        form = _guess_form(path, [words for _, words in table.rows])
+    table.check(2 if form == "pairs" else 3, f"{form} list")
+    columns = list(zip(*(words for _, words in table.rows)))
     if form == "pairs":
         return Trials(np.array(columns[0]), np.array(columns[1]), source=str(path))
     if form == "voxceleb":
         columns = [columns[1], columns[2], columns[0]]
-    labels = _parse_labels(path, columns[2], [number for number, _ in rows])
+    labels = _parse_labels(path, columns[2], [number for number, _ in table.rows])
     trials = Trials(np.array(columns[0]), np.array(columns[1]), labels, source=str(path))
     return _refuse_contradictions(trials)
 
 
 def write_trials(path: str | Path, trials: Trials) -> Path:
-    """Write labelled trials in the Kaldi form (`enrol test target|nontarget`), others as pairs."""
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        if trials.labels is None:
-            stream.writelines(f"{e} {t}\n" for e, t in zip(trials.enroll, trials.test))
-        else:
-            words = np.where(trials.labels == 1, "target", "nontarget")
-            stream.writelines(f"{e} {t} {w}\n" for e, t, w in zip(trials.enroll, trials.test, words))
+    """Write labelled trials in the Kaldi form (`enrol test target|nontarget`), others as pairs.
+
+    Columns are separated by blanks, or by tabs where a name holds a blank or comma.
+    """
+    columns = [trials.enroll.tolist(), trials.test.tolist()]
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(join(columns if trials.labels is None else [*columns, _words(trials.labels)]))
     return Path(path)
+
+
+def _words(labels: Array) -> list[str]:
+    return np.where(labels == 1, "target", "nontarget").tolist()
+
+
+MODELS = {
+    "model": ("modelid", "model", "speaker", "speakerid", "spk", "spkid", "name", "enroll", "enrol"),
+    "utterance": (
+        "segmentid", "segment", "utterance", "utteranceid", "utt", "uttid", "file", "filename", "path", "wav", "audio",
+        "recording", "recordings", "utterances",
+    ),
+    "side": ROLES["side"],
+}  # fmt: skip
+"""Names of an enrolment map's columns."""
 
 
 def read_enrollments(path: str | Path) -> dict[str, list[str]]:
     """Read a NIST-style enrolment map, model to its utterances: lines `model utterance [utterance ...]`.
 
-    Lines of the same model add up; a header line `modelid segmentid` is skipped.
+    Lines of the same model add up; a header such as `modelid segmentid side` tells the columns.
     Raises UserError where the file is empty, a model has no utterance, or has one twice.
     """
     models: dict[str, list[str]] = {}
-    for number, line in _lines(Path(path)):
-        model, *utterances = line.replace(",", " ").split()
-        if model.lower() in ("modelid", "model_id", "model") and number == 1:
-            continue
+    table = read_table(path, MODELS, ("model", "utterance"))
+    if len(table.header) > 2:
+        table.check()
+    for number, row in table.rows:
+        model, *utterances = row
+        if len(table.header) > 2:
+            model, utterances = row[table.columns["model"]], [row[table.columns["utterance"]]]
+            if "side" in table.columns:
+                utterances = [_sided(utterances[0], row[table.columns["side"]], path, number)]
+        utterances = [utterance for utterance in utterances if utterance]
         if not utterances:
             raise UserError(f"{path}, line {number}: model {model} has no utterance")
         known = models.setdefault(model, [])
@@ -135,56 +177,121 @@ def read_enrollments(path: str | Path) -> dict[str, list[str]]:
 
 
 def write_scores(path: str | Path, trials: Trials, scores: Array) -> Path:
-    """Write `enrol test score [target|nontarget]`, one trial per line, with every digit of the score."""
+    """Write `enrol test score [target|nontarget]`, one trial per line, with every digit of the score.
+
+    Trials with sides are written as NIST wants them: tabs, and a header `modelid segmentid side LLR [targettype]`.
+    """
     if len(scores) != len(trials):
         raise ValueError(f"{len(trials)} trials, {len(scores)} scores")
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        columns = [trials.enroll.tolist(), trials.test.tolist(), map(repr, np.asarray(scores, float).tolist())]
-        if trials.labels is not None:
-            columns.append(np.where(trials.labels == 1, "target", "nontarget").tolist())
-        stream.writelines(" ".join(words) + "\n" for words in zip(*columns))
+    columns = [trials.enroll.tolist(), trials.test.tolist(), [repr(s) for s in np.asarray(scores, float).tolist()]]
+    header: list[str] = []
+    sides = [SIDE.fullmatch(name) for name in columns[1]]
+    if sides and all(sides):
+        columns[1:2] = [[match[part] for match in sides if match] for part in (1, 2)]
+        header = ["modelid", "segmentid", "side", "LLR"]
+    if trials.labels is not None:
+        columns.append(_words(trials.labels))
+        header += ["targettype"] if header else []
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(join(columns, header))
     return Path(path)
 
 
 def read_scores(path: str | Path) -> tuple[Trials, Array]:
-    """Read a score file: `enrol test score [label]`.
+    """Read a score file: `enrol test score [label]`, `enrol test label score`, or columns that a header names.
 
-    Raises UserError for an empty file, a line of another shape, or a score that is no finite number.
+    Raises UserError for an empty file, a line of another shape, a score that is no finite number, one trial with two
+    labels, or where it cannot be told which column is the score.
     """
     path = Path(path)
-    rows = [(number, line.split()) for number, line in _lines(path)]
-    if not rows:
+    table = read_table(path, ROLES, ("enroll", "test"))
+    if not table.rows:
         raise UserError(f"{path}: the score file is empty")
-    width = len(rows[0][1])
-    scores = np.empty(len(rows))
-    for row, (number, words) in enumerate(rows):
-        if len(words) != width or width not in (3, 4):
-            raise UserError(f"{path}, line {number}: expected `enrol test score [label]`, got {len(words)} columns")
+    columns = dict(table.columns)
+    if table.header:
+        if "score" not in columns:
+            raise UserError(f"{path}: the header must name the score, it has {', '.join(table.header)}")
+        table.check()
+    else:
+        columns = _score_columns(table)
+    numbers = [number for number, _ in table.rows]
+    scores = np.empty(len(table.rows))
+    for row, (number, words) in enumerate(table.rows):
         try:
-            scores[row] = float(words[2])
+            scores[row] = float(words[columns["score"]])
         except ValueError:
-            raise UserError(f"{path}, line {number}: {words[2]!r} is no score") from None
+            raise UserError(f"{path}, line {number}: {words[columns['score']]!r} is no score") from None
     if not np.isfinite(scores).all():
         bad = np.flatnonzero(~np.isfinite(scores))
-        raise UserError(f"{path}: {len(bad)} scores are not finite, the first in line {rows[bad[0]][0]}")
-    columns = list(zip(*(words for _, words in rows)))
-    labels = _parse_labels(path, columns[3], [number for number, _ in rows]) if width == 4 else None
-    return Trials(np.array(columns[0]), np.array(columns[1]), labels, source=str(path)), scores
+        raise UserError(f"{path}: {len(bad)} scores are not finite, the first in line {numbers[bad[0]]}")
+    named = Table(path, table.rows, table.header, columns)
+    return _refuse_contradictions(_named_trials(named, conditions=False)), scores
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """Numbered lines that are not blank."""
+def _score_columns(table: Table) -> dict[str, int]:
+    """Places in a file without a header: the label is third or fourth, where the words show it."""
+    width = len(table.rows[0][1])
+    for number, words in table.rows:
+        if len(words) != width or width not in (3, 4):
+            raise UserError(
+                f"{table.path}, line {number}: expected `enrol test score [label]`, got {len(words)} columns; names "
+                "with blanks need tabs between the columns"
+            )
+    columns = {"enroll": 0, "test": 1, "score": 2}
+    if width == 3:
+        return columns
+    texts = {place: [row[place].lower() for _, row in table.rows] for place in (2, 3)}
+    labels = [place for place in texts if all(text in LABELS for text in texts[place])]
+    if len(labels) == 2:  # of numbers and words, the words are the labels
+        labels = [place for place in labels if not any(_is_number(text) for text in texts[place])]
+        if len(labels) != 1:
+            raise UserError(
+                f"{table.path}: both the third and the fourth column could be the labels; name the columns in a first "
+                "line, such as `enrol test score label`"
+            )
+    label = labels[0] if labels else 3
+    return {"enroll": 0, "test": 1, "score": 5 - label, "label": label}
+
+
+def _is_number(word: str) -> bool:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is no text file (byte {error.start} is not UTF-8)") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    for number, line in lines:  # arrays of names are as wide as the longest
-        if len(line) > LONGEST_NAME and max(map(len, line.replace(",", " ").split())) > LONGEST_NAME:
-            raise UserError(f"{path}, line {number}: a name of more than {LONGEST_NAME} letters; it is no such list")
-    return lines
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _sided(name: str, side: str, path: str | Path, number: int) -> str:
+    """`name:a` or `name:b`; the name alone where there is no side."""
+    side = {"1": "a", "2": "b"}.get(side.lower(), side.lower())
+    if side not in ("", "a", "b"):
+        raise UserError(f"{path}, line {number}: {side!r} is no side; a and b are")
+    return f"{name}:{side}" if side else name
+
+
+def _named_trials(table: Table, conditions: bool = True) -> Trials:
+    """Trials of a list whose columns are named. Raises UserError."""
+    path, columns = table.path, table.columns
+    if "enroll" not in columns or "test" not in columns:
+        raise UserError(
+            f"{path}: the header must name LABEL, SAMPLE1 and SAMPLE2, it has {', '.join(table.header) or 'no names'}"
+        )
+    if table.header:
+        table.check()
+    test = table.column("test")
+    if "side" in columns:
+        sides = zip(test, table.column("side"), table.rows, strict=True)
+        test = [_sided(name, side, path, number) for name, side, (number, _) in sides]
+    labels = None
+    if "label" in columns:
+        labels = _parse_labels(path, table.column("label"), [number for number, _ in table.rows])
+    left = range(len(table.header)) if conditions else ()
+    others = {
+        table.header[place]: np.array([row[place] for _, row in table.rows])
+        for place in left
+        if place not in columns.values()
+    }
+    return Trials(np.array(table.column("enroll")), np.array(test), labels, others, str(path))
 
 
 def _guess_form(path: Path, rows: list[list[str]]) -> TrialFormat:
@@ -202,34 +309,12 @@ def _guess_form(path: Path, rows: list[list[str]]) -> TrialFormat:
     raise UserError(f"{path}: cannot tell the form of this list ({' '.join(rows[0])[:80]!r}); name it with --format")
 
 
-def _read_csv_trials(path: Path, lines: list[tuple[int, str]]) -> Trials:
-    with reading(path, "cannot be read as CSV", "mend it"):
-        header, *rows = csv.reader(line for _, line in lines)
-    names = [name.strip().lower() for name in header]
-
-    def column(*options: str) -> int | None:
-        return next((names.index(option) for option in options if option in names), None)
-
-    left, right, label = column("sample1", "enroll", "enrol"), column("sample2", "test"), column("label", "target")
-    if left is None or right is None:
-        raise UserError(f"{path}: the header must name LABEL, SAMPLE1 and SAMPLE2, it has {', '.join(header)}")
-    if not rows:
-        raise UserError(f"{path}: the trial list is empty")
-    numbers = [number for number, _ in lines[1:]]
-    for number, row in zip(numbers, rows):
-        if len(row) != len(header):
-            raise UserError(f"{path}, line {number}: {len(row)} columns, the header has {len(header)}")
-    columns = [np.array([value.strip() for value in values]) for values in zip(*rows)]
-    labels = None if label is None else _parse_labels(path, columns[label].tolist(), numbers)
-    conditions = {header[i].strip(): columns[i] for i in range(len(header)) if i not in (left, right, label)}
-    return _refuse_contradictions(Trials(columns[left], columns[right], labels, conditions, str(path)))
-
-
 def _parse_labels(path: Path, words: Sequence[str], numbers: Sequence[int]) -> Array:
     labels = np.fromiter((LABELS.get(word.lower(), -1) for word in words), np.int8, len(words))
     if (labels < 0).any():
         row = int(np.argmax(labels < 0))
-        raise UserError(f"{path}, line {numbers[row]}: {words[row]!r} is no label (1, 0, target or nontarget)")
+        known = "1, 0, target, nontarget, same, different ..."
+        raise UserError(f"{path}, line {numbers[row]}: {words[row]!r} is no label ({known})")
     return labels
 
 
