@@ -31,7 +31,7 @@ from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.audio.speakers.training import Recipe, build_model, split_speakers, train_speaker_model, usable
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, messages, show_json, table
-from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, Workers, recipe_option
+from nearfar.core.cli.options import Device, Devices, Fresh, Json, RunFolder, Settings, Workers, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.fingerprint import content_digest
@@ -79,6 +79,7 @@ def train(
     layout: Layout = "auto",
     workers: Workers = 0,
     device: Device = "auto",
+    devices: Devices = 1,
     fresh: Fresh = False,
 ) -> None:
     """Train a model and write it with its mean, cohort and calibration.

@@ -22,7 +22,7 @@ from nearfar.audio.separation.windows import model_separator
 from nearfar.audio.sound import SUFFIXES, Recording, writing
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, progress, show_json, table
-from nearfar.core.cli.options import Device, Fresh, Json, Memory, RunFolder, Seed, Settings, recipe_option
+from nearfar.core.cli.options import Device, Devices, Fresh, Json, Memory, RunFolder, Seed, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.fingerprint import content_digest
@@ -312,6 +312,7 @@ def train(
     layout: Layout = "auto",
     same: Same = None,
     device: Device = "auto",
+    devices: Devices = 1,
     fresh: Fresh = False,
 ) -> None:
     """Train a model. From single speakers, mixtures are drawn anew all the time; every speaker's utterances are split
