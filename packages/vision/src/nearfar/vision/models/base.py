@@ -58,6 +58,8 @@ class PictureModel(nn.Module):
     CLASSIFIERS: ClassVar[tuple[str, ...]] = ("head.fc",)
     FIRST_CONV: ClassVar[str]
     min_size: ClassVar[int] = 32
+    fixed_size: ClassVar[bool] = False
+    """Whether a model takes pictures of the one size that it was built for."""
     FEATURE_CLASSES: ClassVar[tuple[str, ...]] = ("getter", "fx")
     """timm's ways to features that this kind of model gives."""
 

@@ -99,6 +99,7 @@ class Sparsifiner(TokenModel):
         1.8e-6,
         weights="none released; starts from DeiT-S or LV-ViT-S",
     )
+    fixed_size = True
 
     RULES = (
         (r"head\.(weight|bias)$", r"head.fc.\1"),
