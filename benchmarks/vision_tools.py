@@ -50,18 +50,19 @@ def main() -> None:
     logging.disable(logging.WARNING)
     results: Path = arguments.results
     results.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    lines = results.read_text().splitlines() if results.is_file() else []
+    rows = {done["model"]: done for done in map(json.loads, lines)}
     for kind in sorted(set(MODELS.values()), key=lambda kind: card_of(kind).title.lower()):
         name, form = next(
             iter(card_of(kind).small.items()), (next(name for name, model in MODELS.items() if model is kind), {})
         )
         wanted = not arguments.systems or kind.__name__ in arguments.systems
-        if wanted and not any(done["model"] == name for done in rows):
-            rows.append(row(kind, name, dict(form), arguments.slow))
+        if wanted and (name not in rows or (arguments.slow and "ONNX" not in rows[name])):
+            rows[name] = row(kind, name, dict(form), arguments.slow)
             with results.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            print(rows[-1], flush=True)
-    write(sorted(rows, key=lambda done: done["system"].lower()))
+                file.write(json.dumps(rows[name]) + "\n")
+            print(rows[name], flush=True)
+    write(sorted(rows.values(), key=lambda done: done["system"].lower()))
 
 
 def row(kind: type, name: str, form: dict[str, Any], slow: bool) -> dict[str, str]:

@@ -37,8 +37,8 @@ from nearfar.vision.models.registry import MODELS, VARIANTS
 app = typer.Typer(
     help="Learn to tell pictures apart: `models` lists what there is, `compare` tries several on your own pictures "
     "under one budget, `train` makes a classifier, `evaluate` scores it, `predict` uses it.\n\n"
-    "Pictures come from a folder with one folder per class, a table of files and their classes (CSV), such folders in a "
-    "zip file, WebDataset tars, or a Hugging Face image data set on disk.",
+    "Pictures come from a folder with one folder per class, a table of files and their classes (CSV), such folders in "
+    "a zip file, WebDataset tars, or a Hugging Face image data set on disk.",
     no_args_is_help=True,
 )
 
