@@ -139,15 +139,19 @@ def compiled(model: nn.Module) -> str:
 
 @torch.no_grad()
 def decoders(name: str, settings: dict[str, Any], pyramid: bool) -> str:
-    x, good = torch.randn(1, 3, 64, 64), []
+    x, good, reason = torch.randn(1, 3, 64, 64), [], ""
+    settings = {k: v for k, v in settings.items() if k not in ("img_size", "depth")}  # the latter is a decoder's word
     for decoder in DECODERS if pyramid else ("DPT",):
-        with contextlib.suppress(Exception):
-            settings = {k: v for k, v in settings.items() if k != "img_size"}
+        try:
             net = getattr(smp, decoder)(f"tu-{name}", encoder_weights=None, classes=2, **settings).eval()
             if net(x).shape == (1, 2, 64, 64):
                 good.append(decoder)
-    tried = len(DECODERS) if pyramid else 1
-    return f"{len(good)} of {tried}" if pyramid else ("DPT" if good else "none")
+        except Exception as error:
+            reason = str(error)
+    if pyramid:
+        missing = [decoder for decoder in DECODERS if decoder not in good]
+        return f"{len(good)} of {len(DECODERS)}" + (f": not {', '.join(missing)} ({reason[:90]})" if missing else "")
+    return "DPT" if good else f"no: {reason[:90]}"
 
 
 @torch.no_grad()
