@@ -16,6 +16,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -147,11 +148,13 @@ def decoders(name: str, settings: dict[str, Any], pyramid: bool) -> str:
             if net(x).shape == (1, 2, 64, 64):
                 good.append(decoder)
         except Exception as error:
-            reason = str(error)
+            reason = str(error).split(": what")[0]
     if pyramid:
         missing = [decoder for decoder in DECODERS if decoder not in good]
-        return f"{len(good)} of {len(DECODERS)}" + (f": not {', '.join(missing)} ({reason[:90]})" if missing else "")
-    return "DPT" if good else f"no: {reason[:90]}"
+        return f"{len(good)} of {len(DECODERS)}" + (
+            f": not {', '.join(missing)} ({shorten(reason, 100)})" if missing else ""
+        )
+    return "DPT" if good else f"no: {shorten(reason, 100)}"
 
 
 @torch.no_grad()

@@ -332,9 +332,8 @@ class PictureTester:
         with pytest.raises(ValueError, match="save it before fuse"):
             model.fuse().save_pretrained(tmp_path)
 
-    def test_surface_that_timm_checks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_surface_that_timm_checks(self) -> None:
         """What is made anew lies and learns as the model does; precision follows; names of parameters are true."""
-        without_shape_checks(monkeypatch)
         meta = timm.create_model(self.name, device="meta", **self.tiny)
         assert all(tensor.is_meta for tensor in (*meta.parameters(), *meta.buffers()))
         meta.to(dtype=torch.float64).eval()
