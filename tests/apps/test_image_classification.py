@@ -312,3 +312,37 @@ def test_robustness(data: Path, two_models: tuple[Path, Path], tmp_path: Path) -
         call("robustness", two_models[1], data, "--split", "test", "-o", tmp_path / "y", "--patch", 64)
     with pytest.raises(UserError, match="corruption 'rain' is unknown"):
         call("robustness", two_models[1], data, "-o", tmp_path / "y", "--corruption", "rain")
+
+
+def test_several_classes_from_a_table(tmp_path: Path) -> None:
+    """From training to a table of predictions; what is missing counts as wrong, and is said."""
+    every = digits()
+    rows = ["file,label"]
+    for n in range(48):  # two digits side by side
+        i, j = (next(k for k in range(37 * n + s, 1797) if every.labels[k] in (0, 1)) for s in (0, 500 % (n + 3)))
+        picture = Image.new("RGB", (64, 32))
+        picture.paste(every[i][0], (0, 0))
+        picture.paste(every[j][0], (32, 0))
+        picture.save(tmp_path / f"{n}.png")
+        rows.append(f"{n}.png,{';'.join(sorted({f'digit{every.labels[k]}' for k in (i, j)}))}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    run = tmp_path / "run"
+    settings = [*SHORT, "--set", "views=flip", "--set", "crop_mode=squash"]
+    (row,) = json.loads(
+        call("train", tmp_path / "labels.csv", "-o", run, "--model", "test_resnet", *settings, "--json")
+    )
+    assert 0 <= row["validation mAP"] <= 1
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(BatchError, match=r"0\.png: no such file"):
+        call("evaluate", run, tmp_path, "-o", tmp_path / "scores")
+    scores = json.loads((tmp_path / "scores/scores.json").read_text())
+    assert (scores["pictures"], scores["unreadable"], scores["views"]) == (48, 1, "flip")
+    assert [entry["class"] for entry in scores["by class"]] == ["digit0", "digit1"]
+    assert scores["low"] <= scores["mAP"] <= scores["high"]
+    words = ["predict", run, tmp_path / "1.png", tmp_path / "2.png", "-o", tmp_path / "p.csv", "--json"]
+    found = json.loads(call(*words, "--threshold", 0))
+    assert [entry["rank"] for entry in found] == [1, 2, 1, 2]
+    none = json.loads(call(*words, "--threshold", 1))
+    assert [(entry["rank"], entry["class"]) for entry in none] == [(0, "")] * 2
+    with pytest.raises(UserError, match="robustness: is for classifiers of one class a picture"):
+        call("robustness", run, tmp_path, "-o", tmp_path / "r")

@@ -266,7 +266,7 @@ class PictureTester:
             classifiers = cfg.classifier if isinstance(cfg.classifier, tuple) else (cfg.classifier,)
             assert {f"{part}.weight" for part in (*classifiers, cfg.first_conv)} <= state.keys(), name
             assert all(f"{part}.weight" not in state for part in set(model.CLASSIFIERS) - set(classifiers)), name
-            assert cfg.pool_size == (cfg.input_size[-1] // model.feature_info[-1]["reduction"],) * 2, name
+            assert cfg.pool_size == (-(-cfg.input_size[-1] // model.feature_info[-1]["reduction"]),) * 2, name
             assert cfg.num_classes == model.num_classes
 
     @torch.no_grad()
@@ -331,6 +331,39 @@ class PictureTester:
         assert len(load(features_only=True).eval()(self.input(1))) > 0
         with pytest.raises(ValueError, match="save it before fuse"):
             model.fuse().save_pretrained(tmp_path)
+
+    def test_surface_that_timm_checks(self) -> None:
+        """What is made anew lies and learns as the model does; precision follows; names of parameters are true."""
+        meta = timm.create_model(self.name, device="meta", **self.tiny)
+        assert all(tensor.is_meta for tensor in (*meta.parameters(), *meta.buffers()))
+        meta.to(dtype=torch.float64).eval()
+        meta.reset_classifier(0)
+        meta.reset_classifier(2)
+        weight = meta.get_classifier().weight
+        assert (weight.device.type, weight.dtype, len(weight)) == ("meta", torch.float64, 2)
+        assert not any(module.training for module in meta.modules())
+        meta.requires_grad_(False)
+        meta.reset_classifier(0)
+        meta.reset_classifier(0, "")
+        assert not any(parameter.requires_grad for parameter in meta.parameters())
+        names = {name for name, _ in self.create().named_parameters()}
+        assert {name for name in self.create().no_weight_decay() if name in names or "." in name} <= names
+        model, x = self.create(), self.input(1)
+        with torch.no_grad():
+            model(x)  # what is kept of it must not keep its precision
+            assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+    def test_features_learn_alike_with_checkpointing(self) -> None:
+        grads = []
+        for checkpointing in (False, True):
+            model = self.create(features_only=True).train().double()
+            model.model.set_grad_checkpointing(checkpointing)
+            torch.manual_seed(1)
+            sum(level.square().mean() for level in model(self.input(2).double())).backward()
+            grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert grads[0].keys() == grads[1].keys()
+        total = sum(float(g.norm()) for g in grads[0].values())
+        assert all((grads[0][name] - grads[1][name]).norm() <= 1e-9 * total for name in grads[0])
 
     def test_layer_decay_groups(self) -> None:
         model = self.create()

@@ -1,6 +1,8 @@
 """A classifier in one file says what the model says, or is not written."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +102,33 @@ def test_a_run_folder_is_a_local_dir_of_timm(tmp_path: Path) -> None:
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(model(x), trained.model(x))
+
+
+SCRIPT = """
+import argparse
+import timm
+from helper_of_the_script import ask
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model")
+    parser.add_argument("--num-classes", type=int)
+    args = parser.parse_args()
+    model = timm.create_model(args.model, num_classes=args.num_classes, **ask())
+    print(type(model).__name__, sum(p.numel() for p in model.get_classifier().parameters()))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_scripts_as_timm_writes_them_know_our_models(tmp_path: Path) -> None:
+    """With arguments of their own, modules beside them, and what they do under `__main__` alone."""
+    (tmp_path / "validate.py").write_text(SCRIPT)
+    (tmp_path / "helper_of_the_script.py").write_text("def ask():\n    return {'drop_rate': 0.1}\n")
+    words = [sys.executable, "-m", "nearfar.vision.timm", tmp_path / "validate.py", "--model", "hornet_tiny_7x7"]
+    done = subprocess.run([*map(str, words), "--num-classes", "3"], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["HorNet", "1539"], done.stderr[-2000:]
+    no = subprocess.run([sys.executable, "-m", "nearfar.vision.timm", "nowhere.py"], capture_output=True, text=True)
+    assert no.returncode
+    assert no.stderr.startswith("usage: ")

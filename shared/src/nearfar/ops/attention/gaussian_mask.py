@@ -105,7 +105,7 @@ def _clipped_table(grid: tuple[int, ...], device: torch.device) -> Tensor:
 def _pair_offsets(grid: tuple[int, ...], device: torch.device) -> Tensor:
     """For every pair of positions the flat index of its |offset| on the grid, (N, N)."""
     places = torch.cartesian_prod(*(torch.arange(n) for n in grid)).reshape(-1, len(grid))
-    flat = torch.zeros(len(places), len(places), dtype=torch.long)
+    flat = torch.zeros(places.shape[0], places.shape[0], dtype=torch.long)
     for axis, n in enumerate(grid):
         flat = flat * n + (places[:, None, axis] - places[:, axis]).abs()
     return flat.to(device)

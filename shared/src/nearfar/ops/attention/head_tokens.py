@@ -60,9 +60,8 @@ class HeadTokenAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         mixed = F.scaled_dot_product_attention(*self.heads(x), dropout_p=self.attn_drop if self.training else 0.0)
         mixed = self.proj(mixed.transpose(1, 2).flatten(2))
-        tokens, head_tokens = mixed.tensor_split((x.shape[1],), dim=1)
-        first = tokens[:, :1] + head_tokens.mean(1, keepdim=True)
-        return self.drop(torch.cat((first, tokens[:, 1:]), dim=1))
+        first = mixed[:, :1] + mixed[:, -self.num_heads :].mean(1, keepdim=True)
+        return self.drop(torch.cat((first, mixed[:, 1 : -self.num_heads]), dim=1))
 
     def attention_map(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b heads m m"]:
         """The weights over tokens and then head tokens, rows summing to one."""

@@ -12,7 +12,8 @@ from nearfar.ops.common.tables import cached_table
 def places(size: tuple[int, ...], device: torch.device) -> Float[Tensor, "n s"]:
     """(prod(size), sum(size)): for every position of a grid and every axis a one where it lies along that axis."""
     index = torch.cartesian_prod(*(torch.arange(n, device=device) for n in size)).reshape(-1, len(size))
-    return torch.cat([F.one_hot(at, n) for at, n in zip(index.unbind(1), size, strict=True)], 1).float()
+    lies = [at[:, None] == torch.arange(n, device=device) for at, n in zip(index.unbind(1), size, strict=True)]
+    return torch.cat(lies, 1).float()
 
 
 def extend(

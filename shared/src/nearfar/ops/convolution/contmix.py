@@ -144,7 +144,7 @@ def clamped_window_sum(
         ValueError: a map smaller than the window.
     """
     kernel, (height, width) = weights.shape[-1], value.shape[-2:]
-    if min(height, width) < kernel:
+    if not torch.compiler.is_exporting() and min(height, width) < kernel:
         raise ValueError(f"the map of {height} x {width} is smaller than the window of {kernel} x {kernel}")
     device = value.device
     band = F.pad(weights, (0, 1)).flatten(-2).index_select(-1, band_index(width, kernel, device))
@@ -226,11 +226,16 @@ class ContextMixer(nn.Module):
         kernels = self.kernels(source, context)
         mixed = [clamped_window_sum(k.to(v.dtype), v) for k, v in zip(kernels, halves, strict=True)]
         out = torch.cat([part.flatten(1, 2) for part in mixed], dim=1)
-        return out if enough == size else pool_to(out, size)
+        return out if not torch.compiler.is_exporting() and enough == size else pool_to(out, size)
 
     def enlarge(self, *maps: Tensor) -> tuple[Tensor, ...]:
         """The maps, bilinearly resized where the large window does not fit: the shorter side becomes k."""
         (height, width), k = maps[0].shape[-2:], self.kernel_size
+        if torch.compiler.is_exporting():  # no branch on the size: a map that is large enough is resized to itself
+            shorter = torch.sym_min(height, width)
+            side = torch.sym_max(shorter, k)
+            size = (height * side // shorter, width * side // shorter)
+            return tuple(F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in maps)
         if min(height, width) >= k:
             return maps
         # truncated as the published code does

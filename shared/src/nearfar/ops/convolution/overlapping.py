@@ -1,5 +1,6 @@
 """What DHVT puts around attention: a stem of overlapping strided convolutions, and a convolutional feed-forward."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -96,11 +97,11 @@ class ChannelGatedFeedForward(nn.Module):
         self.compress, self.excitation = nn.Linear(dim, dim // 4), nn.Linear(dim // 4, dim)
 
     def forward(self, x: Float[Tensor, "b n c"], grid: Sequence[int]) -> Float[Tensor, "b n c"]:
-        positions = torch.Size(grid).numel()
+        positions = math.prod(grid)
         classes = x.shape[1] - positions
         if classes not in (0, 1):
             raise ValueError(f"{x.shape[1]} tokens are no grid of {tuple(grid)} with at most one class token before it")
-        first, rest = x.tensor_split((classes,), dim=1)
+        first, rest = (x[:, :1], x[:, 1:]) if classes else (x[:, :0], x)
         u = F.gelu(self.bn1(self.conv1(rest.mT.unflatten(2, tuple(grid)))))
         z = self.bn3(self.conv3(u + F.gelu(self.bn2(self.conv2(u)))))
         tokens = z.flatten(2).mT

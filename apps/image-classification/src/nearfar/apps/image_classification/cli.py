@@ -11,7 +11,9 @@ from nearfar.apps.image_classification.common import (
     Data,
     Published,
     Trained,
+    Views,
     known_pictures,
+    one_class,
     open_classifier,
     read_pictures,
 )
@@ -28,15 +30,15 @@ from nearfar.core.finite import is_finite
 from nearfar.core.plots import new_figure
 from nearfar.core.report import Report
 from nearfar.vision.classification import RECIPES
-from nearfar.vision.classification.classifier import LINEAR, card_of, evaluate_scores, small_forms
+from nearfar.vision.classification.classifier import LINEAR, card_of, evaluate_multilabel, evaluate_scores, small_forms
 from nearfar.vision.data.images import open_pictures, training_pictures
 from nearfar.vision.models.registry import MODELS, VARIANTS
 
 app = typer.Typer(
     help="Learn to tell pictures apart: `models` lists what there is, `compare` tries several on your own pictures "
     "under one budget, `train` makes a classifier, `evaluate` scores it, `predict` uses it.\n\n"
-    "Pictures come from a folder with one folder per class, the same in a zip file, WebDataset tars, or a Hugging Face "
-    "image data set on disk.",
+    "Pictures come from a folder with one folder per class, a table of files and their classes (CSV), such folders in "
+    "a zip file, WebDataset tars, or a Hugging Face image data set on disk.",
     no_args_is_help=True,
 )
 
@@ -98,9 +100,10 @@ def train_command(
         model, learn, hold, resolved, output, weights=weights, num_workers=workers, device=device,
         show_progress=messages.is_terminal, fresh=fresh,
     )  # fmt: skip
-    best = max(history, key=lambda row: row["accuracy"])
+    measure = resolved.choose_by or ("mAP" if learn.multilabel else "accuracy")
+    best = max(history, key=lambda row: row[measure])
     row = {"model": model, "classes": len(classifier.classes), "pictures": len(learn)}
-    row |= {"best epoch": int(best["epoch"]) + 1, "validation accuracy": best["accuracy"], "folder": str(output)}
+    row |= {"best epoch": int(best["epoch"]) + 1, f"validation {measure}": best[measure], "folder": str(output)}
     show([row], as_json)
     raise_failures(failures, len(learn) + len(hold) + len(failures))
 
@@ -111,6 +114,7 @@ def evaluate(
     data: Data,
     split: Annotated[str | None, typer.Option(help="Folder inside the data, for example test.")] = None,
     model: Published = None,
+    views: Views = None,
     device: Device = "auto",
     workers: Workers = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for scores.json and page.html.")] = None,
@@ -119,15 +123,22 @@ def evaluate(
     """Score a classifier on labelled pictures, with a 95 % interval."""
     trained = open_classifier(classifier, model)
     every, pictures, failures = known_pictures(trained, classifier, data, split)
-    scores = trained.scores(pictures, device=device, num_workers=workers)
+    scores = trained.scores(pictures, device=device, num_workers=workers, views=views)
     # a picture that cannot be read is a wrong answer, not a picture less
     read = set(pictures.names)
-    lost = [label for name, label in zip(every.names, every.labels, strict=True) if name not in read]
+    lost = [i for i, name in enumerate(every.names) if name not in read]
     missed = len(lost)
-    wrong = torch.zeros(missed, scores.shape[1])
-    wrong[range(missed), lost] = -1
+    scored, unreadable = torch.cat((scores, torch.full((missed, scores.shape[1]), torch.nan))), every.subset(lost)
     result = {"model": trained.name, "pixels": trained.size, "crop": trained.crop_pct}
-    result |= evaluate_scores(torch.cat((scores, wrong)), [*pictures.labels, *lost])
+    result |= {"views": views or trained.views} if (views or trained.views) != "one" else {}
+    rows: list[dict[str, Any]] = []
+    if trained.multilabel:
+        found, rows = evaluate_multilabel(
+            scored, torch.cat((pictures.targets(), unreadable.targets())), trained.classes
+        )
+        result |= found
+    else:
+        result |= evaluate_scores(scored, [*pictures.labels, *unreadable.labels])
     result["unreadable"] = missed
     seen = trained.trained_on.seen(every.digests())
     if any(seen):
@@ -135,12 +146,18 @@ def evaluate(
     odd = [name for name, row in zip(pictures.names, scores, strict=True) if not is_finite(row)]
     failures += [f"{name}: the model's scores are not finite" for name in odd]
     if output is not None:
-        write_json(output / "scores.json", result)
-        Report(f"{trained.name} on {Path(data).name}").table([result]).figure(
-            confusion(scores, pictures.labels, trained.classes),
-            "Share of each class's pictures (row) that are given each class (column).",
-        ).write(output / "page.html")
-    show([result], as_json)
+        write_json(output / "scores.json", result | ({"by class": rows} if rows else {}))
+        report = Report(f"{trained.name} on {Path(data).name}").table([result])
+        if rows:
+            report.table(rows).write(output / "page.html")
+        else:
+            report.figure(
+                confusion(scores, pictures.labels, trained.classes),
+                "Share of each class's pictures (row) that are given each class (column).",
+            ).write(output / "page.html")
+    show([result | ({"by class": rows} if as_json and rows else {})], as_json)
+    if rows and not as_json:
+        show(rows, as_json)
     raise_failures(failures, len(pictures) + missed)
 
 
@@ -164,7 +181,8 @@ def make_token_labels_command(
     if not len(pictures):
         raise UserError(f"{data}: none of its pictures can be read")
     written = make_token_labels(
-        open_classifier(teacher, model), pictures, output, size=size, top=top, device=device, num_workers=workers,
+        one_class(open_classifier(teacher, model), "make-token-labels"), pictures, output, size=size, top=top,
+        device=device, num_workers=workers,
         show=lambda batches: track(batches, "labelling"),
     )  # fmt: skip
     show([{"label maps": len(pictures), "written": written, "folder": str(output)}], as_json)
@@ -176,23 +194,41 @@ def predict(
     classifier: Trained,
     paths: Annotated[list[Path], typer.Argument(help="Pictures, or folders that are searched for pictures.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Table to write, CSV.")] = Path("predictions.csv"),
-    top: Annotated[int, typer.Option(help="Classes per picture.")] = 1,
+    top: Annotated[
+        int | None, typer.Option(help="Classes per picture, at most. Default: 1, or all where it gives several.", min=1)
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Least probability of a class where pictures have several. Default 0.5.")
+    ] = None,
     model: Published = None,
+    views: Views = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Name what pictures show, and write a table: file, class, probability."""
+    """Name what pictures show, and write a table: file, class, probability.
+
+    Where pictures have several classes, all of at least the threshold; a picture of none has one line of rank 0, with
+    no class and the probability of the likeliest.
+    """
     trained = open_classifier(classifier, model)
+    if threshold is not None and not (trained.multilabel and 0 <= threshold <= 1):
+        raise UserError(f"--threshold {threshold:g}: is a probability, for classifiers of several classes a picture")
+    least = (0.5 if threshold is None else threshold) if trained.multilabel else -1.0
     pictures, failures = read_pictures(paths, trained.classes)
     rows: list[dict[str, Any]] = []
     if len(pictures):
-        scores = trained.scores(pictures, device=device)
-        best = scores.topk(min(top, len(trained.classes)), dim=1)
+        scores = trained.scores(pictures, device=device, views=views)
+        number = min(top or (len(trained.classes) if trained.multilabel else 1), len(trained.classes))
+        best = scores.topk(number, dim=1)
         for name, values, indices in zip(pictures.names, best.values.tolist(), best.indices.tolist(), strict=True):
             if not is_finite(values):
                 failures.append(f"{name}: the model's scores are not finite, so no class is named")
                 continue
+            if values[0] < least:
+                rows.append({"file": name, "rank": 0, "class": "", "probability": values[0]})
             for rank, (value, index) in enumerate(zip(values, indices, strict=True), start=1):
+                if value < least:
+                    break
                 label = trained.classes[index]
                 row = {"file": name, "rank": rank, "class": label, "probability": value}
                 rows.append(row | ({"description": trained.descriptions[label]} if trained.descriptions else {}))

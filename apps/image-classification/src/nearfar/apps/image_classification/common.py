@@ -1,5 +1,6 @@
 """What the commands share: options, opening of classifiers and of pictures."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,11 @@ from nearfar.core.hub import HUB, from_hub
 from nearfar.vision.classification.classifier import Classifier
 from nearfar.vision.data.images import Pictures, open_pictures, picture_files, read_picture
 
-Data = Annotated[Path, typer.Argument(help="Labelled pictures: folder, zip file, tar file or data set on disk.")]
+log = logging.getLogger(__name__)
+
+Data = Annotated[
+    Path, typer.Argument(help="Labelled pictures: folder, table (CSV), zip file, tar file or data set on disk.")
+]
 Trained = Annotated[
     Path, typer.Argument(help="Folder that `train` wrote, or a published ImageNet checkpoint of one of `models`.")
 ]
@@ -22,6 +27,19 @@ Published = Annotated[
         "--model", help="Whose checkpoint it is, where names and shapes do not tell: MODEL.WEIGHTS as `models` lists."
     ),
 ]
+
+
+Views = Annotated[
+    str | None,
+    typer.Option(help="Views averaged: one, flip or ten (corners and centre, mirrored). Default: the recipe's."),
+]
+
+
+def one_class(trained: Classifier, command: str) -> Classifier:
+    """`trained`, where it gives one class a picture. Raises UserError where it gives several."""
+    if trained.multilabel:
+        raise UserError(f"{command}: is for classifiers of one class a picture; {trained.name} here gives several")
+    return trained
 
 
 def open_classifier(path: Path, model: str | None) -> Classifier:
@@ -53,16 +71,22 @@ def known_pictures(
 ) -> tuple[Pictures, Pictures, list[str]]:
     """All pictures of `data` under the classifier's class numbers, those that can be read, and a line for each other.
 
-    Raises UserError for classes that the classifier does not know, and where none can be read.
+    Raises UserError for classes that the classifier does not know, for pictures of several classes where it gives one,
+    and where none can be read.
     """
     every = open_pictures(data, split)
-    index = {name: i for i, name in enumerate(trained.classes)}
-    if unknown := [name for name in every.classes if name not in index]:
+    if unknown := [name for name in every.classes if name not in trained.classes]:
         raise UserError(
             f"{data}: has {len(every.classes)} classes, of which the classifier in {source} does not know "
-            f"{some(unknown)}; it knows {len(index)}: {some(trained.classes)}"
+            f"{some(unknown)}; it knows {len(trained.classes)}: {some(trained.classes)}"
         )
-    every.labels = [index[every.classes[label]] for label in every.labels]
+    if every.multilabel and not trained.multilabel:
+        raise UserError(f"{data}: its pictures have several classes each; the classifier in {source} gives one")
+    if trained.multilabel and not every.multilabel:
+        log.warning(
+            "%s: its pictures have one class each, of the classifier's several; the others count as absent", data
+        )
+    every = every.renumbered(trained.classes, trained.multilabel)
     pictures, failures = every.readable(lambda r: track(r, "checking"))
     if not len(pictures):
         raise UserError(f"{data}: none of its {len(every)} pictures can be read")

@@ -45,6 +45,8 @@ def export(
     show(rows, as_json)
     if not as_json:
         console.print(f"{len(trained.classes)} classes: {output}", soft_wrap=True)
+        if trained.views != "one":
+            console.print(f"The file sees one view; the classifier averages {trained.views}.", soft_wrap=True)
 
 
 def readable(place: Path) -> Pictures:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from nearfar.apps.image_classification.common import Data, known_pictures, open_any
+from nearfar.apps.image_classification.common import Data, known_pictures, one_class, open_any
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, say, show, track
 from nearfar.core.cli.options import Device, Fresh, Json, Workers
@@ -47,7 +47,7 @@ def prune(
     rates = keep or [0.9, 0.8, 0.7, 0.6, 0.5]
     if bad := [rate for rate in rates if not 0 < rate <= 1]:
         raise UserError(f"--keep {bad[0]:g}: is a share of the tokens in (0, 1]")
-    classifier = open_any(model)
+    classifier = one_class(open_any(model), "prune")
     keep_switch(classifier.model)
     every, pictures, failures = known_pictures(classifier, model, data, split)
     rows, left = prune_sweep(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from nearfar.apps.image_classification.common import Data, known_pictures, open_any
+from nearfar.apps.image_classification.common import Data, known_pictures, one_class, open_any
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, say, show, track
 from nearfar.core.cli.options import Device, Fresh, Json
@@ -61,7 +61,7 @@ def robustness(
         raise UserError(str(error)) from error
     if doubled := {name for name in models if models.count(name) > 1}:
         raise UserError(f"{min(doubled)}: is named twice")
-    classifiers = {name: open_any(name) for name in models}
+    classifiers = {name: one_class(open_any(name), "robustness") for name in models}
     first = classifiers[models[0]]
     every, pictures, failures = known_pictures(first, models[0], data, split)
     for name, other in classifiers.items():

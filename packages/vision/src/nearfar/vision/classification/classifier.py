@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 from timm.data import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -21,6 +22,7 @@ from timm.data import (
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision import transforms
 
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import identify as identify_one
@@ -29,7 +31,7 @@ from nearfar.core.errors import CheckpointError, UserError, some
 from nearfar.core.hub import unreachable
 from nearfar.core.model_folder import KINDS, TrainedOn, read, trained_on, writing
 from nearfar.core.reading import check_announced, reading
-from nearfar.core.statistics import bootstrap_interval
+from nearfar.core.statistics import FEWEST, bootstrap_interval, percentile_interval
 from nearfar.vision.data.images import Pictures
 from nearfar.vision.models.pyramid import Backbone
 from nearfar.vision.models.registry import MODELS, VARIANTS
@@ -52,6 +54,33 @@ def card_of(kind: type) -> Card:
 def evaluation_transform(size: int, crop_pct: float = 0.875, crop_mode: str = "center") -> Callable:
     """Shorter side to floor(size / crop_pct), bicubic, centre crop (or the whole picture squashed), normalization."""
     return create_transform(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="bicubic")
+
+
+VIEWS = ("one", "flip", "ten")
+"""Views of a picture whose probabilities are averaged: itself; also its mirror image; the four corners and the centre
+of the picture before the crop, and their mirror images."""
+
+
+def views_transform(size: int, crop_pct: float, crop_mode: str, views: str) -> Callable:
+    """`evaluation_transform` to (views, 3, size, size)."""
+    if views not in VIEWS:
+        raise UserError(f"views is {views!r}; allowed are {', '.join(VIEWS)}")
+    if views == "ten" and crop_mode != "center":
+        raise UserError(f"ten views are crops, and crop_mode is {crop_mode!r}; use flip")
+    steps = evaluation_transform(size, crop_pct, crop_mode).transforms
+    if views == "ten":
+        resize, _, *rest = steps
+        each = transforms.Compose(rest)
+        return transforms.Compose([resize, transforms.TenCrop(size), transforms.Lambda(partial(_each_view, each))])
+    return transforms.Compose([*steps, partial(_flipped, views == "flip")])
+
+
+def _each_view(transform: Callable, crops: Sequence[Any]) -> Tensor:
+    return torch.stack([transform(crop) for crop in crops])
+
+
+def _flipped(too: bool, x: Tensor) -> Tensor:
+    return torch.stack((x, x.flip(-1)) if too else (x,))
 
 
 class PixelLinear(nn.Module):
@@ -143,15 +172,39 @@ class Classifier:
     descriptions: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     """Constructor arguments of our models that neither the name nor shapes tell, such as another keep rate."""
+    multilabel: bool = False
+    """Whether a picture may show several of the classes, or none."""
+    views: str = "one"
+    """Of `VIEWS`: how many views of a picture are averaged."""
     trained_on: TrainedOn = field(default_factory=TrainedOn)
 
     @torch.inference_mode()
-    def scores(self, pictures: Pictures, batch_size: int = 64, device: str = "cpu", num_workers: int = 0) -> Tensor:
-        """Class probabilities, (pictures, classes); a row of NaN where the model gives no finite scores."""
-        data = pictures.subset(range(len(pictures)), evaluation_transform(self.size, self.crop_pct, self.crop_mode))
+    def scores(
+        self,
+        pictures: Pictures,
+        batch_size: int = 64,
+        device: str = "cpu",
+        num_workers: int = 0,
+        views: str | None = None,
+    ) -> Tensor:
+        """Class probabilities, (pictures, classes); a row of NaN where the model gives no finite scores.
+
+        `views`: of `VIEWS`; None for the classifier's own.
+        """
+        transform = views_transform(self.size, self.crop_pct, self.crop_mode, views or self.views)
+        data = pictures.subset(range(len(pictures)), transform)
         model = self.model.to(device).eval()
         batches = DataLoader(data, batch_size, num_workers=num_workers)
-        return torch.cat([model(x.to(device)).float().softmax(1).cpu() for x, _ in batches])
+        return torch.cat(
+            [
+                self.probabilities(model(x.to(device).flatten(0, 1))).unflatten(0, x.shape[:2]).mean(1).cpu()
+                for x, _ in batches
+            ]
+        )
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Of each class on its own with `multilabel`, else of one of them."""
+        return logits.float().sigmoid() if self.multilabel else logits.float().softmax(1)
 
     def save(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `classifier.json` to `folder`, and for a registered model timm's `config.json`.
@@ -188,6 +241,8 @@ class Classifier:
                 raise ValueError("classes and descriptions are names and their meaning")
             if not isinstance(record.get("settings", {}), dict):
                 raise ValueError("settings are names and values")
+            if type(record.get("multilabel", False)) is not bool or record.get("views", "one") not in VIEWS:
+                raise ValueError("multilabel or views is out of range")
             if not all(isinstance(text, str) for text in (*classes, *words, *words.values())):
                 raise ValueError("a class or its description is no text")
             if words and not set(classes) <= set(words):
@@ -288,3 +343,58 @@ def evaluate_scores(scores: Tensor, labels: Sequence[int], seed: int = 0) -> dic
         **top5,
         "balanced": float(np.mean(per_class)),
     }
+
+
+def evaluate_multilabel(
+    scores: Tensor, truth: Tensor, classes: Sequence[Any], threshold: float = 0.5, resamples: int = 500, seed: int = 0
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Mean average precision, its 95 % bootstrap interval over pictures, F1; and a row of figures for each class.
+
+    Classes without a picture have no average precision, and the means go over the others; the rows show them. A row of
+    `scores` that is not finite is wrong in every class. `truth`: zeros and ones, (pictures, classes). `resamples`: of
+    the bootstrap, 0 for no interval. F1, precision and recall are those of probabilities of at least `threshold`.
+    """
+    answered = torch.isfinite(scores).all(1, keepdim=True)
+    y = truth.numpy().astype(int)
+    p = torch.where(answered, scores.double(), 1 - truth.double()).numpy()
+    given = y.any(0)
+    if not given.any():
+        raise UserError("none of the pictures has a class, so there is nothing to score")
+    precision, recall, f1, _ = precision_recall_fscore_support(y, p >= threshold, average=None, zero_division=0.0)
+    found = [float(average_precision_score(y[:, c], p[:, c])) if given[c] else None for c in range(len(classes))]
+    low, high = float("nan"), float("nan")
+    if resamples and len(y) >= FEWEST:
+        generator = np.random.default_rng(seed)
+        counts = generator.multinomial(len(y), np.full(len(y), 1 / len(y)), resamples)
+        replicates = np.stack([average_precisions(p[:, c], y[:, c], counts) for c in np.flatnonzero(given)])
+        with np.errstate(invalid="ignore"):
+            means = np.nansum(replicates, 0) / np.isfinite(replicates).sum(0)
+        low, high = (float(v) for v in percentile_interval(means[np.isfinite(means)]))
+    rows = [
+        {"class": name, "pictures": int(y[:, c].sum()), "AP": found[c], "F1": f1[c], "precision": precision[c],
+         "recall": recall[c]}
+        for c, name in enumerate(classes)
+    ]  # fmt: skip
+    return {
+        "pictures": len(y),
+        "mAP": float(np.mean([ap for ap in found if ap is not None])),
+        "low": low,
+        "high": high,
+        "F1": float(f1[given].mean()),
+        "all right": float(((p >= threshold) == y).all(1).mean()),
+        "classes": int(given.sum()),
+    }, rows
+
+
+def average_precisions(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Average precision of one class where picture n counts `counts[r, n]` times, for every r; NaN without positives.
+
+    The sum over thresholds of (rise of recall) * precision, equal scores taken together, as scikit-learn's.
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores, truth, counts = scores[order], truth[order], counts[:, order]
+    last = np.flatnonzero(np.append(np.diff(scores) != 0, True))  # of equal scores
+    right, number = (np.cumsum(c, 1)[:, last] for c in (counts * truth, counts))
+    rise = np.diff(right, axis=1, prepend=0)
+    with np.errstate(invalid="ignore"):
+        return (rise * right / np.maximum(number, 1)).sum(1) / right[:, -1]

@@ -1,7 +1,8 @@
 """A classifier as one file for other programs: ONNX, ONNX in 8 bits, or a program of torch.export.
 
 The file takes pictures as they are, RGB values from 0 to 255, and gives class probabilities: normalization and softmax
-are inside, names of classes, input size and crop are its metadata. Resizing and cropping stay outside.
+(sigmoid, of several classes a picture) are inside, names of classes, input size and crop are its metadata. Resizing,
+cropping and averaging over views stay outside.
 """
 
 import json
@@ -31,14 +32,15 @@ class Deployed(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, multilabel: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.multilabel = model, multilabel
         for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model((images - self.mean) / self.std).softmax(1)
+        logits = self.model((images - self.mean) / self.std)
+        return logits.sigmoid() if self.multilabel else logits.softmax(1)
 
 
 def metadata(classifier: Classifier, free: bool) -> dict[str, str]:
@@ -50,7 +52,8 @@ def metadata(classifier: Classifier, free: bool) -> dict[str, str]:
         "crop_pct": str(classifier.crop_pct),
         "crop_mode": classifier.crop_mode,
         "input": "RGB, 0 to 255, (batch, 3, height, width)",
-        "output": "class probabilities",
+        "output": "probabilities of each class on its own" if classifier.multilabel else "class probabilities",
+        "views": classifier.views,
         "free_size": json.dumps(free),
     }
 
@@ -72,7 +75,7 @@ def export_classifier(
         raise UserError(f"{path}: the name must end in .onnx (ONNX) or .pt2 (torch.export)")
     if calibration is not None and path.suffix != ".onnx":
         raise UserError(f"{path}: 8 bits are for .onnx files")
-    deployed = Deployed(classifier.model.eval().cpu()).eval()
+    deployed = Deployed(classifier.model.eval().cpu(), classifier.multilabel).eval()
     sizes = [(classifier.size, classifier.size)] if fixed else trial_sizes(classifier)
 
     def refuse(reason: str) -> UserError:
@@ -107,7 +110,7 @@ def trial_sizes(classifier: Classifier) -> list[tuple[int, int]]:
 
 
 def difference(
-    model: nn.Module, run: Callable[[np.ndarray], np.ndarray], size: tuple[int, int], refuse: Callable[[str], UserError]
+    model: Deployed, run: Callable[[np.ndarray], np.ndarray], size: tuple[int, int], refuse: Callable[[str], UserError]
 ) -> dict[str, Any]:
     """Largest difference of probabilities between the model and a file for three pictures of noise of `size`."""
     images = torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(0)) * 255
@@ -117,7 +120,8 @@ def difference(
         got = run(images.numpy())
     except Exception as problem:  # onnxruntime and guards of torch.export raise types of their own
         raise refuse(f"fails at {size[0]} x {size[1]} pixels: {_line(problem)}") from problem
-    away = np.abs(np.log(got) - np.log(want)).max() / np.log(want).std()
+    found, true = ((np.log(p) - np.log1p(-p) if model.multilabel else np.log(p)) for p in (got, want))
+    away = np.abs(found - true).max() / true.std()
     if not away < TOLERANCE:
         raise refuse(f"differs from the model at {size[0]} x {size[1]} pixels, by {away:.1g} of its answers' spread")
     return {"height": size[0], "width": size[1], "largest error": float(np.abs(got - want).max())}
@@ -134,7 +138,7 @@ def runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 def check(classifier: Classifier, path: Path, pictures: Pictures, sizes: Sequence[int] = ()) -> list[dict[str, Any]]:
     """For every size: the largest error of an exported file's probabilities, and the share of equal answers."""
-    run, deployed = runner(path), Deployed(classifier.model.eval().cpu()).eval()
+    run, deployed = runner(path), Deployed(classifier.model.eval().cpu(), classifier.multilabel).eval()
     rows = []
     for size in sizes or (classifier.size,):
         data = pictures.subset(range(len(pictures)), pixels_for(size, classifier))
@@ -145,7 +149,10 @@ def check(classifier: Classifier, path: Path, pictures: Pictures, sizes: Sequenc
                 want = deployed(images).numpy()
             got = run(images.numpy())
             errors.append(float(np.abs(got - want).max()))
-            equal += int((got.argmax(1) == want.argmax(1)).sum())
+            if classifier.multilabel:
+                equal += int(((got >= 0.5) == (want >= 0.5)).all(1).sum())
+            else:
+                equal += int((got.argmax(1) == want.argmax(1)).sum())
         rows.append(
             {"pixels": size, "pictures": len(data), "largest error": max(errors), "equal answers": equal / len(data)}
         )

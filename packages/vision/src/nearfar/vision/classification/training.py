@@ -17,7 +17,6 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
-from timm.loss import SoftTargetCrossEntropy
 from timm.models import model_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -28,14 +27,22 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict
-from nearfar.core.errors import UserError
+from nearfar.core.errors import UserError, some
 from nearfar.core.fingerprint import content_digest
 from nearfar.core.finite import check_finite
 from nearfar.core.leakage import Side, check_apart
 from nearfar.core.model_folder import TrainedOn
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.ops.tokens.patch_mixing import PatchMixing
-from nearfar.vision.classification.classifier import Classifier, create_model, evaluation_transform, identify
+from nearfar.vision.classification.classifier import (
+    VIEWS,
+    Classifier,
+    create_model,
+    evaluate_multilabel,
+    evaluation_transform,
+    identify,
+    views_transform,
+)
 from nearfar.vision.classification.token_labels import TokenLabelled, TokenLabelLoss
 from nearfar.vision.classification.token_training import set_keep_rate, taught_loss, train_predictors
 from nearfar.vision.data.images import Pictures
@@ -43,6 +50,10 @@ from nearfar.vision.models.base import PictureModel
 from nearfar.vision.models.sparsifiner import Sparsifiner
 
 logging.getLogger("timm").setLevel(logging.WARNING)
+
+
+MEASURES = ("accuracy", "balanced", "mAP", "F1")
+"""What may choose the epoch; the first two of pictures with one class each, the others of several."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,14 @@ class Recipe:
     """Share of the shorter side that the evaluation crop covers; 0.875 for most published weights."""
     crop_mode: str = "center"
     """center, or squash: the whole picture is warped to the square."""
+    views: str = "one"
+    """Views of a picture that the finished classifier averages: one, flip, or ten (corners and centre, mirrored)."""
+    class_weights: str = ""
+    """balanced: rare classes count more in the loss, in inverse proportion to their pictures (with several classes a
+    picture, what has a class counts as much as what has not); nothing for none."""
+    choose_by: str = ""
+    """What chooses the epoch: accuracy, or balanced, the mean of the classes' accuracies; mAP or F1, means over the
+    classes, where pictures have several. Nothing for accuracy and mAP."""
     validation: float = 0.1
     """Share of the training pictures that chooses the epoch, where the data have no split of their own for it."""
     seed: int = 0
@@ -137,6 +156,10 @@ class Recipe:
             raise ValueError(f"clip_mode is {self.clip_mode!r}; allowed are norm and agc")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        for name, allowed in (("views", VIEWS), ("class_weights", ("", "balanced")), ("choose_by", ("", *MEASURES))):
+            if getattr(self, name) not in allowed:
+                listed = ", ".join(word or "nothing" for word in allowed)
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {listed}")
         if self.token_labels and (self.mixup or self.cutmix or self.patch_mixing or self.repeats):
             raise ValueError(
                 "token_labels goes with neither mixup nor cutmix nor patch_mixing nor repeats; boxes change places"
@@ -198,8 +221,11 @@ def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
 class ClassifierModule(pl.LightningModule):
     """Lightning's view of a classifier in training: loss, optimizer, averaged weights, validation accuracy.
 
-    `validation_pictures`: their number; what a distributed sampler repeats beyond it does not count.
+    `validation_pictures`: their number; what a distributed sampler repeats beyond it does not count. `weights`: of the
+    classes in the loss. `multilabel`: the targets are vectors of zeros and ones.
     """
+
+    weights: Tensor | None
 
     def __init__(
         self,
@@ -209,35 +235,44 @@ class ClassifierModule(pl.LightningModule):
         batches_per_epoch: int,
         validation_pictures: int,
         teacher: nn.Module | None = None,
+        weights: Tensor | None = None,
+        multilabel: bool = False,
     ) -> None:
         super().__init__()
+        self.multilabel = multilabel
+        self.register_buffer("weights", weights, persistent=False)
         self.model, self.recipe, self.num_classes = model, recipe, num_classes
         self.batches, self.steps = batches_per_epoch, math.ceil(batches_per_epoch / recipe.accumulate)
         self.validation_pictures = validation_pictures
         self.average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
         mixing = recipe.mixup or recipe.cutmix
         self.mix = (
-            Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes)
+            Mixup(
+                recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes,
+                **({"multi_label": True} if multilabel else {}),
+            )
             if mixing
             else None
-        )
+        )  # fmt: skip
         self.mix_patches = (
             PatchMixing(num_classes, (0.0, recipe.patch_mixing), recipe.patch_grids, 1.0, recipe.smoothing)
             if recipe.patch_mixing
             else None
         )
-        self.soft_loss = SoftTargetCrossEntropy()
         self.taught_by = [] if teacher is None else [teacher.eval().requires_grad_(False)]  # none of its weights
         if recipe.reconstruction_epochs and not isinstance(model, Sparsifiner):
             raise UserError(f"{type(model).__name__}: has no predictors; reconstruction_epochs is for Sparsifiner")
         truth = bool(recipe.token_truth)
         self.token_loss = TokenLabelLoss(recipe.token_weight, ground_truth=truth) if recipe.token_labels else None
         self.counts: list[Tensor] = []
+        self.seen: list[tuple[Tensor, Tensor]] = []
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        if self.multilabel:
+            return nn.functional.binary_cross_entropy_with_logits(logits, target, pos_weight=self.weights)
         if target.ndim == 2:
-            return self.soft_loss(logits, target)
-        return nn.functional.cross_entropy(logits, target, label_smoothing=self.recipe.smoothing)
+            return nn.functional.cross_entropy(logits, target, weight=self.weights)
+        return nn.functional.cross_entropy(logits, target, self.weights, label_smoothing=self.recipe.smoothing)
 
     def on_train_batch_start(self, _batch: Any, index: int) -> None:
         recipe = self.recipe
@@ -254,6 +289,8 @@ class ClassifierModule(pl.LightningModule):
             x, target = self.mix_patches(x, target)
         elif self.mix is not None and len(x) % 2 == 0:
             x, target = self.mix(x, target)
+        elif self.multilabel:
+            target = target * (1 - self.recipe.smoothing) + self.recipe.smoothing / 2
         if self.taught_by:
             logits, taught = taught_loss(self.model, x, self.taught_by[0].to(x.device), self.recipe.teacher_weight)
             loss = taught if getattr(self.model, "dense", False) else self.loss(logits, target) + taught
@@ -296,13 +333,28 @@ class ClassifierModule(pl.LightningModule):
         place = (first + torch.arange(len(x), device=x.device)) * self.trainer.world_size + self.global_rank
         real = place < self.validation_pictures  # later places repeat pictures so that every process has as many
         scores = check_finite(self.kept(x), "training diverged: the scores of the validation pictures")
-        right = (scores.argmax(1) == target) & real
-        self.counts.append(torch.stack((right.sum(), real.sum())))
+        if self.multilabel:
+            self.seen.append((scores[real].float().sigmoid().cpu(), target[real].cpu()))
+        else:
+            right = (scores.argmax(1) == target) & real
+            zeros = torch.zeros(self.num_classes, dtype=torch.long, device=x.device)
+            self.counts.append(torch.stack([zeros.index_add(0, target, part.long()) for part in (right, real)]))
 
     def on_validation_epoch_end(self) -> None:
-        right, number = self.trainer.strategy.reduce(torch.stack(self.counts).sum(0), reduce_op="sum").tolist()
+        if self.multilabel:
+            every: list[Any] = [self.seen]
+            if self.trainer.world_size > 1:
+                every = [None] * self.trainer.world_size
+                torch.distributed.all_gather_object(every, self.seen)
+            scores, truth = (torch.cat(parts) for parts in zip(*(pair for seen in every for pair in seen), strict=True))
+            self.seen.clear()
+            figures, _ = evaluate_multilabel(scores, truth, range(self.num_classes), resamples=0)
+            self.log_dict({name: figures[name] for name in MEASURES[2:]})
+            return
+        right, number = self.trainer.strategy.reduce(torch.stack(self.counts).sum(0), reduce_op="sum").double()
         self.counts.clear()
-        self.log("accuracy", right / number)
+        there = number > 0
+        self.log_dict({"accuracy": right.sum() / number.sum(), "balanced": (right[there] / number[there]).mean()})
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -358,9 +410,13 @@ def train_classifier(
     """
     parts = (("the training", pictures), ("the validation pictures", validation))
     check_apart(*(Side(name, part.names, part.digests()) for name, part in parts))
+    if pictures.multilabel != validation.multilabel:
+        raise UserError("of the training and the validation pictures one part has several classes a picture")
     if pictures.classes != validation.classes:
         raise UserError(f"classes differ: training has {len(pictures.classes)}, validation {len(validation.classes)}")
     classes = len(pictures.classes)
+    monitor = check_task(recipe, pictures)
+    views_transform(recipe.size, recipe.crop_pct, recipe.crop_mode, recipe.views)
     torch.manual_seed(recipe.seed)
     model = model or new_model(name, classes, recipe)
     if recipe.head_scale != 1:
@@ -371,13 +427,16 @@ def train_classifier(
     grid = token_grid(model, recipe) if recipe.token_labels else (0, 0)
     loader, held = loaders(pictures, validation, recipe, num_workers, grid)
     teacher = read_teacher(recipe.teacher, pictures.classes) if recipe.teacher else None
-    module = ClassifierModule(model, recipe, classes, len(loader), len(validation), teacher)
+    module = ClassifierModule(
+        model, recipe, classes, len(loader), len(validation), teacher,
+        class_weights(pictures) if recipe.class_weights else None, pictures.multilabel,
+    )  # fmt: skip
     history = train(
         module,
         loader,
         held,
         epochs=recipe.epochs + recipe.cooldown_epochs,
-        monitor="accuracy",
+        monitor=monitor,
         seed=recipe.seed,
         folder=folder,
         settings={
@@ -395,8 +454,9 @@ def train_classifier(
         **trainer_options,
     )
     classifier = Classifier(
-        module.kept.eval().cpu(), name, pictures.classes, recipe.size, recipe.crop_pct, recipe.crop_mode
-    )
+        module.kept.eval().cpu(), name, pictures.classes, recipe.size, recipe.crop_pct, recipe.crop_mode,
+        multilabel=pictures.multilabel, views=recipe.views,
+    )  # fmt: skip
     if recipe.keep_rate is not None:
         set_keep_rate(classifier.model, recipe.epochs, recipe.keep_rate, 0, 0)
         classifier.settings["keep_rate"] = classifier.model.keep_rate
@@ -407,6 +467,34 @@ def train_classifier(
         classifier.trained_on = TrainedOn.of([*pictures.digests(), *validation.digests()])
         classifier.save(folder)
     return classifier, history
+
+
+def check_task(recipe: Recipe, pictures: Pictures) -> str:
+    """The measure that chooses the epoch. Raises UserError for settings that do not suit the pictures' labels."""
+    single = {"patch_mixing": recipe.patch_mixing, "token_labels": recipe.token_labels, "teacher": recipe.teacher}
+    if pictures.multilabel and (unsuited := [name for name, value in single.items() if value]):
+        raise UserError(f"{', '.join(unsuited)}: for pictures of one class each; these may have several")
+    unweighted = {"token_labels": recipe.token_labels, "teacher": recipe.teacher}
+    if recipe.class_weights and (unsuited := [name for name, value in unweighted.items() if value]):
+        raise UserError(f"class_weights: not with {', '.join(unsuited)}, whose loss has no weights")
+    allowed = MEASURES[2:] if pictures.multilabel else MEASURES[:2]
+    if recipe.choose_by not in ("", *allowed):
+        kind = "several classes" if pictures.multilabel else "one class each"
+        raise UserError(f"choose_by is {recipe.choose_by}; for pictures of {kind} allowed are {', '.join(allowed)}")
+    return recipe.choose_by or allowed[0]
+
+
+def class_weights(pictures: Pictures) -> Tensor:
+    """Weights of the classes that make them count the same: N / (classes n_c), of mean 1 over the pictures.
+
+    Where a picture may have several, of its classes against their absence: (N - n_c) / n_c.
+    """
+    number = pictures.targets().sum(0)
+    if empty := [name for name, n in zip(pictures.classes, number.tolist(), strict=True) if not n]:
+        raise UserError(f"class_weights: no picture to learn from has the class {some(empty)}, so it has no weight")
+    if pictures.multilabel:
+        return (len(pictures) - number).clamp(min=1) / number
+    return len(pictures) / (len(number) * number)
 
 
 def read_teacher(folder: str, classes: list[str]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Labelled pictures from folders, zip files, WebDataset tars and Hugging Face data sets on disk."""
+"""Labelled pictures from folders, tables, zip files, WebDataset tars and Hugging Face data sets on disk."""
 
 import hashlib
 import io
@@ -15,6 +15,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -23,6 +24,7 @@ from nearfar.core.errors import UserError, some
 from nearfar.core.fingerprint import content_digest, data_digest
 from nearfar.core.leakage import keep_twins_together
 from nearfar.core.reading import check_announced, check_picture, reading
+from nearfar.vision.data import tables
 
 log = logging.getLogger(__name__)
 
@@ -115,28 +117,57 @@ class Pictures(Dataset):
     """(picture, class index) pairs, decoded when asked for.
 
     `names`: one per picture. `labels`: class indices, -1 for pictures without one. `classes`: their names in order.
-    `transform` is applied to the RGB picture. A damaged picture raises UserError that names it. `read` and `transform`
-    must be picklable for loaders with worker processes.
+    With `multilabel` a picture has a tuple of class indices, and its pair a vector of zeros and ones. `transform` is
+    applied to the RGB picture. A damaged picture raises UserError that names it. `read` and `transform` must be
+    picklable for loaders with worker processes.
     """
 
     def __init__(
         self,
         names: Sequence[str],
-        labels: Sequence[int],
+        labels: Sequence[Any],
         classes: Sequence[str],
         read: Callable[[int], Image.Image],
         transform: Callable[[Image.Image], Any] | None = None,
+        multilabel: bool = False,
     ) -> None:
-        self.names, self.labels, self.classes = list(names), list(labels), list(classes)
-        self.read, self.transform = read, transform
+        self.names, self.classes = list(names), list(classes)
+        self.labels: list[Any] = list(labels)
+        self.read, self.transform, self.multilabel = read, transform, multilabel
         self.known: list[str] | None = None  # digests, once they are made
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int | Tensor]:
         picture = self.read(index)
-        return (picture if self.transform is None else self.transform(picture)), self.labels[index]
+        target = self.targets([index])[0] if self.multilabel else self.labels[index]
+        return (picture if self.transform is None else self.transform(picture)), target
+
+    def targets(self, indices: Sequence[int] | None = None) -> Tensor:
+        """Zeros and ones, (pictures, classes), of the pictures at `indices`, by default of all; -1 has no class."""
+        labels = self.labels if indices is None else [self.labels[i] for i in indices]
+        found = torch.zeros(len(labels), len(self.classes))
+        for row, label in zip(found, labels, strict=True):
+            row[[c for c in (label if self.multilabel else (label,)) if c >= 0]] = 1
+        return found
+
+    def strata(self) -> list[int]:
+        """A class for each picture, by which shares are drawn: of several the rarest, -1 for none."""
+        if not self.multilabel:
+            return self.labels
+        counts = Counter(label for labels in self.labels for label in labels)
+        return [min(labels, key=lambda label: (counts[label], label), default=-1) for labels in self.labels]
+
+    def renumbered(self, classes: Sequence[str], multilabel: bool) -> "Pictures":
+        """The same pictures under the numbers of `classes`, which hold all of theirs; `multilabel`: as tuples."""
+        index = [list(classes).index(name) for name in self.classes]
+        found = self.subset(range(len(self)))
+        several = [labels if self.multilabel else (labels,) for labels in self.labels]
+        numbers = [tuple(sorted(index[label] for label in labels if label >= 0)) for labels in several]
+        found.labels = numbers if multilabel else [labels[0] for labels in numbers]
+        found.classes, found.multilabel = list(classes), multilabel
+        return found
 
     def subset(self, indices: Sequence[int], transform: Callable[[Image.Image], Any] | None = None) -> "Pictures":
         """The pictures at `indices`, with their own transform."""
@@ -147,6 +178,7 @@ class Pictures(Dataset):
             self.classes,
             partial(_read_chosen, self.read, chosen),
             transform or self.transform,
+            self.multilabel,
         )
         part.known = None if self.known is None else [self.known[i] for i in chosen]
         return part
@@ -178,10 +210,12 @@ def _content_digest(read: Callable[[int], Image.Image], index: int, name: str) -
     given: tuple[Any, ...] = getattr(read, "args", ())
     if kind is _read_chosen:
         return _content_digest(given[0], given[1][index], name)
-    if kind is _read_file:
+    if kind is _read_file and not given[0][index].exists():  # a table may name what is not there
+        content = b"missing " + name.encode()
+    elif kind is _read_file:
         with reading(given[0][index], "cannot be read as a picture"):
             return content_digest(given[0][index])
-    if kind is _read_member:
+    elif kind is _read_member:
         content = _member(given[0], given[1][index])
     elif kind is _read_part:
         path, offset, size, _ = given[0][index]
@@ -207,6 +241,8 @@ def open_pictures(source: str | Path, split: str | None = None) -> Pictures:
     """Labelled pictures from
 
     - a folder with one folder of pictures per class, or with one such folder per split;
+    - a table, CSV or TSV, of pictures and their classes (see `tables.read_table`), or a folder that holds one called
+      `labels.csv` or `metadata.csv`, or `train.csv` and so on for its splits, and no folders of classes;
     - a zip file of the same layout;
     - a tar file (or a folder of them) of WebDataset samples: `KEY.jpg` beside `KEY.cls` with the class's index or
       name, or `KEY.json` with `label`; class names may stand in `classes.txt`, one a line;
@@ -230,8 +266,10 @@ def open_pictures(source: str | Path, split: str | None = None) -> Pictures:
     saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
     if saved or path.suffix == ".parquet" or _parquet(path):
         return _from_hugging_face(path, split)
+    if (table := _table(path, split)) is not None:
+        return _from_table(*table)
     if not path.is_dir():
-        raise UserError(f"{path}: is neither a folder nor a zip or tar file of pictures")
+        raise UserError(f"{path}: is neither a folder nor a zip or tar file of pictures, nor a table (.csv, .tsv)")
     if split and not (path / split).is_dir():
         raise MissingSplit(
             f"{path}: has no folder {split}; it has {some(sorted(p.name for p in path.iterdir() if p.is_dir()))}"
@@ -244,6 +282,39 @@ def open_pictures(source: str | Path, split: str | None = None) -> Pictures:
     empty = sorted(d.name for d in root.iterdir() if d.is_dir() and d.name not in filled and d.name[0] != ".")
     inside = [file.relative_to(root).parts for file in files]
     return _labelled(root, [str(f) for f in files], inside, partial(_read_file, files), empty)
+
+
+def _table(path: Path, split: str | None) -> tuple[Path, str | None] | None:
+    """The table of a source and the part of it to read, where the source is a table or a folder that holds one."""
+    if path.is_file():
+        return (path, split) if path.suffix.lower() in tables.SUFFIXES else None
+    if split and not (path / split).is_dir() and (path / f"{split}.csv").is_file():
+        return path / f"{split}.csv", None
+    root = path / split if split and (path / split).is_dir() else path
+    found = [root / name for name in ("labels.csv", "metadata.csv") if (root / name).is_file()]
+    loose = any(file.is_file() and is_picture(Path(file.name)) for file in root.iterdir())
+    folders = any(p.is_dir() and any(is_picture(Path(f.name)) for f in p.iterdir()) for p in root.iterdir())
+    if not found or (folders and not loose):
+        return None
+    return found[0], None if root != path else split
+
+
+def _from_table(path: Path, split: str | None) -> Pictures:
+    table = tables.read_table(path, split)
+    if split and not table.splits:
+        raise MissingSplit(f"{path}: has no column split, so none called {split}")
+    if split and split not in table.splits:
+        raise MissingSplit(f"{path}: has no rows of the split {split}; it has {some(table.splits)}")
+    if not split and len(table.splits) > 1:
+        raise MissingSplit(f"{path}: holds the splits {some(table.splits)}; name one of them")
+    if not table.files:
+        raise UserError(f"{path}: names no pictures with a label")
+    if not any(file.is_file() for file in table.files):
+        raise UserError(f"{path}: none of its {len(table.files)} pictures is there, for example {table.files[0]}")
+    say_alike(path, table.classes)
+    labels = table.labels if table.multilabel else [label for (label,) in table.labels]
+    names = [str(file) for file in table.files]
+    return Pictures(names, labels, table.classes, partial(_read_file, table.files), multilabel=table.multilabel)
 
 
 def say_unused(source: Path, names: Sequence[str]) -> None:
@@ -459,16 +530,20 @@ def _read_row(rows: Any, column: str, names: Sequence[str], index: int) -> Image
 
 
 def split_pictures(pictures: Pictures, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of (the rest, a random `share` of every class); both keep a picture of every class that has two."""
+    """Indices of (the rest, a random `share` of every class); both keep a picture of every class that has two.
+
+    A picture of several classes counts for the rarest of them.
+    """
     generator = np.random.default_rng(seed)
-    labels, held = np.asarray(pictures.labels), []
-    for label in sorted(Counter(pictures.labels)):
+    strata, held = pictures.strata(), []
+    labels = np.asarray(strata)
+    for label in sorted(set(strata)):
         members = generator.permutation(np.flatnonzero(labels == label))
         number = min(max(1, round(share * len(members))), len(members) - 1)
         held += members[:number].tolist()
     chosen = keep_twins_together(held, pictures.digests())  # copies of a picture stay on one side
-    for label in set(pictures.labels) - {pictures.labels[i] for i in range(len(labels)) if i not in chosen}:
-        if sum(pictures.labels[i] == label for i in chosen) > 1:
+    for label in set(strata) - {strata[i] for i in range(len(labels)) if i not in chosen}:
+        if sum(strata[i] == label for i in chosen) > 1:
             raise UserError(f"{pictures.classes[label]}: its pictures are all the same, so none is left to learn from")
     return [i for i in range(len(labels)) if i not in chosen], sorted(held)
 
@@ -477,12 +552,17 @@ def same_classes(data: Path, learn: Pictures, hold: Pictures) -> Pictures:
     """`hold` with the classes of `learn`; those without a picture in it are said, others are an error."""
     if unknown := sorted(set(hold.classes) - set(learn.classes)):
         raise UserError(f"{data}: the pictures to choose by have classes that the training has not: {some(unknown)}")
-    if missing := sorted(set(learn.classes) - set(hold.classes)):
-        log.warning("%s: the pictures that choose the epoch have none of the class %s", data, some(missing))
-    labels = [learn.classes.index(hold.classes[label]) for label in hold.labels]
-    found = hold.subset(range(len(hold)))
-    found.labels, found.classes = labels, learn.classes
-    return found
+    if hold.multilabel and not learn.multilabel:
+        raise UserError(f"{data}: the pictures to choose by have several classes each, those to learn from have one")
+    hold = hold.renumbered(learn.classes, learn.multilabel)
+    say_missing(data, hold, "the pictures that choose the epoch")
+    return hold
+
+
+def say_missing(data: Path, pictures: Pictures, what: str) -> None:
+    """Name the classes that none of the pictures has."""
+    if missing := [name for name, number in zip(pictures.classes, pictures.targets().sum(0).tolist()) if not number]:
+        log.warning("%s: %s have none of the class %s", data, what, some(missing))
 
 
 def training_pictures(
@@ -507,6 +587,7 @@ def training_pictures(
     if hold is None:
         first, second = split_pictures(learn, share, seed)
         learn, hold = learn.subset(first), learn.subset(second)
+        say_missing(data, hold, "the pictures that choose the epoch")
     else:
         hold = same_classes(data, learn, hold)
     learn, bad = learn.readable(track)

@@ -58,6 +58,8 @@ class PictureModel(nn.Module):
     CLASSIFIERS: ClassVar[tuple[str, ...]] = ("head.fc",)
     FIRST_CONV: ClassVar[str]
     min_size: ClassVar[int] = 32
+    fixed_size: ClassVar[bool] = False
+    """Whether a model takes pictures of the one size that it was built for."""
     FEATURE_CLASSES: ClassVar[tuple[str, ...]] = ("getter", "fx")
     """timm's ways to features that this kind of model gives."""
 
@@ -114,8 +116,15 @@ class PictureModel(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for `num_classes` classes (0: none), and `global_pool` if given."""
+        """A new classifier for `num_classes` classes (0: none), and `global_pool` if given, where the model lies."""
+        before, like = set(self.modules()), next(self.parameters())
         self.num_classes = num_classes
+        self.reset_heads(num_classes, global_pool)
+        for module in set(self.modules()) - before:
+            module.to(like.device, like.dtype).train(self.training)
+
+    def reset_heads(self, num_classes: int, global_pool: str | None) -> None:
+        """New heads in place of the old ones."""
         self.head.reset(num_classes, global_pool)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -135,7 +135,7 @@ class EViT(TokenModel):
 
     def embed(self, x: Tensor) -> State:
         tokens, size = super().embed(x)
-        return tokens, size, TokenTrail.start(len(tokens), tokens.shape[1] - 1, tokens.device)
+        return tokens, size, TokenTrail.start(tokens.shape[0], tokens.shape[1] - 1, tokens.device)
 
     def apply_block(self, index: int, state: State) -> State:
         tokens, size, trail = state

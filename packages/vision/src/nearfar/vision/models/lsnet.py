@@ -187,8 +187,8 @@ class LSNet(Backbone):
         other = whole(self.head_dist, x, pre_logits)
         return (y, other) if self.training and not pre_logits else (y + other) / 2
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        super().reset_classifier(num_classes, global_pool)
+    def reset_heads(self, num_classes: int, global_pool: str | None) -> None:
+        super().reset_heads(num_classes, global_pool)
         if self.head_dist is not None:
             self.head_dist.reset(num_classes, global_pool)
 

@@ -356,8 +356,8 @@ class OverLoCK(Backbone):
             self.aux_head = None
         return take
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        super().reset_classifier(num_classes, global_pool)
+    def reset_heads(self, num_classes: int, global_pool: str | None) -> None:
+        super().reset_heads(num_classes, global_pool)
         if self.aux_head is not None:
             self.aux_head = AuxiliaryHead(self.aux_head[0].num_features, num_classes) if num_classes else None
 

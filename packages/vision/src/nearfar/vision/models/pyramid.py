@@ -48,7 +48,10 @@ class Stage(nn.Module):
 
 
 class Head(nn.Module):
-    """Classifier: pool, norm, dropout, linear; with `norm_first`: norm, pool, dropout, linear."""
+    """Classifier: pool, norm, dropout, linear; with `norm_first`: norm, pool, dropout, linear.
+
+    With `global_pool=""` it classifies every position: (B, num_classes, H, W).
+    """
 
     def __init__(
         self,
@@ -74,8 +77,6 @@ class Head(nn.Module):
                 raise ValueError(
                     f"global_pool is {global_pool!r}, which changes the width; allowed: avg, max, avgmax, ''"
                 )
-        if num_classes and self.pool.is_identity():
-            raise ValueError("global_pool='' gives a feature map, which takes num_classes=0")
         like = next(self.norm.parameters(), torch.empty(0))
         self.fc = linear(self.dim, num_classes).to(like)
 
@@ -92,7 +93,9 @@ class Head(nn.Module):
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.pool(self.norm(x)) if self.norm_first else self.norm(self.pool(x))
         x = self.drop(x)
-        return x if pre_logits else self.fc(x)
+        if pre_logits or isinstance(self.fc, nn.Identity):
+            return x
+        return self.fc(x.movedim(1, -1)).movedim(-1, 1) if self.pool.is_identity() else self.fc(x)
 
 
 def linear(dim: int, num_classes: int) -> nn.Module:

@@ -207,8 +207,8 @@ class RMT(Backbone):
         dense = self.aux_head(tokens.flatten(2).mT)
         return (logits, dense) if self.training else logits + 0.5 * dense.amax(1)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        super().reset_classifier(num_classes, global_pool)
+    def reset_heads(self, num_classes: int, global_pool: str | None) -> None:
+        super().reset_heads(num_classes, global_pool)
         if self.aux_dim:
             like = next(self.head.norm.parameters())
             self.aux_head = nn.Linear(self.aux_dim, num_classes).to(like) if num_classes else None

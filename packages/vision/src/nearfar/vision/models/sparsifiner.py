@@ -99,6 +99,7 @@ class Sparsifiner(TokenModel):
         1.8e-6,
         weights="none released; starts from DeiT-S or LV-ViT-S",
     )
+    fixed_size = True
 
     RULES = (
         (r"head\.(weight|bias)$", r"head.fc.\1"),
@@ -217,8 +218,8 @@ class Sparsifiner(TokenModel):
             return y
         return y + 0.5 * self.aux_head(x[:, 1:]).amax(1)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        super().reset_classifier(num_classes, global_pool)
+    def reset_heads(self, num_classes: int, global_pool: str | None) -> None:
+        super().reset_heads(num_classes, global_pool)
         if self.aux_head is not None:
             self.aux_head = linear(self.embed_dim, num_classes).to(self.norm.weight)
 

@@ -122,7 +122,7 @@ class Vim(TokenModel):
         return tuple((n - self.patch_size) // self.stride + 1 for n in img_size)
 
     def with_prefix(self, patches: Tensor) -> Tensor:
-        token = (self.cls_token + self.pos_embed.prefix).expand(len(patches), -1, -1)
+        token = (self.cls_token + self.pos_embed.prefix).expand(patches.shape[0], -1, -1)
         middle = patches.shape[1] // 2
         return torch.cat((patches[:, :middle], token, patches[:, middle:]), dim=1)
 

@@ -241,8 +241,8 @@ class VOLO(TokenModel):
             self.downsample, self.pos_embed = None, None
         return take
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        super().reset_classifier(num_classes, global_pool)
+    def reset_heads(self, num_classes: int, global_pool: str | None) -> None:
+        super().reset_heads(num_classes, global_pool)
         if self.aux_head is not None:
             self.aux_head = linear(self.num_features, num_classes).to(self.cls_token)
 
