@@ -73,7 +73,7 @@ def test_random_augmentation_takes_every_operation() -> None:
 def test_learning_rate_follows_the_number_of_pictures_a_step() -> None:
     sizes = {"size": 32, "batch_size": 4, "accumulate": 2, "epochs": 2, "warmup_epochs": 0}
     recipe = Recipe(**sizes, learning_rate=0.8, learning_rate_batch=64)
-    module = ClassifierModule(new_model("test_resnet", 2, recipe), recipe, 2, 3, 4)
+    module = ClassifierModule(new_model("test_resnet", 2, recipe), recipe, 2, 3)
     module._trainer = type("Trainer", (), {"world_size": 2})()
     found = module.configure_optimizers()
     assert found["optimizer"].param_groups[0]["initial_lr"] == pytest.approx(0.2)
@@ -131,7 +131,7 @@ def test_two_processes_count_every_picture_once(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("accuracy")]
-    assert [float(value) for value in found] == [pytest.approx(0.8)] * 2
+    assert [float(value) for value in found] == [pytest.approx(0.8)]  # the first process goes on alone
 
 
 @pytest.fixture

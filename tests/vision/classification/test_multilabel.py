@@ -102,7 +102,7 @@ def test_weights_of_classes() -> None:
     pictures = Pictures(names, [0] * 6 + [1] * 2, ["a", "b"], lambda i: Image.new("RGB", (8, 8)))
     weights = class_weights(pictures)
     torch.testing.assert_close(weights, torch.tensor([8 / 12, 2.0]))
-    module = ClassifierModule(nn.Flatten(), Recipe(smoothing=0.0), 2, 1, 1, weights=weights)
+    module = ClassifierModule(nn.Flatten(), Recipe(smoothing=0.0), 2, 1, weights=weights)
     logits, target = torch.randn(8, 2), torch.tensor(pictures.labels)
     each = nn.functional.cross_entropy(logits, target, reduction="none")
     torch.testing.assert_close(module.loss(logits, target), (each[:6].mean() + each[6:].mean()) / 2)

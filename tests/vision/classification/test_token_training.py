@@ -74,7 +74,7 @@ def test_losses_against_plain_forms() -> None:
     with pytest.raises(UserError, match="the same dense model"):
         reconstruction(told, maps[:1])
     with pytest.raises(UserError, match="for Sparsifiner"):
-        ClassifierModule(teacher, Recipe(teacher="x", reconstruction_epochs=1), 3, 1, 4)
+        ClassifierModule(teacher, Recipe(teacher="x", reconstruction_epochs=1), 3, 1)
 
 
 def test_a_student_trains_and_keeps_its_rate(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_the_recipe_switches_it_on() -> None:
 
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 - timm draws from it
-    module = ClassifierModule(Spy(), recipe, 2, 1, 4)
+    module = ClassifierModule(Spy(), recipe, 2, 1)
     module.log = lambda *_, **__: None
     x = torch.arange(4.0)[:, None, None, None].repeat(1, 3, 32, 32)
     for _ in range(20):

@@ -23,7 +23,7 @@ from nearfar.apps.image_classification.prune import prune
 from nearfar.apps.image_classification.robustness import robustness
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, messages, show, track
-from nearfar.core.cli.options import Device, Fresh, Json, RunFolder, Settings, Workers, recipe_option
+from nearfar.core.cli.options import Device, Devices, Fresh, Json, RunFolder, Settings, Workers, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.finite import is_finite
@@ -86,6 +86,7 @@ def train_command(
     settings: Settings = None,
     weights: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     device: Device = "auto",
+    devices: Devices = 1,
     workers: Workers = 0,
     fresh: Fresh = False,
     as_json: Json = False,

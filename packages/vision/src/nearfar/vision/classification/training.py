@@ -6,7 +6,6 @@ layer decay, warm-up and cosine; stochastic depth; an exponential moving average
 
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,7 +23,6 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict
 from nearfar.core.errors import UserError, some
@@ -32,6 +30,8 @@ from nearfar.core.fingerprint import content_digest
 from nearfar.core.finite import check_finite
 from nearfar.core.leakage import Side, check_apart
 from nearfar.core.model_folder import TrainedOn
+from nearfar.core.processes import place
+from nearfar.core.sharing import gathered
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.ops.tokens.patch_mixing import PatchMixing
 from nearfar.vision.classification.classifier import (
@@ -221,8 +221,7 @@ def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
 class ClassifierModule(pl.LightningModule):
     """Lightning's view of a classifier in training: loss, optimizer, averaged weights, validation accuracy.
 
-    `validation_pictures`: their number; what a distributed sampler repeats beyond it does not count. `weights`: of the
-    classes in the loss. `multilabel`: the targets are vectors of zeros and ones.
+    `weights`: of the classes in the loss. `multilabel`: the targets are vectors of zeros and ones.
     """
 
     weights: Tensor | None
@@ -233,7 +232,6 @@ class ClassifierModule(pl.LightningModule):
         recipe: Recipe,
         num_classes: int,
         batches_per_epoch: int,
-        validation_pictures: int,
         teacher: nn.Module | None = None,
         weights: Tensor | None = None,
         multilabel: bool = False,
@@ -243,7 +241,6 @@ class ClassifierModule(pl.LightningModule):
         self.register_buffer("weights", weights, persistent=False)
         self.model, self.recipe, self.num_classes = model, recipe, num_classes
         self.batches, self.steps = batches_per_epoch, math.ceil(batches_per_epoch / recipe.accumulate)
-        self.validation_pictures = validation_pictures
         self.average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
         mixing = recipe.mixup or recipe.cutmix
         self.mix = (
@@ -327,31 +324,24 @@ class ClassifierModule(pl.LightningModule):
         """The weights that count: the averaged ones where there are any."""
         return self.model if self.average is None else self.average.module
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor], _index: int) -> None:
         x, target = batch
-        first = index * self.trainer.val_dataloaders.batch_size
-        place = (first + torch.arange(len(x), device=x.device)) * self.trainer.world_size + self.global_rank
-        real = place < self.validation_pictures  # later places repeat pictures so that every process has as many
         scores = check_finite(self.kept(x), "training diverged: the scores of the validation pictures")
         if self.multilabel:
-            self.seen.append((scores[real].float().sigmoid().cpu(), target[real].cpu()))
+            self.seen.append((scores.float().sigmoid().cpu(), target.cpu()))
         else:
-            right = (scores.argmax(1) == target) & real
-            zeros = torch.zeros(self.num_classes, dtype=torch.long, device=x.device)
-            self.counts.append(torch.stack([zeros.index_add(0, target, part.long()) for part in (right, real)]))
+            right = target[scores.argmax(1) == target]
+            self.counts.append(torch.stack([t.bincount(minlength=self.num_classes).cpu() for t in (right, target)]))
 
     def on_validation_epoch_end(self) -> None:
         if self.multilabel:
-            every: list[Any] = [self.seen]
-            if self.trainer.world_size > 1:
-                every = [None] * self.trainer.world_size
-                torch.distributed.all_gather_object(every, self.seen)
-            scores, truth = (torch.cat(parts) for parts in zip(*(pair for seen in every for pair in seen), strict=True))
+            every = [pair for seen in gathered(self.seen) for pair in seen]
+            scores, truth = (torch.cat(parts) for parts in zip(*every, strict=True))
             self.seen.clear()
             figures, _ = evaluate_multilabel(scores, truth, range(self.num_classes), resamples=0)
             self.log_dict({name: figures[name] for name in MEASURES[2:]})
             return
-        right, number = self.trainer.strategy.reduce(torch.stack(self.counts).sum(0), reduce_op="sum").double()
+        right, number = torch.stack(gathered(torch.stack(self.counts).sum(0))).sum(0).double()
         self.counts.clear()
         there = number > 0
         self.log_dict({"accuracy": right.sum() / number.sum(), "balanced": (right[there] / number[there]).mean()})
@@ -428,7 +418,7 @@ def train_classifier(
     loader, held = loaders(pictures, validation, recipe, num_workers, grid)
     teacher = read_teacher(recipe.teacher, pictures.classes) if recipe.teacher else None
     module = ClassifierModule(
-        model, recipe, classes, len(loader), len(validation), teacher,
+        model, recipe, classes, len(loader), teacher,
         class_weights(pictures) if recipe.class_weights else None, pictures.multilabel,
     )  # fmt: skip
     history = train(
@@ -522,7 +512,7 @@ def loaders(
     grid: tuple[int, int] = (0, 0),
 ) -> tuple[DataLoader, DataLoader]:
     """This process's share of the training pictures, augmented, and of the validation pictures."""
-    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    world, rank, _ = place()
     data: Any = pictures.subset(range(len(pictures)), training_transform(recipe))
     if recipe.token_labels:
         data = TokenLabelled(pictures, recipe.token_labels, grid, recipe.smoothing, **augmentation(recipe))
@@ -537,8 +527,7 @@ def loaders(
         loader = DataLoader(data, batch, sampler=sampler, **options)
     else:
         loader = data_loader(data, batch, shuffle=True, seed=recipe.seed, **options)
-    shares = DistributedSampler(held, world, rank, shuffle=False)
-    return loader, DataLoader(held, batch, sampler=shares, num_workers=num_workers)
+    return loader, data_loader(held, batch, num_workers=num_workers)
 
 
 def start_from(model: nn.Module, weights: str | Path) -> None:
