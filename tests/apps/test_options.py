@@ -12,6 +12,7 @@ SHARED = {
     f"--{name}": getattr(options, kind).__metadata__[0].help
     for name, kind in {
         "device": "Device", "fresh": "Fresh", "json": "Json", "memory": "Memory", "precision": "Precision",
+        "devices": "Devices", "processes": "Processes",
         "seed": "Seed", "set": "Settings", "workers": "Workers",
     }.items()
 }  # fmt: skip
@@ -36,5 +37,5 @@ def test_options_of_one_name_mean_the_same(name):
         if "--set" in given and "recipe" not in [p.name for p in parsed.params]:
             raise AssertionError(f"{command} has --set and no recipe")
         if command.endswith(" train"):
-            assert {"--output", "--set", "--recipe", "--device", "--fresh"} <= set(given), command
+            assert {"--output", "--set", "--recipe", "--device", "--devices", "--fresh"} <= set(given), command
             assert given["--output"].help == options.RunFolder.__metadata__[0].help

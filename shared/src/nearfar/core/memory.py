@@ -1,6 +1,7 @@
 """Memory in bytes: what a user allows, and what this process holds."""
 
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,11 @@ def refuse_memory(budget: int, shares: Mapping[str, float]) -> UserError:
     need = f"{math.ceil(sum(max(0, share) for share in shares.values()) / 2**20)}M"
     parts = ", ".join(f"{name} {math.ceil(max(0, share) / 2**20)}M" for name, share in shares.items())
     return UserError(f"--memory: {budget >> 20}M are too few, {need} are needed ({parts})")
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
 
 
 def resident_memory(peak: bool = False) -> int:

@@ -55,7 +55,10 @@ def spread(
     bytes (Linux), or that ends its process in whatever way, gives a RuntimeError that says so; a new process takes the
     place of the one that ended.
     """
-    content = cloudpickle.dumps(action)
+    try:
+        content = cloudpickle.dumps(action)
+    except Exception as error:
+        raise RuntimeError(f"the work cannot be sent: {type(error).__name__}: {error}") from error
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     left = deque(range(len(items)))
     running: list[_Worker] = []

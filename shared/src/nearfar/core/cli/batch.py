@@ -5,6 +5,7 @@ from typing import TypeVar, cast
 
 from nearfar.core.cli.console import Item, clean, track
 from nearfar.core.errors import UserError
+from nearfar.core.memory import machine_memory
 
 Result = TypeVar("Result")
 
@@ -18,23 +19,21 @@ def run_batch(
     action: Callable[[Item], Result],
     description: str,
     name: Callable[[Item], str] = str,
-    workers: int = 1,
-    seconds: float | None = None,
-    memory: int | None = None,
+    processes: int = 1,
 ) -> tuple[list[Result], list[str]]:
     """Apply `action` to each item with a progress bar, going on past those that fail, in whatever way.
 
     Returns the results of the good items, in their order, and one line per failure that starts with the item's `name`;
     what is no UserError is named by its kind (readers should say it better). Write what the results are for, then call
-    `raise_failures`. `workers` above 1: in as many processes, see `nearfar.core.workers.spread`, which says what
-    `seconds` and `memory` of an item are.
+    `raise_failures`. `processes` above 1: in as many, see `nearfar.core.workers.spread`; one that takes more
+    than its share of the machine's memory is ended, and its item named.
     """
     items = list(items)
     done: Iterable[tuple[int, Result | None, Exception | None]]
-    if workers > 1 and len(items) > 1:
+    if processes > 1 and len(items) > 1:
         from nearfar.core.workers import spread
 
-        done = spread(items, action, workers, seconds, memory)
+        done = spread(items, action, processes, memory=machine_memory() // processes)
     else:
         done = ((index, *_tried(action, item)) for index, item in enumerate(items))
     found = {index: (result, error) for index, result, error in track(done, description, len(items))}

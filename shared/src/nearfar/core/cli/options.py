@@ -49,6 +49,10 @@ Memory = Annotated[str | None, typer.Option("--memory", help="Most memory to use
 Precision = Annotated[
     str, typer.Option("--precision", help=f"Of the training: {', '.join(PRECISIONS)}.", callback=_precision)
 ]
+Processes = Annotated[
+    int,
+    typer.Option("--processes", min=1, help="Processes that share the files out, each with a model of its own."),
+]
 RunFolder = Annotated[
     Path, typer.Option("--output", "-o", help="Folder of the run and its model; the same command goes on there.")
 ]

@@ -15,7 +15,7 @@ import yaml
 from nearfar.apps.medical_segmentation import pages
 from nearfar.core.cli.batch import raise_failures, run_batch
 from nearfar.core.cli.console import console, say, show_json, table, track
-from nearfar.core.cli.options import Device, Devices, Fresh, Json, Memory, RunFolder, Settings, recipe_option
+from nearfar.core.cli.options import Device, Devices, Fresh, Json, Memory, Processes, RunFolder, Settings, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
 from nearfar.core.made_from import MadeFrom, mark_beside, model_digest
@@ -246,6 +246,7 @@ def predict(
     part: Annotated[str | None, typer.Option(help="Of a data set, only the cases of `train` or `test`.")] = None,
     memory: Memory = None,
     device: Device = "auto",
+    processes: Processes = 1,
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Also write DICOM-SEG for DICOM input.")] = False,
     codes: Annotated[
         Path | None,
@@ -313,7 +314,7 @@ def predict(
             sizes = [f"{name} {count * volume / 1000:.1f} ml" for name, count in voxels.items()]
         return {"case": case.name, "labels": ", ".join(sizes), "file": str(target), "marked": marked}
 
-    rows, failures = run_batch(jobs, one, "segmenting", lambda job: str(job[1].images[0]))
+    rows, failures = run_batch(jobs, one, "segmenting", lambda job: str(job[1].images[0]), processes)
     console.print(table(rows))
     _note(notes)
     raise_failures(failures, len(jobs))

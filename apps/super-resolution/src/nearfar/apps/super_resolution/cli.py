@@ -15,6 +15,7 @@ from nearfar.core.cli.options import (
     Fresh,
     Json,
     Memory,
+    Processes,
     RunFolder,
     Settings,
     Workers,
@@ -101,6 +102,7 @@ def upscale(
     limit: Annotated[int, typer.Option(help="Pixels of the largest picture that is read.")] = LIMIT,
     device: Device = "auto",
     as_json: Json = False,
+    processes: Processes = 1,
 ) -> None:
     """Enlarge pictures; transparency, 16 bits, colour profile, EXIF data and resolution are kept.
 
@@ -144,7 +146,7 @@ def upscale(
             tiles = "whole" if chosen.tile >= max(picture.pixels.shape[:2]) else str(chosen.tile)
             return row | {"size": f"{width} x {height}", "tiles": tiles, "notes": "; ".join(notes)}
 
-        rows, failures = run_batch(jobs, one, "enlarging", lambda job: str(job[0]))
+        rows, failures = run_batch(jobs, one, "enlarging", lambda job: str(job[0]), processes)
     show(rows, as_json)
     raise_failures(failures, len(jobs))
 
