@@ -51,7 +51,7 @@ def speakers(data: Path, output: Path, seed: int) -> dict[str, float]:
         )
         nearfar("speaker-verification", "evaluate", scores, "-o", output / f"evaluation-{name}-{seed}")
         found = read_json(output / f"evaluation-{name}-{seed}" / "evaluation.json")
-        figures[f"EER (%), {name}"] = 100 * found["eer"]
+        figures[f"EER (%), {name}"] = 100 * found["eer_nist"]
     return figures
 
 

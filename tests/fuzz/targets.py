@@ -742,9 +742,9 @@ def make_separator(folder: Path) -> list[str]:
 
 
 def read_separator(path: Path) -> None:
-    from nearfar.audio.separation.mossformer import load_model
+    from nearfar.audio.checkpoints import load_separator
 
-    load_model(path.parent)
+    load_separator(path.parent)
 
 
 # language ----------------------------------------------------------------------------------------------------------

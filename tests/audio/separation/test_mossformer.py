@@ -9,7 +9,7 @@ import jaxtyping
 import pytest
 import torch
 
-from nearfar.audio.checkpoints import load_published
+from nearfar.audio.checkpoints import load_published, load_separator
 from nearfar.audio.contracts.mossformer import build_contract
 from nearfar.audio.separation.mossformer import (
     VARIANTS,
@@ -17,7 +17,6 @@ from nearfar.audio.separation.mossformer import (
     MossFormer2,
     create_model,
     detect,
-    load_model,
     published_state,
 )
 from nearfar.audio.speakers.ltdnn import LTDNN
@@ -463,7 +462,7 @@ def test_a_released_checkpoint_is_identified_by_every_key(tmp_path, cls):
     torch.save({f"encoder.{name}": value for name, value in published.items()}, tmp_path / "head.pt")
     assert type(load_published(tmp_path / "head.pt")) is LTDNN
     with pytest.raises(CheckpointError, match="weights of LTDNN, which separates no voices"):
-        load_model(tmp_path / "head.pt")
+        load_separator(tmp_path / "head.pt")
     torch.save({"a.weight": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"is none of 3 known:\n"):
-        load_model(tmp_path / "other.pt")
+        load_separator(tmp_path / "other.pt")

@@ -77,11 +77,11 @@ def spread(
                         worker.stop()
                         ended = RuntimeError(f"its process ended ({_ending(worker.process.exitcode)})")
                         answer = worker.item, None, ended
-                    index, _, error = answer
+                    index, _, failed = answer
                     if index != STARTS:
                         yield answer
-                    elif error is not None:
-                        raise error
+                    elif failed is not None:
+                        raise failed
                     worker.item = None
                 elif worker.item not in (None, STARTS) and (reason := _too_much(worker, seconds, memory)):
                     running.remove(worker)
@@ -120,6 +120,7 @@ def _work(connection: Connection, content: bytes, threads: int) -> None:
             index, item = connection.recv()
         except EOFError:
             return
+        answer: tuple[int, Any, Exception | None]
         try:
             answer = index, action(cloudpickle.loads(item)), None
         except Exception as error:

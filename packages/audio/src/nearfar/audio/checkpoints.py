@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from nearfar.audio.separation.mossformer import MossFormer, MossFormer2, detect, published_state, read_published
 from nearfar.audio.speakers.ltdnn import LTDNN
-from nearfar.core.checkpoints import CheckpointError, identify, unwrap
+from nearfar.core.checkpoints import CheckpointError, identify, load_state_dict, read_state_dict, unwrap
+from nearfar.core.errors import UserError
+from nearfar.core.model_folder import AGAIN, KINDS, NEXT, read
+from nearfar.core.reading import check_sizes, read_json, reading
 
 
 def load_published(source: str | Path | Mapping[str, Tensor], **settings: Any) -> nn.Module:
@@ -37,3 +40,32 @@ def _separator(
     if found is not kind:
         raise CheckpointError(f"its tensors are those of {found.__name__}")
     return kind.from_published(source, **settings)
+
+
+def load_separator(path: str | Path, sample_rate: int | None = None, masking: bool | None = None) -> MossFormer:
+    """A model from a folder that `save_pretrained` or a training wrote, or else from a released checkpoint.
+
+    sample_rate, masking: for released checkpoints, see `MossFormer.from_published`.
+    Raises UserError where there is neither.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such model; name a folder made by training, or a downloaded checkpoint")
+    if (path / NEXT).exists() or (path / KINDS["separation model"]).exists():
+        read(path, "separation model")
+    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
+        state = read_state_dict(path / "model.safetensors")
+        if "encoder.weight" in state:
+            cls = MossFormer2 if any(name.startswith("recurrent.") for name in state) else MossFormer
+            config = path / "config.json"
+            with reading(config, f"does not describe a {cls.__name__}", AGAIN):
+                settings = read_json(config, "settings of a model")
+                check_sizes(config, settings, path / "model.safetensors")
+                model = cls(**settings)
+            with reading(path / "model.safetensors", "does not fit its config.json", AGAIN):
+                load_state_dict(model, state)
+            return model.eval()
+    found = load_published(path, sample_rate=sample_rate, masking=masking)
+    if not isinstance(found, MossFormer):
+        raise CheckpointError(f"{path}: holds the weights of {type(found).__name__}, which separates no voices")
+    return found

@@ -60,7 +60,11 @@ def write_bundle(segmenter: Segmenter, folder: Path) -> Path:
         cut = {"_target_": "CropForegroundd", "keys": "image", "source_key": "image", "select_fn": content}
         before.append({**cut, "allow_smaller": True})
     window = None if recipe.window is None else list(recipe.window)
-    scale = {"_target_": "nearfar.medical.preparation.scale_intensities", "_mode_": "callable", "window": window}
+    scale: dict[str, Any] = {
+        "_target_": "nearfar.medical.preparation.scale_intensities",
+        "_mode_": "callable",
+        "window": window,
+    }
     scale |= {"intensity": recipe.intensity, "channels": [channel.as_dict() for channel in segmenter.channels]}
     before += [
         {"_target_": "EnsureTyped", "keys": "image", "dtype": "$torch.float32"},

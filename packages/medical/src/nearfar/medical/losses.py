@@ -35,6 +35,8 @@ class SegmentationLoss(nn.Module):
         ValueError: for an unknown name, or regions with a loss for one label.
     """
 
+    regions: Tensor | None
+
     def __init__(
         self, name: str = "dice_ce", *, squash: bool = False, ignore: int | None = None, regions: Tensor | None = None
     ) -> None:

@@ -244,7 +244,7 @@ class Segmenter:
             segmenter.channels = [Channel.read(channel) for channel in content.get("channels", ())]
             segmenter.crf, seen = content.get("crf"), content.get("spacing_seen")
             old = seen is not None and not isinstance(seen[0], list)  # once one range for all axes
-            segmenter.spacing_seen = [list(seen)] * 3 if old else seen
+            segmenter.spacing_seen = [list(seen or ())] * 3 if old else seen
             segmenter.trained_on = trained_on(folder)
         with reading(weights, "does not fit its description", "copy the folder again"):
             load_state_dict(segmenter.network, read_state_dict(weights))

@@ -15,9 +15,9 @@ import typer
 
 from nearfar.apps.speech_separation import separating
 from nearfar.apps.speech_separation.separating import EACH, Job, Pipe
+from nearfar.audio.checkpoints import load_separator
 from nearfar.audio.separation.live import WavPipe, read_pipe
 from nearfar.audio.separation.memory import fit_window
-from nearfar.audio.separation.mossformer import load_model
 from nearfar.audio.separation.windows import model_separator
 from nearfar.audio.sound import SUFFIXES, Recording, writing
 from nearfar.core.cli.batch import raise_failures, run_batch
@@ -132,7 +132,7 @@ def separate(
     if channel is not None and (piped or to_pipe or (channel == EACH and (stream or check))):
         raise UserError("--channel: is for files, and each for neither --stream nor --check")
     found = inputs if piped else _recordings(inputs)
-    net = load_model(model, rate, False if mapping else None).to(device)
+    net = load_separator(model, rate, False if mapping else None).to(device)
     embed = None
     if speaker_model is not None:
         from nearfar.audio.separation.voice_embedding import SpeakerPrint
@@ -357,7 +357,7 @@ def train(
             fixed=plan.seed,
             **options,
         )
-    begun = None if start is None else load_model(start)
+    begun = None if start is None else load_separator(start)
     _, history = train_separation(
         plan,
         train_set,
@@ -403,7 +403,7 @@ def evaluate(
     if unknown := [name for name in chosen if name not in METRICS]:
         raise UserError(f"--metrics {metrics}: unknown {', '.join(unknown)}; known are {', '.join(METRICS)}")
     found = find_mixtures(mixtures, split, mix_folder, targets)
-    net = load_model(model, rate, False if mapping else None)
+    net = load_separator(model, rate, False if mapping else None)
     separator, known = model_separator(net, device), trained_on(model)
 
     def one(mixture: Mixture) -> dict[str, Any]:

@@ -28,8 +28,7 @@ from nearfar.core.cards import Card
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, unwrap
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.core.finite import check_weights
-from nearfar.core.model_folder import AGAIN, KINDS, NEXT, read
-from nearfar.core.reading import check_sizes, read_json, reading
+from nearfar.core.reading import reading
 from nearfar.ops.attention.joint import GatedAttentionBlock
 from nearfar.ops.attention.rotary import rotary_table
 from nearfar.ops.common.sequence_norms import TimeNorm
@@ -320,37 +319,6 @@ def create_model(variant: str, **settings: Any) -> MossFormer:
         raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(VARIANTS)}")
     cls, kwargs = VARIANTS[variant]
     return cls(**{**kwargs, **settings})
-
-
-def load_model(path: str | Path, sample_rate: int | None = None, masking: bool | None = None) -> MossFormer:
-    """A model from a folder that `save_pretrained` or a training wrote, or else from a released checkpoint.
-
-    sample_rate, masking: for released checkpoints, see `MossFormer.from_published`.
-    Raises UserError where there is neither.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such model; name a folder made by training, or a downloaded checkpoint")
-    if (path / NEXT).exists() or (path / KINDS["separation model"]).exists():
-        read(path, "separation model")
-    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
-        state = read_state_dict(path / "model.safetensors")
-        if "encoder.weight" in state:
-            cls = MossFormer2 if any(name.startswith("recurrent.") for name in state) else MossFormer
-            config = path / "config.json"
-            with reading(config, f"does not describe a {cls.__name__}", AGAIN):
-                settings = read_json(config, "settings of a model")
-                check_sizes(config, settings, path / "model.safetensors")
-                model = cls(**settings)
-            with reading(path / "model.safetensors", "does not fit its config.json", AGAIN):
-                load_state_dict(model, state)
-            return model.eval()
-    from nearfar.audio.checkpoints import load_published  # knows this module, and the speaker models
-
-    found = load_published(path, sample_rate=sample_rate, masking=masking)
-    if not isinstance(found, MossFormer):
-        raise CheckpointError(f"{path}: holds the weights of {type(found).__name__}, which separates no voices")
-    return found
 
 
 RENAMES: list[tuple[re.Pattern[str], Any]] = [

@@ -67,7 +67,9 @@ def views_transform(size: int, crop_pct: float, crop_mode: str, views: str) -> C
         raise UserError(f"views is {views!r}; allowed are {', '.join(VIEWS)}")
     if views == "ten" and crop_mode != "center":
         raise UserError(f"ten views are crops, and crop_mode is {crop_mode!r}; use flip")
-    steps = evaluation_transform(size, crop_pct, crop_mode).transforms
+    plain = evaluation_transform(size, crop_pct, crop_mode)
+    assert isinstance(plain, transforms.Compose)
+    steps = plain.transforms
     if views == "ten":
         resize, _, *rest = steps
         each = transforms.Compose(rest)
@@ -357,7 +359,7 @@ def evaluate_multilabel(
     answered = torch.isfinite(scores).all(1, keepdim=True)
     y = truth.numpy().astype(int)
     p = torch.where(answered, scores.double(), 1 - truth.double()).numpy()
-    given = y.any(0)
+    given = np.asarray(y.any(0))
     if not given.any():
         raise UserError("none of the pictures has a class, so there is nothing to score")
     precision, recall, f1, _ = precision_recall_fscore_support(y, p >= threshold, average=None, zero_division=0.0)

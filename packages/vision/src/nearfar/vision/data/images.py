@@ -300,7 +300,7 @@ def _table(path: Path, split: str | None) -> tuple[Path, str | None] | None:
 
 
 def _from_table(path: Path, split: str | None) -> Pictures:
-    table = tables.read_table(path, split)
+    table = tables.read_table(path, split, is_picture)
     if split and not table.splits:
         raise MissingSplit(f"{path}: has no column split, so none called {split}")
     if split and split not in table.splits:

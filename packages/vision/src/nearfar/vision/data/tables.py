@@ -3,7 +3,7 @@
 import csv
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Labelled:
     """The parts that its column `split` names, none without one."""
 
 
-def read_table(path: Path, split: str | None = None) -> Labelled:
+def read_table(path: Path, split: str | None, is_picture: Callable[[Path], bool]) -> Labelled:
     """The rows of a CSV or TSV file, or those whose column `split` says `split`.
 
     The picture's file, relative to the table's folder, stands in a column called file (or filename, image, path), its
@@ -40,7 +40,7 @@ def read_table(path: Path, split: str | None = None) -> Labelled:
     called labels (or classes, tags); an empty cell is then none of them. Without a label
     column every other column is a class, whose cells are 0 or 1. Classes are numbered in the order of their sorted
     names. Raises UserError for what is unclear; pictures that are not there stay in the list, and they are counted and
-    named, as are pictures beside those listed that no row names.
+    named, as are pictures (what `is_picture` says is one) beside those listed that no row names.
     """
     with reading(path, "cannot be read as a table of pictures and labels"):
         text = path.read_text(encoding="utf-8-sig")
@@ -101,7 +101,7 @@ def read_table(path: Path, split: str | None = None) -> Labelled:
         ("rows repeat another and are not used", twice),
         ("pictures have no label and are not used", unlabelled),
         ("pictures are not there", [file.name for file in files if not file.is_file()]),
-        ("pictures beside those listed are in no row and are not used", _beside(everything)),
+        ("pictures beside those listed are in no row and are not used", _beside(everything, is_picture)),
     ):
         if which:
             log.warning("%s: %d %s: %s", path, len(which), what, some(which))
@@ -132,10 +132,8 @@ def _marked(path: Path, number: int, cells: Sequence[tuple[str, str]]) -> list[s
     return [name for name, cell in cells if cell == "1"]
 
 
-def _beside(files: Sequence[Path]) -> list[str]:
+def _beside(files: Sequence[Path], is_picture: Callable[[Path], bool]) -> list[str]:
     """Pictures in the folders of `files` that are none of them."""
-    from nearfar.vision.data.images import is_picture
-
     listed = {file.resolve() for file in files}
     folders = sorted({file.parent for file in files if file.parent.is_dir()})
     return [
