@@ -102,11 +102,11 @@ def figure_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         if actual != name and actual in figures:
             rows.append({"figure": "actual " + title[3:], "value": f"{figures[actual]:.4f}", "95 % interval": ""})
     for name, interval in figures.get("minus", {}).get("figures", {}).items():
-        value, low, high = (
-            "nan" if x is None else f"{x:+.3%}" if name == "eer_nist" else f"{x:+.4f}" for x in interval
-        )
+        value, low, high = (math.nan if x is None else x for x in interval)
+        show = lambda value, percent=name == "eer_nist": f"{value:+.3%}" if percent else f"{value:+.4f}"  # noqa: E731
         title = f"{NAMES[name].split(':')[0].rstrip(')')}) minus that of {figures['minus']['scores']}"
-        rows.append({"figure": title, "value": value, "95 % interval": f"{low} to {high}"})
+        between = f"{show(low)} to {show(high)}" if math.isfinite(low) else ""
+        rows.append({"figure": title, "value": show(value), "95 % interval": between})
     return [row | {"marked": figures["marked"]} for row in rows] if "marked" in figures else rows
 
 
