@@ -57,7 +57,7 @@ def second_process(launcher: subprocess.Popen) -> int:
 def test_two_processes_train_and_go_on_to_the_same(job: Job, tmp_path: Path) -> None:
     data = job.make(tmp_path / "data")
     finish(job.train(data, tmp_path / "whole", 4), tmp_path)
-    record = json.loads((tmp_path / "whole" / job.run / "run.json").read_text())
+    record = json.loads(next((tmp_path / "whole").rglob("run.json")).read_text())
     assert record["finished"]
     assert record["made_from"]["number of processes"] == "2"
     command = job.train(data, tmp_path / "killed", 4)

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import random
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -145,6 +146,8 @@ def train(
         if _together:
             raise UserError("several processes train one model in a job; start this alone")
         _together.append(process_count())
+    if not len(train_data):
+        raise UserError("the training items of a process make no whole batch; lower batch_size, or use fewer processes")
     run = _Run(monitor, mode, seed, None if folder is None else Path(folder), dict(settings or {}))
     extra: list[Callback] = [run, *callbacks]
     if patience is not None and monitor is not None:
@@ -242,6 +245,10 @@ def _fit(
                     f"batch norm sees each process's pictures alone in {some(alone)}: layers of a class of their own"
                 )
             trainer.fit(module, train_data, validation_data, ckpt_path=resume_from, weights_only=True)
+    except RuntimeError as error:
+        if process_count() > 1 and re.search(r"gloo|NCCL", str(error)):
+            raise UserError("another process of this job has ended; run the same command again to go on") from error
+        raise
     except SystemExit:
         # Lightning turns Ctrl-C into an exit
         if run.interruption is not None:

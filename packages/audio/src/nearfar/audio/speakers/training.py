@@ -24,6 +24,7 @@ from nearfar.audio.speakers.scoring.rates import eer
 from nearfar.core.errors import UserError
 from nearfar.core.finite import check_finite
 from nearfar.core.leakage import Side, check_apart
+from nearfar.core.processes import process_count
 from nearfar.core.sharing import gathered
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.ops.losses.margin_softmax import AAMSoftmax, margin_ramp
@@ -337,7 +338,7 @@ def train_speaker_model(
     crops = Crops(learn, recipe, model.sample_rate)
     loader = data_loader(
         crops,
-        min(recipe.batch_size, len(crops)),
+        max(1, min(recipe.batch_size, len(crops) // process_count())),
         shuffle=True,
         seed=recipe.seed,
         num_workers=num_workers,
