@@ -110,7 +110,7 @@ def _work(connection: Connection, content: bytes, threads: int) -> None:
 
     torch.set_num_threads(threads)
     try:
-        action = cloudpickle.loads(content)
+        action = cloudpickle.loads(content)  # from the process that started this one, by a pipe; no file's content
     except Exception as error:
         connection.send((STARTS, None, RuntimeError(f"the work cannot be sent: {type(error).__name__}: {error}")))
         return

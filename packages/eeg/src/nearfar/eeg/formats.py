@@ -13,8 +13,8 @@ from nearfar.core.reading import reading
 UNITS = {"v": 1.0, "volt": 1.0, "mv": 1e-3, "millivolt": 1e-3, "uv": 1e-6, "µv": 1e-6, "microvolt": 1e-6, "nv": 1e-9}
 
 BOARDS = {15: (4, 200.0), 24: (8, 250.0), 32: (16, 125.0)}
-"""Columns of a BrainFlow table -> EEG channels and nominal rate: Ganglion, Cyton, Cyton with Daisy. The first column is
-the packet's number, the EEG follows, the last two are time and marker."""
+"""Columns of a BrainFlow table, which names none -> what it is taken for: EEG channels and nominal rate of a Ganglion, a
+Cyton, a Cyton with Daisy. The first column is the packet's number, the EEG follows, the last two are time and marker."""
 
 
 def read_xdf(path: Path, notes: list[str]) -> mne.io.BaseRaw:
@@ -144,6 +144,7 @@ def read_brainflow(path: Path, notes: list[str]) -> mne.io.BaseRaw:
         known = ", ".join(f"{width} (of {count} channels)" for width, (count, _) in BOARDS.items())
         raise UserError(f"{path}: {columns} columns, known are {known}; save the recording as EDF or FIF")
     count, rate = BOARDS[columns]
+    notes.append(f"{columns} columns: taken for a board of {count} EEG channels at {rate:g} Hz, time and marker last")
     times = values[:, -2]
     measured = (len(times) - 1) / (times[-1] - times[0]) if times[-1] > times[0] else rate
     if abs(measured / rate - 1) > 0.1:

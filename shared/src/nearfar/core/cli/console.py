@@ -50,6 +50,7 @@ messages = PlainConsole(stderr=True, quiet=process_rank() > 0)
 """Where progress goes (standard error), of the first process."""
 
 errors = PlainConsole(stderr=True)
+"""Where errors go (standard error), of any process."""
 
 
 def say(kind: str, text: str, style: str = "red") -> None:

@@ -1,4 +1,4 @@
-"""`nearfar speaker-verification`: train, embed, enroll, verify, identify, score, evaluate, calibrate."""
+"""`nearfar speaker-verification`: train, embed, enroll, gallery, verify, identify, score, evaluate, calibrate, stress."""
 
 import math
 from collections.abc import Sequence

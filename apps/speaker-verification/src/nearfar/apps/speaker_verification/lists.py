@@ -1,4 +1,4 @@
-"""The commands that take trial lists: score, evaluate, calibrate."""
+"""The commands that take trial lists: score, evaluate, calibrate, stress."""
 
 import json
 from collections.abc import Sequence
