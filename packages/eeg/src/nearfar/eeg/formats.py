@@ -13,8 +13,8 @@ from nearfar.core.reading import reading
 UNITS = {"v": 1.0, "volt": 1.0, "mv": 1e-3, "millivolt": 1e-3, "uv": 1e-6, "µv": 1e-6, "microvolt": 1e-6, "nv": 1e-9}
 
 BOARDS = {15: (4, 200.0), 24: (8, 250.0), 32: (16, 125.0)}
-"""Columns of a BrainFlow table, which names none -> what it is taken for: EEG channels and nominal rate of a Ganglion, a
-Cyton, a Cyton with Daisy. The first column is the packet's number, the EEG follows, the last two are time and marker."""
+"""Columns of a BrainFlow table, which names none -> what it is taken for: EEG channels and nominal rate of a Ganglion,
+a Cyton, a Cyton with Daisy. The packet's number is first, the EEG follows, time and marker are last."""
 
 
 def read_xdf(path: Path, notes: list[str]) -> mne.io.BaseRaw:

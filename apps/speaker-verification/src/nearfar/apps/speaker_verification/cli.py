@@ -1,4 +1,4 @@
-"""`nearfar speaker-verification`: train, embed, enroll, gallery, verify, identify, score, evaluate, calibrate, stress."""
+"""`nearfar speaker-verification`: train a model, enroll, verify and identify speakers, work on trial lists."""
 
 import math
 from collections.abc import Sequence
