@@ -28,6 +28,11 @@ class Places:
     seconds: float | None = None
     """Most time for an item, in a process of its own."""
 
+    @property
+    def here(self) -> bool:
+        """Whether all is done in this process."""
+        return self.engine == "local" and self.workers < 2 and self.seconds is None
+
 
 class BatchError(UserError):
     """Some items of a batch failed; the others are done. Exit status 1."""
@@ -60,7 +65,7 @@ def run_batch(
         from nearfar.core import cluster
 
         done = cluster.spread(items, action, max(places.workers, 1), places.seconds)
-    elif places.seconds is not None or (places.workers > 1 and len(items) > 1):
+    elif not places.here:
         from nearfar.core import workers
 
         number = max(places.workers, 1)
