@@ -80,11 +80,11 @@ def run_batch(
     results = [cast(Result, found[i][0]) for i in range(len(items)) if found[i][1] is None]
     errors = [(name(items[i]), error) for i in range(len(items)) if (error := found[i][1]) is not None]
     failures = [failure(*one) for one in errors]
-    if failed is not None and errors:
+    if failed is not None and errors and (len(items) > 1 or failed.exists()):  # one item is no batch
         lines = zip(errors, failures, strict=True)
         table = [{"item": item, "kind": type(error).__name__, "error": line} for (item, error), line in lines]
         write_json(failed, table)
-    elif failed is not None:
+    elif failed is not None and not errors:
         failed.unlink(missing_ok=True)
     return results, failures
 
