@@ -18,10 +18,6 @@ class TestCvT(TokenTester):
 
     test_padding = None  # any size is legal
 
-    @pytest.mark.slow
-    def test_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().test_export(monkeypatch)
-
     @torch.no_grad()
     def test_encoder_of_segmentation_models(self) -> None:
         settings = {"encoder_depth": 4, "decoder_channels": (32, 16, 8, 8), **self.tiny}

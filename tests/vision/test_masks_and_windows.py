@@ -54,10 +54,6 @@ class TestTiCLike(BackboneTester):
     least: ClassVar = {"depths": (1, 1), "dims": (8, 16), "num_heads": (1, 1)}
     fuses = False
 
-    @pytest.mark.slow
-    def test_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().test_export(monkeypatch)
-
 
 @pytest.mark.parametrize("path", contracts("gaussian-mixture-mask"))
 def test_contract_of_masks(path: Path) -> None:

@@ -79,10 +79,6 @@ class TestPyramidTNT(TokenTester):
     prefix_of_levels = 0
     macs_tolerance = 0.05
 
-    @pytest.mark.slow
-    def test_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().test_export(monkeypatch)
-
     def segmentation(self) -> dict[str, Any]:
         return dict(self.tiny)
 

@@ -36,12 +36,8 @@ class VMambaTester(BackboneTester):
         return total
 
     @pytest.mark.slow
-    def test_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().test_export(monkeypatch)
-
-    @pytest.mark.slow
-    def test_published_variants(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().test_published_variants(monkeypatch)
+    def test_published_macs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().test_published_macs(monkeypatch)
 
 
 class TestVMamba(VMambaTester):

@@ -28,10 +28,6 @@ class TestOverLoCK(BackboneTester):
     counted: ClassVar = {"merged": True}
     least: ClassVar = {"focus_depths": (1, 1), "kernel_sizes": (5, 5, 5, 5)}
 
-    @pytest.mark.slow
-    def test_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().test_export(monkeypatch)
-
 
 @torch.no_grad()
 def test_training_and_merged_checkpoints() -> None:

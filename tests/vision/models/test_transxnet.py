@@ -34,10 +34,6 @@ class TestTransXNet(BackboneTester):
     # the published count is of the form for 224 pixels; the tables are larger here
     other_count: ClassVar = {"transxnet_b_384": 52409402}
 
-    @pytest.mark.slow
-    def test_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().test_export(monkeypatch)
-
     def saved_macs(self, model: TransXNet, size: int) -> float:
         """The published figures leave out the products of the attention."""
         tables = [
