@@ -38,19 +38,12 @@ STILL = 2.0**-20
 """Change from sample to sample, a 32nd of a 16-bit step, up to which a recording stands still."""
 
 
-def read_samples(
-    path: str | Path,
-    rate: int,
-    start: float = 0.0,
-    seconds: float | None = None,
-    mix_channels: bool = False,
-    channel: int | None = None,
-) -> Samples:
+def read_samples(path: str | Path, rate: int, *stretch: Any, **channels: Any) -> Samples:
     """Samples of a recording, or of a stretch of it, resampled to `rate`, their mean (DC) taken away.
 
-    Raises UserError for what `stream_samples` refuses, and for digital silence.
+    The arguments are those of `stream_samples`. Raises UserError for what it refuses, and for digital silence.
     """
-    samples = np.concatenate(list(stream_samples(path, rate, start, seconds, mix_channels, channel)))
+    samples = np.concatenate(list(stream_samples(path, rate, *stretch, **channels)))
     if not len(samples) or samples.min() == samples.max():
         raise UserError(f"{path}: is silent, every sample is {samples[0] if len(samples) else 0.0:g}")
     return samples - samples.mean(dtype=np.float64).astype(np.float32)
