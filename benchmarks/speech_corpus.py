@@ -45,73 +45,11 @@ VOICES = (
     "shelby", "steph", "travis", "victor", "zac",
 )  # fmt: skip
 LANGUAGES = ("en", "de", "fr", "es", "it", "pl", "ru", "nl", "sv", "pt", "fi", "cs", "hu", "tr", "el", "hi")
-TEXT = [
-    "the",
-    "north",
-    "wind",
-    "and",
-    "the",
-    "sun",
-    "were",
-    "disputing",
-    "which",
-    "was",
-    "the",
-    "stronger",
-    "when",
-    "a",
-    "traveller",
-    "came",
-    "along",
-    "wrapped",
-    "in",
-    "a",
-    "warm",
-    "cloak",
-    "they",
-    "agreed",
-    "that",
-    "the",
-    "one",
-    "who",
-    "first",
-    "succeeded",
-    "in",
-    "making",
-    "him",
-    "take",
-    "it",
-    "off",
-    "should",
-    "be",
-    "called",
-    "stronger",
-    "than",
-    "the",
-    "other",
-    "then",
-    "the",
-    "wind",
-    "blew",
-    "as",
-    "hard",
-    "as",
-    "he",
-    "could",
-    "but",
-    "the",
-    "more",
-    "he",
-    "blew",
-    "the",
-    "closer",
-    "did",
-    "the",
-    "traveller",
-    "fold",
-    "his",
-    "cloak",
-]
+TEXT = """
+the north wind and the sun were disputing which was the stronger when a traveller came along wrapped in a warm cloak
+they agreed that the one who first succeeded in making him take it off should be called stronger than the other then
+the wind blew as hard as he could but the more he blew the closer did the traveller fold his cloak
+"""
 
 
 def pieces(recordings: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
@@ -158,7 +96,7 @@ def spoken(voice: str, rng: np.random.Generator, count: int = 6) -> list[np.ndar
     pitch = int(rng.integers(20, 80))
     found = []
     for _ in range(count):
-        words = " ".join(rng.choice(TEXT, 9)) + f" {rng.integers(1000)}"
+        words = " ".join(rng.choice(TEXT.split(), 9)) + f" {rng.integers(1000)}"
         language, wpm = str(rng.choice(LANGUAGES)), int(rng.integers(140, 200))
         samples, rate = synthesize(words, voice, language, int(np.clip(pitch + rng.integers(-8, 9), 0, 99)), wpm)
         found.append(resample(samples, rate, RATE))

@@ -63,11 +63,8 @@ def stream_samples(
     `channel` chooses one or `mix_channels` averages them, and a rate below 4 kHz.
     """
     with Recording(path, channel) as recording:
-        if recording.channels > 1 and channel is None and not mix_channels:
-            raise UserError(
-                f"{path}: has {recording.channels} channels, which may be different speakers; "
-                "choose one with --channel, or average them with --mix-channels"
-            )
+        if channel is None and not mix_channels:
+            recording.refuse_channels("choose one with --channel, or average them with --mix-channels")
         if recording.rate < 4000:
             raise UserError(f"{path}: {recording.rate} Hz is too low for speech")
         first = min(int(start * recording.rate), recording.frames - 1)
@@ -196,6 +193,11 @@ class Recording:
                 f"{self.path}: holds a value that is no number (NaN or infinite) at {bad / self.rate:.3f} s"
             )
         return samples
+
+    def refuse_channels(self, mend: str) -> None:
+        """Raise UserError where there are several channels, saying what to do: two are often two speakers."""
+        if self.channels > 1:
+            raise UserError(f"{self.path}: has {self.channels} channels, which may be different speakers; {mend}")
 
     def blocks(self, seconds: float = 10.0) -> Iterator[NDArray[np.float32]]:
         """The whole recording in pieces."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from nearfar.apps.speaker_verification import lists, pages
+from nearfar.apps.speaker_verification import diarizing, lists, pages
 from nearfar.apps.speaker_verification.common import (
     AllowLeakage,
     Cache,
@@ -367,6 +367,7 @@ def identify(
 for command in (lists.score, lists.evaluate, lists.calibrate):
     app.command()(command)
 app.command("stress")(lists.stress_test)
+app.command()(diarizing.diarize)
 
 
 def _recordings(paths: Sequence[Path], layout: str) -> list[Utterance]:
