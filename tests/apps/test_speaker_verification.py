@@ -661,3 +661,58 @@ def test_channels_of_a_training_corpus_are_chosen_never_averaged_in_silence(tmp_
         run(*train, "-o", tmp_path / name, *how)
         means[name] = np.load(tmp_path / name / "scoring.npz")["mean"]
     assert len({tuple(mean.tolist()) for mean in means.values()}) == 3
+
+
+def test_fusion_is_better_than_its_parts_and_knows_its_systems(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for part in ("dev", "eval"):
+        labels = rng.integers(0, 2, 2000)
+        for system in ("a", "b"):
+            values = 1.5 * labels + rng.standard_normal(2000)
+            words = np.where(labels, "target", "nontarget")
+            lines = (f"e{n} t{n} {value:.5f} {word}" for n, (value, word) in enumerate(zip(values, words)))
+            (tmp_path / f"{part}-{system}").write_text("\n".join(lines))
+            (tmp_path / f"{part}-{system}.json").write_text(json.dumps({"model": system}))
+    a, b = tmp_path / "eval-a", tmp_path / "eval-b"
+    run("fuse", tmp_path / "dev-a", tmp_path / "dev-b", "-o", tmp_path / "fusion.json", "--json")
+    assert len(json.loads(capsys.readouterr().out)["systems"]) == 3
+    run("fuse", a, b, "--fusion", tmp_path / "fusion.json", "-o", tmp_path / "fused")
+    rates = [eer(values, trials.labels).value for trials, values in map(read_scores, (a, b, tmp_path / "fused"))]
+    assert rates[2] < min(rates[:2]) - 0.03
+    for wrong in ([b, a], [a, b, b]):
+        with pytest.raises(UserError, match="was made for 2 other systems"):
+            run("fuse", *wrong, "--fusion", tmp_path / "fusion.json", "-o", tmp_path / "x")
+    (tmp_path / "short").write_text("e0 t0 1.0 target\n")
+    with pytest.raises(UserError, match="has 1 trials"):
+        run("fuse", a, tmp_path / "short", "-o", tmp_path / "x")
+
+
+def test_diarize_names_turns_and_gives_the_error_rate(model, tmp_path, capsys):
+    """Two voices in turn, named from a gallery; the reference is what was composed."""
+    turns = [(1.0, 7.0, 0.5), (8.0, 14.0, 10.5), (15.0, 21.0, 0.5), (22.0, 28.0, 10.5)]
+    sound = 1e-3 * np.random.default_rng(0).standard_normal(29 * RATE)
+    for number, (start, end, speaker) in enumerate(turns):
+        part = voice(speaker, 70 + number, end - start)
+        sound[int(start * RATE) : int(start * RATE) + len(part)] += part
+    soundfile.write(tmp_path / "call 1.wav", sound, RATE)
+    for name, speaker in (("low voice", 0.5), ("high", 10.5)):
+        soundfile.write(tmp_path / f"{name}.wav", voice(speaker, 90, 4.0), RATE)
+        run("enroll", name, tmp_path / f"{name}.wav", "-g", tmp_path / "gallery.npz", "-m", model, *LENIENT)
+    (tmp_path / "true.rttm").write_text(
+        "".join(f"SPEAKER call_1 1 {a} {b - a} <NA> <NA> v{v} <NA> <NA>\n" for a, b, v in turns)
+    )
+    capsys.readouterr()
+    run(
+        *("diarize", tmp_path / "call 1.wav", "-o", tmp_path / "out.rttm", "-m", model, "--speakers", 2, "--json"),
+        *("-g", tmp_path / "gallery.npz", "--far", "0.4", "--reference", tmp_path / "true.rttm", "--memory", "8G"),
+    )
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["error"]["missed_detection"] < 0.2
+    assert answer["error"]["der"] < 0.35
+    lines = (tmp_path / "out.rttm").read_text().splitlines()
+    assert all(line.startswith("SPEAKER call_1 1 ") for line in lines)
+    assert len(lines) == answer["turns"]
+    with pytest.raises(UserError, match="are too few"):
+        run("diarize", tmp_path / "call 1.wav", "-o", tmp_path / "x.rttm", "-m", model, "--memory", "10M")
+    with pytest.raises(UserError, match="is a folder"):
+        run("diarize", tmp_path / "call 1.wav", "-o", tmp_path, "-m", model)

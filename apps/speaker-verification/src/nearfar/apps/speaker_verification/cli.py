@@ -364,7 +364,7 @@ def identify(
     raise_failures(failures, len(recordings))
 
 
-for command in (lists.score, lists.evaluate, lists.calibrate):
+for command in (lists.score, lists.evaluate, lists.calibrate, lists.fuse):
     app.command()(command)
 app.command("stress")(lists.stress_test)
 app.command()(diarizing.diarize)

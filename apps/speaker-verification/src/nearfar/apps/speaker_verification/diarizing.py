@@ -94,14 +94,14 @@ def diarize(
         "turns": len(found.turns),
     }
     if reference is not None:
-        answer["error"] = diarization.error_rate(
-            _of(reference, name), found.turns, found.seconds, collar, skip_overlap
-        )
+        answer["error"] = diarization.error_rate(_of(reference, name), found.turns, found.seconds, collar, skip_overlap)
         answer["error"] |= {"collar": collar, "overlap_scored": not skip_overlap}
     if as_json:
         show_json(answer)
         return
-    console.print(table(answer["speakers"], f"{len(found.voices)} speakers in {found.seconds:.1f} s of {recording.name}"))
+    console.print(
+        table(answer["speakers"], f"{len(found.voices)} speakers in {found.seconds:.1f} s of {recording.name}")
+    )
     if separator is not None:
         console.print(f"two speak at once for {found.overlap:.1f} s")
     if reference is not None:

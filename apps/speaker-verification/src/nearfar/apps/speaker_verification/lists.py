@@ -400,6 +400,69 @@ def calibrate(
     console.print(f"the model now scores by {system.convention}{extra}", soft_wrap=True)
 
 
+def fuse(
+    scores: Annotated[list[Path], typer.Argument(help="Score files of the same trials, one for each system.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The fusion (JSON); with --fusion, a score file.")],
+    fusion: Annotated[
+        Path | None, typer.Option(help="A fusion that was made before: these scores are fused by it.")
+    ] = None,
+    trials: Labels = None,
+    speaker_pattern: SpeakerPattern = None,
+    as_json: Json = False,
+) -> None:
+    """Fuse systems by calibrated logistic regression: their scores to one log-likelihood ratio.
+
+    Make it on labelled trials of other speakers than those that it is for (first call, `-o fusion.json`), then use it
+    on the scores of the same systems, in the same order (second call, `--fusion fusion.json -o fused.txt`).
+    """
+    refuse_folder(output)
+    if len(scores) < 2:
+        raise UserError("fuse: needs the scores of two systems or more")
+    listed, first = scoring.read_scores(scores[0])
+    columns = [first]
+    for path in scores[1:]:
+        others, values = scoring.read_scores(path)
+        if len(others) != len(listed):
+            raise UserError(f"{path}: has {len(others)} trials, {scores[0]} has {len(listed)}; fuse the same ones")
+        columns.append(values[rows_in(listed, others, scores[0])])
+    inputs, systems = np.stack(columns, 1), [str(_record(path).get("model", "")) for path in scores]
+    if fusion is not None:
+        fused = scoring.Calibration.load(fusion)
+        known = [str(digest) for digest in fused.notes.get("systems", [])]
+        if len(known) != len(scores) or any(a and b and a != b for a, b in zip(known, systems)):
+            raise UserError(f"{fusion}: was made for {len(known)} other systems, or these in another order")
+        scoring.write_scores(output, listed, fused(inputs))
+        about = {"convention": f"fusion of {len(scores)} systems", "llr": True, "scored": len(listed), "marked": ""}
+        write_json(_beside(output, "json"), about)
+        console.print(f"{len(listed)} trials fused: {output}", soft_wrap=True)
+        return
+    if trials is not None:
+        reference = scoring.read_trials(trials)
+        listed = reference.select(rows_in(listed, reference, scores[0]))
+    if listed.labels is None:
+        raise UserError(f"{scores[0]}: has no labels; give the list that has them with --trials")
+    labels, sides = np.asarray(listed.labels), pages.speakers_of(listed, speaker_pattern) or (None, None)
+    names = [path.name for path in scores]
+    try:
+        fused = scoring.Calibration.fit(
+            inputs, labels, names, enroll_speakers=sides[0], test_speakers=sides[1], notes={"systems": systems}
+        )
+    except ValueError as error:
+        raise UserError(f"{scores[0]}: {error}") from error
+    fused.save(output)
+    rows = [
+        {"system": name, "weight": float(weight), "EER": scoring.eer(values, labels).value}
+        for name, weight, values in zip(
+            [*names, "fusion"], [*fused.weights, 1.0], [*columns, fused(inputs)], strict=True
+        )
+    ]
+    if as_json:
+        show_json({"systems": rows, "bias": fused.bias, "trials": len(listed)})
+        return
+    console.print(table(rows, f"{len(listed)} trials, on which it was made: the fusion's figures are too good"))
+    console.print(f"fusion: {output}", soft_wrap=True)
+
+
 def _labelled(scores: Path, trials: Path | None) -> tuple[scoring.Trials, np.ndarray, scoring.Trials | None]:
     """Scored trials with labels, their scores, and the list that the labels come from. Raises UserError."""
     listed, values = scoring.read_scores(scores)

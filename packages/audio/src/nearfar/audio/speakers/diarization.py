@@ -115,7 +115,9 @@ def diarize(
     return Diarization(named, seconds, overlap_seconds(named), meter.result(), voices)
 
 
-def speech_regions(meter: QualityMeter, gap: float = 0.3, least: float = 0.2, pad: float = 0.05) -> list[tuple[float, float]]:
+def speech_regions(
+    meter: QualityMeter, gap: float = 0.3, least: float = 0.2, pad: float = 0.05
+) -> list[tuple[float, float]]:
     """Stretches of speech in seconds: frames above the middle between quiet and loud, digital silence not counted.
 
     Gaps up to `gap` are closed, shorter stretches than `least` dropped, the others widened by `pad`.
@@ -201,8 +203,8 @@ def _equal_ratio(system: SpeakerSystem) -> float:
     """The score whose calibrated ratio is 1. Raises UserError where the system is not calibrated by scores alone."""
     if system.calibration is None or system.quality is not None:
         raise UserError(
-            "how many talk cannot be told without a calibration by scores alone: run `calibrate`, or give --speakers or "
-            "--threshold"
+            "how many talk cannot be told without a calibration by scores alone: run `calibrate`, or give --speakers "
+            "or --threshold"
         )
     return -system.calibration.bias / float(system.calibration.weights[0])
 
@@ -231,7 +233,11 @@ def _cluster(
     scores = system.score(raw, raw, left, right).reshape(total, total)
     distance = scores.max() - (scores + scores.T) / 2
     np.fill_diagonal(distance, 0.0)
-    rule = {"n_clusters": min(speakers, total)} if speakers else {"n_clusters": None, "distance_threshold": scores.max() - threshold}
+    rule = (
+        {"n_clusters": min(speakers, total)}
+        if speakers
+        else {"n_clusters": None, "distance_threshold": scores.max() - threshold}
+    )
     merged = AgglomerativeClustering(metric="precomputed", linkage="average", **rule).fit_predict(distance)
     labels = merged[groups]
     return labels, _means(x, labels, int(merged.max()) + 1)
@@ -393,6 +399,9 @@ def error_rate(
     total = parts["total"]
     return {
         "der": float(parts["diarization error rate"]),
-        **{name.replace(" ", "_"): float(parts[name] / total) for name in ("missed detection", "false alarm", "confusion")},
+        **{
+            name.replace(" ", "_"): float(parts[name] / total)
+            for name in ("missed detection", "false alarm", "confusion")
+        },
         "speech": float(total),
     }
