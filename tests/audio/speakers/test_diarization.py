@@ -1,5 +1,7 @@
 """Who spoke when, on sounds whose talkers the test composes; RTTM; error rates against counting by hand."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -163,3 +165,21 @@ def test_the_budget_bounds_what_is_clustered_together():
     assert 200 <= windows_at_once(64 << 20, 7200, 192) < 4000
     with pytest.raises(UserError, match="are too few"):
         windows_at_once(8 << 20, 7200, 192)
+
+
+def test_memory_grows_only_by_levels_and_embeddings(system):
+    """Numbers held at most, for 2 and for 12 minutes of sound that is never there as a whole."""
+    part = compose(TURNS, 40)
+
+    def peak(repeats):
+        tracemalloc.start()
+        diarize(lambda: (part for _ in range(repeats)), system, speakers=4, at_once=100)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(1)
+    short, long = peak(3), peak(18)
+    kept = 10 * 60 * (16 / 0.01 + 12 * 40 / 0.5)  # of ten minutes, as `windows_at_once` counts
+    assert long - short < 2 * kept + (1 << 20)
+    assert long < 4 * len(part) * 18  # less than the sound itself

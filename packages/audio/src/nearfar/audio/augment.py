@@ -110,7 +110,8 @@ def degrade(samples: Samples, rate: int, rng: np.random.Generator) -> Samples:
     elif kind == 3:
         samples = lose_packets(samples, rate, rng, rng.uniform(0.01, 0.1))
     elif kind == 4:
-        samples = narrow(samples, rate, round(rate * rng.uniform(0.7, 0.95) / 100) * 100)
+        least = min(0.7, 8000 / rate)  # telephone's, where the rate is above that
+        samples = narrow(samples, rate, round(rate * rng.uniform(least, 0.95) / 100) * 100)
     samples = apply_gain(samples, rng.uniform(-30, 6))
     return quantize(samples, rng) if kind == 5 or rng.random() < 0.5 else samples
 
