@@ -35,10 +35,10 @@ def diarize(
     model: Model = None,
     encoder: ForeignEncoder = None,
     encoder_rate: EncoderRate = None,
-    speakers: Annotated[int | None, typer.Option(min=1, help="How many talk; by default the ratios decide.")] = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="Score from which two are one; by default where the calibrated ratio is 1.")
-    ] = None,
+    speakers: Annotated[int | None, typer.Option(min=1, help="How many talk; by default --likeness decides.")] = None,
+    likeness: Annotated[
+        float, typer.Option(help="From which two groups of windows are one talker: 1 is two halves of one talker.")
+    ] = diarization.LIKENESS,
     separator: Annotated[
         Path | None, typer.Option(help="Model of speech-separation: finds where two speak at once.")
     ] = None,
@@ -78,7 +78,7 @@ def diarize(
 
         try:
             split = None if separator is None else _separator(separator, device)
-            found = diarization.diarize(blocks, system, speakers, split, threshold, at_once=at_once)
+            found = diarization.diarize(blocks, system, speakers, split, likeness, at_once=at_once)
         except UserError as error:
             raise UserError(f"{recording}: {error}") from error
     if gallery is not None:

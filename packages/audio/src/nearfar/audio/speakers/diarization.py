@@ -1,6 +1,6 @@
 """Who spoke when: a recording of any length and any number of talkers to turns.
 
-    sound -> speech activity -> embeddings of windows -> clusters -> merged by calibrated ratios -> turns
+    sound -> speech activity -> embeddings of windows -> small groups -> talkers -> turns
 
 The sound is read twice, in blocks; what is kept of it is a level for every 10 ms and an embedding for every half second
 of speech (2 MB and 3 MB an hour with 96 numbers each). Clustering takes at most `at_once` windows together.
@@ -31,6 +31,9 @@ from nearfar.core.memory import refuse_memory
 
 FRAME, CELL, WINDOW, HOP = 0.01, 0.25, 1.5, 0.5
 """Seconds: of a level, of the smallest stretch that has its own talker, of a window, and from one to the next."""
+
+LIKENESS = 0.65
+"""Chosen on the speakers that chose the epoch of the shipped model: 0.5 to 0.65 count them alike."""
 
 FAINT, ALIKE = -12.0, 0.6
 """dB under the mixture, and correlation, up to which a separator's second voice counts as an overlap."""
@@ -70,7 +73,7 @@ def diarize(
     system: SpeakerSystem,
     speakers: int | None = None,
     separator: Callable[[Samples, int], Samples] | None = None,
-    threshold: float | None = None,
+    likeness: float = LIKENESS,
     least: float = 2.0,
     at_once: int = 3000,
     batch: int = 16,
@@ -78,23 +81,22 @@ def diarize(
     """Diarize sound that comes in blocks at the model's rate; `blocks()` gives them, each time from the beginning.
 
     Args:
-        speakers: how many there are; None lets the ratios decide.
+        speakers: how many there are; None lets `likeness` decide.
         separator: (n,) samples and their rate to (K, n) voices; where two of them speak there are two turns.
-        threshold: score from which two groups of windows are one talker; by default that at which the system's
-            calibration gives a ratio of 1.
+        likeness: from which two groups of windows are one talker: see `_likeness`.
         least: seconds; whoever speaks less goes to the nearest other talker.
         at_once: windows that are clustered together, in 16 bytes times their square; the groups of all are then merged.
         batch: windows that the model sees at once.
 
-    Raises UserError where nothing is speech, or nothing says from which score on two are one.
+    Raises UserError where nothing is speech.
     """
     model = system.model
     if not isinstance(model, SpeakerEncoder | ForeignEncoder):
         raise UserError("diarization needs an encoder that hears the recording, not its embeddings")
     if speakers is not None and speakers < 1:
         raise ValueError(f"speakers must be 1 or more, got {speakers}")
-    if threshold is None and speakers is None:
-        threshold = _equal_ratio(system)
+    if not 0 < likeness <= 1:
+        raise ValueError(f"likeness must be above 0 and at most 1, got {likeness}")
     rate, meter = model.sample_rate, QualityMeter(model.sample_rate)
     for block in blocks():
         meter.add(block)
@@ -104,7 +106,7 @@ def diarize(
     places = [place for region in regions for place in _windows(*region)]
     cut = _cut(blocks(), places, rate)
     x, second = _embed(cut, model, system.mean, batch, separator)
-    labels, centres = _cluster(x, system, speakers, threshold, at_once)
+    labels, centres = _cluster(x, speakers, likeness, at_once)
     labels, centres = _settle(x, labels, centres, least, speakers)
     turns = _turns(x, places, regions, centres, second)
     order = list(dict.fromkeys(turn.speaker for turn in turns))
@@ -199,48 +201,54 @@ def _two_voices(voices: Samples, mix: Samples) -> Samples | None:
     return None if alike > ALIKE else two
 
 
-def _equal_ratio(system: SpeakerSystem) -> float:
-    """The score whose calibrated ratio is 1. Raises UserError where the system is not calibrated by scores alone."""
-    if system.calibration is None or system.quality is not None:
-        raise UserError(
-            "how many talk cannot be told without a calibration by scores alone: run `calibrate`, or give --speakers "
-            "or --threshold"
-        )
-    return -system.calibration.bias / float(system.calibration.weights[0])
-
-
-def _cluster(
-    x: NDArray, system: SpeakerSystem, speakers: int | None, threshold: float | None, at_once: int
-) -> tuple[NDArray[np.intp], NDArray]:
+def _cluster(x: NDArray, speakers: int | None, likeness: float, at_once: int) -> tuple[NDArray[np.intp], NDArray]:
     """Talker of each window and the centres of all.
 
-    Ward's method makes small groups of at most `at_once` windows at a time; average linkage then merges the means of
-    all groups by their scores, until none reaches the threshold or `speakers` are left.
+    Ward's method makes small groups of at most `at_once` windows at a time; average linkage then merges all groups by
+    how alike they are, until none reaches `likeness` or `speakers` are left.
     """
     groups = np.empty(len(x), np.intp)
     total = 0
     for start in range(0, len(x), at_once):
         part = x[start : start + at_once]
-        count = min(len(part), max(speakers or 1, min(16, len(part) // 4), 1))
-        own = AgglomerativeClustering(count).fit_predict(part) if len(part) > 1 else np.zeros(1, np.intp)
+        count = max(min(speakers or 1, len(part)), min(16, len(part) // 6))
+        own = AgglomerativeClustering(count).fit_predict(part) if count > 1 else np.zeros(len(part), np.intp)
         groups[start : start + at_once] = own + total
         total += count
-    means = _means(x, groups, total)
     if total == 1:
-        return groups, means
-    raw = means + (0.0 if system.mean is None else system.mean)
-    left, right = (index.ravel() for index in np.indices((total, total)))
-    scores = system.score(raw, raw, left, right).reshape(total, total)
-    distance = scores.max() - (scores + scores.T) / 2
+        return groups, _means(x, groups, 1)
+    distance = np.maximum(1 - _likeness(x, groups, total), 0.0)
     np.fill_diagonal(distance, 0.0)
-    rule = (
-        {"n_clusters": min(speakers, total)}
-        if speakers
-        else {"n_clusters": None, "distance_threshold": scores.max() - threshold}
-    )
-    merged = AgglomerativeClustering(metric="precomputed", linkage="average", **rule).fit_predict(distance)
+    merged = AgglomerativeClustering(
+        min(speakers, total) if speakers else None,
+        metric="precomputed",
+        linkage="average",
+        distance_threshold=None if speakers else 1 - likeness,
+    ).fit_predict(distance)
     labels = merged[groups]
     return labels, _means(x, labels, int(merged.max()) + 1)
+
+
+def _likeness(x: NDArray, groups: NDArray[np.intp], total: int, near: int = 3) -> NDArray:
+    """Of groups a and b the mean cosine between their windows over that within them, (total, total).
+
+    c_ab / sqrt(w_a w_b), where w_a is the mean over windows of a that are more than `near` apart, as neighbours share
+    sound. It is 1 for two halves of one talker, whatever the length of the windows and the scale of the encoder's
+    cosines.
+    """
+    sums, sizes = np.zeros((total, x.shape[1])), np.bincount(groups, minlength=total)
+    np.add.at(sums, groups, x)
+    inside, pairs = (sums**2).sum(1), sizes.astype(np.float64) ** 2
+    for lag in range(near + 1):
+        first, later = groups[: len(x) - lag], groups[lag:]
+        same = first == later
+        cosines = np.einsum("ne,ne->n", x[: len(x) - lag][same], x[lag:][same])
+        times = 2 if lag else 1
+        inside -= times * np.bincount(first[same], cosines, minlength=total)
+        pairs -= times * np.bincount(first[same], minlength=total)
+    within = np.where(pairs > 0, inside / np.maximum(pairs, 1), 1.0).clip(0.1)
+    means = sums / sizes[:, None]
+    return means @ means.T / np.sqrt(within[:, None] * within)
 
 
 def _means(x: NDArray, labels: NDArray, count: int) -> NDArray:

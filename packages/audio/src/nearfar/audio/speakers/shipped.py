@@ -5,7 +5,7 @@ from pathlib import Path
 from nearfar.core.errors import UserError
 
 WEIGHTS = Path(__file__).parent / "weights"
-DEFAULT_MODEL = "small"
+DEFAULT_MODEL = "small-8k"
 
 
 def shipped_models() -> list[str]:
