@@ -50,6 +50,6 @@ def test_people_who_took_no_part_are_told_apart(name, tmp_path):
             speakers.append(speaker)
     left, right = map(np.array, zip(*combinations(range(len(x)), 2)))
     names = np.array(speakers)
-    assert not any(system.trained_on.seen([], set(speakers)))
+    assert not any(system.trained_on.seen([""] * 3, ["fsdd-jackson", "fsdd-nicolas", "fsdd-yweweler"]))
     scores = system.score(np.stack(x), np.stack(x), left, right)
     assert eer(scores, (names[left] == names[right]).astype(int)).value < 0.2

@@ -3,7 +3,7 @@
     sound -> speech activity -> embeddings of windows -> small groups -> talkers -> turns
 
 The sound is read twice, in blocks; what is kept of it is a level for every 10 ms and an embedding for every half second
-of speech (2 MB and 3 MB an hour with 96 numbers each). Clustering takes at most `at_once` windows together.
+of speech (3 MB and 3 MB an hour with 96 numbers each). Clustering takes at most `at_once` windows together.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
