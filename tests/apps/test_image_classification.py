@@ -76,9 +76,19 @@ def test_train_evaluate_predict(data: Path, tmp_path: Path) -> None:
         assert again["accuracy"] == pytest.approx(scores["accuracy"] * scores["pictures"] / (scores["pictures"] + 1))
         with pytest.raises(BatchError, match=r"1 of \d+ failed"):
             call("predict", run, data / "test", "-o", tmp_path / "table.csv")
+        (failed,) = json.loads((tmp_path / "failures.json").read_text())
+        assert failed["item"] == str(spoilt)
     finally:
         spoilt.unlink()
     lines = (tmp_path / "table.csv").read_text().splitlines()
+    # what is known is not done again: rows that were changed by hand come back
+    kept = tmp_path / ".table.csv.rows.jsonl"
+    kept.write_text(kept.read_text().replace('"row": [', '"row": [7.0, '))
+    again = json.loads(call("predict", run, data / "test", "-o", tmp_path / "table.csv", "--json"))
+    assert {row["probability"] for row in again} == {7.0}
+    apart = call("predict", run, data / "test", "-o", tmp_path / "apart.csv", "--workers", 2, "--json")
+    assert [row["class"] for row in json.loads(apart)] == [line.split(",")[2] for line in lines[1:]]
+    assert not (tmp_path / "failures.json").exists()
     assert lines[0] == "file,rank,class,probability"
     assert len(lines) == 1 + scores["pictures"]
     (data.parent / "other").mkdir(exist_ok=True)

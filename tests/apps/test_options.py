@@ -12,7 +12,7 @@ SHARED = {
     f"--{name}": getattr(options, kind).__metadata__[0].help
     for name, kind in {
         "device": "Device", "fresh": "Fresh", "json": "Json", "memory": "Memory", "precision": "Precision",
-        "devices": "Devices", "processes": "Processes",
+        "devices": "Devices", "engine": "Engine", "timeout": "Timeout",
         "seed": "Seed", "set": "Settings", "workers": "Workers",
     }.items()
 }  # fmt: skip

@@ -110,7 +110,7 @@ def test_a_folder_goes_on_past_bad_files_and_names_them(model, tmp_path, capsys)
     assert "4 of 5 failed" in text
     for words in ("silent.wav: silent", "nan.wav: holds a value", "cut.wav: truncated", "text.flac: "):
         assert words in text
-    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name[0] != ".") == ["good"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name[0] != ".") == ["failures.json", "good"]
 
 
 def test_clipping_and_very_short_input_are_handled(model, tmp_path, capsys):

@@ -138,7 +138,7 @@ def test_tour_chapter(tmp_path: Path) -> None:
     assert "CATANet, small" in page
 
 
-def test_processes_share_the_pictures_out(net: Path, tmp_path: Path) -> None:
+def test_workers_share_the_pictures_out(net: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for i in range(3):
         Image.fromarray(data.coffee()[30 * i : 30 * i + 24, :32]).save(tmp_path / "in" / f"{i}.png")
@@ -146,6 +146,6 @@ def test_processes_share_the_pictures_out(net: Path, tmp_path: Path) -> None:
     for count in (1, 2):
         out = tmp_path / f"out-{count}"
         with pytest.raises(BatchError, match=r"1 of 4 failed:\n.*bad\.png"):
-            call("upscale", tmp_path / "in", "--model", net, "-o", out, "--processes", count)
+            call("upscale", tmp_path / "in", "--model", net, "-o", out, "--workers", count)
     for i in range(3):
         assert (tmp_path / "out-2" / f"{i}.png").read_bytes() == (tmp_path / "out-1" / f"{i}.png").read_bytes()

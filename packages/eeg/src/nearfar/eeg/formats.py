@@ -1,8 +1,9 @@
 """Recordings in formats that MNE does not read: XDF (LSL's LabRecorder), OpenBCI's text files, BrainFlow's tables."""
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mne
 import numpy as np
@@ -203,3 +204,34 @@ def _raw(
     raw = mne.io.RawArray(data, mne.create_info(unique, rate, types), verbose="ERROR")
     raw.info["description"] = str(path)
     return raw
+
+
+def check_matlab(path: Path) -> None:
+    """Raise UserError where the parts of a MATLAB file (version 5 to 7) are not what its tags say.
+
+    scipy reads beyond its memory where the type of a part is none, and ends the process.
+    """
+    with path.open("rb") as file:
+        head = file.read(128)
+        if len(head) < 128 or head[126:128] not in (b"IM", b"MI"):
+            return  # version 4, or 7.3
+        order: Literal["little", "big"] = "little" if head[126:128] == b"IM" else "big"
+        while len(tag := file.read(8)) == 8:
+            kind, size = (int.from_bytes(tag[i : i + 4], order) for i in (0, 4))
+            content = file.read(size)
+            if len(content) < size:
+                raise UserError(f"{path}: truncated; copy it again")
+            _check_parts(path, zlib.decompress(content) if kind == 15 else tag + content, order)
+
+
+def _check_parts(path: Path, content: bytes, order: Literal["little", "big"]) -> None:
+    place = 0
+    while place + 8 <= len(content):
+        kind, size = (int.from_bytes(content[place + i : place + i + 4], order) for i in (0, 4))
+        small = kind >> 16  # bytes that stand in the tag itself
+        kind, size, begin = (kind & 0xFFFF, small, place + 4) if small else (kind, size, place + 8)
+        if not 1 <= kind <= 18 or begin + size > len(content) or small > 4:
+            raise UserError(f"{path}: damaged, a part of it is of type {kind} and {size:,} bytes; copy it again")
+        if kind == 14:
+            _check_parts(path, content[begin : begin + size], order)
+        place = place + 8 if small else begin + size + -size % 8

@@ -29,7 +29,7 @@ from nearfar.core.reading import check_announced, reading
 from nearfar.eeg import conventions
 from nearfar.eeg.annotations import Events, event_counts, quiet, source_name
 from nearfar.eeg.channels import type_channels
-from nearfar.eeg.formats import is_openbci, read_brainflow, read_openbci, read_xdf
+from nearfar.eeg.formats import check_matlab, is_openbci, read_brainflow, read_openbci, read_xdf
 from nearfar.eeg.triggers import annotate_triggers
 
 logger = logging.getLogger("nearfar.eeg")
@@ -318,6 +318,7 @@ def _is_epoched(path: Path) -> bool:
     if not name.endswith(".set") or not path.is_file():
         return False
     with reading(path, "cannot be read as an EEGLAB file", DAMAGED):
+        check_matlab(path)
         try:
             names = {variable for variable, _, _ in whosmat(path)}
         except NotImplementedError:  # version 7.3
@@ -356,7 +357,8 @@ def _check_edf(path: Path) -> None:
         raise UserError(
             f"{path}: not an {path.suffix[1:].upper()} file; give the recording in its own format"
         ) from error
-    if min(signals, *samples, 1) < 1 or not 0 <= seconds < math.inf or header < 256 * (signals + 1):
+    whole = len(samples) == signals and min(signals, *samples, 1) > 0 and header >= 256 * (signals + 1)
+    if not whole or not 0 <= seconds < math.inf:
         raise UserError(f"{path}: its header is damaged ({signals} signals, records of {seconds:g} s); copy it again")
     if signals * max(samples) > 1000 * sum(samples):
         raise UserError(f"{path}: has {max(samples):,} samples in one of {signals} signals and few in the others")
@@ -389,6 +391,9 @@ def _check_gdf(path: Path) -> None:
 def _check_brainvision(path: Path, notes: list[str]) -> None:
     """Compare the files that a BrainVision header names with those that are there."""
     text = path.read_text(encoding="latin1")
+    count = re.search(r"^NumberOfChannels=(\d+)", text, re.MULTILINE | re.IGNORECASE)
+    if count is not None and int(count[1]) > (told := len(re.findall(r"^Ch\d+=", text, re.MULTILINE | re.IGNORECASE))):
+        raise UserError(f"{path}: announces {count[1]} channels and describes {told}; copy it again")
     for key, ending, what in (("DataFile", ".eeg", "signals"), ("MarkerFile", ".vmrk", "markers")):
         match = re.search(rf"^{key}=(.+?)\s*$", text, re.MULTILINE | re.IGNORECASE)
         if match is None or (path.parent / (named := match[1].replace("$b", path.stem))).is_file():
@@ -422,6 +427,7 @@ def _name_channels(
 ) -> None:
     """Names, types and positions, in place."""
     name = source_name(raw)
+    raw.rename_channels({old: "".join(filter(str.isprintable, old)).strip() for old in raw.ch_names})
     if conventions.is_bciciv2a(raw.ch_names):
         raw.rename_channels(dict(zip(raw.ch_names, conventions.BCICIV2A_CHANNELS)))
     if rename:

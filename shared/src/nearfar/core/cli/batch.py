@@ -1,13 +1,37 @@
 """Batches that go on past bad items."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar, cast
 
 from nearfar.core.cli.console import Item, clean, track
 from nearfar.core.errors import UserError
+from nearfar.core.files import write_json
 from nearfar.core.memory import machine_memory
 
 Result = TypeVar("Result")
+
+TOGETHER = 64
+"""Items that are done at once where an action can."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the items of a batch are worked on."""
+
+    workers: int = 0
+    """Processes; 0 or 1: this one, on one machine."""
+    engine: str = "local"
+    """`local`, or `ray`, see `nearfar.core.cluster`."""
+    seconds: float | None = None
+    """Most time for an item, in a process of its own."""
+
+    @property
+    def here(self) -> bool:
+        """Whether all is done in this process."""
+        return self.engine == "local" and self.workers < 2 and self.seconds is None
 
 
 class BatchError(UserError):
@@ -19,27 +43,66 @@ def run_batch(
     action: Callable[[Item], Result],
     description: str,
     name: Callable[[Item], str] = str,
-    processes: int = 1,
+    places: Places = Places(),
+    failed: Path | None = None,
+    each: Callable[[Item, Result], object] | None = None,
+    together: Callable[[Sequence[Item]], Sequence[Result]] | None = None,
 ) -> tuple[list[Result], list[str]]:
     """Apply `action` to each item with a progress bar, going on past those that fail, in whatever way.
 
     Returns the results of the good items, in their order, and one line per failure that starts with the item's `name`;
     what is no UserError is named by its kind (readers should say it better). Write what the results are for, then call
-    `raise_failures`. `processes` above 1: in as many, see `nearfar.core.workers.spread`; one that takes more
-    than its share of the machine's memory is ended, and its item named.
+    `raise_failures`. In other processes, see `nearfar.core.workers.spread`, one that takes more than its share of the
+    machine's memory is ended, and its item named.
+
+    `failed`: a JSON file of the failures, `[{item, kind, error}]`, that is there only where there are some. `each` is
+    called in this process with every good item as it is done. `together` does what `action` does for some items at
+    once, where that is faster and all is done in this process.
     """
     items = list(items)
     done: Iterable[tuple[int, Result | None, Exception | None]]
-    if processes > 1 and len(items) > 1:
-        from nearfar.core.workers import spread
+    if places.engine == "ray":
+        from nearfar.core import cluster
 
-        done = spread(items, action, processes, memory=machine_memory() // processes)
+        done = cluster.spread(items, action, max(places.workers, 1), places.seconds)
+    elif not places.here:
+        from nearfar.core import workers
+
+        number = max(places.workers, 1)
+        done = workers.spread(items, action, number, places.seconds, machine_memory() // number)
     else:
-        done = ((index, *_tried(action, item)) for index, item in enumerate(items))
-    found = {index: (result, error) for index, result, error in track(done, description, len(items))}
+        done = _here(items, action, together)
+    found: dict[int, tuple[Result | None, Exception | None]] = {}
+    for index, result, error in track(done, description, len(items)):
+        found[index] = result, error
+        if each is not None and error is None:
+            each(items[index], cast(Result, result))
     results = [cast(Result, found[i][0]) for i in range(len(items)) if found[i][1] is None]
-    failures = [failure(name(items[i]), error) for i in range(len(items)) if (error := found[i][1]) is not None]
+    errors = [(name(items[i]), error) for i in range(len(items)) if (error := found[i][1]) is not None]
+    failures = [failure(*one) for one in errors]
+    if failed is not None and errors:
+        lines = zip(errors, failures, strict=True)
+        table = [{"item": item, "kind": type(error).__name__, "error": line} for (item, error), line in lines]
+        write_json(failed, table)
+    elif failed is not None:
+        failed.unlink(missing_ok=True)
     return results, failures
+
+
+def _here(
+    items: list[Item],
+    action: Callable[[Item], Result],
+    together: Callable[[Sequence[Item]], Sequence[Result]] | None,
+) -> Iterator[tuple[int, Result | None, Exception | None]]:
+    size = 1 if together is None else TOGETHER
+    for start in range(0, len(items), size):
+        some = items[start : start + size]
+        results: Sequence[Result] | None = None
+        if together is not None and len(some) > 1:
+            with suppress(Exception):  # that of one of them, which is found below
+                results = together(some)
+        for place, item in enumerate(some):
+            yield start + place, *(_tried(action, item) if results is None else (results[place], None))
 
 
 def _tried(action: Callable[[Item], Result], item: Item) -> tuple[Result | None, Exception | None]:

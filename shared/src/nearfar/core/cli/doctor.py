@@ -11,7 +11,18 @@ import typer
 from nearfar.core.cli.console import console, show_json, table
 from nearfar.core.entry_points import load_entry_point
 
-LIBRARIES = ("numpy", "lightning", "timm", "torchaudio", "transformers", "datasets", "mne", "braindecode", "monai")
+LIBRARIES = (
+    "numpy",
+    "lightning",
+    "timm",
+    "torchaudio",
+    "transformers",
+    "datasets",
+    "mne",
+    "braindecode",
+    "monai",
+    "ray",
+)
 
 GIGABYTE = 1 << 30
 

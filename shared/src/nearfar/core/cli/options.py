@@ -1,7 +1,7 @@
 """Options that commands of several apps share: one name, one meaning, one help text."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -41,6 +41,10 @@ Devices = Annotated[
 ]
 """To be taken by a command that trains once: the callback starts the processes, each of which runs the command."""
 Device = Annotated[str, typer.Option("--device", help="auto (the fastest), cpu, cuda or mps.", callback=_device)]
+Engine = Annotated[
+    Literal["local", "ray"],
+    typer.Option("--engine", help="Whose --workers: this machine's, or the Ray cluster's at RAY_ADDRESS."),
+]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Forget the run that the folder holds and start anew, e.g. with other data.")
 ]
@@ -48,10 +52,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 Memory = Annotated[str | None, typer.Option("--memory", help="Most memory to use, such as 800M or 2G.")]
 Precision = Annotated[
     str, typer.Option("--precision", help=f"Of the training: {', '.join(PRECISIONS)}.", callback=_precision)
-]
-Processes = Annotated[
-    int,
-    typer.Option("--processes", min=1, help="Processes that share the files out, each with a model of its own."),
 ]
 RunFolder = Annotated[
     Path, typer.Option("--output", "-o", help="Folder of the run and its model; the same command goes on there.")
@@ -61,7 +61,16 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="A setting of the recipe, NAME=VALUE, e.g. epochs=50. Repeat for more."),
 ]
-Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that read the data.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option("--timeout", min=0, help="Most seconds for a file, which is given up then; the others go on."),
+]
+Workers = Annotated[
+    int,
+    typer.Option(
+        "--workers", min=0, help="Processes that read the data or, where each file is worked on by itself, do the work."
+    ),
+]
 
 
 def recipe_option(folder: Path | None = None) -> Any:

@@ -1,5 +1,6 @@
 """`nearfar image-classification`: train, evaluate, use and compare picture classifiers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,23 +16,35 @@ from nearfar.apps.image_classification.common import (
     known_pictures,
     one_class,
     open_classifier,
-    read_pictures,
 )
 from nearfar.apps.image_classification.explain import explain_pictures
 from nearfar.apps.image_classification.export import export
 from nearfar.apps.image_classification.prune import prune
 from nearfar.apps.image_classification.robustness import robustness
-from nearfar.core.cli.batch import raise_failures
+from nearfar.core.cli.batch import Places, raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, show, track
-from nearfar.core.cli.options import Device, Devices, Fresh, Json, RunFolder, Settings, Workers, recipe_option
+from nearfar.core.cli.options import (
+    Device,
+    Devices,
+    Engine,
+    Fresh,
+    Json,
+    RunFolder,
+    Settings,
+    Timeout,
+    Workers,
+    recipe_option,
+)
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.finite import is_finite
+from nearfar.core.made_from import KeptRows, model_digest
 from nearfar.core.plots import new_figure
 from nearfar.core.report import Report
+from nearfar.core.workers import Once
 from nearfar.vision.classification import RECIPES
 from nearfar.vision.classification.classifier import LINEAR, card_of, evaluate_multilabel, evaluate_scores, small_forms
-from nearfar.vision.data.images import open_pictures, training_pictures
+from nearfar.vision.data.images import Pictures, open_pictures, picture_files, read_picture, training_pictures
 from nearfar.vision.models.registry import MODELS, VARIANTS
 
 app = typer.Typer(
@@ -204,24 +217,48 @@ def predict(
     model: Published = None,
     views: Views = None,
     device: Device = "auto",
+    workers: Workers = 0,
+    engine: Engine = "local",
+    timeout: Timeout = None,
     as_json: Json = False,
 ) -> None:
     """Name what pictures show, and write a table: file, class, probability.
 
     Where pictures have several classes, all of at least the threshold; a picture of none has one line of rank 0, with
-    no class and the probability of the likeliest.
+    no class and the probability of the likeliest. Pictures whose answer is known from a call before, with the same
+    content, model and options, are not done again; failures.json beside the table tells what could not be done.
     """
-    trained = open_classifier(classifier, model)
+    once = Once(lambda: open_classifier(classifier, model))
+    trained = once()
     if threshold is not None and not (trained.multilabel and 0 <= threshold <= 1):
         raise UserError(f"--threshold {threshold:g}: is a probability, for classifiers of several classes a picture")
     least = (0.5 if threshold is None else threshold) if trained.multilabel else -1.0
-    pictures, failures = read_pictures(paths, trained.classes)
+    files = picture_files(paths)
+    kept = KeptRows(output, model_digest(classifier), variant=model, views=views, device=device)
+    known = {file: row for file in files if (row := kept.find(file)) is not None}
+    if known and not as_json:
+        messages.print(f"{len(known)} of {len(files)} pictures are known from a call before")
+    classes = trained.classes
+
+    def several(some: Sequence[Path]) -> list[list[float]]:
+        pictures = Pictures([str(f) for f in some], [-1] * len(some), classes, lambda i: read_picture(some[i]))
+        return once().scores(pictures, device=device, views=views).tolist()
+
+    def keep(file: Path, row: list[float]) -> None:
+        kept.add(file, row)
+        known[file] = row
+
+    _, failures = run_batch(
+        [file for file in files if file not in known], lambda file: several([file])[0], "predicting",
+        places=Places(workers, engine, timeout), failed=output.with_name("failures.json"), each=keep, together=several,
+    )  # fmt: skip
     rows: list[dict[str, Any]] = []
-    if len(pictures):
-        scores = trained.scores(pictures, device=device, views=views)
+    if known:
+        done = [file for file in files if file in known]
+        scores = torch.tensor([known[file] for file in done])
         number = min(top or (len(trained.classes) if trained.multilabel else 1), len(trained.classes))
         best = scores.topk(number, dim=1)
-        for name, values, indices in zip(pictures.names, best.values.tolist(), best.indices.tolist(), strict=True):
+        for name, values, indices in zip(map(str, done), best.values.tolist(), best.indices.tolist(), strict=True):
             if not is_finite(values):
                 failures.append(f"{name}: the model's scores are not finite, so no class is named")
                 continue
@@ -236,8 +273,8 @@ def predict(
         write_csv(output, rows)
         show(rows if as_json else rows[:20], as_json)
         if not as_json:
-            console.print(f"{len(pictures)} pictures: {output}", soft_wrap=True)
-    raise_failures(failures, len(pictures) + len(failures))
+            console.print(f"{len(known)} pictures: {output}", soft_wrap=True)
+    raise_failures(failures, len(files))
 
 
 @app.command()

@@ -13,9 +13,21 @@ import typer
 import yaml
 
 from nearfar.apps.medical_segmentation import pages
-from nearfar.core.cli.batch import raise_failures, run_batch
+from nearfar.core.cli.batch import Places, raise_failures, run_batch
 from nearfar.core.cli.console import console, say, show_json, table, track
-from nearfar.core.cli.options import Device, Devices, Fresh, Json, Memory, Processes, RunFolder, Settings, recipe_option
+from nearfar.core.cli.options import (
+    Device,
+    Devices,
+    Engine,
+    Fresh,
+    Json,
+    Memory,
+    RunFolder,
+    Settings,
+    Timeout,
+    Workers,
+    recipe_option,
+)
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
 from nearfar.core.made_from import MadeFrom, mark_beside, model_digest
@@ -246,7 +258,9 @@ def predict(
     part: Annotated[str | None, typer.Option(help="Of a data set, only the cases of `train` or `test`.")] = None,
     memory: Memory = None,
     device: Device = "auto",
-    processes: Processes = 1,
+    workers: Workers = 0,
+    engine: Engine = "local",
+    timeout: Timeout = None,
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Also write DICOM-SEG for DICOM input.")] = False,
     codes: Annotated[
         Path | None,
@@ -314,7 +328,9 @@ def predict(
             sizes = [f"{name} {count * volume / 1000:.1f} ml" for name, count in voxels.items()]
         return {"case": case.name, "labels": ", ".join(sizes), "file": str(target), "marked": marked}
 
-    rows, failures = run_batch(jobs, one, "segmenting", lambda job: str(job[1].images[0]), processes)
+    rows, failures = run_batch(
+        jobs, one, "segmenting", lambda job: str(job[1].images[0]), Places(workers, engine, timeout)
+    )
     console.print(table(rows))
     _note(notes)
     raise_failures(failures, len(jobs))

@@ -20,15 +20,29 @@ from nearfar.audio.separation.live import WavPipe, read_pipe
 from nearfar.audio.separation.memory import fit_window
 from nearfar.audio.separation.windows import model_separator
 from nearfar.audio.sound import SUFFIXES, Recording, writing
-from nearfar.core.cli.batch import raise_failures, run_batch
+from nearfar.core.cli.batch import Places, raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, progress, show_json, table
-from nearfar.core.cli.options import Device, Devices, Fresh, Json, Memory, RunFolder, Seed, Settings, recipe_option
+from nearfar.core.cli.options import (
+    Device,
+    Devices,
+    Engine,
+    Fresh,
+    Json,
+    Memory,
+    RunFolder,
+    Seed,
+    Settings,
+    Timeout,
+    Workers,
+    recipe_option,
+)
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.fingerprint import content_digest
 from nearfar.core.made_from import MadeFrom, model_digest
 from nearfar.core.memory import parse_memory
 from nearfar.core.model_folder import TrainedOn, mark, trained_on
+from nearfar.core.workers import Once
 
 app = typer.Typer(
     help="Separate the voices of a recording: `separate` with a model that you have, or `train` one from recordings of "
@@ -102,13 +116,16 @@ def separate(
     rate: Rate = None,
     mapping: Mapping = False,
     device: Device = "auto",
+    workers: Workers = 0,
+    engine: Engine = "local",
+    timeout: Timeout = None,
     as_json: Json = False,
 ) -> None:
     """Write one file per voice, at the recording's rate, with a page to listen to.
 
     OUTPUT/<name>/ gets voice1.wav, voice2.wav ..., separation.json, index.html and spectrograms.png.
     With --stream, - reads a pipe (wav, flac, ogg, mp3, or --raw) into OUTPUT/live, and `-o -` writes a wav with one
-    channel per voice to standard output, both as the sound comes. --memory counts all of the process; windows are
+    channel per voice to standard output, both as the sound comes. --memory counts all of a process; windows are
     shortened to keep to it.
     """
     piped, to_pipe = inputs == [Path("-")], output == Path("-")
@@ -132,22 +149,25 @@ def separate(
     if channel is not None and (piped or to_pipe or (channel == EACH and (stream or check))):
         raise UserError("--channel: is for files, and each for neither --stream nor --check")
     found = inputs if piped else _recordings(inputs)
-    net = load_separator(model, rate, False if mapping else None).to(device)
-    embed = None
-    if speaker_model is not None:
-        from nearfar.audio.separation.voice_embedding import SpeakerPrint
-        from nearfar.audio.speakers.system import SpeakerSystem
+    wished, budget = window, None if memory is None else parse_memory(memory)
 
-        embed = SpeakerPrint(SpeakerSystem.load(speaker_model, device))
-    frames_at_once = None
-    if memory is not None:
-        window, frames_at_once = fit_window(net, parse_memory(memory), window)
-    job = Job(
-        net, model_separator(net, device, frames_at_once), device, window, hop, embed,
-        None if speakers == "auto" else int(speakers), most, stream, consistency, str(level), str(audio_format),
-        channel,
-    )  # fmt: skip
+    def make_job() -> Job:
+        net = load_separator(model, rate, False if mapping else None).to(device)
+        embed = None
+        if speaker_model is not None:
+            from nearfar.audio.separation.voice_embedding import SpeakerPrint
+            from nearfar.audio.speakers.system import SpeakerSystem
 
+            embed = SpeakerPrint(SpeakerSystem.load(speaker_model, device))
+        window, frames_at_once = (wished, None) if budget is None else fit_window(net, budget, wished)
+        return Job(
+            net, model_separator(net, device, frames_at_once), device, window, hop, embed,
+            None if speakers == "auto" else int(speakers), most, stream, consistency, str(level), str(audio_format),
+            channel,
+        )  # fmt: skip
+
+    jobs = Once(make_job)
+    job = jobs()
     with progress() as bar:
         tasks: dict[str, Any] = {}
 
@@ -162,7 +182,7 @@ def separate(
         if to_pipe:
             source, found_rate = _source(found[0], raw)
             with broken_pipe():
-                out = WavPipe(sys.stdout.buffer, found_rate, net.num_speakers)
+                out = WavPipe(sys.stdout.buffer, found_rate, job.model.num_speakers)
                 separating.stream(job, source, found_rate, out, lambda done: None, str(found[0]))
             return
         if piped:
@@ -178,6 +198,8 @@ def separate(
             }
             options |= {"level": job.level, "ending": job.ending, "rate": rate, "mapping": mapping, "channel": channel}
             options["voices"] = None if speaker_model is None else model_digest(speaker_model)
+            places = Places(workers, engine, timeout)
+            tell = advance if places.here else quiet
 
             def one(path: Path) -> dict[str, Any]:
                 record = output / path.stem / "separation.json"
@@ -185,15 +207,16 @@ def separate(
                 if made.done() and record.is_file():
                     result = json.loads(record.read_text(encoding="utf-8"))
                 else:
-                    result = separating.separate_file(job, path, output / path.stem, advance)
+                    result = separating.separate_file(jobs(), path, output / path.stem, tell)
                     made.write()
                 if check and "check" not in result:
-                    result["check"] = separating.check_file(job, path)
+                    result["check"] = separating.check_file(jobs(), path)
                     write_json(record, result)
                     made.write()
                 return result
 
-            results, failures = run_batch(found, one, "separating")
+            failed = output / "failures.json"
+            results, failures = run_batch(found, one, "separating", places=places, failed=failed)
     if as_json:
         show_json(results)
     elif results:
@@ -219,6 +242,10 @@ def separate(
                 times = ", ".join(f"{t:g}" for t in row["uncertain"][:10])
                 messages.print(f"{row['file']}: which voice is which was not clear at {times} s")
     raise_failures(failures, len(found))
+
+
+def quiet(name: str, done: float, total: float) -> None:
+    """Other processes tell no progress within a recording."""
 
 
 def _source(path: Path, raw: str | None) -> tuple[Iterator[np.ndarray], int]:

@@ -7,17 +7,18 @@ from typing import Annotated, Any
 import typer
 
 from nearfar.apps.super_resolution.page import before_and_after
-from nearfar.core.cli.batch import raise_failures, run_batch
+from nearfar.core.cli.batch import Places, raise_failures, run_batch
 from nearfar.core.cli.console import messages, progress, show, track
 from nearfar.core.cli.options import (
     Device,
     Devices,
+    Engine,
     Fresh,
     Json,
     Memory,
-    Processes,
     RunFolder,
     Settings,
+    Timeout,
     Workers,
     recipe_option,
 )
@@ -102,7 +103,9 @@ def upscale(
     limit: Annotated[int, typer.Option(help="Pixels of the largest picture that is read.")] = LIMIT,
     device: Device = "auto",
     as_json: Json = False,
-    processes: Processes = 1,
+    workers: Workers = 0,
+    engine: Engine = "local",
+    timeout: Timeout = None,
 ) -> None:
     """Enlarge pictures; transparency, 16 bits, colour profile, EXIF data and resolution are kept.
 
@@ -146,7 +149,8 @@ def upscale(
             tiles = "whole" if chosen.tile >= max(picture.pixels.shape[:2]) else str(chosen.tile)
             return row | {"size": f"{width} x {height}", "tiles": tiles, "notes": "; ".join(notes)}
 
-        rows, failures = run_batch(jobs, one, "enlarging", lambda job: str(job[0]), processes)
+        places = Places(workers, engine, timeout)
+        rows, failures = run_batch(jobs, one, "enlarging", lambda job: str(job[0]), places, output / "failures.json")
     show(rows, as_json)
     raise_failures(failures, len(jobs))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pydicom.misc
 
-from nearfar.core.errors import UserError
+from nearfar.core.errors import UserError, some
 from nearfar.core.reading import read_json, reading
 from nearfar.medical.data.cases import Case, Collection
 from nearfar.medical.data.scans import NIFTI, NRRD, PICTURES
@@ -26,6 +26,9 @@ def find_cases(folder: str | Path) -> Collection:
         raise UserError(f"{folder}: no such folder")
     for layout in LAYOUTS:
         if (found := layout(folder)) is not None and found.cases:
+            counts = Counter((case.part, case.name) for case in found.cases)
+            if twice := [name for (_, name), count in counts.items() if count > 1]:
+                raise UserError(f"{folder}: has several cases of one name ({some(twice)}); give each its own")
             return _by_patient(found) if layout in (_dataset_json, _pairs) else found
     raise UserError(
         f"{folder}: no scans found; expected one of the layouts nnU-Net, Medical Segmentation Decathlon, ACDC, "

@@ -262,6 +262,8 @@ class Classifier:
                 model = create_model(record["name"], len(classes), size)
             with reading(weights, "does not fit its description", "copy the folder again", CheckpointError):
                 load_state_dict(model, read_state_dict(weights))
+        if getattr(model, "num_classes", len(classes)) != len(classes) or size < getattr(model, "min_size", 1):
+            raise UserError(f"{path}: damaged, its classes or size do not fit its weights; train again")
         return cls(model.eval(), **record)
 
     @classmethod

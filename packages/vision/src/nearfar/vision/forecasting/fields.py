@@ -71,7 +71,8 @@ class Fields:
         maps = []
         for (name, level), title in zip(self.channels, self.names, strict=True):
             field = now[name] if level is None else now[name].sel(level=level)
-            values = np.asarray(field.transpose("latitude", "longitude").values, dtype=np.float32)
+            with reading(self.source, f"{title} cannot be read at {np.datetime_as_string(self.times[index], 'm')}"):
+                values = np.asarray(field.transpose("latitude", "longitude").values, dtype=np.float32)
             if not np.isfinite(values).all():
                 raise UserError(
                     f"{self.source}: {title} has {int((~np.isfinite(values)).sum())} missing or infinite values at "
