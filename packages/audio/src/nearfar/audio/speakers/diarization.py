@@ -111,8 +111,8 @@ def diarize(
     turns = _turns(x, places, regions, centres, second)
     order = list(dict.fromkeys(turn.speaker for turn in turns))
     names = {old: f"speaker{number + 1}" for number, old in enumerate(order)}
-    raw = 0.0 if system.mean is None else system.mean
-    voices = {names[old]: (centres[int(old)] + raw).astype(np.float32) for old in order}
+    mean = np.zeros(model.embedding_dim) if system.mean is None else system.mean
+    voices = {names[old]: (centres[int(old)] + mean).astype(np.float32) for old in order}
     named = [replace(turn, speaker=names[turn.speaker]) for turn in turns]
     return Diarization(named, seconds, overlap_seconds(named), meter.result(), voices)
 

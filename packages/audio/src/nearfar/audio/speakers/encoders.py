@@ -115,12 +115,12 @@ def _onnx(path: Path, rate: int | None) -> ForeignEncoder:
             shown = [(i.name, i.type, i.shape) for i in inputs]
             raise ValueError(f"its inputs are {shown}, not one of samples (1, N) or (N,)")
         name, flat = inputs[0].name, len(inputs[0].shape) == 1
-        rate = rate or int(known.get("sample_rate", 16000))
+        hertz = rate or int(known.get("sample_rate", 16000))
 
     def embed(samples: Samples) -> Any:
         return session.run(None, {name: samples if flat else samples[None]})[0]
 
-    return ForeignEncoder(embed, rate, data_digest(["onnx", content_digest(path), rate]), path.name)
+    return ForeignEncoder(embed, hertz, data_digest(["onnx", content_digest(path), hertz]), path.name)
 
 
 def _torchscript(path: Path, rate: int | None) -> ForeignEncoder:
@@ -128,13 +128,13 @@ def _torchscript(path: Path, rate: int | None) -> ForeignEncoder:
         raise UserError(f"{path}: no such file")
     with reading(path, "is no TorchScript network", "export it by torch.jit.trace or script; pickles are not loaded"):
         network = torch.jit.load(str(path), map_location="cpu").eval()
-        rate = rate or int(getattr(network, "sample_rate", 16000))
+        hertz = rate or int(getattr(network, "sample_rate", 16000))
 
     def embed(samples: Samples) -> Any:
         with torch.inference_mode():
             return network(torch.from_numpy(samples)[None])
 
-    return ForeignEncoder(embed, rate, data_digest(["torchscript", content_digest(path), rate]), path.name)
+    return ForeignEncoder(embed, hertz, data_digest(["torchscript", content_digest(path), hertz]), path.name)
 
 
 def _callable(source: str, rate: int | None) -> ForeignEncoder:
@@ -149,9 +149,9 @@ def _callable(source: str, rate: int | None) -> ForeignEncoder:
         embed = found() if isinstance(found, type) else found
         if not callable(embed):
             raise TypeError(f"{names} cannot be called")
-        rate = rate or int(getattr(embed, "sample_rate", 16000))
+        hertz = rate or int(getattr(embed, "sample_rate", 16000))
     code = content_digest(Path(file)) if file else ""
-    return ForeignEncoder(embed, rate, data_digest(["callable", source, code, rate]), source)
+    return ForeignEncoder(embed, hertz, data_digest(["callable", source, code, hertz]), source)
 
 
 @dataclass(frozen=True)
