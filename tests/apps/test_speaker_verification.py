@@ -552,3 +552,167 @@ def test_training_helps_on_people_it_has_not_heard(shared_data, tmp_path, capsys
     difference, low, high = figures["minus"]["figures"]["eer_nist"]
     assert low < difference < high
     assert difference < -0.05
+
+
+ENCODER = """import numpy as np
+def embed(samples):
+    bands = np.abs(np.fft.rfft(np.resize(samples, 8000)))[:4000].reshape(100, 40).mean(1)
+    return np.log(bands[:40] + 1e-3) - np.log(bands[:40] + 1e-3).mean()
+embed.sample_rate = 8000
+"""
+
+
+def test_any_encoder_is_scored_calibrated_and_rejects(test_folder, tmp_path, capsys, monkeypatch):
+    """From a function and from the embeddings that it gave: the same scores, ratios and answers."""
+    (tmp_path / "encoder_of_this_test.py").write_text(ENCODER)
+    monkeypatch.syspath_prepend(tmp_path)
+    encoder = ["--encoder", "encoder_of_this_test:embed"]
+    files = sorted(test_folder.rglob("*.wav"))
+    run("embed", test_folder, "-o", tmp_path / "table.npz", "--layout", "folder", *encoder)
+    table = ["--embeddings", tmp_path / "table.npz"]
+    trials, found = test_folder / "trials.txt", {}
+    for name, how in {"encoder": [*encoder, "--root", test_folder], "table": table}.items():
+        scores, own = tmp_path / f"{name}.txt", tmp_path / f"model-{name}"
+        run("score", trials, "-o", scores, *how)
+        run("calibrate", scores, *how[:2], "-o", own)
+        run("score", trials, "-o", tmp_path / f"{name}-llr.txt", *how, "-m", own, "--llr")
+        found[name] = read_scores(tmp_path / f"{name}-llr.txt")[1]
+        with pytest.raises(UserError, match="--output"):
+            run("calibrate", scores, *how[:2])
+        places = [
+            test_folder / "t0/0.wav",
+            test_folder / "t0/1.wav",
+            test_folder / "t5/1.wav",
+            test_folder / "t3/1.wav",
+        ]
+        a, b, c, d = places if name == "encoder" else [place.relative_to(test_folder) for place in places]
+        capsys.readouterr()
+        run("verify", a, b, *how[:2], "-m", own, "--json", "--no-gate")
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["llr_low"] <= answer["llr"] <= answer["llr_high"]
+        gallery = tmp_path / f"{name}.gallery"
+        run("enroll", "zero", a, b, "-g", gallery, *how[:2], *LENIENT)
+        run("enroll", "five", c, "-g", gallery, *how[:2], *LENIENT)
+        capsys.readouterr()
+        run("identify", d, "-g", gallery, *how[:2], "-m", own, "--far", "0.3", "--json", *LENIENT)
+        assert json.loads(capsys.readouterr().out)["gallery"] == 2
+        with pytest.raises(UserError, match=r"--encoder"):
+            run("verify", a, b, "-m", own)
+    assert eer(found["encoder"], read_scores(tmp_path / "encoder-llr.txt")[0].labels).value < 0.4
+    np.testing.assert_allclose(found["encoder"], found["table"], atol=1e-4)
+    np.savez(tmp_path / "other.npz", names=[str(f.relative_to(test_folder)) for f in files], embeddings=np.eye(24))
+    with pytest.raises(UserError, match="another encoder"):
+        run(
+            "score",
+            trials,
+            "-o",
+            tmp_path / "x",
+            "--embeddings",
+            tmp_path / "other.npz",
+            "-m",
+            tmp_path / "model-table",
+        )
+    capsys.readouterr()
+    with pytest.raises(UserError, match="--quality needs"):
+        run("score", trials, "-o", tmp_path / "x", "--embeddings", tmp_path / "other.npz", "--quality", "lap")
+    assert "does not say which encoder made it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_resemblyzer_is_an_encoder(tmp_path, monkeypatch):
+    """On real people, where its package (group `encoders`) and the recordings are there."""
+    pytest.importorskip("resemblyzer", exc_type=ImportError)
+    root = Path(__file__).parents[2]
+    digits = root.parent / "shared" / "data" / "fsdd" / "recordings"
+    if not digits.is_dir():
+        pytest.skip(f"{digits} is not there")
+    for speaker in ("george", "jackson", "nicolas"):
+        for number in range(6):
+            parts = [
+                soundfile.read(digits / f"{digit}_{speaker}_{number}.wav", dtype="float32")[0] for digit in range(8)
+            ]
+            (tmp_path / speaker).mkdir(exist_ok=True)
+            soundfile.write(tmp_path / speaker / f"{number}.wav", np.concatenate(parts), RATE)
+    names = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*.wav"))]
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    (tmp_path / "trials.txt").write_text("".join(f"{int(a[:4] == b[:4])} {a} {b}\n" for a, b in pairs))
+    monkeypatch.syspath_prepend(root)
+    run(
+        *("score", tmp_path / "trials.txt", "--root", tmp_path, "-o", tmp_path / "s.txt"),
+        *("--encoder", "benchmarks.resemblyzer_encoder:embed"),
+    )
+    trials, scores = read_scores(tmp_path / "s.txt")
+    assert eer(scores, trials.labels).value < 0.1
+
+
+def test_channels_of_a_training_corpus_are_chosen_never_averaged_in_silence(tmp_path):
+    """Two speakers on two channels: refused by default; `--channel` and `--mix-channels` say what is meant."""
+    for speaker in range(6):
+        for number in range(2):
+            path = tmp_path / "corpus" / f"s{speaker}" / f"{number}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            both = np.stack([voice(speaker, number), voice(speaker + 20, number)], 1)
+            soundfile.write(path, both, RATE)
+    train = ["train", tmp_path / "corpus", "--device", "cpu", *options([*TINY, "epochs=0"])]
+    with pytest.raises(UserError, match=r"holds no|no usable|too few|2 channels"):
+        run(*train, "-o", tmp_path / "none")
+    means = {}
+    for name, how in {"first": ["--channel", 1], "second": ["--channel", 2], "mix": ["--mix-channels"]}.items():
+        run(*train, "-o", tmp_path / name, *how)
+        means[name] = np.load(tmp_path / name / "scoring.npz")["mean"]
+    assert len({tuple(mean.tolist()) for mean in means.values()}) == 3
+
+
+def test_fusion_is_better_than_its_parts_and_knows_its_systems(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for part in ("dev", "eval"):
+        labels = rng.integers(0, 2, 2000)
+        for system in ("a", "b"):
+            values = 1.5 * labels + rng.standard_normal(2000)
+            words = np.where(labels, "target", "nontarget")
+            lines = (f"e{n} t{n} {value:.5f} {word}" for n, (value, word) in enumerate(zip(values, words)))
+            (tmp_path / f"{part}-{system}").write_text("\n".join(lines))
+            (tmp_path / f"{part}-{system}.json").write_text(json.dumps({"model": system}))
+    a, b = tmp_path / "eval-a", tmp_path / "eval-b"
+    run("fuse", tmp_path / "dev-a", tmp_path / "dev-b", "-o", tmp_path / "fusion.json", "--json")
+    assert len(json.loads(capsys.readouterr().out)["systems"]) == 3
+    run("fuse", a, b, "--fusion", tmp_path / "fusion.json", "-o", tmp_path / "fused")
+    rates = [eer(values, trials.labels).value for trials, values in map(read_scores, (a, b, tmp_path / "fused"))]
+    assert rates[2] < min(rates[:2]) - 0.03
+    for wrong in ([b, a], [a, b, b]):
+        with pytest.raises(UserError, match="was made for 2 other systems"):
+            run("fuse", *wrong, "--fusion", tmp_path / "fusion.json", "-o", tmp_path / "x")
+    (tmp_path / "short").write_text("e0 t0 1.0 target\n")
+    with pytest.raises(UserError, match="has 1 trials"):
+        run("fuse", a, tmp_path / "short", "-o", tmp_path / "x")
+
+
+def test_diarize_names_turns_and_gives_the_error_rate(model, tmp_path, capsys):
+    """Two voices in turn, named from a gallery; the reference is what was composed."""
+    turns = [(1.0, 7.0, 0.5), (8.0, 14.0, 10.5), (15.0, 21.0, 0.5), (22.0, 28.0, 10.5)]
+    sound = 1e-3 * np.random.default_rng(0).standard_normal(29 * RATE)
+    for number, (start, end, speaker) in enumerate(turns):
+        part = voice(speaker, 70 + number, end - start)
+        sound[int(start * RATE) : int(start * RATE) + len(part)] += part
+    soundfile.write(tmp_path / "call 1.wav", sound, RATE)
+    for name, speaker in (("low voice", 0.5), ("high", 10.5)):
+        soundfile.write(tmp_path / f"{name}.wav", voice(speaker, 90, 4.0), RATE)
+        run("enroll", name, tmp_path / f"{name}.wav", "-g", tmp_path / "gallery.npz", "-m", model, *LENIENT)
+    (tmp_path / "true.rttm").write_text(
+        "".join(f"SPEAKER call_1 1 {a} {b - a} <NA> <NA> v{v} <NA> <NA>\n" for a, b, v in turns)
+    )
+    capsys.readouterr()
+    run(
+        *("diarize", tmp_path / "call 1.wav", "-o", tmp_path / "out.rttm", "-m", model, "--speakers", 2, "--json"),
+        *("-g", tmp_path / "gallery.npz", "--far", "0.4", "--reference", tmp_path / "true.rttm", "--memory", "8G"),
+    )
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["error"]["missed_detection"] < 0.2
+    assert answer["error"]["der"] < 0.35
+    lines = (tmp_path / "out.rttm").read_text().splitlines()
+    assert all(line.startswith("SPEAKER call_1 1 ") for line in lines)
+    assert len(lines) == answer["turns"]
+    with pytest.raises(UserError, match="are too few"):
+        run("diarize", tmp_path / "call 1.wav", "-o", tmp_path / "x.rttm", "-m", model, "--memory", "10M")
+    with pytest.raises(UserError, match="is a folder"):
+        run("diarize", tmp_path / "call 1.wav", "-o", tmp_path, "-m", model)

@@ -323,3 +323,12 @@ def test_recipes_are_read_from_yaml(tmp_path):
         read_recipe(Recipe, None, ["rate_of_learning=1"])
     with pytest.raises(UserError, match="epochs is 0"):
         read_recipe(Recipe, None, ["epochs=0"])
+
+
+def test_channels_of_a_corpus_are_never_averaged(tmp_path):
+    for name in ("a_mix", "a_source1", "a_source2"):
+        samples = np.random.default_rng(0).standard_normal((800, 2 if name == "a_source2" else 1)).clip(-1, 1)
+        soundfile.write(tmp_path / f"{name}.wav", samples, 8000)
+    (mixture,) = find_mixtures(tmp_path)
+    with pytest.raises(UserError, match=r"a_source2\.wav: has 2 channels"):
+        mixture.read()

@@ -11,7 +11,7 @@ import torch
 from nearfar.audio.augment import CODECS, Augmentation, add_noise, add_reverberation, change_speed, through_codec
 from nearfar.audio.corpora import Utterance, find_utterances, locate
 from nearfar.audio.sound import read_samples
-from nearfar.audio.speakers.embedding import Embedder, model_digest
+from nearfar.audio.speakers.embedding import Embedder
 from nearfar.audio.speakers.frontends import KaldiFbank
 from nearfar.audio.speakers.gallery import Gallery
 from nearfar.audio.speakers.ltdnn import ECAPA, SpeakerEncoder
@@ -259,9 +259,9 @@ def test_embeddings_are_cached_by_model_and_content(tmp_path, monkeypatch):
     assert not np.array_equal(embed(copy).embedding, first.embedding)
     other = tiny_model()
     other.head.time_pool.linear.bias.data += 1
-    assert model_digest(other) != model_digest(model)
+    assert other.digest != model.digest
     assert not np.array_equal(Embedder(other, tmp_path / "cache")(path).embedding, first.embedding)
-    (stored,) = [p for p in (tmp_path / "cache").rglob("*.npz") if model_digest(model)[:16] in str(p)][:1]
+    (stored,) = [p for p in (tmp_path / "cache").rglob("*.npz") if model.digest[:16] in str(p)][:1]
     stored.write_bytes(b"damaged")
     embed(path), embed(copy)  # a damaged entry is made anew
 
@@ -469,7 +469,7 @@ def test_training_learns_speakers_it_has_not_heard_and_resumes(tmp_path):
     assert history[-1]["margin"] == pytest.approx(0.1)
     again = build_model(recipe)
     assert train_speaker_model(again, learn, held, recipe, tmp_path / "run", device="cpu") == history
-    assert model_digest(again) == model_digest(model)
+    assert again.digest == model.digest
 
 
 def test_recipes_refuse_what_does_not_go_together():

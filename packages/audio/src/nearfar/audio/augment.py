@@ -8,7 +8,7 @@ import soundfile
 import torch
 from scipy.signal import fftconvolve, resample_poly
 
-from nearfar.audio.sound import SUFFIXES, Samples, read_samples, resample
+from nearfar.audio.sound import SUFFIXES, Recording, Samples, read_samples, resample
 from nearfar.core.errors import UserError
 
 SNR = {"noise": (0.0, 15.0), "music": (5.0, 15.0), "speech": (13.0, 20.0)}
@@ -110,7 +110,8 @@ def degrade(samples: Samples, rate: int, rng: np.random.Generator) -> Samples:
     elif kind == 3:
         samples = lose_packets(samples, rate, rng, rng.uniform(0.01, 0.1))
     elif kind == 4:
-        samples = narrow(samples, rate, round(rate * rng.uniform(0.7, 0.95) / 100) * 100)
+        least = min(0.7, 8000 / rate)  # telephone's, where the rate is above that
+        samples = narrow(samples, rate, round(rate * rng.uniform(least, 0.95) / 100) * 100)
     samples = apply_gain(samples, rng.uniform(-30, 6))
     return quantize(samples, rng) if kind == 5 or rng.random() < 0.5 else samples
 
@@ -120,7 +121,7 @@ class Augmentation:
 
     Args:
         noise: MUSAN's folder, or any with sub-folders named noise, music or speech.
-        responses: folder of room impulse responses.
+        responses: folder of room impulse responses. Of files with several channels, here and there, the first counts.
         probability: that a crop is changed at all (0.6).
         degraded: probability of `degrade`, which needs no recordings (0).
 
@@ -157,14 +158,21 @@ class Augmentation:
         kind = self.kinds[rng.integers(len(self.kinds))]
         if kind == "reverberation":
             path = self.responses[rng.integers(len(self.responses))]
-            return add_reverberation(samples, read_samples(path, rate, mix_channels=True))
+            return add_reverberation(samples, _first_channel(path, rate))
         voices = int(rng.integers(3, 8)) if kind == "speech" else 1
         noise = np.zeros(len(samples), np.float32)
         for _ in range(voices):
             path = self.noises[kind][rng.integers(len(self.noises[kind]))]
-            piece = read_samples(path, rate, mix_channels=True)
+            piece = _first_channel(path, rate)
             noise += np.roll(np.resize(piece, max(len(piece), len(samples))), rng.integers(len(piece)))[: len(samples)]
         return add_noise(samples, noise, float(rng.uniform(*SNR[kind])))
+
+
+def _first_channel(path: Path, rate: int) -> Samples:
+    """A mean of channels would be another noise, and of responses another room."""
+    with Recording(path) as recording:
+        channel = 1 if recording.channels > 1 else None
+    return read_samples(path, rate, channel=channel)
 
 
 def _recordings(folder: str | Path | None) -> list[Path]:

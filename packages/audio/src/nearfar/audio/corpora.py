@@ -29,7 +29,7 @@ class Utterance:
     """A recording by the name that lists use for it, with its speaker and session where they are known.
 
     start, seconds: the stretch of the file that it is, to the end where `seconds` is None. channel: 1, 2 ... where one
-    of several is meant.
+    of several is meant. content: a digest of what it holds where that is not a file's.
     """
 
     name: str
@@ -39,10 +39,13 @@ class Utterance:
     start: float = 0.0
     seconds: float | None = None
     channel: int | None = None
+    content: str | None = None
 
     @property
     def digest(self) -> str:
         """Of its content: that of the file, and which part of it."""
+        if self.content is not None:
+            return self.content
         part = (self.start, self.seconds, self.channel)
         whole = content_digest(self.path)
         return whole if part == (0.0, None, None) else f"{whole} {part}"

@@ -38,19 +38,12 @@ STILL = 2.0**-20
 """Change from sample to sample, a 32nd of a 16-bit step, up to which a recording stands still."""
 
 
-def read_samples(
-    path: str | Path,
-    rate: int,
-    start: float = 0.0,
-    seconds: float | None = None,
-    mix_channels: bool = False,
-    channel: int | None = None,
-) -> Samples:
+def read_samples(path: str | Path, rate: int, *stretch: Any, **channels: Any) -> Samples:
     """Samples of a recording, or of a stretch of it, resampled to `rate`, their mean (DC) taken away.
 
-    Raises UserError for what `stream_samples` refuses, and for digital silence.
+    The arguments are those of `stream_samples`. Raises UserError for what it refuses, and for digital silence.
     """
-    samples = np.concatenate(list(stream_samples(path, rate, start, seconds, mix_channels, channel)))
+    samples = np.concatenate(list(stream_samples(path, rate, *stretch, **channels)))
     if not len(samples) or samples.min() == samples.max():
         raise UserError(f"{path}: is silent, every sample is {samples[0] if len(samples) else 0.0:g}")
     return samples - samples.mean(dtype=np.float64).astype(np.float32)
@@ -70,11 +63,8 @@ def stream_samples(
     `channel` chooses one or `mix_channels` averages them, and a rate below 4 kHz.
     """
     with Recording(path, channel) as recording:
-        if recording.channels > 1 and channel is None and not mix_channels:
-            raise UserError(
-                f"{path}: has {recording.channels} channels, which may be different speakers; "
-                "choose one with --channel, or average them with --mix-channels"
-            )
+        if channel is None and not mix_channels:
+            recording.refuse_channels("choose one with --channel, or average them with --mix-channels")
         if recording.rate < 4000:
             raise UserError(f"{path}: {recording.rate} Hz is too low for speech")
         first = min(int(start * recording.rate), recording.frames - 1)
@@ -203,6 +193,11 @@ class Recording:
                 f"{self.path}: holds a value that is no number (NaN or infinite) at {bad / self.rate:.3f} s"
             )
         return samples
+
+    def refuse_channels(self, mend: str) -> None:
+        """Raise UserError where there are several channels, saying what to do: two are often two speakers."""
+        if self.channels > 1:
+            raise UserError(f"{self.path}: has {self.channels} channels, which may be different speakers; {mend}")
 
     def blocks(self, seconds: float = 10.0) -> Iterator[NDArray[np.float32]]:
         """The whole recording in pieces."""

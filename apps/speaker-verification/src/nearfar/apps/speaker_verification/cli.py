@@ -8,15 +8,21 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from nearfar.apps.speaker_verification import lists, pages
+from nearfar.apps.speaker_verification import diarizing, lists, pages
 from nearfar.apps.speaker_verification.common import (
     AllowLeakage,
     Cache,
     Channel,
+    Embeddings,
+    EncoderRate,
+    ForeignEncoder,
     MixChannels,
     Model,
     embed_all,
+    make_embedder,
     matrix,
+    named_utterances,
+    open_system,
     refuse_folder,
     refuse_leaks,
     say_silence,
@@ -25,16 +31,23 @@ from nearfar.audio.corpora import Utterance, find_utterances
 from nearfar.audio.sound import SUFFIXES
 from nearfar.audio.speakers import gallery as galleries
 from nearfar.audio.speakers.embedding import Embedded, Embedder
+from nearfar.audio.speakers.encoders import EmbeddingTable
 from nearfar.audio.speakers.ltdnn import SpeakerEncoder
 from nearfar.audio.speakers.quality import Gate
 from nearfar.audio.speakers.system import SpeakerSystem
-from nearfar.audio.speakers.training import Recipe, build_model, split_speakers, train_speaker_model, usable
+from nearfar.audio.speakers.training import (
+    Recipe,
+    build_model,
+    choose_channels,
+    split_speakers,
+    train_speaker_model,
+    usable,
+)
 from nearfar.core.cli.batch import raise_failures
 from nearfar.core.cli.console import console, messages, show_json, table
 from nearfar.core.cli.options import Device, Devices, Fresh, Json, RunFolder, Settings, Workers, recipe_option
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
-from nearfar.core.fingerprint import content_digest
 from nearfar.core.made_from import model_digest
 from nearfar.core.model_folder import TrainedOn, mark, trained_on
 from nearfar.core.recipes import read_recipe
@@ -77,6 +90,8 @@ def train(
     ] = None,
     start: Annotated[Path | None, typer.Option(help="Model folder to start from, for the later stages.")] = None,
     layout: Layout = "auto",
+    channel: Channel = None,
+    mix_channels: MixChannels = False,
     workers: Workers = 0,
     device: Device = "auto",
     devices: Devices = 1,
@@ -88,11 +103,13 @@ def train(
     read are named and left out.
     """
     changes = [*([] if backbone is None else [f"backbone={backbone}"]), *(settings or [])]
+    changes += [] if channel is None else [f"channel={channel}"]
+    changes += ["mix_channels=true"] if mix_channels else []
     chosen = read_recipe(Recipe, recipe, changes, RECIPES)
     seed_epoch(chosen.seed, 0)  # the initial weights follow from the seed too
     model = build_model(chosen) if start is None else SpeakerEncoder.from_pretrained(start)
-    utterances = find_utterances(data, layout)
-    good, bad = usable(utterances, model.sample_rate)
+    utterances = choose_channels(find_utterances(data, layout), chosen)
+    good, bad = usable(utterances, model.sample_rate, chosen.mix_channels)
     learn, held = split_speakers(good, chosen.validation, chosen.seed)
     messages.print(
         f"training on {len(learn)} recordings of {len({u.speaker for u in learn})} speakers, "
@@ -111,7 +128,7 @@ def train(
         data={name: model_digest(path) for name, path in begun.items() if path is not None},
         fresh=fresh,
     )
-    embed_one = Embedder(model.to(device), output / "training" / "embeddings", mix_channels=True)
+    embed_one = Embedder(model.to(device), output / "training" / "embeddings", mix_channels=chosen.mix_channels)
     keep = np.random.default_rng(chosen.seed).permutation(len(learn))[:20000]
     seen, lost = embed_all([learn[n] for n in sorted(keep)], embed_one)
     system = SpeakerSystem.build(model, matrix(seen), [str(u.speaker) for u, _ in seen], chosen.seed)
@@ -137,8 +154,13 @@ def train(
 @app.command()
 def embed(
     paths: Annotated[list[Path], typer.Argument(help="Recordings, or folders of them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help=".npz file: names, embeddings, qualities.")],
-    model: Model,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help=".npz file: names, embeddings, qualities, the encoder."),
+    ],
+    model: Model = None,
+    encoder: ForeignEncoder = None,
+    encoder_rate: EncoderRate = None,
     cache: Cache = None,
     layout: Layout = "auto",
     channel: Channel = None,
@@ -147,9 +169,10 @@ def embed(
 ) -> None:
     """Write the embeddings of recordings, before normalization. Nothing is gated; the qualities are written too."""
     refuse_folder(output)
-    system = SpeakerSystem.load(model, device)
+    system = open_system(model, encoder, None, encoder_rate, device)
     utterances = _recordings(paths, layout)
-    found, failures = embed_all(utterances, Embedder(system.model, cache, mix_channels=mix_channels, channel=channel))
+    embed_one = make_embedder(system, cache, mix_channels=mix_channels, channel=channel)
+    found, failures = embed_all(utterances, embed_one)
     if found:
         qualities = {
             name: np.array([getattr(e.quality, name) for _, e in found]) for name in ("seconds", "speech", "snr")
@@ -160,6 +183,7 @@ def embed(
                 names=np.array([u.name for u, _ in found]),
                 speakers=np.array([u.speaker or "" for u, _ in found]),
                 embeddings=matrix(found),
+                encoder=np.array(system.model.digest),
                 **qualities,
             )
         console.print(f"{len(found)} embeddings: {output}", soft_wrap=True)
@@ -171,7 +195,10 @@ def enroll(
     name: Annotated[str, typer.Argument(help="Name of the speaker.")],
     recordings: Annotated[list[Path], typer.Argument(help="Recordings of this speaker, several are better.")],
     gallery: Annotated[Path, typer.Option("--gallery", "-g", help="Gallery file (.npz); made if it is not there.")],
-    model: Model,
+    model: Model = None,
+    encoder: ForeignEncoder = None,
+    embeddings: Embeddings = None,
+    encoder_rate: EncoderRate = None,
     replace: Annotated[bool, typer.Option("--replace", help="Enrol again a speaker who is in the gallery.")] = False,
     append: Annotated[bool, typer.Option("--append", help="Add to a speaker who is in the gallery.")] = False,
     channel: Channel = None,
@@ -185,11 +212,11 @@ def enroll(
     """Put a speaker into a gallery: the mean of the normalized embeddings of their recordings."""
     if replace and append:
         raise UserError("--replace and --append: are one or the other")
-    system = SpeakerSystem.load(model, device)
+    system = open_system(model, encoder, embeddings, encoder_rate, device)
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)
-    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels, channel=channel)
+    embed_one = make_embedder(system, gate=gate, mix_channels=mix_channels, channel=channel)
     found = galleries.Gallery.load(gallery, system.model) if gallery.exists() else galleries.Gallery.new(system.model)
-    utterances = [Utterance(str(path), path) for path in recordings]
+    utterances = named_utterances(system, recordings)
     if len({path.resolve() for path in recordings}) != len(recordings):
         raise UserError(f"{name}: the same recording is given twice")
     seen, failures = embed_all(utterances, embed_one)
@@ -203,12 +230,15 @@ def enroll(
 @app.command()
 def gallery(
     path: Annotated[Path, typer.Argument(metavar="GALLERY", help="Gallery file that `enroll` wrote.")],
-    model: Model,
+    model: Model = None,
+    encoder: ForeignEncoder = None,
+    embeddings: Embeddings = None,
+    encoder_rate: EncoderRate = None,
     remove: Annotated[list[str] | None, typer.Option(help="Name of a speaker to forget; repeat for more.")] = None,
     as_json: Json = False,
 ) -> None:
     """List the speakers of a gallery with their number of recordings, or forget some."""
-    found = galleries.Gallery.load(path, SpeakerSystem.load(model).model)
+    found = galleries.Gallery.load(path, open_system(model, encoder, embeddings, encoder_rate).model)
     for name in remove or ():
         found.remove(name)
     if remove:
@@ -224,7 +254,10 @@ def gallery(
 def verify(
     first: Annotated[Path, typer.Argument(help="A recording.")],
     second: Annotated[Path, typer.Argument(help="Another recording.")],
-    model: Model,
+    model: Model = None,
+    encoder: ForeignEncoder = None,
+    embeddings: Embeddings = None,
+    encoder_rate: EncoderRate = None,
     as_json: Json = False,
     channel: Channel = None,
     mix_channels: MixChannels = False,
@@ -237,12 +270,14 @@ def verify(
     device: Device = "auto",
 ) -> None:
     """Say how strongly two recordings speak for one speaker: a log-likelihood ratio, its interval, a sentence."""
-    system = SpeakerSystem.load(model, device)
+    system = open_system(model, encoder, embeddings, encoder_rate, device)
     gate = None if no_gate else Gate(min_speech, min_snr, max_clipped, min_bandwidth)
-    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels, channel=channel)
-    if first.is_file() and second.is_file() and content_digest(first) == content_digest(second):
+    embed_one = make_embedder(system, gate=gate, mix_channels=mix_channels, channel=channel)
+    sides = named_utterances(system, (first, second))
+    found = [embed_one(side) for side in sides]
+    if sides[0].digest == sides[1].digest:
         refuse_leaks(first, [f"holds the same as {second}"], allow_leakage)
-    found = [embed_one(path) for path in (first, second)]
+    is_table = isinstance(system.model, EmbeddingTable)
     say_silence(list(zip(map(str, (first, second)), found, strict=True)))
     x = np.stack([e.embedding for e in found])
     left, right = np.array([0]), np.array([1])
@@ -252,9 +287,9 @@ def verify(
         "second": str(second),
         "score": float(score[0]),
         "convention": system.convention,
-        "qualities": [vars(e.quality) for e in found],
-        "gated": gate is not None,
-        "marked": mark(system.trained_on.seen(map(content_digest, (first, second)))),
+        "qualities": None if is_table else [vars(e.quality) for e in found],
+        "gated": gate is not None and not is_table,
+        "marked": mark(system.trained_on.seen([side.digest for side in sides])),
     }
     if system.calibration is None:
         answer["sentence"] = (
@@ -281,7 +316,10 @@ def verify(
 def identify(
     recordings: Annotated[list[Path], typer.Argument(help="Recordings of unknown speakers.")],
     gallery: Annotated[Path, typer.Option("--gallery", "-g", help="Gallery file that `enroll` wrote.")],
-    model: Model,
+    model: Model = None,
+    encoder: ForeignEncoder = None,
+    embeddings: Embeddings = None,
+    encoder_rate: EncoderRate = None,
     far: Far = 0.01,
     as_json: Json = False,
     channel: Channel = None,
@@ -297,12 +335,12 @@ def identify(
     The threshold lets a stranger be taken for anyone in the gallery with a chance of at most `--far`, as far as the
     model's calibration trials are like your recordings.
     """
-    system = SpeakerSystem.load(model, device)
+    system = open_system(model, encoder, embeddings, encoder_rate, device)
     found = galleries.Gallery.load(gallery, system.model)
     limit = system.threshold(far, len(found.names))
     gate = Gate(min_speech, min_snr, max_clipped, min_bandwidth)
-    utterances = [Utterance(str(path), path) for path in recordings]
-    embed_one = Embedder(system.model, gate=gate, mix_channels=mix_channels, channel=channel)
+    utterances = named_utterances(system, recordings)
+    embed_one = make_embedder(system, gate=gate, mix_channels=mix_channels, channel=channel)
     seen, failures = embed_all(utterances, embed_one)
     models, rows = found.models(system.mean), []
     for utterance, embedded in seen:
@@ -326,9 +364,10 @@ def identify(
     raise_failures(failures, len(recordings))
 
 
-for command in (lists.score, lists.evaluate, lists.calibrate):
+for command in (lists.score, lists.evaluate, lists.calibrate, lists.fuse):
     app.command()(command)
 app.command("stress")(lists.stress_test)
+app.command()(diarizing.diarize)
 
 
 def _recordings(paths: Sequence[Path], layout: str) -> list[Utterance]:

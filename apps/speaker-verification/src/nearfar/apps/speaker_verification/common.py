@@ -2,19 +2,46 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 
 from nearfar.audio.corpora import Utterance
-from nearfar.audio.speakers.embedding import Embedded, Embedder
+from nearfar.audio.speakers.embedding import Embedded, Embedder, TableEmbedder
+from nearfar.audio.speakers.encoders import EmbeddingTable, read_encoder
+from nearfar.audio.speakers.encoders import ForeignEncoder as ForeignNetwork
+from nearfar.audio.speakers.shipped import DEFAULT_MODEL, shipped_model, shipped_models
+from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.cli.batch import run_batch
 from nearfar.core.cli.console import messages
 from nearfar.core.errors import UserError, some
 from nearfar.core.leakage import LeakageError
 
-Model = Annotated[Path, typer.Option("--model", "-m", help="Model folder that `train` wrote.")]
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help=f"Model folder that `train` or `calibrate` wrote, or one that is shipped ({', '.join(shipped_models())}).",
+        show_default=f"{DEFAULT_MODEL}, if shipped",
+    ),
+]
+ForeignEncoder = Annotated[
+    str | None,
+    typer.Option(
+        "--encoder",
+        help="A speaker model of others: FILE.onnx, FILE.pt (TorchScript, a program that runs) or module:callable "
+        "(Python that runs). --model is then the folder of its calibration, if there is one.",
+    ),
+]
+EncoderRate = Annotated[
+    int | None, typer.Option("--encoder-rate", help="Hz that --encoder needs, if it does not say; 16000 by default.")
+]
+Embeddings = Annotated[
+    Path | None,
+    typer.Option(help="Embeddings of others, .npz of names and vectors; recordings are then names in it."),
+]
 Cache = Annotated[Path | None, typer.Option(help="Folder that keeps embeddings; interrupted work goes on there.")]
 Channel = Annotated[
     int | None, typer.Option("--channel", min=1, help="Which channel (1, 2 ...) of recordings with several.")
@@ -32,6 +59,58 @@ AllowLeakage = Annotated[
 ]
 
 
+def open_system(
+    model: Path | None, encoder: str | None, embeddings: Path | None, rate: int | None, device: str = "cpu"
+) -> SpeakerSystem:
+    """What the options name. Raises UserError where they do not go together."""
+    if rate is not None and encoder is None:
+        raise UserError("--encoder-rate: is for --encoder, the others say theirs")
+    if encoder is not None and embeddings is not None:
+        raise UserError("--encoder and --embeddings: name one of them")
+    if encoder is None and embeddings is None:
+        return SpeakerSystem.load(model_folder(model), device)
+    network: ForeignNetwork | EmbeddingTable
+    if encoder is not None:
+        network = read_encoder(encoder, rate)
+    else:
+        network = EmbeddingTable.read(embeddings)
+        if not network.named:
+            dim = network.embedding_dim
+            messages.print(
+                f"{embeddings}: does not say which encoder made it (array `encoder`); only that its vectors have {dim} "
+                "numbers is compared",
+                highlight=False,
+                soft_wrap=True,
+            )
+    return SpeakerSystem(network) if model is None else SpeakerSystem.load(model, encoder=network)
+
+
+def model_folder(model: Path | None) -> Path:
+    """The folder of a model that is named, or shipped. Raises UserError where none is."""
+    if model is not None and model.exists():
+        return model
+    name = DEFAULT_MODEL if model is None else str(model)
+    if name in shipped_models():
+        return shipped_model(name)
+    if model is None:
+        raise UserError("no model: name its folder with --model, or one of others with --encoder or --embeddings")
+    return model
+
+
+def make_embedder(system: SpeakerSystem, cache: Path | None = None, **options: Any) -> Embedder | TableEmbedder:
+    """What embeds recordings for the system. options: of `Embedder`."""
+    if isinstance(system.model, EmbeddingTable):
+        return TableEmbedder(system.model)
+    return Embedder(system.model, cache, **options)
+
+
+def named_utterances(system: SpeakerSystem, names: Sequence[Path | str]) -> list[Utterance]:
+    """Recordings as they are named on the command line: files, or names in a table of embeddings."""
+    if isinstance(table := system.model, EmbeddingTable):
+        return [Utterance(str(name), Path(name), content=table.content(str(name))) for name in names]
+    return [Utterance(str(name), Path(name)) for name in names]
+
+
 def refuse_leaks(where: object, leaks: Sequence[str], allowed: bool) -> None:
     """Say what makes figures too good, and raise LeakageError unless that is allowed."""
     if leaks and not allowed:
@@ -41,7 +120,7 @@ def refuse_leaks(where: object, leaks: Sequence[str], allowed: bool) -> None:
 
 
 def embed_all(
-    utterances: Sequence[Utterance], embed_one: Embedder
+    utterances: Sequence[Utterance], embed_one: Embedder | TableEmbedder
 ) -> tuple[list[tuple[Utterance, Embedded]], list[str]]:
     """Embed with a progress bar, going on past what cannot be; says what was dropped."""
     found, failures = run_batch(utterances, lambda u: (u, embed_one(u)), "embedding", name=lambda u: str(u.path))

@@ -13,18 +13,26 @@ from nearfar.apps.speaker_verification.common import (
     AllowLeakage,
     Cache,
     Channel,
+    Embeddings,
+    EncoderRate,
+    ForeignEncoder,
     MixChannels,
     Model,
     embed_all,
+    make_embedder,
     matrix,
+    named_utterances,
+    open_system,
     refuse_folder,
     refuse_leaks,
 )
 from nearfar.audio.corpora import Utterance, chosen_channel, find_utterances, locate
 from nearfar.audio.sound import read_samples
 from nearfar.audio.speakers import scoring
-from nearfar.audio.speakers.embedding import Embedder, model_digest
+from nearfar.audio.speakers.embedding import Embedder
+from nearfar.audio.speakers.encoders import EmbeddingTable
 from nearfar.audio.speakers.lists import count_unscored, find_leaks, rows_in, score_trials, unique
+from nearfar.audio.speakers.ltdnn import SpeakerEncoder
 from nearfar.audio.speakers.stress import CONDITIONS, stress
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.cli.batch import raise_failures, run_batch
@@ -44,11 +52,16 @@ SpeakerPattern = Annotated[
 
 def score(
     trials: Annotated[Path, typer.Argument(help="Trial list: VoxCeleb, Kaldi, CSV or pairs.")],
-    root: Annotated[Path, typer.Option(help="Folder of the recordings, or a Kaldi folder.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Score file: enrol, test, score and, if known, label.")
     ],
-    model: Model,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the recordings, or a Kaldi folder; not for --embeddings.")
+    ] = None,
+    model: Model = None,
+    encoder: ForeignEncoder = None,
+    embeddings: Embeddings = None,
+    encoder_rate: EncoderRate = None,
     enrollments: Annotated[
         Path | None, typer.Option(help="Map of models to their recordings; the list's first names are then models.")
     ] = None,
@@ -80,7 +93,7 @@ def score(
     Trials whose recordings cannot be read are left out, listed in OUTPUT.failed, and the exit status is 1.
     """
     refuse_folder(output)
-    system = SpeakerSystem.load(model, device)
+    system = open_system(model, encoder, embeddings, encoder_rate, device)
     if average not in ("embeddings", "scores"):
         raise UserError(f"--average {average}: must be embeddings or scores")
     if llr and (backend or norm or top_n or quality or no_mean):
@@ -88,6 +101,8 @@ def score(
     if llr and system.calibration is None:
         raise UserError(f"{model}: is not calibrated, --llr needs `calibrate` first")
     quality = system.quality if llr else quality
+    if quality and isinstance(system.model, EmbeddingTable) and not system.model.seconds:
+        raise UserError(f"{embeddings}: does not say the seconds of speech (array `seconds`) that --quality needs")
     if quality and average == "scores" and enrollments:
         raise UserError("--average scores: quality measures are of averaged embeddings")
     system.choose(backend, norm, top_n, no_mean)
@@ -98,7 +113,7 @@ def score(
     needed = listed.names()
     if members is not None:
         needed = list(dict.fromkeys([m for name in unique(listed.enroll) for m in members[name]] + unique(listed.test)))
-    places, speakers = _find(trials, root, needed)
+    places, speakers = _find(system, trials, root, needed)
     leaks = find_leaks(listed, places, system.trained_on, members, speakers)
     refuse_leaks(trials, leaks, allow_leakage)
     if not keep_speakers:
@@ -109,7 +124,7 @@ def score(
             raise UserError(f"{trials}: {error}; choose a lower --top-n or --keep-cohort-speakers") from error
     utterances = list(places.values())
     keep = cache or output.with_name(output.name + ".cache")
-    seen, failures = embed_all(utterances, Embedder(system.model, keep, mix_channels=mix_channels, channel=channel))
+    seen, failures = embed_all(utterances, make_embedder(system, keep, mix_channels=mix_channels, channel=channel))
     if not seen:
         raise_failures(failures, len(utterances))
     x, seconds = matrix(seen), np.array([e.quality.seconds for _, e in seen])
@@ -141,7 +156,7 @@ def score(
         messages.print(f"{marked}, of {len(kept)} trials: their scores are too good", highlight=False)
     about = {
         "trials": str(trials),
-        "model": model_digest(system.model),
+        "model": system.model.digest,
         "convention": system.convention,
         "backend": system.backend,
         "norm": system.norm if system.backend == "cosine" else None,
@@ -164,8 +179,16 @@ def score(
     raise_failures(failures, len(utterances))
 
 
-def _find(trials: Path, root: Path, needed: Sequence[str]) -> tuple[dict[str, Utterance], dict[str, str | None]]:
+def _find(
+    system: SpeakerSystem, trials: Path, root: Path | None, needed: Sequence[str]
+) -> tuple[dict[str, Utterance], dict[str, str | None]]:
     """The utterances of a list by name, and the speakers that a Kaldi folder tells. Raises UserError."""
+    if isinstance(table := system.model, EmbeddingTable):
+        if missing := [name for name in needed if name not in table.vectors]:
+            raise UserError(f"{trials}: {len(missing)} of {len(needed)} names are not in {table.path}: {some(missing)}")
+        return {u.name: u for u in named_utterances(system, needed)}, {}
+    if root is None:
+        raise UserError(f"{trials}: name the folder of its recordings with --root")
     known = find_utterances(root, "kaldi") if (root / "wav.scp").is_file() else []
     places, missing = locate(needed, root, known)
     if missing:
@@ -177,7 +200,9 @@ def stress_test(
     trials: Annotated[Path, typer.Argument(help="Trial list with labels.")],
     root: Annotated[Path, typer.Option(help="Folder of the recordings, or a Kaldi folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for figures and the page.")],
-    model: Model,
+    model: Model = None,
+    encoder: ForeignEncoder = None,
+    encoder_rate: EncoderRate = None,
     condition: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(CONDITIONS)}; repeat for more, all by default.")
     ] = None,
@@ -196,7 +221,7 @@ def stress_test(
     The test side of every trial is changed, one condition at a time; the enrolled side stays as it is. Of each
     recording the first minute counts.
     """
-    system = SpeakerSystem.load(model, device)
+    system = open_system(model, encoder, None, encoder_rate, device)
     chosen = condition or list(CONDITIONS)
     if unknown := [name for name in chosen if name not in CONDITIONS]:
         raise UserError(f"--condition {unknown[0]}: must be one of {', '.join(CONDITIONS)}")
@@ -205,7 +230,7 @@ def stress_test(
         raise UserError(f"{trials}: has no labels, without which there are no error rates")
     if draws and draws < 20:
         raise UserError(f"--draws {draws}: must be 0, or at least 20")
-    places, speakers = _find(trials, root, listed.names())
+    places, speakers = _find(system, trials, root, listed.names())
     refuse_leaks(trials, find_leaks(listed, places, system.trained_on, None, speakers), allow_leakage)
     embed_one = Embedder(system.model, mix_channels=mix_channels, channel=channel)
     rate = system.model.sample_rate
@@ -303,7 +328,13 @@ def evaluate(
 
 def calibrate(
     scores: Annotated[Path, typer.Argument(help="Score file with labels, of speakers that the model has not seen.")],
-    model: Model,
+    model: Model = None,
+    encoder: ForeignEncoder = None,
+    embeddings: Embeddings = None,
+    encoder_rate: EncoderRate = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the calibrated model; --model itself by default.")
+    ] = None,
     trials: Labels = None,
     speaker_pattern: SpeakerPattern = None,
     allow_leakage: AllowLeakage = False,
@@ -311,12 +342,17 @@ def calibrate(
 ) -> None:
     """Calibrate a model folder with your own trials, scored with it by `score` (without --llr).
 
+    With --encoder or --embeddings the folder holds their calibration; name both, it and them, from then on.
     Scores without the record that `score` writes beside them are refused: nothing tells what made them.
 
     From then on the model scores as they were scored: with that back end, norm and quality measures.
     """
     listed, values, _ = _labelled(scores, trials)
-    system = SpeakerSystem.load(model)
+    system = open_system(model, encoder, embeddings, encoder_rate)
+    if output is None and (model is None or not model.exists()):
+        raise UserError(
+            "--output: name a folder for the calibrated model; a shipped model or an encoder stays as it is"
+        )
     about, inputs = _record(scores), values
     if not about:
         raise UserError(
@@ -325,8 +361,8 @@ def calibrate(
         )
     if about["llr"]:
         raise UserError(f"{scores}: holds log-likelihood ratios; `calibrate` takes what `score` writes without --llr")
-    if about["model"] != model_digest(system.model) or (system.mean is None and not about["no_mean"]):
-        raise UserError(f"{scores}: was scored with another model than {model}")
+    if about["model"] != system.model.digest or (system.mean is None and not about["no_mean"]):
+        raise UserError(f"{scores}: was scored with another model than {model or encoder or embeddings}")
     system.choose(about["backend"], about["norm"], about["top_n"], about["no_mean"])
     if about["quality"]:
         path = _beside(scores, "quality.npz")
@@ -348,7 +384,10 @@ def calibrate(
         after, before = scoring.cllr(ratios, listed.labels), scoring.min_cllr(ratios, listed.labels)
     except ValueError as error:
         raise UserError(f"{scores}: {error}") from error
-    system.save_scoring(model)
+    if output is None and isinstance(system.model, SpeakerEncoder):
+        system.save_scoring(model)
+    else:
+        system.save(output or model)
     if as_json:
         answer = {"trials": len(listed), "convention": system.convention, "cllr": after, "min_cllr": before}
         answer |= {"bias": system.calibration.bias, "intervals": "speakers" if sides else "trials"}
@@ -359,6 +398,69 @@ def calibrate(
     console.print(f"calibrated on {len(listed)} trials: Cllr {after:.3f}, at best {before:.3f}; intervals over {how}")
     extra = f", and {len(system.calibration.weights) - 1} quality measures ({system.quality})" if system.quality else ""
     console.print(f"the model now scores by {system.convention}{extra}", soft_wrap=True)
+
+
+def fuse(
+    scores: Annotated[list[Path], typer.Argument(help="Score files of the same trials, one for each system.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The fusion (JSON); with --fusion, a score file.")],
+    fusion: Annotated[
+        Path | None, typer.Option(help="A fusion that was made before: these scores are fused by it.")
+    ] = None,
+    trials: Labels = None,
+    speaker_pattern: SpeakerPattern = None,
+    as_json: Json = False,
+) -> None:
+    """Fuse systems by calibrated logistic regression: their scores to one log-likelihood ratio.
+
+    Make it on labelled trials of other speakers than those that it is for (first call, `-o fusion.json`), then use it
+    on the scores of the same systems, in the same order (second call, `--fusion fusion.json -o fused.txt`).
+    """
+    refuse_folder(output)
+    if len(scores) < 2:
+        raise UserError("fuse: needs the scores of two systems or more")
+    listed, first = scoring.read_scores(scores[0])
+    columns = [first]
+    for path in scores[1:]:
+        others, values = scoring.read_scores(path)
+        if len(others) != len(listed):
+            raise UserError(f"{path}: has {len(others)} trials, {scores[0]} has {len(listed)}; fuse the same ones")
+        columns.append(values[rows_in(listed, others, scores[0])])
+    inputs, systems = np.stack(columns, 1), [str(_record(path).get("model", "")) for path in scores]
+    if fusion is not None:
+        fused = scoring.Calibration.load(fusion)
+        known = [str(digest) for digest in fused.notes.get("systems", [])]
+        if len(known) != len(scores) or any(a and b and a != b for a, b in zip(known, systems)):
+            raise UserError(f"{fusion}: was made for {len(known)} other systems, or these in another order")
+        scoring.write_scores(output, listed, fused(inputs))
+        about = {"convention": f"fusion of {len(scores)} systems", "llr": True, "scored": len(listed), "marked": ""}
+        write_json(_beside(output, "json"), about)
+        console.print(f"{len(listed)} trials fused: {output}", soft_wrap=True)
+        return
+    if trials is not None:
+        reference = scoring.read_trials(trials)
+        listed = reference.select(rows_in(listed, reference, scores[0]))
+    if listed.labels is None:
+        raise UserError(f"{scores[0]}: has no labels; give the list that has them with --trials")
+    labels, sides = np.asarray(listed.labels), pages.speakers_of(listed, speaker_pattern) or (None, None)
+    names = [path.name for path in scores]
+    try:
+        fused = scoring.Calibration.fit(
+            inputs, labels, names, enroll_speakers=sides[0], test_speakers=sides[1], notes={"systems": systems}
+        )
+    except ValueError as error:
+        raise UserError(f"{scores[0]}: {error}") from error
+    fused.save(output)
+    rows = [
+        {"system": name, "weight": float(weight), "EER": scoring.eer(values, labels).value}
+        for name, weight, values in zip(
+            [*names, "fusion"], [*fused.weights, 1.0], [*columns, fused(inputs)], strict=True
+        )
+    ]
+    if as_json:
+        show_json({"systems": rows, "bias": fused.bias, "trials": len(listed)})
+        return
+    console.print(table(rows, f"{len(listed)} trials, on which it was made: the fusion's figures are too good"))
+    console.print(f"fusion: {output}", soft_wrap=True)
 
 
 def _labelled(scores: Path, trials: Path | None) -> tuple[scoring.Trials, np.ndarray, scoring.Trials | None]:

@@ -39,6 +39,7 @@ class Mixture:
         sounds = []
         for path in (self.mix, *self.sources):
             with Recording(path) as recording:
+                recording.refuse_channels("write the one that is meant to a file of its own")
                 sounds.append((recording.read(0, recording.frames), recording.rate))
         if len({rate for _, rate in sounds}) > 1:
             raise UserError(f"{self.mix}: the files of this mixture have different rates")
@@ -305,6 +306,7 @@ class DrawnMixtures(Dataset):
     def _load(self, path: Path) -> Samples:
         if path not in self._kept:
             with Recording(path) as recording:
+                recording.refuse_channels("write the one that is meant to a file of its own")
                 sound = resample(recording.read(0, recording.frames), recording.rate, self.rate)
             if sum(len(s) for s in self._kept.values()) < 2**26:  # keep up to 256 MiB decoded
                 self._kept[path] = sound

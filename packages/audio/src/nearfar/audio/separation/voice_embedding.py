@@ -5,6 +5,8 @@ from numpy.typing import NDArray
 
 from nearfar.audio.sound import resample
 from nearfar.audio.speakers.embedding import Embedder as SpeakerModel
+from nearfar.audio.speakers.encoders import ForeignEncoder
+from nearfar.audio.speakers.ltdnn import SpeakerEncoder
 from nearfar.audio.speakers.scoring.backend import unit
 from nearfar.audio.speakers.system import SpeakerSystem
 
@@ -18,6 +20,8 @@ class SpeakerPrint:
     """
 
     def __init__(self, system: SpeakerSystem):
+        if not isinstance(system.model, SpeakerEncoder | ForeignEncoder):
+            raise ValueError("voices are told apart by a model that hears them, not by a table of embeddings")
         self.mean, self.model = system.mean, SpeakerModel(system.model)
         self.rate = system.model.sample_rate
         self.threshold: float | None = None

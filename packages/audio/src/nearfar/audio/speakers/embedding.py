@@ -1,7 +1,7 @@
 """Recordings of speakers: finding them in the layouts of customary corpora, judging their quality, embedding them."""
 
 import hashlib
-import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from nearfar.audio.corpora import Utterance, chosen_channel
 from nearfar.audio.sound import Samples, stream_samples, without_silence
+from nearfar.audio.speakers.encoders import EmbeddingTable, ForeignEncoder
 from nearfar.audio.speakers.ltdnn import SpeakerEncoder
 from nearfar.audio.speakers.quality import Gate, Quality, QualityMeter
 from nearfar.core.errors import UserError
@@ -27,17 +28,6 @@ class Embedded:
 
     embedding: NDArray[np.float32]
     quality: Quality
-
-
-def model_digest(model: SpeakerEncoder) -> str:
-    """A digest of the model's settings and weights: the same embedding comes from the same digest."""
-    digest = hashlib.sha256(
-        json.dumps([model.frontend.settings, model.head.settings], sort_keys=True, default=str).encode()
-    )
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Embedder:
@@ -62,7 +52,7 @@ class Embedder:
 
     def __init__(
         self,
-        model: SpeakerEncoder,
+        model: SpeakerEncoder | ForeignEncoder,
         cache: str | Path | None = None,
         gate: Gate | None = None,
         max_seconds: float = 60.0,
@@ -71,9 +61,10 @@ class Embedder:
     ) -> None:
         self.model, self.gate = model.eval(), gate
         self.max_seconds, self.mix_channels, self.channel = max_seconds, mix_channels, channel
-        code = "" if cache is None else source_digest(Embedder, type(model), type(model.frontend), type(model.head))
-        self.cache = None if cache is None else Path(cache) / f"{model_digest(model)[:16]}-{code[:16]}"
-        self.device = next(model.parameters()).device
+        parts = [type(model.frontend), type(model.head)] if isinstance(model, SpeakerEncoder) else []
+        code = "" if cache is None else source_digest(Embedder, type(model), *parts)
+        self.cache = None if cache is None else Path(cache) / f"{model.digest[:16]}-{code[:16]}"
+        self.device = next(model.parameters(), torch.empty(0)).device
 
     def embed_samples(self, samples: Samples) -> NDArray[np.float32]:
         """Samples `(n,)` at the model's rate to an embedding `(E,)`. Raises UserError where they are too few.
@@ -85,7 +76,7 @@ class Embedder:
 
     def _embed(self, blocks: Iterable[Samples], total: int, mean: float) -> NDArray[np.float32]:
         """blocks: `total` samples without digital silence. mean: of all of them."""
-        least = self.model.frontend.min_samples
+        least = self.model.min_samples
         if total < least:
             raise UserError(f"{total} samples are too few, the model needs {least}")
         count = max(1, int(np.ceil(total / (self.max_seconds * self.model.sample_rate))))
@@ -146,6 +137,22 @@ class Embedder:
         elif self.gate is not None:
             self.gate.check(path, found.quality)
         return found
+
+
+class TableEmbedder:
+    """What an `Embedder` is, for embeddings that are there already: a recording is its name in the table.
+
+    Nothing is known of its sound, so nothing is gated; `quality` has the seconds where the table has them, else NaN.
+    """
+
+    def __init__(self, table: EmbeddingTable) -> None:
+        self.table = table
+
+    def __call__(self, source: str | Path | Utterance) -> Embedded:
+        """Raises UserError where the table has no such name."""
+        name = source.name if isinstance(source, Utterance) else str(source)
+        seconds = self.table.seconds.get(name, math.nan)
+        return Embedded(self.table.find(name), Quality(seconds, seconds, math.nan, math.nan, math.nan))
 
 
 def _counted(blocks: Iterable[Samples], taken: list[int]) -> Iterator[Samples]:

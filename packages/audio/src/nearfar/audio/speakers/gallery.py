@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nearfar.audio.speakers.embedding import model_digest
-from nearfar.audio.speakers.ltdnn import SpeakerEncoder
+from nearfar.audio.speakers.encoders import Encoder
 from nearfar.audio.speakers.scoring.backend import enroll_models, unit
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.errors import UserError, some
@@ -25,17 +24,17 @@ class Gallery:
     owners: np.ndarray
 
     @classmethod
-    def new(cls, model: SpeakerEncoder) -> "Gallery":
-        return cls(model_digest(model), [], np.empty((0, model.embedding_dim), np.float32), np.empty(0, np.int64))
+    def new(cls, model: Encoder) -> "Gallery":
+        return cls(model.digest, [], np.empty((0, model.embedding_dim), np.float32), np.empty(0, np.int64))
 
     @classmethod
-    def load(cls, path: Path, model: SpeakerEncoder) -> "Gallery":
+    def load(cls, path: Path, model: Encoder) -> "Gallery":
         """Raises UserError where the file is no gallery, or was made with another model."""
         with reading(path, "is no gallery", "enrol the speakers again"):
             arrays = read_arrays(path, "a gallery")
             found = cls(str(arrays["digest"]), arrays["names"].tolist(), arrays["embeddings"], arrays["owners"])
             found._check(model.embedding_dim)
-        if found.digest != model_digest(model):
+        if found.digest != model.digest:
             raise UserError(f"{path}: was made with another model; enrol the speakers again with this one")
         return found
 

@@ -9,6 +9,8 @@ backbone. `SpeakerEncoder` puts a front end and a head together: samples in, emb
 None of them is causal: the padding is symmetric and the squeeze-and-excite takes a mean over the utterance.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -334,6 +336,21 @@ class SpeakerEncoder(nn.Module):
     def embedding_dim(self) -> int:
         """Size of the embedding."""
         return self.head.embedding_dim
+
+    @property
+    def min_samples(self) -> int:
+        """Fewest samples that give an embedding."""
+        return self.frontend.min_samples
+
+    @property
+    def digest(self) -> str:
+        """Of settings and weights: the same embedding comes from the same digest."""
+        settings = [self.frontend.settings, self.head.settings]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
         features, mask = self.frontend(waveforms, lengths)

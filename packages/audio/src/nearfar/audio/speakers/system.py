@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from nearfar.audio.speakers.encoders import Encoder, ForeignEncoder
 from nearfar.audio.speakers.ltdnn import SpeakerEncoder
 from nearfar.audio.speakers.scoring.backend import (
     PLDA,
@@ -21,9 +22,13 @@ from nearfar.audio.speakers.scoring.calibration import QUALITY_NAMES, Calibratio
 from nearfar.audio.speakers.scoring.rates import Rate, threshold_at_far
 from nearfar.audio.speakers.scoring.trials import Array
 from nearfar.core.errors import UserError
+from nearfar.core.files import write_json
 from nearfar.core.finite import check_finite
 from nearfar.core.model_folder import AGAIN, KINDS, NEXT, TrainedOn, read, trained_on, writing
-from nearfar.core.reading import read_arrays, reading
+from nearfar.core.reading import read_arrays, read_json, reading
+
+ENCODER = "encoder.json"
+"""What a folder has in place of a model's weights where others made the encoder."""
 
 LEAST_COHORT = 50
 """Rows below which a cohort is not used: the deviation of a few cosines says little."""
@@ -43,7 +48,7 @@ class SpeakerSystem:
     for a wanted false-accept rate are read.
     """
 
-    model: SpeakerEncoder
+    model: Encoder
     mean: Array | None = None
     cohort: Array | None = None
     cohort_speakers: tuple[str, ...] = ()
@@ -57,7 +62,7 @@ class SpeakerSystem:
     trained_on: TrainedOn = field(default_factory=TrainedOn)
 
     @classmethod
-    def build(cls, model: SpeakerEncoder, embeddings: Array, speakers: Sequence[str], seed: int = 0) -> "SpeakerSystem":
+    def build(cls, model: Encoder, embeddings: Array, speakers: Sequence[str], seed: int = 0) -> "SpeakerSystem":
         """Mean, cohort and, where the utterances suffice, PLDA from training utterances.
 
         The cohort has the mean of each speaker where there are at least 200, else up to 2000 utterances; with fewer
@@ -249,9 +254,15 @@ class SpeakerSystem:
             raise UserError(f"--far {far:g}: {error}") from error
 
     def save(self, folder: str | Path, **notes: Any) -> Path:
-        """Write the model and all the rest into one folder."""
+        """Write the model and all the rest into one folder; of an encoder that others made, what tells it again."""
         with self._writing(folder) as place:
-            self.model.save_pretrained(place, **notes)
+            if isinstance(self.model, SpeakerEncoder):
+                self.model.save_pretrained(place, **notes)
+            else:
+                about: dict[str, Any] = {"digest": self.model.digest, "embedding_dim": self.model.embedding_dim}
+                if isinstance(self.model, ForeignEncoder):
+                    about |= {"name": self.model.name, "probe": self.model.probe}
+                write_json(place / ENCODER, about | notes)
         return Path(folder)
 
     def save_scoring(self, folder: str | Path) -> None:
@@ -300,12 +311,25 @@ class SpeakerSystem:
             raise ValueError(f"top_n is {self.top_n!r}, or its PLDA is missing")
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "cpu") -> "SpeakerSystem":
-        """Read what `save` wrote, or a bare model (plain cosines, no calibration). Raises UserError."""
+    def load(cls, folder: str | Path, device: str = "cpu", encoder: Encoder | None = None) -> "SpeakerSystem":
+        """Read what `save` wrote, or a bare model (plain cosines, no calibration).
+
+        encoder: the one that the folder was calibrated for, where others made it: a folder never names code to run.
+
+        Raises UserError, also where the encoder is another one.
+        """
         folder = Path(folder)
         bare = not (folder / NEXT).exists() and not (folder / KINDS["speaker model"]).exists()
         settings = {} if bare else read(folder, "speaker model")
-        model = SpeakerEncoder.from_pretrained(folder).to(device)
+        model: Encoder
+        if encoder is not None:
+            _check_encoder(folder, encoder)
+            model = encoder
+        elif (folder / ENCODER).is_file():
+            name = read_json(folder / ENCODER, "an encoder's record").get("name", "the one its embeddings came from")
+            raise UserError(f"{folder}: is for another's encoder ({name}); name it with --encoder or --embeddings too")
+        else:
+            model = SpeakerEncoder.from_pretrained(folder).to(device)
         if bare:
             return cls(model)
         with reading(folder / "scoring.npz", "its scoring files are damaged", AGAIN):
@@ -330,3 +354,17 @@ class SpeakerSystem:
             if fitted_for != system.convention:
                 raise UserError(f"{folder}: its calibration is for other scores ({fitted_for}); run `calibrate` again")
         return system
+
+
+def _check_encoder(folder: Path, encoder: Encoder) -> None:
+    """Raise UserError where the folder is not for this encoder: by its digest and by what it makes of a sound."""
+    if not (folder / ENCODER).is_file():
+        raise UserError(f"{folder}: holds a model of its own; leave out --encoder and --embeddings")
+    with reading(folder / ENCODER, "is no record of an encoder", "run `calibrate` again"):
+        known = read_json(folder / ENCODER, "an encoder's record")
+        same = known["digest"] == encoder.digest and known["embedding_dim"] == encoder.embedding_dim
+        if same and isinstance(encoder, ForeignEncoder) and "probe" in known:
+            probe = np.asarray(known["probe"], np.float64)
+            same = float(probe @ encoder.probe / np.linalg.norm(probe) / np.linalg.norm(encoder.probe)) > 0.999
+    if not same:
+        raise UserError(f"{folder}: was calibrated for another encoder ({known['digest'][:40]}); run `calibrate` again")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.data import Dataset
 
 from nearfar.audio.augment import Augmentation, change_speed
-from nearfar.audio.corpora import Utterance
+from nearfar.audio.corpora import Utterance, chosen_channel
 from nearfar.audio.sound import Recording, Samples, read_samples, without_silence
 from nearfar.audio.speakers.frontends import KaldiFbank, SelfSupervised
 from nearfar.audio.speakers.ltdnn import ECAPA, LAP, LTDNN, SpeakerEncoder, SpeakerHead
@@ -42,7 +42,9 @@ class Recipe:
     Data: crops of `crop_seconds`; `crops_per_utterance` per epoch; `speeds` other than 1 make new speakers; `noise` and
     `responses` are folders for augmentation, applied with `augment_probability`; what devices and lines do (gain,
     codecs, noise, gates, lost packets, `nearfar.audio.augment.degrade`) happens with `degrade_probability`; digital
-    silence is dropped; `validation` is the share of the speakers that is kept apart to choose the epoch.
+    silence is dropped; of recordings with several channels `channel` (1, 2 ...) is taken, or with `mix_channels` their
+    mean; with neither they are refused, for two channels are often two speakers; `validation` is the share of the
+    speakers that is kept apart to choose the epoch.
     Loss: AAM-softmax with `margin` (ramped up over `margin_epochs`), `scale`, `sub_centers`, `top_k`, `penalty`.
     Optimization: `epochs` (0 leaves the network untrained, to compare with), Adam, `schedule` "cosine" (10 % warm-up)
     or "onecycle", `learning_rate` for the head and `backbone_learning_rate` for what is tuned of the backbone,
@@ -67,6 +69,8 @@ class Recipe:
     responses: str | None = None
     augment_probability: float = 0.6
     degrade_probability: float = 0.0
+    channel: int | None = None
+    mix_channels: bool = False
     validation: float = 0.1
     margin: float = 0.2
     margin_epochs: float = 0.0
@@ -98,6 +102,8 @@ class Recipe:
             raise ValueError(f"speeds must hold 1.0, got {self.speeds}")
         if not 0 <= self.validation < 1 or self.crop_seconds <= 0 or self.epochs < 0 or self.batch_size < 2:
             raise ValueError("needs 0 <= validation < 1, crop_seconds > 0, epochs >= 0 and batch_size >= 2")
+        if self.channel is not None and (self.channel < 1 or self.mix_channels):
+            raise ValueError(f"channel counts from 1 and goes without mix_channels, got {self.channel}")
         if self.span_out and self.head == "ecapa":
             raise ValueError("span_out needs a backbone")
 
@@ -162,10 +168,12 @@ class Crops(Dataset):
         whole = utterance_seconds(utterance)
         start = max(0.0, whole - seconds) * float(torch.rand(()))
         try:
-            samples = _heard(read_utterance(utterance, self.rate, start, seconds), self.rate)
+            samples = _heard(read_utterance(utterance, self.rate, start, seconds, self.recipe.mix_channels), self.rate)
         except UserError:  # a stretch of silence; `usable` has read the recording
             samples = np.empty(0, np.float32)
-        return samples if len(samples) else _heard(read_utterance(utterance, self.rate), self.rate)
+        if not len(samples):
+            samples = _heard(read_utterance(utterance, self.rate, mix_channels=self.recipe.mix_channels), self.rate)
+        return samples
 
 
 def _heard(samples: Samples, rate: int) -> Samples:
@@ -179,11 +187,20 @@ def utterance_seconds(utterance: Utterance) -> float:
     return whole if utterance.seconds is None else min(whole, utterance.seconds)
 
 
-def read_utterance(utterance: Utterance, rate: int, start: float = 0.0, seconds: float | None = None) -> Samples:
-    """Samples of an utterance, or of a stretch of it: of its channel, or of the mean of all. Raises UserError."""
+def read_utterance(
+    utterance: Utterance,
+    rate: int,
+    start: float = 0.0,
+    seconds: float | None = None,
+    mix_channels: bool = False,
+) -> Samples:
+    """Samples of an utterance, or of a stretch of it.
+
+    Raises UserError where there are several channels and neither the utterance names one nor `mix_channels` is true.
+    """
     if utterance.seconds is not None:
         seconds = min(utterance.seconds - start, math.inf if seconds is None else seconds)
-    return read_samples(utterance.path, rate, utterance.start + start, seconds, True, utterance.channel)
+    return read_samples(utterance.path, rate, utterance.start + start, seconds, mix_channels, utterance.channel)
 
 
 def fit_length(samples: Samples, size: int) -> Samples:
@@ -194,15 +211,19 @@ def fit_length(samples: Samples, size: int) -> Samples:
 class Whole(Dataset):
     """Whole recordings, one after the other, at most `max_seconds` of each: `(samples, index)`."""
 
-    def __init__(self, utterances: Sequence[Utterance], rate: int, max_seconds: float = 20.0) -> None:
+    def __init__(
+        self, utterances: Sequence[Utterance], rate: int, max_seconds: float = 20.0, mix_channels: bool = False
+    ) -> None:
         self.utterances, self.rate, self.max_seconds = list(utterances), rate, max_seconds
+        self.mix_channels = mix_channels
 
     def __len__(self) -> int:
         return len(self.utterances)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        samples = _heard(read_utterance(self.utterances[index], self.rate, 0.0, self.max_seconds), self.rate)
-        return torch.from_numpy(samples), index
+        utterance = self.utterances[index]
+        samples = read_utterance(utterance, self.rate, 0.0, self.max_seconds, self.mix_channels)
+        return torch.from_numpy(_heard(samples, self.rate)), index
 
 
 class SpeakerTraining(pl.LightningModule):
@@ -294,12 +315,18 @@ def split_speakers(utterances: Sequence[Utterance], share: float, seed: int) -> 
     return learn, [utterance for utterance in utterances if str(utterance.speaker) in held]
 
 
-def usable(utterances: Sequence[Utterance], rate: int) -> tuple[list[Utterance], list[str]]:
-    """The utterances that can be read, and one line for each that cannot (missing, damaged, silent)."""
+def choose_channels(utterances: Sequence[Utterance], recipe: Recipe) -> list[Utterance]:
+    """The utterances with the recipe's channel, where it names one and they have several and name none."""
+    return [replace(utterance, channel=chosen_channel(utterance, recipe.channel)) for utterance in utterances]
+
+
+def usable(utterances: Sequence[Utterance], rate: int, mix_channels: bool = False) -> tuple[list[Utterance], list[str]]:
+    """The utterances that can be read, and one line for each that cannot (missing, damaged, silent, several channels
+    of which none is chosen)."""
     good, bad = [], []
     for utterance in utterances:
         try:
-            if len(_heard(read_utterance(utterance, rate, 0.0, 20.0), rate)) < rate // 40:
+            if len(_heard(read_utterance(utterance, rate, 0.0, 20.0, mix_channels), rate)) < rate // 40:
                 raise UserError(f"{utterance.path}: is silent in its first 20 s")
         except UserError as error:
             bad.append(str(error))
@@ -346,7 +373,8 @@ def train_speaker_model(
         persistent_workers=num_workers > 0,
     )
     module = SpeakerTraining(model, crops.num_classes, recipe, len(loader), validation)
-    checked = data_loader(Whole(validation, model.sample_rate), 1, num_workers=num_workers) if validation else None
+    whole = Whole(validation, model.sample_rate, mix_channels=recipe.mix_channels)
+    checked = data_loader(whole, 1, num_workers=num_workers) if validation else None
     history = train(
         module,
         loader,
