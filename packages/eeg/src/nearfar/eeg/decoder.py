@@ -1,6 +1,6 @@
 """A trained decoder in a folder: weights, preprocessing and classes together."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,6 +60,16 @@ class Decoder:
     def sfreq(self) -> float:
         """Sampling rate of the trials, Hz."""
         return float(self.training["sfreq"])
+
+    @property
+    def recorded(self) -> list[str]:
+        """The channels that it needs of a recording or stream: its own, and those that are its reference."""
+        reference = self.preprocessing.reference
+        return self.ch_names + (list(reference) if isinstance(reference, tuple) else [])
+
+    def preprocessed(self, **changes: Any) -> Self:
+        """The same decoder with other settings of its preprocessing."""
+        return replace(self, preprocessing=replace(self.preprocessing, **changes))
 
     @property
     def info(self) -> mne.Info:

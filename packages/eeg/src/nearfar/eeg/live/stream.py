@@ -11,7 +11,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from nearfar.core.errors import UserError
 from nearfar.eeg import metrics
 from nearfar.eeg.conventions import standard_name
-from nearfar.eeg.live.steps import Step, causal_steps
+from nearfar.eeg.live.steps import Step
 from nearfar.eeg.recordings import UNITS
 
 
@@ -177,7 +177,7 @@ def decode(
         sfreq: sampling rate after the preprocessing, Hz.
         steps: causal preprocessing, in order; copies are used, so fresh ones stay fresh.
         rule: from probabilities to commands.
-        batch_size: windows that are decoded at a time.
+        batch_size: windows that are decoded at a time; with 1 no rounding depends on how many come together.
         recorded: the channels as recorded and their rate, where `data` has been filtered; by them a window abstains
             (see `faults`).
     """
@@ -232,7 +232,8 @@ class StreamDecoder:
         self._steps = copy.deepcopy(list(steps))
         self._factor = int(np.prod([getattr(one, "factor", 1) for one in self._steps]))
         self._scale = UNITS[unit] * 1e6
-        self.ch_names = list(getattr(estimator, "ch_names", ch_names or ()))
+        trained = getattr(estimator, "ch_names", ch_names or ())
+        self.ch_names = list(getattr(estimator, "recorded", trained) if self._steps else trained)
         self._order = None if ch_names is None else _places(list(ch_names), self.ch_names)
         self._channels = len(ch_names) if ch_names is not None else len(self.ch_names) or None
         self._check(rate)
@@ -257,14 +258,15 @@ class StreamDecoder:
         ch_names: Sequence[str] | None = None,
         unit: str = "uV",
         rule: Rule = Rule(),
+        batch_size: int = 256,
     ) -> "StreamDecoder":
-        """A trained `Decoder` on a stream of unfiltered samples, its preprocessing in causal steps (`causal_steps`).
+        """A trained `Decoder` on a stream of unfiltered samples, its preprocessing in causal steps.
 
         Raises UserError where the preprocessing cannot be causal.
         """
-        steps = causal_steps(decoder.preprocessing, rate, decoder.ch_names)
+        steps = decoder.preprocessing.causal_steps(rate, decoder.recorded)
         return cls(
-            decoder, int(decoder.network.n_times), step, decoder.sfreq, steps=steps, rule=rule,
+            decoder, int(decoder.network.n_times), step, decoder.sfreq, steps=steps, rule=rule, batch_size=batch_size,
             ch_names=ch_names, unit=unit, rate=rate,
         )  # fmt: skip
 
