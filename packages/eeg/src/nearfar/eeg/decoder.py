@@ -1,6 +1,7 @@
 """A trained decoder in a folder: weights, preprocessing and classes together."""
 
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ from nearfar.eeg.preprocessing import Preprocessing
 @torch.no_grad()
 def predict_logits(model: nn.Module, X: np.ndarray, batch_size: int = 256) -> np.ndarray:
     """Logits (trials, classes) of `model` for X (trials, channels, times), on the model's device, in eval mode."""
-    device = next(model.parameters()).device
+    device = next(chain(model.parameters(), model.buffers())).device
     parts = torch.as_tensor(np.ascontiguousarray(X, dtype=np.float32)).split(batch_size)
     training = model.training
     model.eval()

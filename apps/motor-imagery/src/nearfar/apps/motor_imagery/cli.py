@@ -204,10 +204,16 @@ def train(
         show_progress=messages.is_terminal, fresh=fresh, tell=lambda text: messages.print(text, highlight=False),
     )  # fmt: skip
     scores = decoder.metrics
-    console.print(
-        f"validation accuracy {scores['validation_accuracy']:.3f} at epoch {scores['best_epoch']} "
-        "(it chose the epoch: too good)"
+    chosen = (
+        f"at epoch {scores['best_epoch']} (it chose the epoch: too good)" if "epochs" in scores else "cross-validated"
     )
+    console.print(f"validation accuracy {scores['validation_accuracy']:.3f} {chosen}")
+    if "threshold" in scores:
+        found = scores["threshold"]
+        console.print(
+            f"threshold {found['threshold']:.3f} by {found['trials']} trials: {found['answered']:.0%} answered, "
+            f"{found['accuracy']:.0%} of them rightly"
+        )
     if "test" in scores:
         console.print(_sentence("test", scores["test"]))
     if causal and held_out:
