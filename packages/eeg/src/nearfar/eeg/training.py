@@ -51,7 +51,8 @@ def train_decoder(
     done. Decoders of covariances choose nothing: they are fitted on all trials, and their validation figures come from
     fits that leave out one of five successive parts of the trials each.
 
-    What was not learnt from also gives `metrics["threshold"]`, see `metrics.choose_threshold`.
+    What was not learnt from also gives `metrics["threshold"]`, see `metrics.choose_threshold`; `metrics["gate"]` is
+    three times what all but 5 % of the trials swing at most, from lowest to highest; live windows beyond it abstain.
 
     Raises LeakageError where test trials stand among what is learnt from, UserError for a `start` that does not fit.
     """
@@ -94,6 +95,7 @@ def train_decoder(
         }
         if set(y[choose]) <= set(classifier.classes_) and len(choose) and len(classifier.classes_) == len(names):
             scores["threshold"] = metrics.choose_threshold(y[choose], classifier.predict_proba(X[choose]))
+    scores["gate"] = 3 * float(np.quantile(np.ptp(X[learn], axis=2).max(1), 0.95))
     if test is not None:
         scores["test"] = _test_score(classifier, X_test, y_test, len(names))
         scores["trials"]["test"] = len(y_test)
