@@ -148,6 +148,11 @@ class Preprocessing:
             return self.reference == "average"
         return len(ch_names) >= 8 and not any(bipolar_pair(name) for name in ch_names)
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a recording's samples depend on later ones, so that those of a stream are others."""
+        return not self.causal and any((self.l_freq, self.h_freq, self.notch, self.sfreq))
+
     def causal_steps(self, sfreq: float, ch_names: Sequence[str], first: int = 0) -> list[Step]:
         """Steps that do causally, on samples of `ch_names` at `sfreq`, what these settings do on a whole recording.
 

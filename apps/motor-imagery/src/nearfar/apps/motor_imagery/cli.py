@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from nearfar.apps.motor_imagery import pages
+from nearfar.apps.motor_imagery import live, pages
 from nearfar.apps.motor_imagery.options import (
     Band,
     Causal,
@@ -70,6 +70,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+for command in (live.streams, live.calibrate, live.live, live.replay, live.audit, live.export):
+    app.command()(command)
 
 SCORES = {
     "events": "events",

@@ -241,11 +241,13 @@ class StreamSource:
             return ()
         if len(times) and isinstance(values, list):
             texts = [row[0] for row in values]
-        elif sinfo.n_channels == 1:
-            texts = [f"{row[0]:g}" for row in np.asarray(values)]
         else:
-            names = _channel_names(sinfo)
-            texts = ["+".join(names[k] for k in np.flatnonzero(row)) for row in np.asarray(values)]
+            names = sinfo.get_channel_names() or []
+            rows = np.asarray(values)
+            if len(names) == sinfo.n_channels and all(names):
+                texts = ["+".join(names[k] for k in np.flatnonzero(row)) for row in rows]
+            else:
+                texts = [" ".join(f"{value:g}" for value in row) for row in rows]
         return tuple((float(at) + self.offset, text) for at, text in zip(np.array(times), texts))
 
 
