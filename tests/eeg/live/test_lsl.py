@@ -180,6 +180,7 @@ def record(tmp_path, name, change, patience=20.0, seconds=None):
 def test_a_stream_that_returns_goes_on_in_the_first_order_after_a_gap(tmp_path):
     session = record(tmp_path, "back", lambda: [Sender("back", "back-id", names=NAMES[::-1])], seconds=2.0)
     events = [line["event"] for line in session.events()]
+    assert {"lost", "returned", "order", "gap"} <= set(events), session.events()
     assert events.index("lost") < events.index("returned") < events.index("order") < events.index("gap")
     gap = next(line for line in session.events() if line["event"] == "gap")
     assert 0.5 < gap["seconds"] < 60

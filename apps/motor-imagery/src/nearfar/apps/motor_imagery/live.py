@@ -111,7 +111,7 @@ def live(
         sinks.append(_show)
     given = source_of(stream, stream_type, source_id, file, speed, board, board_option, names, unit, markers, patience)
     counts = run(given, output, decoder, every=every, rule=rule, sinks=sinks, seconds=seconds, decoder=model)
-    console.print(table([{SAID.get(name, name): value for name, value in counts.items()}]))
+    console.print(table([{"figure": SAID[name], "value": value} for name, value in counts.items() if name in SAID]))
     console.print(f"session: {output}; next: nearfar motor-imagery audit {output}", soft_wrap=True)
 
 

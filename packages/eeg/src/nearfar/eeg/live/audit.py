@@ -15,8 +15,8 @@ from nearfar.eeg.live.stream import Decisions
 SAID = {
     "seconds": "Seconds recorded",
     "decisions": "Windows decided",
-    "abstained": "Windows without a decision because of the input (share)",
-    "undecided": "Windows below the threshold, or idle (share)",
+    "abstained": "Windows that abstain because of the input",
+    "undecided": "Windows below the threshold, or idle",
     "commands": "Commands",
     "gaps": "Gaps",
     "lost": "Samples lost",
@@ -72,8 +72,8 @@ def audit(
         if again.changed:
             found["replay"] += f" (changed since: {', '.join(again.changed)})"
         found["decisions"] = len(made)
-        found["abstained"] = float(np.mean([one["abstained"] != "" for one in made]))
-        found["undecided"] = float(np.mean([one["decision"] is None and not one["abstained"] for one in made]))
+        found["abstained"] = sum(one["abstained"] != "" for one in made)
+        found["undecided"] = sum(one["decision"] is None and not one["abstained"] for one in made)
         found["commands"] = sum(one["command"] is not None for one in made)
         found |= spread([one["latency"] for one in made], [one["compute"] for one in made])
         found |= _scores(session, made, events, duration, report)

@@ -307,7 +307,8 @@ def _run(source, folder, decoder_folder, every, rule, sinks, seconds, markers, s
         about |= {"decoder": str(decoder_folder), "classes": decoder.classes, "step": step, "rule": asdict(rule)}
         about |= {"preprocessing": decoder.preprocessing.to_dict(), "gate": decoder.metrics.get("gate")}
         about["digests"] = digests(decoder_folder, rule, step)
-        decoder.predict_proba(np.zeros((1, len(decoder.ch_names), decoder.network.n_times), np.float32))  # warm
+        shape = (1, len(decoder.ch_names), int(decoder.network.n_times))
+        decoder.predict_proba(np.random.default_rng(0).normal(size=shape).astype(np.float32))  # the first is slow
     recorder, continuity = Recorder(folder, about), Continuity(source.rate)
     counts = dict.fromkeys(("decisions", "commands", "abstained", "gaps", "lost", "clocks", "overruns"), 0)
     latencies, computed = [], []

@@ -140,7 +140,7 @@ class StreamSource:
         self.about = {"kind": "lsl", **self._wanted, "hostname": info.hostname}
         self._order: list[int] | None = None
         self._markers = None if markers is None else self._open(self._one({"name": markers}, timeout))
-        self._heard, self._ended = self.clock(), False
+        self._heard, self._asked, self._ended = self.clock(), False, False
         self._offset_at, self.offset = -np.inf, 0.0
 
     def clock(self) -> float:
@@ -158,6 +158,9 @@ class StreamSource:
                 self._offset_at = self.clock()
                 notes.append({"event": "offset", "seconds": self.offset})
             samples, times = self._inlet.pull_chunk(timeout=0.01, max_samples=4096)
+            if not len(times) and not self._asked and self.clock() - self._heard > min(3.0, self.patience / 2):
+                self._asked = True  # once: a connection may have died without a word
+                raise RuntimeError("no sample came for 3 s")
         except (RuntimeError, TimeoutError) as error:
             notes.append({"event": "lost", "reason": str(error)})
             if not self._returned(notes):
@@ -165,7 +168,7 @@ class StreamSource:
             samples, times = np.zeros((0, len(self.ch_names)), np.float32), np.zeros(0)
         arrived = self.clock()
         if len(times):
-            self._heard = arrived
+            self._heard, self._asked = arrived, False
         elif arrived - self._heard > self.patience:
             return self._last([*notes, {"event": "ended", "reason": f"no sample for {self.patience:g} s"}])
         samples = np.array(samples.T)  # liblsl's buffer is used again
