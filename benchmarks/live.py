@@ -22,14 +22,15 @@ from nearfar.eeg.decoding import CovarianceClassifier
 from nearfar.eeg.live.session import Live, Recorder
 from nearfar.eeg.live.stream import Rule
 from nearfar.eeg.models import baselines
-from nearfar.eeg.models.agtcnet import AGTCNet
+from nearfar.eeg.models.agtcnet import VARIANTS, AGTCNet
 from nearfar.eeg.preprocessing import Preprocessing
 
 HOP = 0.04
 MONTAGES = {
-    22: ["Fz", "FC3", "FC1", "FCz", "FC2", "FC4", "C5", "C3", "C1", "Cz", "C2", "C4", "C6", "CP3", "CP1", "CPz", "CP2", "CP4", "P1", "Pz", "P2", "POz"],
-    64: ["FC5", "FC3", "FC1", "FCz", "FC2", "FC4", "FC6", "C5", "C3", "C1", "Cz", "C2", "C4", "C6", "CP5", "CP3", "CP1", "CPz", "CP2", "CP4", "CP6", "Fp1", "Fpz", "Fp2", "AF7", "AF3", "AFz", "AF4", "AF8", "F7", "F5", "F3", "F1", "Fz", "F2", "F4", "F6", "F8", "FT7", "FT8", "T7", "T8", "T9", "T10", "TP7", "TP8", "P7", "P5", "P3", "P1", "Pz", "P2", "P4", "P6", "P8", "PO7", "PO3", "POz", "PO4", "PO8", "O1", "Oz", "O2", "Iz"],
-}  # fmt: skip
+    len(settings["chs_info"]): [channel["ch_name"] for channel in settings["chs_info"]]
+    for settings in VARIANTS.values()
+}
+"""Names by number: 22 of BCI Competition IV 2a, 64 of EEGMMIDB."""
 
 
 def decoder(name: str, channels: int, rate: float) -> Decoder:

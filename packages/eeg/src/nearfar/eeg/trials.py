@@ -98,7 +98,7 @@ def trials_array(
 
 
 def joined(X: NDArray, y: NDArray, classes: Sequence[str], info: mne.Info) -> mne.io.RawArray:
-    """Trials (n, channels, times) in microvolts one after the other, each marked by its class; what was cut stays so."""
+    """Trials (n, channels, times) in microvolts one after the other, each marked by its class."""
     raw = mne.io.RawArray(np.concatenate(list(X), axis=1) * 1e-6, info, verbose="ERROR")
     onsets = np.arange(len(X)) * X.shape[2] / info["sfreq"]
     return raw.set_annotations(mne.Annotations(onsets, 0.0, [classes[label] for label in y]))
