@@ -353,3 +353,100 @@ def test_flat_stretches_abstain_and_say_so(decoder, tmp_path, capsys):
     assert set(rows["abstained"][inside]) == {"C3 flat"}
     assert set(rows["trial_type"][inside]) == {"n/a"}
     assert set(rows["abstained"][rows["onset"] < 17]) == {"n/a"}
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """A session that was calibrated on the cues of a file, and its decoder of covariances."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    file = recording(folder / "first_raw.fif")
+    given = ["--file", file, "--speed", "inf", "--set", "cue=2", "-o", folder / "a", "--bids", folder / "bids"]
+    assert run("calibrate", *given) == 0
+    return folder / "a"
+
+
+def test_calibrate_live_replay_audit_export(calibrated, tmp_path, capsys):
+    assert (calibrated / "session_raw.fif").is_file()
+    assert list((calibrated.parent / "bids").rglob("*_eeg.vhdr"))
+    file = recording(tmp_path / "second_raw.fif", 1)
+    options = ["--every", "0.125", "--dwell", "4", "--refractory", "1", "--lines", tmp_path / "out.jsonl"]
+    assert run("live", calibrated / "decoder", "--file", file, "--speed", "inf", "-o", tmp_path / "s", *options) == 0
+    assert "audit" in capsys.readouterr().out
+    assert run("replay", tmp_path / "s") == 0
+    assert "all are the same to the last bit" in capsys.readouterr().out
+    assert run("audit", tmp_path / "s", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["replay"] == "same to the last bit"
+    assert found["events"] == 12
+    assert found["hits"] > found["wrong"]  # of a rhythm three times as strong as the noise
+    assert found["bits_per_minute"] > 0
+    assert (tmp_path / "s/audit.html").is_file()
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(lines) == found["decisions"]
+    assert run("export", calibrated / "decoder", "-o", tmp_path / "d.onnx") == 2
+    assert "eigenvalues" in capsys.readouterr().err
+    more = ["--model", "CSP+LDA", "--also", calibrated, "--set", "cue=2", "--speed", "inf"]
+    assert run("calibrate", "--file", file, "-o", tmp_path / "b", *more) == 0
+    assert run("export", tmp_path / "b/decoder", "-o", tmp_path / "d.onnx") == 0
+    assert "differ from the decoder's by" in " ".join(capsys.readouterr().out.split())
+    start = ["--start", calibrated / "decoder", "--set", "cue=2", "--speed", "inf"]
+    assert run("calibrate", "--file", file, "-o", tmp_path / "c", *start) == 0
+    from nearfar.eeg.decoder import Decoder
+
+    assert len(Decoder.load(tmp_path / "c/decoder").network.learnt) == 24
+
+
+def test_live_refuses_what_it_cannot_do_in_one_line(calibrated, decoder, tmp_path, capsys):
+    file = recording(tmp_path / "a_raw.fif")
+    other = recording(tmp_path / "b_raw.fif", rate=100.0)
+    for arguments, told in (
+        (["live", decoder, "-o", tmp_path / "s"], "name one source"),
+        (["live", decoder, "--file", file, "--board", "X", "-o", tmp_path / "s"], "name one source"),
+        (["live", decoder, "--file", file, "--speed", "0", "-o", tmp_path / "s"], "above 0"),
+        (["live", decoder, "--file", other, "-o", tmp_path / "s"], "100 Hz"),
+        (["live", decoder, "--file", file, "--idle", "nothing", "-o", tmp_path / "s"], "no class nothing"),
+        (["live", decoder, "--file", file, "--speed", "inf", "-o", calibrated], "holds a session already"),
+        (["replay", tmp_path], "holds no session"),
+        (["replay", calibrated], "without a decoder"),
+        (["audit", tmp_path / "nowhere"], "holds no session"),
+        (["calibrate", "--file", file, "--set", "trials=0", "-o", tmp_path / "c"], "trials must be 1 or more"),
+    ):
+        assert run(*arguments) == 2, arguments
+        error = " ".join(capsys.readouterr().err.split())
+        assert told in error, error
+    assert not (tmp_path / "s" / "session.json").exists()
+
+
+def test_causal_training_prints_the_difference(tmp_path, capsys):
+    first, second = (recording(tmp_path / f"{name}_raw.fif", seed) for seed, name in enumerate("ab"))
+    given = [first, "--test", second, "--causal", "--band", "8", "20", "--window", "0", "2", "--set", "network=CSP+LDA"]
+    assert run("train", *given, "-o", tmp_path / "d") == 0
+    out = capsys.readouterr().out
+    assert "cross-validated" in out
+    assert "threshold" in out
+    assert "with filters of zero phase: test accuracy" in out
+    assert run("predict", tmp_path / "d", second, "-o", tmp_path / "p", "--causal", "--every", "0.5", "--check") == 0
+    assert "differs" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "p/b_raw_predictions.tsv", sep="\t")
+    assert len(table) > 50
+
+
+@pytest.mark.slow
+def test_a_real_subject_calibrated_and_decoded_live_as_offline(shared_data, tmp_path, capsys):
+    data = shared_data("eegmmidb/S001")
+    for name, more in (("S001R04", []), ("S001R08", ["--also", tmp_path / "S001R04"])):
+        given = ["--file", data / f"{name}.edf", "--speed", "inf", "-o", tmp_path / name, *more]
+        assert run("calibrate", *given) == 0
+    decoder, file = tmp_path / "S001R08/decoder", data / "S001R12.edf"
+    assert run("live", decoder, "--file", file, "--speed", "inf", "--every", "0.5", "-o", tmp_path / "s") == 0
+    assert run("replay", tmp_path / "s") == 0
+    train = ["--classes", "left_hand,right_hand", "--causal", "--window", "0.5", "4", "--set", "network=TangentSpace"]
+    files = [data / "S001R04.edf", data / "S001R08.edf"]
+    assert run("train", *files, *train, "-o", tmp_path / "offline") == 0
+    assert run("predict", tmp_path / "offline", file, "--every", "0.5", "-o", tmp_path / "p", "--threshold", "0") == 0
+    offline = pd.read_csv(tmp_path / "p/S001R12_predictions.tsv", sep="\t")
+    log = [json.loads(line) for line in (tmp_path / "s/log.jsonl").read_text().splitlines()]
+    live = [line["probabilities"] for line in log if "decision" in line]
+    assert len(live) == len(offline) > 200
+    for name in ("left_hand", "right_hand"):
+        np.testing.assert_allclose([shares[name] for shares in live], offline[f"p_{name}"], atol=2e-6)

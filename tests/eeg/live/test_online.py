@@ -11,7 +11,7 @@ from nearfar.eeg import metrics
 from nearfar.eeg.alignment import ExponentialMovingStandardizer
 from nearfar.eeg.decoder import Decoder
 from nearfar.eeg.live.scores import live_error, pseudo_online, score_events, stream_error
-from nearfar.eeg.live.steps import AverageReference, CausalDecimator, CausalFilter, causal_steps
+from nearfar.eeg.live.steps import AverageReference, CausalDecimator, CausalFilter
 from nearfar.eeg.live.stream import Decisions, Rule, StreamDecoder, decode, windows
 from nearfar.eeg.models import baselines
 from nearfar.eeg.preprocessing import Preprocessing
@@ -330,7 +330,7 @@ def test_samples_that_cannot_be_microvolts_are_refused(scale):
 def test_the_causal_chain_does_what_the_preprocessing_does():
     names = [f"E{k}" for k in range(8)]
     settings = Preprocessing(l_freq=4, h_freq=30, notch=50, sfreq=100, standardization="exponential-moving")
-    kinds = [type(one).__name__ for one in causal_steps(settings, 200, names)]
+    kinds = [type(one).__name__ for one in settings.causal_steps(200, names)]
     assert kinds == [
         "CausalFilter",
         "CausalFilter",
@@ -338,7 +338,7 @@ def test_the_causal_chain_does_what_the_preprocessing_does():
         "AverageReference",
         "ExponentialMovingStandardizer",
     ]
-    assert not causal_steps(Preprocessing(), 160, names[:3])
+    assert not Preprocessing().causal_steps(160, names[:3])
     time = np.arange(4000) / 200
     wave = np.stack([np.sin(2 * np.pi * 50 * time), np.sin(2 * np.pi * 10 * time)])
     out = CausalFilter.notch(200, 50).push(wave)[:, 2000:]
@@ -352,7 +352,7 @@ def test_the_causal_chain_does_what_the_preprocessing_does():
         {"order": "published"},
     ):
         with pytest.raises(UserError):
-            causal_steps(Preprocessing(**wrong), 200, names)
+            Preprocessing(**wrong).causal_steps(200, names)
 
 
 def test_the_check_measures_the_whole_chain():
@@ -366,7 +366,7 @@ def test_the_check_measures_the_whole_chain():
     assert found["streamed - whole"] < 1e-5
     assert found["live - offline"] > 1e-4  # the causal filters are others
     assert 0 <= found["live differs"] <= 1
-    same = decode(decoder, raw.get_data() * 1e6, 128, 16, 64.0, steps=causal_steps(settings, 128.0, names))
+    same = decode(decoder, raw.get_data() * 1e6, 128, 16, 64.0, steps=settings.causal_steps(128.0, names))
     assert live_error(decoder, raw, same, 16)["live - offline"] < 1e-5
     odd = raw.copy().resample(100.0, verbose="ERROR")
     assert np.isnan(live_error(decoder, odd, whole, 16)["live differs"])

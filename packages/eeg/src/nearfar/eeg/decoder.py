@@ -1,6 +1,7 @@
 """A trained decoder in a folder: weights, preprocessing and classes together."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ from nearfar.eeg.preprocessing import Preprocessing
 @torch.no_grad()
 def predict_logits(model: nn.Module, X: np.ndarray, batch_size: int = 256) -> np.ndarray:
     """Logits (trials, classes) of `model` for X (trials, channels, times), on the model's device, in eval mode."""
-    device = next(model.parameters()).device
+    device = next(chain(model.parameters(), model.buffers())).device
     parts = torch.as_tensor(np.ascontiguousarray(X, dtype=np.float32)).split(batch_size)
     training = model.training
     model.eval()
@@ -60,6 +61,16 @@ class Decoder:
     def sfreq(self) -> float:
         """Sampling rate of the trials, Hz."""
         return float(self.training["sfreq"])
+
+    @property
+    def recorded(self) -> list[str]:
+        """The channels that it needs of a recording or stream: its own, and those that are its reference."""
+        reference = self.preprocessing.reference
+        return self.ch_names + (list(reference) if isinstance(reference, tuple) else [])
+
+    def preprocessed(self, **changes: Any) -> Self:
+        """The same decoder with other settings of its preprocessing."""
+        return replace(self, preprocessing=replace(self.preprocessing, **changes))
 
     @property
     def info(self) -> mne.Info:

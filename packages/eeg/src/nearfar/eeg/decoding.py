@@ -9,6 +9,7 @@ import mne
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pyriemann.utils.mean import mean_covariance
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
@@ -19,8 +20,10 @@ from nearfar.core.errors import UserError
 from nearfar.core.fingerprint import data_digest
 from nearfar.core.finite import check_finite
 from nearfar.core.training import data_loader, train
+from nearfar.eeg.alignment import inverse_root
 from nearfar.eeg.decoder import predict_logits
-from nearfar.eeg.models.baselines import network
+from nearfar.eeg.models.baselines import classical, network
+from nearfar.eeg.models.covariances import compiled, surrogates
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Recipe:
     training stops after `patience` epochs without a better validation accuracy, at the latest after `epochs`, and
     the best epoch's weights stay.
 
+    network: one of `models.baselines.network`, or TangentSpace, MDM, CSP+LDA, which take nothing else from here.
     objective: "cross-entropy", or "published": cross-entropy too, but for two classes the binary cross-entropy of the
     logits' sigmoids, the mean over both outputs, which is what the authors' logged losses of two classes are.
     """
@@ -257,6 +261,67 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
             torch.as_tensor(np.ascontiguousarray(X, dtype=np.float32)),
             torch.as_tensor(np.searchsorted(self.classes_, y)),
         )
+
+
+class CovarianceClassifier(ClassifierMixin, BaseEstimator):
+    """A decoder of covariances (`models.covariances.DECODERS`) as a scikit-learn classifier, which selects nothing.
+
+    `fine_tune` adapts it to another session: the covariances that it learnt from are moved so that their Riemannian
+    mean becomes that of the new trials (Zanini et al. 2018), and it is fitted anew on both together. Directions of
+    signal stay those of the first trials.
+
+    Attributes after `fit`: `network_`, `classes_`, `history_` (empty).
+    """
+
+    def __init__(self, name: str = "TangentSpace", sfreq: float = 250.0, seed: int = 0) -> None:
+        self.name, self.sfreq, self.seed = name, sfreq, seed
+
+    def fit(self, X: np.ndarray, y: np.ndarray) -> Self:
+        """Fit on trials X (trials, channels, times) in microvolts."""
+        X = _microvolts(X)
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise UserError(f"training needs trials of at least two classes, all {len(y)} are of one")
+        pipeline = classical(self.sfreq)[self.name](self.seed).fit(X, codes)
+        self.network_, self.history_ = compiled(self.name, pipeline, X, codes), []
+        check_finite(self._logits(X), "the trained scores")
+        return self
+
+    def fine_tune(self, X: np.ndarray, y: np.ndarray) -> Self:
+        """Adapt to trials of a new session."""
+        check_is_fitted(self, "network_")
+        unknown = np.setdiff1d(y, self.classes_)
+        if len(unknown):
+            raise UserError(f"the new trials hold classes that the decoder lacks: {unknown}")
+        network, codes = self.network_, np.searchsorted(self.classes_, y)
+        new = network.covariances(torch.as_tensor(_microvolts(X))).numpy()
+        old = network.learnt.numpy()
+        means = [mean_covariance(network.shrunk(torch.from_numpy(part)).numpy()) for part in (old, new)]
+        values, vectors = np.linalg.eigh(means[1])
+        move = (vectors * np.sqrt(values)) @ vectors.T @ inverse_root(means[0])
+        learnt = np.concatenate([move @ old @ move.T, new])
+        labels = np.concatenate([network.labels.numpy(), codes])
+        tail = classical(self.sfreq)[self.name](self.seed)[2:]
+        tail.fit(surrogates(learnt, network.n_times), labels)
+        adapted = type(network).from_config(network.get_config() | {"learnt": len(learnt)})
+        for name, value in (("basis", network.basis), ("learnt", learnt), ("labels", labels)):
+            getattr(adapted, name).copy_(torch.as_tensor(value))
+        adapted.take(tail)
+        self.network_ = adapted.eval()
+        check_finite(self._logits(X), "the adapted scores")
+        return self
+
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
+        """Class probabilities (trials, classes)."""
+        return torch.from_numpy(self._logits(X)).softmax(1).numpy()
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        """The most probable class of each trial."""
+        return self.classes_[self._logits(X).argmax(1)]
+
+    def _logits(self, X: np.ndarray) -> np.ndarray:
+        check_is_fitted(self, "network_")
+        return predict_logits(self.network_, _microvolts(X))
 
 
 def _microvolts(X: np.ndarray | mne.BaseEpochs) -> np.ndarray:

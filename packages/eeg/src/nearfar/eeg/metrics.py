@@ -155,6 +155,23 @@ def information_transfer_rate(share: float, n_classes: int, seconds: float) -> f
     return bits_per_selection(share, n_classes) * 60 / seconds
 
 
+def choose_threshold(y_true: ArrayLike, probabilities: np.ndarray) -> dict[str, float]:
+    """The probability below which a trial is better left unanswered, by trials that the decoder has not learnt from.
+
+    It maximizes the information of a trial, answered share x `bits_per_selection` of the answered ones; of equals the
+    lowest counts. `threshold` is 0 where answering all is best. Also `answered` (share), `accuracy` of these, `trials`.
+    """
+    y_true, best = np.asarray(y_true, int), probabilities.max(1)
+    right = probabilities.argmax(1) == y_true
+    found, most = {}, -1.0
+    for threshold in (0.0, *np.unique(best)):
+        given = best >= threshold
+        share, accuracy = float(given.mean()), float(right[given].mean())
+        if (bits := share * bits_per_selection(accuracy, probabilities.shape[1])) > most + 1e-12:
+            most, found = bits, {"threshold": float(threshold), "answered": share, "accuracy": accuracy}
+    return found | {"trials": len(y_true)}
+
+
 def subject_scores(rows: pd.DataFrame, score: str = "accuracy") -> pd.DataFrame:
     """The mean of `score` over sessions and repeats: one row per subject, one column per model."""
     return rows.pivot_table(index="subject", columns="model", values=score, aggfunc="mean", sort=False)

@@ -70,16 +70,10 @@ def continuous(
         raise UserError("the decoder preprocesses trial by trial (published order), which needs events: drop --every")
     if decoder.preprocessing.standardization == "trial":
         raise UserError("the decoder standardizes each trial by itself, which needs events; drop --every")
-    recorded = select_channels(recording.read(**reading), recorded_channels(decoder), interpolate)
+    recorded = select_channels(recording.read(**reading), decoder.recorded, interpolate)
     raw = decoder.preprocessing.apply(recorded)
     check_rate(decoder, raw.info["sfreq"], recording.path)
-    return raw, recorded.pick(decoder.ch_names)
-
-
-def recorded_channels(decoder: Decoder) -> list[str]:
-    """The channels that the decoder needs of a recording: its own, and those that are its reference."""
-    reference = decoder.preprocessing.reference
-    return decoder.ch_names + (list(reference) if isinstance(reference, tuple) else [])
+    return raw, recorded.pick(decoder.recorded)
 
 
 def check_rate(decoder: Decoder, rate: float, what: Any) -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import signal
 
 from nearfar.core.errors import UserError
-from nearfar.eeg.alignment import EXPONENTIAL_MOVING
+from nearfar.eeg.alignment import EXPONENTIAL_MOVING, ExponentialMovingStandardizer
 from nearfar.eeg.annotations import (
     EDGES,
     Events,
@@ -32,6 +32,7 @@ from nearfar.eeg.annotations import (
     source_name,
 )
 from nearfar.eeg.conventions import bipolar_pair, known_set
+from nearfar.eeg.live.steps import AverageReference, CausalDecimator, CausalFilter, ChannelReference, Step
 
 logger = logging.getLogger("nearfar.eeg")
 
@@ -67,6 +68,8 @@ class Preprocessing:
         trial: cut; where the rate changes, low-pass at the new Nyquist frequency (Butterworth, order 12, forward and
         backward, in transfer-function form) and FFT resampling; average reference. It has neither band-pass, notch nor
         standardization, and the ends of each trial carry the filter's transients.
+    causal: no sample depends on later ones: `causal_steps` take the place of filters of zero phase, and begin anew
+        after each edge. What is trained so sees on a live stream the very samples that it was trained on.
     """
 
     tmin: float = 0.0
@@ -78,6 +81,7 @@ class Preprocessing:
     reference: Literal["auto", "average"] | tuple[str, ...] | None = "auto"
     standardization: Literal["exponential-moving", "trial"] | None = None
     order: Literal["continuous", "published"] = "continuous"
+    causal: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.reference, list):  # as JSON gives a tuple back
@@ -100,6 +104,8 @@ class Preprocessing:
             )
         if self.order not in ("continuous", "published"):
             raise UserError(f"order must be 'continuous' or 'published', not {self.order!r}")
+        if self.causal and (self.order == "published" or self.standardization == "trial"):
+            raise UserError("treating trials one by one needs all of a trial; it has no causal form")
         if self.order == "published":
             extra = [
                 name for name in ("l_freq", "h_freq", "notch", "standardization") if getattr(self, name) is not None
@@ -142,6 +148,46 @@ class Preprocessing:
             return self.reference == "average"
         return len(ch_names) >= 8 and not any(bipolar_pair(name) for name in ch_names)
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a recording's samples depend on later ones, so that those of a stream are others."""
+        return not self.causal and any((self.l_freq, self.h_freq, self.notch, self.sfreq))
+
+    def causal_steps(self, sfreq: float, ch_names: Sequence[str], first: int = 0) -> list[Step]:
+        """Steps that do causally, on samples of `ch_names` at `sfreq`, what these settings do on a whole recording.
+
+        Butterworth filters take the place of those of zero phase, and decimation that of FFT resampling; so the samples
+        are not the same. `ch_names` hold the channels of a named reference too, `first` is the number of the first
+        sample. Raises UserError for what has no causal form: another rate than a whole fraction, the published order
+        and the standardization of each trial.
+        """
+        if self.order == "published" or self.standardization == "trial":
+            raise UserError("the decoder preprocesses trial by trial, which needs events; it cannot decode a stream")
+        wanted = self.sfreq or sfreq
+        factor = round(sfreq / wanted)
+        if factor < 1 or abs(sfreq / factor - wanted) > 1e-6 * wanted:
+            raise UserError(
+                f"a stream of {sfreq:g} Hz has no whole fraction of {wanted:g} Hz; use a decoder of another rate"
+            )
+        steps: list[Step] = []
+        if self.notch:
+            steps.append(CausalFilter.notch(sfreq, self.notch))
+        if self.l_freq or self.h_freq:
+            steps.append(CausalFilter.band(sfreq, self.l_freq, self.h_freq))
+        if factor > 1:
+            steps.append(CausalDecimator(factor, first))
+        if isinstance(self.reference, tuple):
+            if missing := [name for name in self.reference if name not in ch_names]:
+                raise UserError(
+                    f"the stream has no reference channel {', '.join(missing)}; it has {', '.join(ch_names)}"
+                )
+            steps.append(ChannelReference([list(ch_names).index(name) for name in self.reference]))
+        elif self.averages(ch_names):
+            steps.append(AverageReference())
+        if self.standardization == "exponential-moving":
+            steps.append(ExponentialMovingStandardizer())
+        return steps
+
     def n_times(self, sfreq: float | None = None) -> int:
         """Samples of a trial; `sfreq` is the recording's rate, needed where the settings keep it."""
         rate = self.sfreq or sfreq
@@ -158,11 +204,13 @@ class Preprocessing:
         raw = raw.copy().load_data(verbose="ERROR").pick("eeg", exclude=(), verbose="ERROR")
         self._check_rate(raw)
         with quiet():
-            fill_gaps(raw)
+            fill_gaps(raw, hold=self.causal)
             edges = np.array([is_edge(name) for name in annotation_names(raw)], dtype=bool)
             raw.annotations.duration[edges] = 0  # else MNE leaves that long unfiltered
             if self.order == "published":
                 return raw
+            if self.causal:
+                return self._causally(raw)
             rate = raw.info["sfreq"]
             if self.notch:
                 lines = np.arange(self.notch, rate / 2, self.notch)
@@ -252,6 +300,7 @@ class Preprocessing:
         `UserError`, as is a window that the trials do not hold. The rate may go up as well, which adds nothing.
         """
         continuous = [name for name in ("l_freq", "h_freq", "notch") if getattr(self, name) is not None]
+        continuous += ["causal"] if self.causal else []
         continuous += ["standardization"] if self.standardization == "exponential-moving" else []
         if continuous or isinstance(self.reference, tuple):
             raise UserError(
@@ -267,6 +316,32 @@ class Preprocessing:
         eeg = epochs.copy().pick("eeg", exclude=())
         data = self._per_trial(eeg.get_data(copy=False)[:, :, first : first + length], rate, "trials", eeg.ch_names)
         return self._epochs(data, eeg, epochs.events, epochs.event_id, epochs.metadata)
+
+    def _causally(self, raw: mne.io.BaseRaw) -> mne.io.BaseRaw:
+        """`raw` through `causal_steps`, each piece between edges by itself; a piece too short for a standardization
+        becomes zero and BAD_short."""
+        rate, references = raw.info["sfreq"], self.reference if isinstance(self.reference, tuple) else ()
+        if missing := [name for name in references if name not in raw.ch_names]:
+            raise self._lacks(raw, missing)
+        data, parts, short = raw.get_data(verbose="ERROR") * 1e6, [], []
+        factor = round(rate / (self.sfreq or rate))
+        for start, stop in segments(raw):
+            part = data[:, start:stop]
+            for step in self.causal_steps(rate, raw.ch_names, start):
+                part = step.push(part) if part.shape[1] else part
+            expected = -(-stop // factor) - -(-start // factor)
+            if part.shape[1] < expected:
+                short.append((start / rate, (stop - start) / rate))
+                part = np.zeros((len(raw.ch_names) - len(references), expected))
+            parts.append(part)
+        raw.drop_channels(list(references))
+        if factor > 1:
+            raw.resample(self.sfreq, method="polyphase")  # for the sake of what goes with it; the samples are replaced
+        result = np.concatenate(parts, axis=1)[:, : raw.n_times] * 1e-6
+        raw.apply_function(lambda _: result, picks="all", channel_wise=False)
+        if short:
+            annotate(raw, *np.transpose(short), ["BAD_short"] * len(short))
+        return raw
 
     def _check_rate(self, raw: mne.io.BaseRaw) -> None:
         rate = raw.info["sfreq"]
@@ -287,11 +362,15 @@ class Preprocessing:
             return
         missing = [name for name in self.reference or () if name not in raw.ch_names]
         if missing:
-            raise UserError(
-                f"{source_name(raw)}: no reference channel {', '.join(missing)}; it has {', '.join(raw.ch_names)}"
-            )
+            raise self._lacks(raw, missing)
         raw.set_eeg_reference(list(self.reference or ()))
         raw.drop_channels(list(self.reference or ()))
+
+    @staticmethod
+    def _lacks(raw: mne.io.BaseRaw, missing: list[str]) -> UserError:
+        return UserError(
+            f"{source_name(raw)}: no reference channel {', '.join(missing)}; it has {', '.join(raw.ch_names)}"
+        )
 
     def _per_trial(self, data: np.ndarray, rate: float, name: str, names: list[str]) -> np.ndarray:
         if self.sfreq not in (None, rate):
@@ -341,8 +420,9 @@ def _repeated(starts: np.ndarray, classes: np.ndarray, source: str, rate: float)
     return twice
 
 
-def fill_gaps(raw: mne.io.BaseRaw) -> None:
-    """Fill stretches of NaN that all EEG channels share by straight lines and mark them BAD_gap, in place.
+def fill_gaps(raw: mne.io.BaseRaw, hold: bool = False) -> None:
+    """Fill stretches of NaN that all EEG channels share by straight lines and mark them BAD_gap, in place; with `hold`
+    by the sample before, which no later one alters.
 
     They stand between the runs that some files join, and a filter would spread them over everything. NaN in some
     channels only is a fault of these channels: `UserError`.
@@ -359,7 +439,10 @@ def fill_gaps(raw: mne.io.BaseRaw) -> None:
     if not gap.any():
         return
     times = np.arange(raw.n_times)
-    raw.apply_function(lambda x: np.interp(times, times[~gap], x[~gap]), picks=picks)
+    last = np.maximum.accumulate(np.where(gap, 0, times))
+    raw.apply_function(
+        lambda x: np.nan_to_num(x)[last] if hold else np.interp(times, times[~gap], x[~gap]), picks=picks
+    )
     edges = np.flatnonzero(np.diff(np.concatenate([[False], gap, [False]])))
     starts, stops = edges[::2] / raw.info["sfreq"], edges[1::2] / raw.info["sfreq"]
     annotate(raw, starts, stops - starts, ["BAD_gap"] * len(starts))

@@ -17,10 +17,11 @@ from nearfar.core.errors import UserError
 from nearfar.core.model_folder import TrainedOn, mark, trained_on
 from nearfar.eeg import metrics
 from nearfar.eeg.decoder import Decoder
-from nearfar.eeg.decoding import NetworkClassifier, Recipe
+from nearfar.eeg.decoding import CovarianceClassifier, NetworkClassifier, Recipe
 from nearfar.eeg.leakage import check_split, trial_digests
 from nearfar.eeg.models.agtcnet import AGTCNet
 from nearfar.eeg.models.baselines import network, reorder_outputs
+from nearfar.eeg.models.covariances import DECODERS, CovarianceDecoder
 from nearfar.eeg.preprocessing import Preprocessing
 from nearfar.eeg.protocols import Split, validation_split
 from nearfar.eeg.trials import trials_array
@@ -47,7 +48,11 @@ def train_decoder(
     A share `validation` of the trials (whole subjects where there are several, else the latest of each class) chooses
     the epoch; the `test` trials, of the same channels, are looked at once, at the end. `start` is a decoder folder or
     published AGTCNet weights to fine-tune; test trials that it has seen are told in the score. `tell` hears what is
-    done.
+    done. Decoders of covariances choose nothing: they are fitted on all trials, and their validation figures come from
+    fits that leave out one of five successive parts of the trials each.
+
+    What was not learnt from also gives `metrics["threshold"]`, see `metrics.choose_threshold`; `metrics["gate"]` is
+    three times what all but 5 % of the trials swing at most, from lowest to highest; live windows beyond it abstain.
 
     Raises LeakageError where test trials stand among what is learnt from, UserError for a `start` that does not fit.
     """
@@ -66,22 +71,31 @@ def train_decoder(
             trial_seconds=X.shape[2] / epochs.info["sfreq"],
             digests=[*digests, *tested],
         )
-    classifier = NetworkClassifier(
-        recipe, epochs.info, folder / "training", device=device, show_progress=show_progress, fresh=fresh
-    )
-    tell(f"training {recipe.network} on {len(learn)} trials, {len(choose)} choose the epoch ...")
-    fit = classifier.fit
-    if start is not None:
-        classifier.classes_, classifier.network_ = np.unique(y), starting_network(start, epochs, names, recipe)
-        fit = classifier.fine_tune
-    fit(X[learn], y[learn], X[choose], y[choose])
-    best = max(range(len(classifier.history_)), key=lambda epoch: classifier.history_[epoch]["val_accuracy"])
-    scores: dict[str, Any] = {
-        "trials": {"train": len(learn), "validation": len(choose)},
-        "epochs": len(classifier.history_),
-        "best_epoch": best,
-        "validation_accuracy": classifier.history_[best]["val_accuracy"],
-    }
+    classifier: NetworkClassifier | CovarianceClassifier
+    begun = None if start is None else starting_network(start, epochs, names, recipe)
+    if recipe.network in DECODERS:
+        tell(f"fitting {recipe.network} on {len(y)} trials, and on four of five parts of them five times ...")
+        classifier, scores = _covariance_decoder(recipe, epochs.info["sfreq"], X, y, begun)
+    else:
+        classifier = NetworkClassifier(
+            recipe, epochs.info, folder / "training", device=device, show_progress=show_progress, fresh=fresh
+        )
+        tell(f"training {recipe.network} on {len(learn)} trials, {len(choose)} choose the epoch ...")
+        fit = classifier.fit
+        if begun is not None:
+            classifier.classes_, classifier.network_ = np.unique(y), begun
+            fit = classifier.fine_tune
+        fit(X[learn], y[learn], X[choose], y[choose])
+        best = max(range(len(classifier.history_)), key=lambda epoch: classifier.history_[epoch]["val_accuracy"])
+        scores = {
+            "trials": {"train": len(learn), "validation": len(choose)},
+            "epochs": len(classifier.history_),
+            "best_epoch": best,
+            "validation_accuracy": classifier.history_[best]["val_accuracy"],
+        }
+        if set(y[choose]) <= set(classifier.classes_) and len(choose) and len(classifier.classes_) == len(names):
+            scores["threshold"] = metrics.choose_threshold(y[choose], classifier.predict_proba(X[choose]))
+    scores["gate"] = 3 * float(np.quantile(np.ptp(X[learn], axis=2).max(1), 0.95))
     if test is not None:
         scores["test"] = _test_score(classifier, X_test, y_test, len(names))
         scores["trials"]["test"] = len(y_test)
@@ -100,7 +114,34 @@ def train_decoder(
     return decoder
 
 
-def _test_score(classifier: NetworkClassifier, X: np.ndarray, y: np.ndarray, n_classes: int) -> dict[str, Any]:
+def _covariance_decoder(
+    recipe: Recipe, sfreq: float, X: np.ndarray, y: np.ndarray, start: nn.Module | None
+) -> tuple[CovarianceClassifier, dict[str, Any]]:
+    """Fitted on, or adapted to, all trials, and what fits on parts of them say."""
+
+    def fitted(rows: np.ndarray) -> CovarianceClassifier:
+        made = CovarianceClassifier(recipe.network, sfreq, recipe.seed)
+        if start is None:
+            return made.fit(X[rows], y[rows])
+        made.classes_, made.network_, made.history_ = np.arange(start.n_outputs), start, []
+        return made.fine_tune(X[rows], y[rows])
+
+    parts = np.array_split(np.arange(len(y)), 5)
+    probabilities = np.zeros((len(y), len(np.unique(y))))
+    for part in parts:
+        rest = np.setdiff1d(np.arange(len(y)), part)
+        if len(part) and set(y[rest]) != set(y):
+            raise UserError(f"a class has trials in one part of {len(parts)} alone; record the classes in turns")
+        if len(part):
+            probabilities[part] = fitted(rest).predict_proba(X[part])
+    accuracy = metrics.accuracy(y, probabilities.argmax(1))
+    scores = {"trials": {"train": len(y), "validation": len(y)}, "validation_accuracy": accuracy}
+    return fitted(np.arange(len(y))), scores | {"threshold": metrics.choose_threshold(y, probabilities)}
+
+
+def _test_score(
+    classifier: NetworkClassifier | CovarianceClassifier, X: np.ndarray, y: np.ndarray, n_classes: int
+) -> dict[str, Any]:
     probabilities = classifier.predict_proba(X)
     return metrics.score(y, classifier.classes_[probabilities.argmax(1)], n_classes, probabilities)
 
@@ -130,7 +171,14 @@ def starting_network(path: str | Path, epochs: BaseEpochs, classes: list[str], r
                 f"{path}: was trained at {decoder.sfreq:g} Hz, these trials have {epochs.info['sfreq']:g} Hz; "
                 f"choose --resample {decoder.sfreq:g}"
             )
+        wanted = DECODERS.get(recipe.network)
+        if isinstance(decoder.network, CovarianceDecoder) and type(decoder.network) is not wanted:
+            raise UserError(f"{path}: is a {type(decoder.network).__name__}; adapt it with the same --set network=")
+        if wanted and type(decoder.network) is not wanted:
+            raise UserError(f"{path}: holds a {type(decoder.network).__name__}, which is no {recipe.network}")
         return _in_order(decoder.network, decoder.classes, classes)
+    if recipe.network in DECODERS:
+        raise UserError(f"{path}: {recipe.network} is adapted from a decoder folder alone")
     state = read_state_dict(path)
     sizes = {"n_chans": len(chs_info), "n_outputs": len(classes), "n_times": len(epochs.times)}
 
@@ -159,6 +207,8 @@ def starting_network(path: str | Path, epochs: BaseEpochs, classes: list[str], r
 def _in_order(model: nn.Module, theirs: Sequence[str], classes: Sequence[str]) -> nn.Module:
     if getattr(model, "class_names", None) is not None:
         model.reorder_classes(classes)
+    elif isinstance(model, CovarianceDecoder):
+        model.reorder([theirs.index(name) for name in classes])
     else:
         reorder_outputs(model, [theirs.index(name) for name in classes])
     return model

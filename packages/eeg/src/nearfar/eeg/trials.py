@@ -97,6 +97,13 @@ def trials_array(
     return X, np.array([index[code] for code in epochs.events[:, 2]], dtype=np.int64), classes
 
 
+def joined(X: NDArray, y: NDArray, classes: Sequence[str], info: mne.Info) -> mne.io.RawArray:
+    """Trials (n, channels, times) in microvolts one after the other, each marked by its class."""
+    raw = mne.io.RawArray(np.concatenate(list(X), axis=1) * 1e-6, info, verbose="ERROR")
+    onsets = np.arange(len(X)) * X.shape[2] / info["sfreq"]
+    return raw.set_annotations(mne.Annotations(onsets, 0.0, [classes[label] for label in y]))
+
+
 def select_classes(epochs: mne.BaseEpochs, classes: Sequence[str]) -> mne.BaseEpochs:
     """The trials of these classes, by their whole names: a class `left` is not one of `left/imagined`, as in MNE."""
     chosen = epochs[np.flatnonzero(np.isin(epochs.events[:, 2], [epochs.event_id[name] for name in classes]))]

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from nearfar.apps.motor_imagery import pages
+from nearfar.apps.motor_imagery import live, pages
 from nearfar.apps.motor_imagery.options import (
     Band,
+    Causal,
     Channels,
     Classes,
     Encoding,
@@ -57,7 +58,7 @@ from nearfar.eeg.protocols import PROTOCOLS
 from nearfar.eeg.published import reproduce as reproduced
 from nearfar.eeg.recordings import Recording, bad_channels, eeg_channels, find_recordings
 from nearfar.eeg.training import train_decoder
-from nearfar.eeg.trials import load_trials, select_classes
+from nearfar.eeg.trials import load_trials, select_classes, trials_array
 
 RecipeFile = Annotated[str | None, recipe_option()]
 
@@ -69,6 +70,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+for command in (live.streams, live.calibrate, live.live, live.replay, live.audit, live.export):
+    app.command()(command)
 
 SCORES = {
     "events": "events",
@@ -165,6 +168,7 @@ def train(
     resample: Resample = None,
     standardize: Standardize = None,
     reference: Reference = None,
+    causal: Causal = False,
     published: Published = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
@@ -185,7 +189,7 @@ def train(
     if test_runs:
         held_out += [recording for recording in recordings if recording.run in test_runs.split(",")]
         recordings = [recording for recording in recordings if recording.run not in test_runs.split(",")]
-    preprocessing = preparation(recordings, window, band, notch, resample, standardize, published, reference)
+    preprocessing = preparation(recordings, window, band, notch, resample, standardize, published, reference, causal)
     options = {
         "events": event_names(event),
         "interpolate": interpolate,
@@ -202,12 +206,24 @@ def train(
         show_progress=messages.is_terminal, fresh=fresh, tell=lambda text: messages.print(text, highlight=False),
     )  # fmt: skip
     scores = decoder.metrics
-    console.print(
-        f"validation accuracy {scores['validation_accuracy']:.3f} at epoch {scores['best_epoch']} "
-        "(it chose the epoch: too good)"
+    chosen = (
+        f"at epoch {scores['best_epoch']} (it chose the epoch: too good)" if "epochs" in scores else "cross-validated"
     )
+    console.print(f"validation accuracy {scores['validation_accuracy']:.3f} {chosen}")
+    if "threshold" in scores:
+        found = scores["threshold"]
+        console.print(
+            f"threshold {found['threshold']:.3f} by {found['trials']} trials: {found['answered']:.0%} answered, "
+            f"{found['accuracy']:.0%} of them rightly"
+        )
     if "test" in scores:
         console.print(_sentence("test", scores["test"]))
+    if causal and held_out:
+        others = options | {"preprocessing": replace(preprocessing, causal=False)}
+        ahead = chosen_trials(held_out, ",".join(decoder.classes), channels=epochs.ch_names, **others)
+        X, y, _ = trials_array(ahead, decoder.classes)
+        share = float((decoder.predict_proba(X).argmax(1) == y).mean())
+        console.print(f"with filters of zero phase: test accuracy {share:.3f}")
     pages.decoder_page(decoder).write(output / "report.html")
     console.print(f"decoder: {output}, its page: {output / 'report.html'}", soft_wrap=True)
 
@@ -246,6 +262,7 @@ def evaluate(
     resample: Resample = None,
     standardize: Standardize = None,
     reference: Reference = None,
+    causal: Causal = False,
     published: Published = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
@@ -258,7 +275,7 @@ def evaluate(
     """
     training = read_recipe(Recipe, recipe, settings or ())
     recordings = chosen_recordings(find_recordings(paths, subject_pattern), runs, subjects)
-    preprocessing = preparation(recordings, window, band, notch, resample, standardize, published, reference)
+    preprocessing = preparation(recordings, window, band, notch, resample, standardize, published, reference, causal)
     epochs = chosen_trials(
         recordings,
         classes,
@@ -322,6 +339,7 @@ def predict(
         Path, typer.Option("--output", "-o", help="Folder for one table (TSV, like BIDS events) per recording.")
     ] = Path("predictions"),
     event: Event = None,
+    causal: Causal = False,
     every: Annotated[
         float | None, typer.Option(min=0.001, help="Decode all along, a window every so many seconds, as if live.")
     ] = None,
@@ -346,9 +364,16 @@ def predict(
     the events' classes are known also the true class, and which trials the decoder has seen in training. With --every
     commands are scored by the events (hits, false activations, latency, bits per minute) and drawn. Recordings that
     have a table already, made by the same decoder with the same options, are passed over.
+
+    With --causal the decoder's preprocessing is that of a live stream, however it was trained; `zero-phase differs` is
+    the share of answers that are others with filters of zero phase.
     """
     model, of_model = Decoder.load(decoder), model_digest(decoder)
+    looking_ahead = model.preprocessed(causal=False)
+    if causal:
+        model = model.preprocessed(causal=True)
     options = {"event": event, "every": every, "threshold": threshold, "smoothing": smoothing, "dwell": dwell}
+    options |= {"causal": causal}
     how = reading(rename, types, encoding, unit)
     options |= {"interpolate": interpolate} | how
     found = find_recordings(paths)
@@ -365,6 +390,8 @@ def predict(
         if every is None:
             rows = decode_trials(model, recording, threshold=threshold, **given)
             seen = rows.get("seen_in_training", ())
+            if causal:
+                other = decode_trials(looking_ahead, recording, threshold=threshold, **given)["trial_type"]
         else:
             raw, recorded = continuous(model, recording, interpolate, **how)
             step = max(1, round(every * model.sfreq))
@@ -372,6 +399,9 @@ def predict(
                 model, recording, raw, recorded, step, rule, event_names(event)
             )
             seen = seen_trials(model, recording, **given)
+            if causal:
+                ahead = continuous(looking_ahead, recording, interpolate, **how)
+                other = decode_all_along(looking_ahead, recording, *ahead, step, rule)[0]["trial_type"]
             line |= {shown: scores[name] for name, shown in SCORES.items() if name in scores}
             if marks is not None:
                 with atomic_path(target.with_name(target.name.replace(".tsv", ".png"))) as temporary:
@@ -387,6 +417,9 @@ def predict(
             line |= {"windows": len(rows), "abstained": int((decisions.reasons != "").sum())}
         if "true" in rows:
             line["accuracy"] = float((rows["true"] == rows["trial_type"]).mean())
+        if causal:
+            count = min(len(rows), len(other))
+            line["zero-phase differs"] = float((rows["trial_type"][:count] != other[:count]).mean())
         if check:
             if every is None:
                 raw, recorded = continuous(model, recording, interpolate, **how)

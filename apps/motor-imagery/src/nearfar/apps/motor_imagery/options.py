@@ -62,6 +62,14 @@ Band = Annotated[tuple[float, float] | None, typer.Option(help="Band-pass in Hz,
 Notch = Annotated[float | None, typer.Option(help="Remove this mains frequency and its harmonics, in Hz.")]
 Resample = Annotated[float | None, typer.Option("--resample", help="Resample to this rate, in Hz.")]
 Standardize = Annotated[Standardization | None, typer.Option(help="Standardize each channel. (default: no)")]
+Causal = Annotated[
+    bool,
+    typer.Option(
+        "--causal",
+        help="Filter and resample without looking ahead, as on a live stream, which then gives the same decisions. "
+        "(default: zero phase)",
+    ),
+]
 Published = Annotated[
     bool,
     typer.Option(
@@ -133,9 +141,10 @@ def preparation(
     standardize: Standardization | None,
     published: bool,
     reference: str | None = None,
+    causal: bool = False,
 ) -> Preprocessing:
     """The preset of a known set, or a window of 3 s, with what the options change."""
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"causal": True} if causal else {}
     if window is not None:
         values |= {"tmin": window[0], "tmax": window[1]}
     if band is not None:

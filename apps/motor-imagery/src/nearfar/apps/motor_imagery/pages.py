@@ -106,7 +106,8 @@ def decoder_page(decoder: Decoder, report: Report | None = None, level: int = 2)
         f"{sum(p.numel() for p in network.parameters()):,} parameters."
     )
     report.table([{"figure": k, "value": json.dumps(v)} for k, v in decoder.metrics.items()])
-    report.figure(plots.training_curves(history), CAPTIONS["training"])
+    if len(history):
+        report.figure(plots.training_curves(history), CAPTIONS["training"])
     if isinstance(network, AGTCNet):
         classifier = NetworkClassifier()
         classifier.network_ = network

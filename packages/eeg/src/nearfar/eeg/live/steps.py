@@ -6,10 +6,6 @@ from typing import Protocol, Self
 import numpy as np
 from scipy import signal
 
-from nearfar.core.errors import UserError
-from nearfar.eeg.alignment import ExponentialMovingStandardizer
-from nearfar.eeg.preprocessing import Preprocessing
-
 
 class Step(Protocol):
     """A causal preprocessing step."""
@@ -56,14 +52,17 @@ class CausalFilter:
 
 
 class CausalDecimator:
-    """Every `factor`-th sample from the first, after a Chebyshev low-pass of order 8 to 0.8 of the new Nyquist rate."""
+    """Every `factor`-th sample, after a Chebyshev low-pass of order 8 to 0.8 of the new Nyquist rate.
 
-    def __init__(self, factor: int) -> None:
+    `first` is the number of the first sample that comes; those whose number is a multiple of `factor` are kept.
+    """
+
+    def __init__(self, factor: int, first: int = 0) -> None:
         if factor < 1:
             raise ValueError(f"factor must be a positive integer, got {factor}")
         self.factor = factor
         self._filter = CausalFilter(signal.cheby1(8, 0.05, 0.8 / factor, output="sos")) if factor > 1 else None
-        self._skip = 0
+        self._skip = -first % factor
 
     def push(self, chunk: np.ndarray) -> np.ndarray:
         """The samples that are kept."""
@@ -81,32 +80,13 @@ class AverageReference:
         return chunk - np.cumsum(chunk, axis=0)[-1:] / len(chunk)
 
 
-def causal_steps(preprocessing: Preprocessing, sfreq: float, ch_names: Sequence[str]) -> list[Step]:
-    """Steps that do causally, on a stream of `ch_names` at `sfreq`, what `preprocessing` does on a whole recording.
+class ChannelReference:
+    """Subtracts the mean of the channels in the rows `reference` from every sample, and drops these."""
 
-    Butterworth filters take the place of those of zero phase, and decimation that of FFT resampling; so the samples are
-    not the same. Raises UserError for what has no causal form: another rate than a whole fraction, named references,
-    the published order and the standardization of each trial.
-    """
-    if preprocessing.order == "published" or preprocessing.standardization == "trial":
-        raise UserError("the decoder preprocesses trial by trial, which needs events; it cannot decode a stream")
-    if isinstance(preprocessing.reference, tuple):
-        raise UserError(f"no causal step takes the reference {', '.join(preprocessing.reference)}; refer to it before")
-    wanted = preprocessing.sfreq or sfreq
-    factor = round(sfreq / wanted)
-    if factor < 1 or abs(sfreq / factor - wanted) > 1e-6 * wanted:
-        raise UserError(
-            f"a stream of {sfreq:g} Hz has no whole fraction of {wanted:g} Hz; use a decoder of another rate"
-        )
-    steps: list[Step] = []
-    if preprocessing.notch:
-        steps.append(CausalFilter.notch(sfreq, preprocessing.notch))
-    if preprocessing.l_freq or preprocessing.h_freq:
-        steps.append(CausalFilter.band(sfreq, preprocessing.l_freq, preprocessing.h_freq))
-    if factor > 1:
-        steps.append(CausalDecimator(factor))
-    if preprocessing.averages(ch_names):
-        steps.append(AverageReference())
-    if preprocessing.standardization == "exponential-moving":
-        steps.append(ExponentialMovingStandardizer())
-    return steps
+    def __init__(self, reference: Sequence[int]) -> None:
+        self.reference = list(reference)
+
+    def push(self, chunk: np.ndarray) -> np.ndarray:
+        """The other channels, referenced."""
+        mean = np.cumsum(chunk[self.reference], axis=0)[-1:] / len(self.reference)
+        return np.delete(chunk, self.reference, axis=0) - mean

@@ -11,7 +11,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from nearfar.core.errors import UserError
 from nearfar.eeg import metrics
 from nearfar.eeg.conventions import standard_name
-from nearfar.eeg.live.steps import Step, causal_steps
+from nearfar.eeg.live.steps import Step
 from nearfar.eeg.recordings import UNITS
 
 
@@ -177,7 +177,7 @@ def decode(
         sfreq: sampling rate after the preprocessing, Hz.
         steps: causal preprocessing, in order; copies are used, so fresh ones stay fresh.
         rule: from probabilities to commands.
-        batch_size: windows that are decoded at a time.
+        batch_size: windows that are decoded at a time; with 1 no rounding depends on how many come together.
         recorded: the channels as recorded and their rate, where `data` has been filtered; by them a window abstains
             (see `faults`).
     """
@@ -194,8 +194,9 @@ class StreamDecoder:
 
     The arguments are those of `decode`, and what the stream says of itself. A decision comes with the push that
     completes its window. A window in which a channel is flat, railed or not finite abstains (`faults`): it has no
-    probabilities, and `Decisions.reasons` says why. For the steps the last
-    finite sample stands in the place of those that are not.
+    probabilities, and `Decisions.reasons` says why. So does one in which a channel, after the steps, swings beyond
+    `gate` from lowest to highest, which `live` takes from the decoder. For the steps the last finite sample stands in
+    the place of those that are not.
 
     Args:
         ch_names: names of the stream's channels. Those that the estimator was trained on (`estimator.ch_names`) are
@@ -229,10 +230,12 @@ class StreamDecoder:
         self.estimator, self.n_times, self.step, self.sfreq, self.rule = estimator, n_times, step, sfreq, rule
         self.batch_size = batch_size
         self.recorded: tuple[np.ndarray, float] | None = None
+        self.gate: float | None = None
         self._steps = copy.deepcopy(list(steps))
         self._factor = int(np.prod([getattr(one, "factor", 1) for one in self._steps]))
         self._scale = UNITS[unit] * 1e6
-        self.ch_names = list(getattr(estimator, "ch_names", ch_names or ()))
+        trained = getattr(estimator, "ch_names", ch_names or ())
+        self.ch_names = list(getattr(estimator, "recorded", trained) if self._steps else trained)
         self._order = None if ch_names is None else _places(list(ch_names), self.ch_names)
         self._channels = len(ch_names) if ch_names is not None else len(self.ch_names) or None
         self._check(rate)
@@ -257,16 +260,22 @@ class StreamDecoder:
         ch_names: Sequence[str] | None = None,
         unit: str = "uV",
         rule: Rule = Rule(),
+        batch_size: int = 256,
+        first: int = 0,
     ) -> "StreamDecoder":
-        """A trained `Decoder` on a stream of unfiltered samples, its preprocessing in causal steps (`causal_steps`).
+        """A trained `Decoder` on a stream of unfiltered samples, its preprocessing in causal steps.
+
+        first: number of the first sample, where the stream goes on after a gap.
 
         Raises UserError where the preprocessing cannot be causal.
         """
-        steps = causal_steps(decoder.preprocessing, rate, decoder.ch_names)
-        return cls(
-            decoder, int(decoder.network.n_times), step, decoder.sfreq, steps=steps, rule=rule,
+        steps = decoder.preprocessing.causal_steps(rate, decoder.recorded, first)
+        made = cls(
+            decoder, int(decoder.network.n_times), step, decoder.sfreq, steps=steps, rule=rule, batch_size=batch_size,
             ch_names=ch_names, unit=unit, rate=rate,
         )  # fmt: skip
+        made.gate = decoder.metrics.get("gate")
+        return made
 
     def push(self, chunk: np.ndarray) -> Decisions:
         """Take the next samples (channels, times), any number, in the stream's unit; give the decisions that they
@@ -299,6 +308,7 @@ class StreamDecoder:
         for at in range(0, len(view), self.batch_size):
             rows = np.arange(at, min(at + self.batch_size, len(view)))
             reasons[rows] = self._faults(raw, starts[rows])
+            self._shut(view, rows, reasons)
             sound = rows[reasons[rows] == ""]
             if len(sound):
                 given = _predict(self.estimator, view[sound])
@@ -364,6 +374,16 @@ class StreamDecoder:
         begins = np.clip(begins, 0, max(0, data.shape[1] - length))
         view = sliding_window_view(data, min(length, data.shape[1]), axis=1)[:, begins].swapaxes(0, 1)
         return faults(view, self.ch_names)
+
+    def _shut(self, view: np.ndarray, rows: np.ndarray, reasons: np.ndarray) -> None:
+        """Name the channel where a window swings beyond the gate."""
+        if self.gate is None:
+            return
+        swings = np.ptp(view[rows], axis=2)
+        for row, worst in zip(rows, swings.argmax(1)):
+            if not reasons[row] and (swing := swings[row - rows[0], worst]) > self.gate:
+                name = self.ch_names[worst] if self.ch_names else f"channel {worst + 1}"
+                reasons[row] = f"artefact: {name} swings {swing:.3g} (gate {self.gate:.3g})"
 
     def _classes(self) -> int:
         return 0 if self._recent is None else self._recent.shape[1]

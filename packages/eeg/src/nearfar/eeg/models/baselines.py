@@ -29,6 +29,7 @@ from torch import nn
 from nearfar.core.errors import UserError
 from nearfar.eeg.alignment import mean_covariance
 from nearfar.eeg.models.agtcnet import AGTCNet
+from nearfar.eeg.models.covariances import DECODERS
 
 MU_BETA = (8.0, 30.0)
 """The band of the sensorimotor rhythms, Hz."""
@@ -200,6 +201,7 @@ def network_class(name: str) -> type[nn.Module]:
     """AGTCNet or a network of `braindecode.models` by its name; `UserError` for an unknown one."""
     known = {k: v for k, v in vars(braindecode.models).items() if isinstance(v, type) and issubclass(v, nn.Module)}
     known["AGTCNet"] = AGTCNet
+    known |= {decoder.__name__: decoder for decoder in DECODERS.values()}
     if name not in known:
         raise UserError(f"there is no network {name!r}; choose one of {', '.join(sorted(known))}")
     return known[name]
