@@ -340,3 +340,13 @@ def test_taps_are_kept_while_parameters_stay():
             after = conv(x)
         assert not torch.equal(before, after)
         torch.testing.assert_close(after, conv(x).detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("taps", [(7, 40), (40,), (1, 40)])
+@pytest.mark.parametrize("skip", [1.5, (7, 1)])
+def test_long_convolutions_of_many_channels_in_parts(taps, skip):
+    x, taps = torch.randn(2, 7, 30_000), torch.randn(taps)
+    skip = torch.randn(skip) if isinstance(skip, tuple) else skip
+    with torch.no_grad():
+        parts = fft_convolution(x, taps, skip)
+    torch.testing.assert_close(parts, fft_convolution(x, taps, skip), rtol=1e-9, atol=1e-9)

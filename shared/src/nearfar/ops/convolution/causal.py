@@ -1,5 +1,6 @@
 """Causal depthwise convolutions on sequences: short ones by shifted sums, long ones by FFT; both can stream."""
 
+import itertools
 import math
 from typing import Any
 
@@ -18,7 +19,26 @@ def fft_convolution(x: Tensor, taps: Tensor, skip: Tensor | float = 0.0) -> Tens
 
     x: `(..., N)`; taps: `(..., K)` with K <= N, leading axes broadcast; skip: a number or `(..., 1)`. Cost O(N log N).
     The transform is at least N + K - 1 long, so nothing wraps around from the end to the beginning.
+
+    Without gradients on a CPU, the channels (axis 1 of three or more) go in parts of about 2^17 numbers, whose spectra
+    stay in the caches: (1, 256, 2048) takes 14 ms in place of 23 (EPYC, Zen 3, one thread).
     """
+    axis, parts = 1 - x.ndim, x.numel() >> 17 if x.is_cpu and not torch.compiler.is_compiling() else 0
+    if parts < 2 or axis > -2 or x.shape[1] < 2 or torch.is_grad_enabled():
+        return _fft_convolution(x, taps, skip)
+    cut = [t.chunk(parts, axis) if _spans(t, axis) else itertools.repeat(t) for t in (x, taps, skip)]
+    out = torch.empty_like(x)
+    for y, *part in zip(out.chunk(parts, axis), *cut):
+        y.copy_(_fft_convolution(*part))
+    return out
+
+
+def _spans(t: Tensor | float, axis: int) -> bool:
+    """Whether a factor has an entry for each place along `axis`, counted from the end."""
+    return isinstance(t, Tensor) and t.ndim >= -axis and t.shape[axis] > 1
+
+
+def _fft_convolution(x: Tensor, taps: Tensor, skip: Tensor | float) -> Tensor:
     n = x.shape[-1]
     size = fast_length(n + taps.shape[-1] - 1)
     wide = torch.promote_types(x.dtype, torch.float32)
