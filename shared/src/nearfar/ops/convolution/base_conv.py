@@ -58,7 +58,7 @@ class BaseConv(StreamingMixer):
         return convolved * gate + x
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return self.gate(x, self.conv(x, 1.0) if isinstance(self.conv, LongConv) else self.conv(x))
+        return self.gate(x, self.conv.with_skip(x, 1.0) if isinstance(self.conv, LongConv) else self.conv(x))
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         convolved, state = self.conv.extend(x, state, lengths)

@@ -186,7 +186,10 @@ class LongConv(StreamingMixer):
         if length > self.max_length:
             raise ValueError(f"a sequence of {length} positions is longer than max_length={self.max_length}")
 
-    def forward(self, x: Float[Tensor, "b n d"], skip: Tensor | float = 0.0) -> Float[Tensor, "b n d"]:
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.with_skip(x, 0.0)
+
+    def with_skip(self, x: Tensor, skip: Tensor | float) -> Tensor:
         """The convolution of x, plus `skip` x with a number or `(d, 1)`."""
         self.check_length(x.shape[1])
         return fft_convolution(x.transpose(1, 2), self.known_taps(x.shape[1]), skip).transpose(1, 2)
@@ -231,10 +234,10 @@ class ExplicitLongConv(LongConv):
     def taps(self, length: int) -> Tensor:
         return self.filter[:, :length]
 
-    def forward(self, x: Float[Tensor, "b n d"], skip: Tensor | float = 0.0) -> Float[Tensor, "b n d"]:
+    def with_skip(self, x: Tensor, skip: Tensor | float) -> Tensor:
         n = x.shape[1]
         if not self.wrap or n >= self.max_length - 1:
-            return super().forward(x, skip)
+            return super().with_skip(x, skip)
         product = rfft(x.transpose(1, 2), 2 * n) * (rfft(self.filter, 2 * n) + skip)
         return torch.fft.irfft(product, n=2 * n)[..., :n].transpose(1, 2)
 

@@ -68,7 +68,7 @@ class HyenaFilter(LongConv):
         return (self.last(h) * window[:length]).t()
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return super().forward(x, self.bias[:, None])
+        return self.with_skip(x, self.bias[:, None])
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         y, state = super().extend(x, state, lengths)
