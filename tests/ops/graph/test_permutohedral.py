@@ -106,3 +106,10 @@ def test_bad_input() -> None:
         PermutohedralLattice(torch.tensor([[[0.0] * 9, [1e4] * 9]]))
     with pytest.raises(ValueError, match="2 points"):
         PermutohedralLattice(torch.zeros(1, 2, 1)).filter(torch.zeros(1, 3, 1))
+
+
+def test_many_channels_in_parts():
+    lattice = PermutohedralLattice(10 * torch.rand(1, 110_000, 2))
+    values = torch.rand(110_000, 80)
+    for reverse in (False, True):
+        torch.testing.assert_close(lattice._apply(values, reverse), lattice._apply_part(values, reverse))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from nearfar.ops.attention.causal import CausalAttention
 from nearfar.ops.convolution.base_conv import BaseConv
-from nearfar.ops.convolution.causal import ExplicitLongConv, fast_length, fft_convolution
+from nearfar.ops.convolution.causal import ExplicitLongConv, ShortConv, fast_length, fft_convolution
 from nearfar.ops.convolution.hyena import Hyena
 from nearfar.ops.recurrence import based
 from nearfar.ops.recurrence.based import Based, taylor_features
@@ -306,3 +306,47 @@ def test_selective_lookup_trains_towards_few_selections():
     assert auxiliary.item() == pytest.approx(1e-3 * max(0.0, p.mean().item() - 1 / 7))
     auxiliary.backward()
     assert m.selection.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("before", [0, "all"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_short_convolutions_that_onednn_computes(kernel_size, before, bias):
+    """Of many float32 numbers: outputs, gradients and their gradients as of the shifted sum in float64."""
+    before = kernel_size - 1 if before == "all" else 0
+    slow, fast = ShortConv(64, kernel_size, bias), ShortConv(64, kernel_size, bias).float()
+    fast.load_state_dict(slow.state_dict())
+    slow.load_state_dict(fast.state_dict())
+    x = torch.randn(2, 300, 64, dtype=torch.float32)
+    found = []
+    for module, dtype in ((slow, torch.float64), (fast, torch.float32)):
+        inputs = [x.to(dtype).requires_grad_(), *module.parameters()]
+        y = module.convolve(inputs[0], before)
+        first = torch.autograd.grad(y.pow(2).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in first), inputs)
+        found.append([y, *first, *second])
+    for right, ours in zip(*found):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), right, rtol=1e-4, atol=1e-4 * float(right.detach().abs().max()))
+
+
+def test_taps_are_kept_while_parameters_stay():
+    for conv in (ExplicitLongConv(D, 40), Hyena(D, max_length=40, order=8).filter):
+        x = torch.randn(2, 33, D)
+        with torch.no_grad():
+            before = conv(x)
+            assert conv.known_taps(33).data_ptr() == conv.known_taps(35).data_ptr()
+            next(conv.parameters()).mul_(2)
+            after = conv(x)
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after, conv(x).detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("taps", [(7, 40), (40,), (1, 40)])
+@pytest.mark.parametrize("skip", [1.5, (7, 1)])
+def test_long_convolutions_of_many_channels_in_parts(taps, skip):
+    x, taps = torch.randn(2, 7, 30_000), torch.randn(taps)
+    skip = torch.randn(skip) if isinstance(skip, tuple) else skip
+    with torch.no_grad():
+        parts = fft_convolution(x, taps, skip)
+    torch.testing.assert_close(parts, fft_convolution(x, taps, skip), rtol=1e-9, atol=1e-9)

@@ -1,6 +1,6 @@
 """Tables and tensors derived from others, made once per size, device and weights."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from functools import lru_cache, wraps
 
 import torch
@@ -27,16 +27,17 @@ def cached_table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Derived:
-    """Keeps the last tensor that was computed from a parameter, while that is unchanged and no gradient is needed."""
+    """Keeps the last tensor that was computed from parameters, while they are unchanged and no gradient is needed."""
 
     def __init__(self) -> None:
         self.kept: tuple[tuple, Tensor] | None = None
 
-    def get(self, parameter: Tensor, key: tuple, compute: Callable[[], Tensor]) -> Tensor:
-        """`compute()`, or what it gave before for the same parameter values and `key`."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or parameter.is_inference():
+    def get(self, parameters: Tensor | Iterable[Tensor], key: tuple, compute: Callable[[], Tensor]) -> Tensor:
+        """`compute()`, or what it gave before for the same values of one or several parameters and `key`."""
+        parameters = [parameters] if isinstance(parameters, Tensor) else [*parameters]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
             return compute()
-        key = (*key, parameter.data_ptr(), parameter._version, parameter.dtype, parameter.device)
+        key = (*key, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters))
         if self.kept is None or self.kept[0] != key:
             self.kept = key, compute()
         return self.kept[1]

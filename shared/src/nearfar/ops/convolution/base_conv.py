@@ -51,20 +51,18 @@ class BaseConv(StreamingMixer):
             self.conv = ExplicitLongConv(dim, max_length, wrap)
 
     def gate(self, x: Tensor, convolved: Tensor) -> Tensor:
-        """The formula, given the convolution of x."""
-        if isinstance(self.conv, LongConv):
-            convolved = convolved + x
+        """The formula, given the convolution of x and its skip."""
         gate = self.projection(x)
         if self.activation:
             convolved, gate = F.silu(convolved), F.silu(gate)
         return convolved * gate + x
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return self.gate(x, self.conv(x))
+        return self.gate(x, self.conv.with_skip(x, 1.0) if isinstance(self.conv, LongConv) else self.conv(x))
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         convolved, state = self.conv.extend(x, state, lengths)
-        return self.gate(x, convolved), state
+        return self.gate(x, convolved + x if isinstance(self.conv, LongConv) else convolved), state
 
     def state_size(self, length: int) -> int:
         return self.conv.state_size(length)

@@ -8,7 +8,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.common.streaming import State, StreamingMixer
+from nearfar.ops.common.tables import cached_table
 from nearfar.ops.convolution.causal import LongConv, ShortConv, position_features
+
+
+@cached_table
+def fading(
+    length: int, dim: int, slow: float, fast: float, shift: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`exp(-t |delta|) + shift`, `(length, dim)`."""
+    t = torch.linspace(0, 1, length, dtype=dtype, device=device)[:, None]
+    delta = torch.linspace(slow, fast, dim, dtype=dtype, device=device)
+    return torch.exp(-t * delta.abs()) + shift
 
 
 class HyenaFilter(LongConv):
@@ -52,13 +63,12 @@ class HyenaFilter(LongConv):
         h = self.positions[:length]
         for layer in self.layers:
             h = torch.sin(self.frequency * layer(h))
-        t = torch.linspace(0, 1, self.max_length, dtype=h.dtype, device=h.device)[:length, None]
         slow, fast = (math.log(self.target) / part for part in self.decay)
-        decay = torch.linspace(slow, fast, self.dim, dtype=h.dtype, device=h.device).abs()
-        return (self.last(h) * (torch.exp(-t * decay) + self.shift)).t()
+        window = fading(self.max_length, self.dim, slow, fast, self.shift, h.dtype, h.device)
+        return (self.last(h) * window[:length]).t()
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return super().forward(x) + self.bias * x
+        return self.with_skip(x, self.bias[:, None])
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         y, state = super().extend(x, state, lengths)
@@ -104,7 +114,7 @@ class Hyena(StreamingMixer):
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         x1, x2, v = self.short(self.in_proj(x)).chunk(3, -1)
-        return self.out_proj(self.filter(v * x1) * x2)
+        return self.out_proj(x2 * self.filter(v * x1))
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         short, long = (None, None) if state is None else (state[:1], state[1:])

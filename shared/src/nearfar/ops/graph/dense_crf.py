@@ -44,7 +44,8 @@ class DenseCRF(nn.Module):
     The defaults are those of DeepLab v2's reproduction for PASCAL VOC. `forward(unary, image, spacing)` takes unary
     (B, L, *S), image (B, C, *S), S of one to three axes, and returns Q (B, L, *S) in float32 (float64 for float64
     input; half precision is not enough and is widened). The tables of an image are those of `kernels`, which `infer`
-    takes, so several unaries or weights can share them. Gradients flow into the unary and the weights.
+    takes, so several unaries or weights can share them; the positions' own are kept until a grid of another size
+    comes. Gradients flow into the unary and the weights.
 
     Raises:
         ValueError: for values out of range, here or in `forward` for shapes that do not go together.
@@ -82,6 +83,7 @@ class DenseCRF(nn.Module):
                 raise ValueError(f"{name} has shape {tuple(weight.shape)}; allowed are a number, (L,) and (L, L)")
             self.weights.append(nn.Parameter(weight, requires_grad=trainable))
         self.uses = [trainable or bool(weight.any()) for weight in self.weights]
+        self._spatial: tuple[tuple, _Kernel] | None = None
 
     def kernels(
         self,
@@ -111,7 +113,11 @@ class DenseCRF(nn.Module):
 
         made: list[_Kernel | None] = [None, None]
         if self.uses[0]:
-            made[0] = _Kernel(position(self.spatial_std, "spatial_std"), self.mode, self.normalization)
+            key = (batch, *size, *(spacing or ()), dtype, device)
+            if self._spatial is None or self._spatial[0] != key:
+                kernel = _Kernel(position(self.spatial_std, "spatial_std"), self.mode, self.normalization)
+                self._spatial = key, kernel
+            made[0] = self._spatial[1]
         if self.uses[1] and image is not None:
             colors = image.flatten(2).mT.to(dtype)
             colors = colors / colors.new_tensor(_spread(self.color_std, colors.shape[-1], "color_std"))
@@ -129,16 +135,17 @@ class DenseCRF(nn.Module):
                 raise ValueError(f"a weight of shape {tuple(weight.shape)} does not go with {labels} labels")
         score = base = -energy
         for _ in range(self.iterations):
-            q, score = torch.softmax(score, -1), base
+            q, score = _softmax(score), base
             for weight, kernel in zip(self.weights, kernels):
                 if kernel is not None:
                     message, w = kernel(q), weight.to(q.dtype)
+                    out = None if torch.is_grad_enabled() else message
                     if w.ndim == 2:
                         score = score - message @ ((w + w.mT) / 2)
                     elif w.ndim:
-                        score = torch.addcmul(score, message, w, value=-1)
+                        score = torch.addcmul(score, message, w, value=-1, out=out)
                     else:
-                        score = torch.addcmul(score, message, w)
+                        score = torch.addcmul(score, message, w, out=out)
         return torch.softmax(score.mT.contiguous(), 1).view(unary.shape)
 
     @torch.compiler.disable
@@ -190,6 +197,16 @@ class _Kernel:
         features = self.features.to(values.dtype)
         rows = max(1, 2**24 // features.shape[:2].numel())  # 64 MB of kernel at a time
         return torch.cat([torch.exp(-(torch.cdist(f, features) ** 2) / 2) @ values for f in features.split(rows, 1)], 1)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last axis of (B, N, L); of fewer labels than a processor's vector holds, label by label.
+
+    154401 pixels of 5 labels: 4 ms where rows of five take 17 (EPYC, Zen 3); of 21 labels rows are faster.
+    """
+    if scores.is_cuda or scores.shape[-1] > 8:
+        return scores.softmax(-1)
+    return scores.mT.contiguous().softmax(1).mT.contiguous()
 
 
 def unary_from_softmax(probabilities: Float[Tensor, "b l *s"], clip: float = 1e-5) -> Float[Tensor, "b l *s"]:

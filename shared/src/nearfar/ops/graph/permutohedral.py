@@ -114,17 +114,27 @@ class PermutohedralLattice:
     def _neighbours(self, keys: Tensor, strides: list[int]) -> Tensor:
         """(d + 1, 3 (M + 1)): a vertex and its two neighbours in each direction; M stands for "there is none"."""
         d, m = self.dim, len(keys)
-        wrap = (keys % (d + 1) == 0).to(keys.dtype) * (d + 1 - sum(strides[1:-1]))
+        wraps = keys % (d + 1) == 0
+        wrap = wraps.to(keys.dtype) * (d + 1 - sum(strides[1:-1]))
         table = torch.full((d + 1, m + 1, 3), m, dtype=torch.int32, device=keys.device)
         table[:, :m, 0] = torch.arange(m, dtype=torch.int32, device=keys.device)
-        for j in range(d + 1):
-            up = strides[j + 1] if j < d else 0
-            target = keys + wrap + (up - 1)
+        for j in range(d):
+            target = keys + wrap + (strides[j + 1] - 1)
             place = torch.searchsorted(keys, target, out_int32=True).clamp_(max=m - 1)
             own = (keys[place] == target).nonzero().flatten()
             place = place[own]
             table[j, own, 1] = place
             table[j, place, 2] = own.int()
+        # in the last direction the key falls by one: the key before it, unless the colour wraps round
+        own = ((keys[1:] - keys[:-1] == 1) & ~wraps[1:]).nonzero().flatten() + 1
+        place = own - 1
+        wrapping = wraps.nonzero().flatten()
+        target = (keys + wrap)[wrapping] - 1
+        found = torch.searchsorted(keys, target).clamp_(max=m - 1)
+        same = keys[found] == target
+        own, place = torch.cat([own, wrapping[same]]), torch.cat([place, found[same]])
+        table[d, own, 1] = place.int()
+        table[d, place, 2] = own.int()
         return table.flatten(1)
 
     def scaled(self, before: Tensor | None, after: Tensor | None) -> "PermutohedralLattice":
@@ -148,6 +158,21 @@ class PermutohedralLattice:
         return filtered.view_as(values).to(values.dtype)
 
     def _apply(self, values: Tensor, reverse: bool) -> Tensor:
+        """The filter of `(B N, C)`, or its transpose.
+
+        On a CPU, more than 2^23 numbers go in parts of 20 channels and more: larger blocks (32 MB) leave the caches and
+        are taken from the system anew by every operation. For 84 labels on 321 x 481 this takes half the time (EPYC,
+        Zen 3).
+        """
+        parts = values.shape[1] // 20
+        if parts < 2 or values.is_cuda or max(self.vertices, len(values)) * values.shape[1] <= 2**23:
+            return self._apply_part(values, reverse)
+        out = torch.empty_like(values)
+        for part, result in zip(values.tensor_split(parts, 1), out.tensor_split(parts, 1)):
+            result.copy_(self._apply_part(part, reverse))
+        return out
+
+    def _apply_part(self, values: Tensor, reverse: bool) -> Tensor:
         nodes = _sums(values.contiguous(), self.splat_index, self.splat_offset, self.splat_weight[reverse])
         for index in self.blur_index.flip(0) if reverse else self.blur_index:
             nodes = _sums(nodes, index, self.blur_offset, self.blur_weight)

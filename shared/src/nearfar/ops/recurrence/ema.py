@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from nearfar.ops.common.real_fft import rfft
 from nearfar.ops.common.streaming import State, StreamingMixer, shift_in, wide
 from nearfar.ops.common.tables import Derived
 from nearfar.ops.convolution.causal import fast_length
@@ -111,10 +112,10 @@ class DampedEMA(StreamingMixer):
             else:
                 k = self.taps(x.shape[1])
                 size = fast_length(x.shape[1] + k.shape[-1] - 1)
-                spectrum = torch.fft.rfft(k, n=size)
+                spectrum = rfft(k, size)
                 if self.bidirectional:  # a kernel turned round has the conjugate spectrum
                     spectrum = spectrum[: self.dim] + spectrum[self.dim :].conj()
-                y = torch.fft.irfft(torch.fft.rfft(u, n=size) * spectrum, n=size)[..., : x.shape[1]]
+                y = torch.fft.irfft(rfft(u, size) * spectrum, n=size)[..., : x.shape[1]]
         return self.output(y, x)
 
     def scan(self, u: Tensor) -> Tensor:
@@ -210,5 +211,5 @@ def chunked_average(
 def valid_convolution(u: Tensor, k: Tensor) -> Tensor:
     """`y[t] = sum_l k[l] u[t + K - 1 - l]` for u `(B, d, N + K - 1)`, k `(d, K)`: `(B, d, N)`, by FFT."""
     size, reach = fast_length(u.shape[-1]), k.shape[-1] - 1
-    y = torch.fft.irfft(torch.fft.rfft(u, n=size) * torch.fft.rfft(k, n=size), n=size)
+    y = torch.fft.irfft(rfft(u, size) * rfft(k, size), n=size)
     return y[..., reach : u.shape[-1]]

@@ -7,6 +7,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.ops.common.real_fft import rfft
 from nearfar.ops.common.streaming import State, StreamingMixer, shift_in, wide
 from nearfar.ops.convolution.causal import fft_convolution
 
@@ -34,7 +35,7 @@ class ShiftSSM(nn.Module):
         n = self.C.shape[-1]
         size = 2 * n
         B, C = (t.to(wide(t)[0]) for t in (self.B, self.C))
-        spectrum = torch.fft.rfft(B, n=size).conj() * torch.fft.rfft(C, n=size)
+        spectrum = rfft(B, size).conj() * rfft(C, size)
         return torch.fft.irfft(spectrum, n=size)[..., :n]
 
 
@@ -136,10 +137,10 @@ class H3(StreamingMixer):
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         k = self.k_proj(x)
-        k = self.D_k * k + fft_convolution(k.transpose(1, 2), self.shift.taps()[:, : x.shape[1]]).transpose(1, 2)
-        kv = self.products(k, x)
-        y = fft_convolution(kv, self.diagonal.taps(x.shape[1])[:, None, None]) + self.D[:, None, None, None] * kv
-        return self.output(x, y)
+        taps = self.shift.taps()[:, : x.shape[1]]
+        kv = self.products(fft_convolution(k.transpose(1, 2), taps, self.D_k[:, None]).transpose(1, 2), x)
+        taps = self.diagonal.taps(x.shape[1])[:, None, None]
+        return self.output(x, fft_convolution(kv, taps, self.D[:, None, None, None]))
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         b, n, d = x.shape

@@ -141,7 +141,9 @@ class MACMD(nn.Module):
         self.encoder_name, self.in_channels = encoder, in_channels
         self.adapter = nn.Identity() if in_channels == 3 else ConvNormAct(in_channels, 3, bias=True)
         options = {} if drop_path is None else {"drop_path_rate": drop_path}
-        self.encoder = timm.create_model(encoder, pretrained=pretrained, features_only=True, **options)
+        # timm's own function where there is one: in timm's registry another package may hold the same name
+        build = vars(timm.models).get(encoder, partial(timm.create_model, encoder))
+        self.encoder = build(pretrained=pretrained, features_only=True, **options)
         info = self.encoder.feature_info
         self.keep = [i for i, r in enumerate(info.reduction()) if r >= 4]
         if [info.reduction()[i] for i in self.keep] != [4, 8, 16, 32]:

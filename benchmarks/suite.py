@@ -1,0 +1,455 @@
+"""Every system's time and memory in one command, beside a peer with the same weights where there is one.
+
+    python benchmarks/suite.py OUTPUT [--only hyena attnet] [--threads 1 2] [--compile] [--repeats 7]
+
+Peers are other packages' models, or the published formulation in plain PyTorch, written below. Outputs are compared
+before anything is timed. The two take turns, changing who is first; processor time counts, so that other work on the
+machine disturbs little. "factor" is the median of peer / ours over the pairs (above 1: ours is faster), in brackets
+the range from the first to the last decile. Memory is what a call adds at most, in tensors alive at once. OUTPUT gets
+`suite.json` and `suite.html`. pydensecrf2 and speechbrain are left out where they are not installed.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from nearfar.audio.separation.mossformer import create_model as create_mossformer
+from nearfar.audio.speakers.ltdnn import LAP, LTDNN
+from nearfar.core.plots import new_figure, style
+from nearfar.core.report import Report
+from nearfar.medical.networks import create_network
+from nearfar.ops.attention.causal import CausalAttention
+from nearfar.ops.common.layers import ChannelNorm
+from nearfar.ops.convolution.atconv import ATConv
+from nearfar.ops.convolution.base_conv import BaseConv
+from nearfar.ops.convolution.causal import ShortConv
+from nearfar.ops.convolution.hyena import Hyena
+from nearfar.ops.graph.dense_crf import DenseCRF
+from nearfar.ops.recurrence.based import Based
+from nearfar.ops.recurrence.h3 import H3
+from nearfar.ops.recurrence.mamba import Mamba
+from nearfar.ops.recurrence.retnet import Retention
+from nearfar.ops.recurrence.rwkv4 import RWKV4TimeMix
+from nearfar.vision.cost import peak_memory
+from nearfar.vision.models.convnext import ConvNeXt
+from nearfar.vision.models.registry import MODELS
+
+DIM = 256
+
+
+class PlainNorm(ChannelNorm):
+    """Mean and variance over the channel axis as they stand in the formula."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        variance = (x - mean).square().mean(1, keepdim=True)
+        return self.weight[:, None, None] * ((x - mean) / torch.sqrt(variance + self.eps)) + self.bias[:, None, None]
+
+
+class PlainATConv(ATConv):
+    """A kernel map at every position, then pooled; one group per sample and channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, *size = x.shape
+        taps = math.prod(self.window)
+        pooled = F.adaptive_avg_pool1d(self.kernel_proj(x).flatten(2), taps)
+        kernel = self.kernel_gen(self.activation(pooled))
+        kernel = kernel - torch.sigmoid(self.difference_control)[:, None] * kernel.mean(-1, keepdim=True)
+        kernel = kernel.reshape(batch * channels, 1, *self.window)
+        values = self.x_proj(x).reshape(1, batch * channels, *size)
+        y = F.conv2d(values, kernel, padding=self.window[0] // 2, groups=batch * channels)
+        return self.proj(y.reshape(x.shape))
+
+
+class PlainShortConv(ShortConv):
+    """A padded convolution over (B, d, N), cut at N."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = self.kernel_size - 1
+        y = F.conv1d(x.mT, self.weight, self.bias, padding=keep, groups=self.dim)
+        return y[..., : x.shape[1]].mT
+
+
+class PlainHyena(Hyena):
+    """All on (B, d, N), the filter made anew, transforms of 2 N."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        x1, x2, v = self.short(self.in_proj(x)).mT.chunk(3, 1)
+        v = v * x1
+        spectrum = torch.fft.rfft(v, n=2 * n) * torch.fft.rfft(self.filter.taps(n), n=2 * n)
+        y = torch.fft.irfft(spectrum, n=2 * n)[..., :n] + self.filter.bias[:, None] * v
+        return self.out_proj((y * x2).mT)
+
+
+class PlainH3(H3):
+    """The kernel from all powers of all modes, transforms of 2 N."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        log_A, C = self.diagonal.discrete()
+        taps = 2 * (C[..., None] * torch.exp(log_A[..., None] * torch.arange(n))).sum(1).real
+        shift = F.pad(self.shift.taps()[:, :n], (0, max(0, n - self.d_state)))
+        k = self.k_proj(x).mT
+        kv = self.products((self.D_k[:, None] * k + self.convolve(k, shift)).mT, x)
+        y = self.convolve(kv, taps[:, None, None]) + self.D[:, None, None, None] * kv
+        return self.output(x, y)
+
+    @staticmethod
+    def convolve(x: Tensor, taps: Tensor) -> Tensor:
+        n = x.shape[-1]
+        return torch.fft.irfft(torch.fft.rfft(x, n=2 * n) * torch.fft.rfft(taps, n=2 * n), n=2 * n)[..., :n]
+
+
+PLAIN = {cls.__base__: cls for cls in (PlainNorm, PlainATConv, PlainShortConv, PlainHyena, PlainH3)}
+"""Our operator -> its published formulation on the same parameters."""
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose operators are those of `PLAIN`."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        module.__class__ = PLAIN.get(type(module), type(module))
+    return model
+
+
+class Logits(nn.Module):
+    """A transformers model that returns one of its outputs."""
+
+    def __init__(self, model: nn.Module, name: str = "logits") -> None:
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self.model(x), self.name)
+
+
+class PyDenseCRF(nn.Module):
+    """pydensecrf2 with the weights and deviations that are our defaults."""
+
+    def forward(self, unary: Tensor, image: Tensor) -> Tensor:
+        import pydensecrf.densecrf as reference
+
+        _, labels, height, width = unary.shape
+        crf = reference.DenseCRF2D(width, height, labels)
+        crf.setUnaryEnergy(unary[0].flatten(1).contiguous().numpy())
+        crf.addPairwiseGaussian(sxy=1, compat=3)
+        picture = image[0].permute(1, 2, 0).byte().contiguous().numpy()
+        crf.addPairwiseBilateral(sxy=67, srgb=3, rgbim=picture, compat=4)
+        return torch.tensor(crf.inference(10)).view(unary.shape)
+
+
+Pair = tuple[nn.Module, nn.Module | None]
+
+
+def beside_plain(make: Callable[[], nn.Module]) -> Callable[[], Pair]:
+    def pair() -> Pair:
+        ours = make()
+        return ours, plain(ours)
+
+    return pair
+
+
+def alone(make: Callable[[], nn.Module]) -> Callable[[], Pair]:
+    return lambda: (make(), None)
+
+
+def convnext(fused: bool) -> Pair:
+    peer = timm.create_model("convnext_tiny", ls_init_value=1.0)
+    ours = ConvNeXt.from_published(peer.state_dict())
+    return (ours.eval().fuse() if fused else ours), peer
+
+
+def of_timm(name: str, peer: str) -> Callable[[], Pair]:
+    def pair() -> Pair:
+        theirs = timm.create_model(peer)
+        return MODELS[name].from_published(theirs.state_dict()), theirs
+
+    return pair
+
+
+def cvt() -> Pair:
+    theirs = transformers.CvtForImageClassification(transformers.CvtConfig(num_labels=1000))
+    return MODELS["cvt_13"].from_published(theirs.state_dict(), activation="gelu"), Logits(theirs)
+
+
+def mamba() -> Pair:
+    config = transformers.MambaConfig(hidden_size=DIM, num_hidden_layers=1, vocab_size=8)
+    theirs = transformers.MambaModel(config).layers[0].mixer
+    ours = Mamba(DIM)
+    ours.load_state_dict({name.replace("conv1d", "conv"): value for name, value in theirs.state_dict().items()})
+    return ours, theirs
+
+
+def pictures(size: int) -> Callable[[int], tuple[Tensor, ...]]:
+    return lambda batch: (torch.randn(batch, 3, size, size),)
+
+
+def sequences(length: int) -> Callable[[int], tuple[Tensor, ...]]:
+    return lambda batch: (torch.randn(batch, length, DIM),)
+
+
+def states(batch: int) -> tuple[Tensor, ...]:
+    """Hidden states of 3 s of speech."""
+    return (torch.randn(batch, 13, 150, 768),)
+
+
+def second(batch: int) -> tuple[Tensor, ...]:
+    """A second of sound."""
+    return (torch.randn(batch, 16000),)
+
+
+def crf(labels: int) -> Callable[[int], tuple[Tensor, ...]]:
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        coarse = torch.randn(batch, labels, 40, 60), 60 * torch.randn(batch, 3, 20, 30) + 128
+        unary, image = (F.interpolate(t, (321, 481), mode="bilinear") for t in coarse)
+        image = image + 8 * torch.randn_like(image)
+        return -(4 * unary).log_softmax(1), image.clamp(0, 255).round()
+
+    return inputs
+
+
+@dataclass
+class Row:
+    """What is measured of one system: inference of each batch, one training step, growth over `sizes`."""
+
+    peer: str
+    make: Callable[[], Pair]
+    inputs: Callable[[int], tuple[Tensor, ...]]
+    batches: Sequence[int] = (1, 8)
+    train: Callable[[int], tuple[Tensor, ...]] | None = None
+    train_batch: int = 8
+    sizes: dict[int, Callable[[int], tuple[Tensor, ...]]] | None = None
+
+
+SMALL, LARGE = pictures(64), pictures(224)
+AREAS = {n * n: pictures(n) for n in (128, 192, 256)}
+LENGTHS = {n: sequences(n) for n in (2048, 4096, 8192, 16384)}
+
+
+def picture_row(name: str, peer: str = "", make: Callable[[], Pair] | None = None, train: bool = True) -> Row:
+    found = make or alone(lambda: timm.create_model(name))
+    return Row(peer, found, LARGE, train=SMALL if train else None, sizes=AREAS if train else None)
+
+
+def mixer_row(peer: str, make: Callable[[], Pair], length: int) -> Row:
+    return Row(peer, make, sequences(length), (1,), sequences(length), 1, LENGTHS if length == 2048 else None)
+
+
+MIXERS: dict[str, tuple[str, Callable[[], Pair]]] = {
+    "hyena": ("plain", beside_plain(lambda: Hyena(DIM, max_length=16384))),
+    "h3": ("plain", beside_plain(lambda: H3(DIM))),
+    "base-conv": ("plain", beside_plain(lambda: BaseConv(DIM, 3))),
+    "mamba": ("transformers", mamba),
+    "based": ("", alone(lambda: Based(DIM, num_heads=4, feature_dim=16))),
+    "retnet": ("", alone(lambda: Retention(DIM, num_heads=4))),
+    "rwkv4": ("", alone(lambda: RWKV4TimeMix(DIM))),
+    "attention": ("", alone(lambda: CausalAttention(DIM, num_heads=4))),
+}
+
+ROWS: dict[str, Row] = {
+    "convnext-t": picture_row("", "timm", lambda: convnext(False)),
+    "convnext-t fused": Row("timm", lambda: convnext(True), LARGE),
+    "attnet-t1": picture_row("", "plain", beside_plain(lambda: timm.create_model("attnet_t1"))),
+    "hornet-t 7x7": picture_row("", "plain", beside_plain(lambda: timm.create_model("hornet_tiny_7x7"))),
+    "hornet-t gf": picture_row("hornet_tiny_gf", train=False),
+    "volo-d1": picture_row("", "timm", of_timm("nearfar_volo_d1_224", "volo_d1_224"), train=False),
+    "convit-tiny": picture_row("", "timm", of_timm("nearfar_convit_tiny", "convit_tiny"), train=False),
+    "tnt-s": picture_row("", "timm", of_timm("nearfar_tnt_s_patch16_224", "tnt_s_patch16_224"), train=False),
+    "cvt-13": picture_row("", "transformers", cvt),
+    **{name: picture_row(name) for name in ("lsnet_t", "transxnet_t", "overlock_xt", "rmt_t", "biformer_tiny")},
+    **{
+        f"{name} {length}": mixer_row(peer, make, length)
+        for name, (peer, make) in MIXERS.items()
+        for length in (512, 2048)
+    },
+    **{
+        f"crf {labels} labels": Row(
+            "pydensecrf2", lambda: (DenseCRF(10), PyDenseCRF()), crf(labels), (1,)
+        )
+        for labels in (5, 21, 84)
+    },
+    "macmd": Row("", alone(lambda: create_network("macmd", 9, 3, 2, {})), LARGE),
+    "guided attention": Row("", alone(lambda: create_network("guided_attention", 5, 3, 2, {})), pictures(256), (1,)),
+    "l-tdnn": Row("", alone(LTDNN), states, train=states, train_batch=1),
+    "lap": Row("", alone(LAP), states, train=states, train_batch=1),
+    "mossformer2": Row("", alone(lambda: create_mossformer("MossFormer2_SS_16K")), second, (1,)),
+}  # fmt: skip
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Processor milliseconds of a call, in all its threads."""
+    start = time.process_time()
+    run()
+    return 1e3 * (time.process_time() - start)
+
+
+def measure(runs: Sequence[Callable[[], Any]], repeats: int) -> dict[str, Any]:
+    """Times and memory of one or two calls in turn: ours and the peer's."""
+    memory = [peak_memory(run) / 2**20 for run in runs]
+    for run in runs:
+        run()
+    times = []
+    for i in range(repeats):
+        order = range(len(runs)) if i % 2 else reversed(range(len(runs)))
+        taken = {k: timed(runs[k]) for k in order}
+        times.append([taken[k] for k in range(len(runs))])
+    found = {"ms": statistics.median(t[0] for t in times), "MiB": memory[0]}
+    if len(runs) == 2:
+        factors = sorted(theirs / ours for ours, theirs in times)
+        edge = len(factors) // 10
+        found |= {"peer ms": statistics.median(t[1] for t in times), "peer MiB": memory[1]}
+        found |= {"factor": statistics.median(factors), "low": factors[edge], "high": factors[-1 - edge]}
+    return found
+
+
+def training_step(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+    def step() -> None:
+        model.zero_grad()
+        y = model(*inputs)
+        (y[0] if isinstance(y, list | tuple) else y).square().mean().backward()
+
+    return step
+
+
+def rows_of(name: str, row: Row, repeats: int, compiled: bool) -> list[dict[str, Any]]:
+    """The measurements of one system."""
+    torch.manual_seed(0)
+    ours, peer = row.make()
+    if row.peer == "pydensecrf2" and importlib.util.find_spec("pydensecrf") is None:
+        print(f"{name}: pydensecrf2 is not installed, no comparison")
+        peer = None
+    models = [model.eval() for model in (ours, peer) if model is not None]
+    if compiled:
+        models = [torch.compile(model) for model in models]
+    found = []
+
+    def add(what: str, runs: Sequence[Callable[[], Any]]) -> dict[str, Any]:
+        found.append(
+            {"system": name, "measured": what, "peer": row.peer if len(runs) == 2 else ""} | measure(runs, repeats)
+        )
+        shown = found[-1]
+        beside = (
+            f"  {shown['factor']:.2f} ({shown['low']:.2f} to {shown['high']:.2f}) beside {row.peer}"
+            if len(runs) == 2
+            else ""
+        )
+        print(f"{name:20} {what:18} {shown['ms']:9.1f} ms {shown['MiB']:8.1f} MiB{beside}", flush=True)
+        return shown
+
+    with torch.no_grad():
+        if len(models) == 2:
+            inputs = row.inputs(1)
+            one, two = (model(*inputs) for model in models)
+            error = float((one - two).norm() / two.norm())
+            if not error < 1e-3:
+                raise SystemExit(f"{name}: ours and the {row.peer} form differ by {error:.1e}")
+        for batch in row.batches:
+            inputs = row.inputs(batch)
+            add(f"inference {batch}", [lambda m=m, i=inputs: m(*i) for m in models])
+        if row.sizes:
+            grown = []
+            for n, make in row.sizes.items():
+                inputs = make(1)
+                grown.append(add(f"size {n}", [lambda i=inputs: models[0](*i)])["ms"])
+            x, y = ([math.log(v) for v in values] for values in (row.sizes, grown))
+            slope = statistics.linear_regression(x, y).slope
+            found[-1]["exponent"] = slope
+            print(f"{name:20} grows as N^{slope:.2f}", flush=True)
+    if row.train:
+        inputs = row.train(row.train_batch)
+        add("training", [training_step(model.train(), inputs) for model in models])
+    return found
+
+
+def processor() -> str:
+    """The processor's name, and what torch uses of it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def page(rows: list[dict[str, Any]], title: str) -> Report:
+    report = Report("Speed", f"{title}\n\n{__doc__.split(chr(10) * 2)[2]}")
+    pairs = [row for row in rows if "factor" in row]
+    if pairs:
+        with style():
+            figure = new_figure(height=1 + 0.22 * len(pairs))
+            axes = figure.subplots()
+            values = [row["factor"] for row in pairs]
+            spread = [
+                [v - row["low"] for v, row in zip(values, pairs)],
+                [row["high"] - v for v, row in zip(values, pairs)],
+            ]
+            axes.errorbar(values, range(len(pairs)), xerr=spread, fmt="o")
+            axes.set_yticks(range(len(pairs)), [f"{r['system']}, {r['measured']}, {r['peer']}" for r in pairs])
+            axes.axvline(1, color="black")
+            axes.set(xscale="log", xlabel="peer's time / ours (above 1: ours is faster)")
+            axes.invert_yaxis()
+        report.section("Beside peers").figure(figure, "Median of the paired ratios, first to last decile.")
+    columns = (
+        "threads",
+        "compiled",
+        "system",
+        "measured",
+        "peer",
+        "ms",
+        "peer ms",
+        "factor",
+        "low",
+        "high",
+        "MiB",
+        "peer MiB",
+        "exponent",
+    )
+    shown = [{c: f"{row[c]:.3g}" if isinstance(row.get(c), float) else row.get(c, "") for c in columns} for row in rows]
+    return report.section("All rows").table(shown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder for suite.json and suite.html")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the rows' names")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="one table for each number of threads")
+    parser.add_argument("--compile", action="store_true", help="rows under torch.compile too")
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    chosen = {name: row for name, row in ROWS.items() if any(part in name for part in options.only)}
+    if not chosen:
+        parser.error(f"--only {' '.join(options.only)} fits no row; there are {', '.join(ROWS)}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    title = (
+        f"{processor()}, torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}"
+    )
+    print(title)
+    rows: list[dict[str, Any]] = []
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for compiled in (False, True) if options.compile else (False,):
+            for name, row in chosen.items():
+                new = rows_of(name, row, options.repeats, compiled)
+                rows += [{"threads": threads, "compiled": compiled} | one for one in new]
+                content = {"processor": title, "rows": rows}
+                (options.output / "suite.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    factors = [row["factor"] for row in rows if "factor" in row]
+    if factors:
+        print(f"geometric mean of {len(factors)} factors: {statistics.geometric_mean(factors):.2f}")
+    page(rows, title).write(options.output / "suite.html")
+
+
+if __name__ == "__main__":
+    main()
