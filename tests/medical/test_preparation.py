@@ -13,7 +13,7 @@ from nearfar.medical.data import scans
 from nearfar.medical.data.scans import Scan, linear_slabs, read_scan, resize_labels
 from nearfar.medical.preparation import Channel, ChannelSurvey, Preparation, padding, scheme_of
 from nearfar.medical.recipe import Recipe
-from nearfar.medical.segmenter import Segmenter, _Painter
+from nearfar.medical.segmenter import Segmenter, RegionPainter
 
 CT = Channel("ct", "CT", low=0, high=80, mean=40, std=20, range=(-1000, 200), width=900)
 
@@ -151,9 +151,9 @@ def test_memory_bounds_the_volumes(segmenter: Segmenter, image: np.ndarray) -> N
 
 
 def test_overlapping_regions_are_painted() -> None:
-    nested = _Painter([0, 1, 2, 3], {"whole": (1, 2, 3), "core": (2, 3), "active": (3,)}, (1, 2, 3))
+    nested = RegionPainter([0, 1, 2, 3], {"whole": (1, 2, 3), "core": (2, 3), "active": (3,)}, (1, 2, 3))
     assert nested.table.tolist() == [0, 1, 2, 2, 3, 3, 3, 3]  # later ones over earlier ones
-    crossing = _Painter([0, 1, 2, 3], {"a": (1, 2), "b": (2, 3)}, (1, 3))
+    crossing = RegionPainter([0, 1, 2, 3], {"a": (1, 2), "b": (2, 3)}, (1, 3))
     assert crossing.table.tolist() == [0, 1, 3, 2]  # both: the label that lies in both
     scores = torch.tensor([[1.0, -1.0], [1.0, 1.0]])
     assert crossing(scores).tolist() == [2, 3]

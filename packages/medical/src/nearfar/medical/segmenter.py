@@ -121,7 +121,7 @@ class Segmenter:
         else:
             predictor, roi, settings = self._windows(image, **options)
             threshold = 0.0 if self.recipe.binary else None
-            decide = _Painter(self.values, self.regions, self.order) if self.regions else None
+            decide = RegionPainter(self.values, self.regions, self.order) if self.regions else None
             decided = segment(image, predictor, roi, threshold=threshold, decide=decide, **settings).numpy()
         del image
         values = np.asarray(self.values, label_type(min(self.values), max(self.values)))
@@ -251,10 +251,20 @@ class Segmenter:
         return segmenter
 
 
-class _Painter:
-    """From logits (K, *S) of regions to the index of a label value; see `Segmenter`."""
+class RegionPainter:
+    """From logits (K, *S) of regions to the index of a label value; see `Segmenter`.
 
-    def __init__(self, values: Sequence[int], regions: Mapping[str, Sequence[int]], order: Sequence[int]) -> None:
+    With `channel` to (1, *S), as MONAI's transforms pass images on.
+    """
+
+    def __init__(
+        self,
+        values: Sequence[int],
+        regions: Mapping[str, Sequence[int]],
+        order: Sequence[int],
+        channel: bool = False,
+    ) -> None:
+        self.channel = channel
         if len(regions) > 16:
             raise UserError(f"there are {len(regions)} regions; up to 16 are taken")
         codes = [sum(1 << k for k, inside in enumerate(regions.values()) if value in inside) for value in values]
@@ -267,7 +277,7 @@ class _Painter:
 
     def __call__(self, scores: Tensor) -> Tensor:
         weights = (1 << torch.arange(len(scores), device=scores.device)).view(-1, *[1] * (scores.ndim - 1))
-        return self.table.to(scores.device)[((scores > 0) * weights).sum(0)]
+        return self.table.to(scores.device)[((scores > 0) * weights).sum(0, keepdim=self.channel)]
 
 
 class _Planes(nn.Module):

@@ -68,6 +68,7 @@ class Convention(StrEnum):
     nearfar = "nearfar"
     synapse_legacy = "synapse_legacy"
     brats = "brats"
+    brats_lesions = "brats_lesions"
     segmamba = "segmamba"
     monai = "monai"
 
@@ -102,13 +103,14 @@ def inspect(
 ) -> None:
     """Say what a data folder holds: layout, shapes, spacings, labels, problems. Exit status 1 if there are any.
 
+    Shapes and places come from the images' headers, of which nothing else is read; label maps are read.
     Below the table stand notes on what a rule had to decide, such as which of two affines of a file counts.
     """
     collection = _collection(data, groups)
     notes = list(collection.notes)
 
     def look(case: Case) -> dict[str, Any]:
-        scan, labels = collection.read(case)
+        scan, labels = collection.read(case, data=False)
         found = [] if labels is None else sorted(set(np.unique(labels).tolist()) - {0})
         if labels is not None and not found:
             raise UserError(f"{case.label}: has no foreground at all")
@@ -389,7 +391,7 @@ def evaluate(
     A labelled case without a prediction is an error, not a case less. A case, or another of the same patient, that the
     model of `predict` was trained on is refused, by what the prediction says of its model: --held-out leaves such cases
     out, --training-cases scores them. Conventions: nearfar (a missed structure counts as worst), synapse_legacy, brats
-    (the challenge until 2022), segmamba (its paper's script for BraTS), monai.
+    (the challenge until 2022), brats_lesions (since then, for gliomas), segmamba (its paper's script for BraTS), monai.
     """
     if held_out and training_cases:
         raise UserError("--held-out and --training-cases: give one")
