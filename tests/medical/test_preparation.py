@@ -13,7 +13,7 @@ from nearfar.medical.data import scans
 from nearfar.medical.data.scans import Scan, linear_slabs, read_scan, resize_labels
 from nearfar.medical.preparation import Channel, ChannelSurvey, Preparation, padding, scheme_of
 from nearfar.medical.recipe import Recipe
-from nearfar.medical.segmenter import Segmenter, RegionPainter
+from nearfar.medical.segmenter import RegionPainter, Segmenter
 
 CT = Channel("ct", "CT", low=0, high=80, mean=40, std=20, range=(-1000, 200), width=900)
 
@@ -144,7 +144,8 @@ def test_slabs_are_the_whole(monkeypatch) -> None:
 def test_memory_bounds_the_volumes(segmenter: Segmenter, image: np.ndarray) -> None:
     one = scan(image, (0.8, 0.8, 3.0))
     need = segmenter.check_memory(one, 1 << 30)
-    assert need == image.size * (4 + 4 + 2 + 2)
+    assert need == image.size * (4 + 1 + 2 + 2)
+    assert segmenter.check_memory(one, 1 << 30, lazy=False) == image.size * (4 + 4 + 2 + 2)
     np.testing.assert_array_equal(segmenter(one, memory=need + 1000), segmenter(one))
     with pytest.raises(UserError, match=r"the scan .*the prepared image"):
         segmenter(one, memory=need - 1)

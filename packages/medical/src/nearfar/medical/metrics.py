@@ -11,8 +11,8 @@ The conventions differ in what an absent structure counts, in the distance's per
 - `brats_lesions`: as the challenge counts since 2023, by lesion. Lesions of the truth are the parts that grow together
   when it is dilated three times (18 neighbours); each is compared with all connected parts (26 neighbours) of the
   prediction that touch it, so dilated. Dice is the mean over the truth's lesions of more than 50 mm3 and the parts of
-  the prediction that touch none, which count 0 (HD95: 374, as missed lesions do); both empty: Dice 1, HD95 0. HD95 is the
-  larger of the two directions', by voxels of the border; the challenge weighs them by the area of surface elements.
+  the prediction that touch none, which count 0 (HD95: 374, as missed lesions do); both empty: Dice 1, HD95 0. HD95 is
+  the larger of the two directions', by voxels of the border; the challenge weighs them by the surface elements' area.
 - `segmamba`: as SegMamba's script counts BraTS: HD95 at 1 mm per voxel. Any empty: Dice 0, HD95 50.
 - `monai`: HD95 is the larger of the two directions'. Truth empty: NaN; a missed structure: Dice 0, HD95 NaN.
 
@@ -122,7 +122,7 @@ def lesion_scores(
     """
     near, joined = (ndimage.generate_binary_structure(truth.ndim, k) for k in (min(2, truth.ndim), truth.ndim))
     grown = ndimage.binary_dilation(truth, near, dilation)
-    lesions, number = ndimage.label(grown, joined)
+    lesions = ndimage.label(grown, joined)[0]
     parts, count = ndimage.label(prediction, joined)
     unit, touched, pairs = float(np.prod(spacing or [1.0])), set(), []
     for index, box in enumerate(ndimage.find_objects(lesions), 1):
@@ -161,8 +161,9 @@ def score_case(
 ) -> list[dict[str, Any]]:
     """One row per label: `label`, `dice`, `iou`, `hd95`, with `tolerance` (mm) `nsd` too; see the table above.
 
-    Under `brats_lesions` counts of lesions stand in the place of `iou`. Label 0 is background and has no row; each of `regions`, a union of labels, has one too. Raises ValueError for
-    shapes that differ, labels outside `labels` or an unknown convention.
+    Under `brats_lesions` counts of lesions stand in the place of `iou`. Label 0 is background and has no row; each of
+    `regions`, a union of labels, has one too. Raises ValueError for shapes that differ, labels outside `labels` or an
+    unknown convention.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
