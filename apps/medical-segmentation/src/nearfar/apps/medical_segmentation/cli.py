@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from nearfar.apps.medical_segmentation import pages
-from nearfar.core.cli.batch import Places, raise_failures, run_batch
+from nearfar.core.cli.batch import BatchError, Places, raise_failures, run_batch
 from nearfar.core.cli.console import console, say, show_json, table, track
 from nearfar.core.cli.options import (
     Device,
@@ -36,11 +36,12 @@ from nearfar.core.memory import parse_memory
 from nearfar.core.model_folder import TrainedOn, mark
 from nearfar.core.reading import read_json
 from nearfar.core.recipes import read_recipe
-from nearfar.medical import metrics
+from nearfar.medical import doctor, metrics
 from nearfar.medical.bundle import write_bundle
 from nearfar.medical.data.cases import Case, Collection, case_digest, check_split, make_splits
 from nearfar.medical.data.dicom import segment_code
 from nearfar.medical.data.layouts import find_cases, grouped, is_series, read_splits, stem
+from nearfar.medical.data.mending import mend_nifti
 from nearfar.medical.data.scans import read_about, read_labels, read_scan, write_dicom_seg, write_labels
 from nearfar.medical.folds import FoldEnsemble, train_folds
 from nearfar.medical.folds import load as load_model
@@ -104,6 +105,10 @@ ColorStd = Annotated[float, typer.Option(help="Its deviation in intensity, of 0.
 def inspect(
     data: Data,
     groups: Groups = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Look at every voxel, too, and write a page of findings, each with what mends it."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a data folder holds: layout, shapes, spacings, labels, problems. Exit status 1 if there are any.
@@ -113,6 +118,14 @@ def inspect(
     """
     collection = _collection(data, groups)
     notes = list(collection.notes)
+    if html is not None:
+        seen, findings = doctor.examine(collection)
+        pages.doctor_page(html, str(data), collection, seen, findings)
+        errors = sum(finding.grade == "error" for finding in findings)
+        console.print(f"page: {html} ({len(findings)} findings)", soft_wrap=True, highlight=False)
+        if errors:
+            raise BatchError(f"{errors} findings are errors, see {html}")
+        return
 
     def look(case: Case) -> dict[str, Any]:
         scan, labels = collection.read(case, data=False)
@@ -145,6 +158,31 @@ def inspect(
         console.print(table(rows))
         _note(notes)
     raise_failures(failures, len(collection.cases))
+
+
+@app.command()
+def mend(
+    scan: Annotated[Path, typer.Argument(help="A NIfTI file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    form: Annotated[str | None, typer.Option(help="sform or qform: the one that holds; both are set to it.")] = None,
+    unit: Annotated[str | None, typer.Option(help="mm, meter or micron: what its lengths are in.")] = None,
+    shift: Annotated[str | None, typer.Option(help="Voxels right, front, up to move a label map by: 0,2,0.")] = None,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Turn left and right round.")] = False,
+    resample: Annotated[bool, typer.Option("--resample", help="A label map onto the grid of --like.")] = False,
+    like: Annotated[Path | None, typer.Option(help="The image whose grid it is to have.")] = None,
+    fill_nan: Annotated[bool, typer.Option("--fill-nan", help="0 in the place of NaN and infinite voxels.")] = False,
+) -> None:
+    """Write a scan or label map with one fault mended, as `inspect --html` advises; the file itself stays."""
+    chosen = [form is not None, unit is not None, shift is not None, mirror, resample, fill_nan]
+    if sum(chosen) != 1:
+        raise UserError("give one of --form, --unit, --shift, --mirror, --resample, --fill-nan")
+    if output.resolve() == scan.resolve():
+        raise UserError(f"{output}: is the file itself; name another")
+    if resample and like is None:
+        raise UserError("--resample needs --like, the image whose grid it is to have")
+    steps = None if shift is None else tuple(int(part) for part in shift.split(","))
+    mend_nifti(scan, output, form=form, unit=unit, shift=steps, mirror=mirror, like=like, fill_nan=fill_nan)
+    console.print(f"wrote {output}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -367,6 +405,9 @@ def predict(
         ),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare a bounded with an unbounded run; print it.")] = False,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Also write a page to look through them (the least sure 8).")
+    ] = None,
     save_probabilities: Annotated[
         bool, typer.Option("--save-probabilities", help="Also write NAME_probabilities.npy (classes first).")
     ] = False,
@@ -443,9 +484,24 @@ def predict(
     rows, failures = run_batch(
         jobs, one, "segmenting", lambda job: str(job[1].images[0]), Places(workers, engine, timeout)
     )
-    console.print(table(rows))
+    told = dict.fromkeys(key for row in rows for key in row)
     _note(notes)
+    if page is not None and rows:
+        good = {row["file"]: row.get("expected Dice", "") for row in rows}
+        shown = []
+        for file in sorted(good, key=lambda file: good[file] or "1")[:8]:
+            collection, case, _ = next(job for job in jobs if str(_target(job[2], file)) == file)
+            scan = collection.scan(case)
+            title = case.name + (f": expected Dice {good[file]}" if good[file] else "")
+            shown.append((title, scan, read_labels(file, scan)))
+        pages.cases_page(page, shown, segmenter.labels)
+        console.print(f"page: {page}", soft_wrap=True, highlight=False)
     raise_failures(failures, len(jobs))
+
+
+def _target(base: Path, file: str) -> Path:
+    """Where the label map of a job lies, by the ending of `file`."""
+    return base.with_name(f"{base.name}{'.nii.gz' if file.endswith('.nii.gz') else '.png'}")
 
 
 def _collection(data: Path, groups: str | None) -> Collection:
@@ -568,10 +624,10 @@ def evaluate(
         by_case = {r[0]["case"]: float(np.nanmean([row["dice"] for row in r] or [1.0])) for r in results if r}
         chosen = sorted(by_case, key=by_case.__getitem__)[:worst]
         shown = []
-        for case in labelled:
-            if case.name in chosen:
-                shown.append((case.name, *load(case, predictions)))
-        page = pages.evaluation_page(output / "index.html", _short(summary), rows, shown, said)
+        found = {case.name: case for case in labelled}
+        for name in chosen:  # the worst first
+            shown.append((name, *load(found[name], predictions)))
+        page = pages.evaluation_page(output / "index.html", _short(summary), rows, shown, said, collection.labels)
         console.print(table(_short(summary), f"convention {said}"))
         console.print(f"page: {page}", soft_wrap=True, highlight=False)
     raise_failures(failures, len(labelled))
