@@ -485,6 +485,7 @@ def predict(
         jobs, one, "segmenting", lambda job: str(job[1].images[0]), Places(workers, engine, timeout)
     )
     told = dict.fromkeys(key for row in rows for key in row)
+    console.print(table([{**dict.fromkeys(told, ""), **row} for row in rows]))
     _note(notes)
     if page is not None and rows:
         good = {row["file"]: row.get("expected Dice", "") for row in rows}
