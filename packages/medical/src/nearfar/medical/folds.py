@@ -84,7 +84,15 @@ class FoldEnsemble:
     def __call__(self, scan: Scan, **options: Any) -> np.ndarray:
         return self.with_quality(scan, **options)[0]
 
-    def with_quality(
+    def with_quality(self, scan: Scan, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """The label map of a scan, and its predicted Dice by label (nothing without a calibration).
+
+        The options are those of `join`.
+        """
+        labels, maps = self.join(scan, **options)
+        return labels, predicted(self.quality, maps, self.labels) if self.quality else {}
+
+    def join(
         self,
         scan: Scan,
         *,
@@ -92,8 +100,8 @@ class FoldEnsemble:
         crf: Any = None,
         probabilities: Path | None = None,
         **options: Any,
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """The label map of a scan, and its predicted Dice by label (nothing without a calibration).
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The label map by the mean of the folds' logits, and that of each fold.
 
         `probabilities`: a .npy file for them. The rest as in `Segmenter`.
         """
@@ -112,13 +120,12 @@ class FoldEnsemble:
                         total = new(scores.shape, np.float32)
                     for own, part in zip(total, scores):
                         own += part / len(self.folds)
-                    if self.quality:
-                        maps.append(fold.decide(scores, scan))
+                    maps.append(fold.decide(scores, scan))
             assert total is not None
             labels = self.first.decide(total, scan)
             if probabilities is not None:
                 self.first.write_probabilities(probabilities, total, scan)
-        return largest_part(labels, self.largest), predicted(self.quality, maps, self.labels) if self.quality else {}
+        return largest_part(labels, self.largest), maps
 
 
 def _mapped(path: Path) -> Callable[..., np.ndarray]:
@@ -234,8 +241,8 @@ def train_folds(
     for case in calibration:
         scan, truth = collection.read(case)
         assert truth is not None
-        every = [fold(scan) for fold in folds]
-        scores = collection.score(ensemble(scan), truth, scan.spacing)
+        labels, every = ensemble.join(scan)
+        scores = collection.score(labels, truth, scan.spacing)
         names = set(collection.labels.values())
         measured = {row["label"]: row["dice"] for row in scores if row["label"] in names}
         rows.append({"agreement": agreement(every, collection.labels), "dice": measured})

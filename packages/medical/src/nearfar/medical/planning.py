@@ -149,7 +149,8 @@ def plan(
 
     Args:
         memory: bytes for the training, by which patch and batch are chosen.
-        minutes: for the training on this machine (one step is timed); None for nnU-Net's 1000 epochs of 250 steps.
+        minutes: for the training on this machine while nothing else runs there (a step is timed); None for nnU-Net's
+            1000 epochs of 250 steps.
         kind: "plain" or "resenc", the network.
         dims: 2 for a network that sees slices; None for 3, and 2 for pictures.
     """
@@ -297,7 +298,7 @@ def _shrunk(
 
 
 def _seconds(kind: str, dims: int, base: int, outputs: int, channels: int) -> float:
-    """Seconds of a training step here, per value in the maps, by a small patch."""
+    """Seconds of a training step here while nothing else runs, per value in the maps, by a small patch."""
     size = [PROBE[dims] * (2 if dims == 2 else 1)] * dims
     strides, kernels, patch = topology([1.0] * dims, size)
     n = len(strides)
@@ -309,9 +310,9 @@ def _seconds(kind: str, dims: int, base: int, outputs: int, channels: int) -> fl
     loss, times = SegmentationLoss("nnunet"), []
     x, y = torch.randn(2, channels, *patch), torch.zeros(2, *patch, dtype=torch.long)
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         loss(network(x), y).backward()
-        times.append(time.perf_counter() - start)
+        times.append((time.process_time() - start) / torch.get_num_threads())
     return min(times) / (2 * map_values(settings, patch, outputs, kind == "resenc"))
 
 
