@@ -211,7 +211,7 @@ class _Said(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         done, epochs = trainer.current_epoch + 1, trainer.max_epochs or 1
-        if done != self.first + 1 and done % max(1, epochs // 10):
+        if trainer.global_rank or (done != self.first + 1 and done % max(1, epochs // 10)):
             return
         left = (time.monotonic() - self.started) / (done - self.first) * (epochs - done)
         words = [f"{name.replace('_', ' ')} {float(value):.4f}" for name, value in trainer.callback_metrics.items()]
