@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nearfar.core.errors import CheckpointError, UserError
+from nearfar.medical.bundle import write_bundle
 from nearfar.medical.data.scans import read_scan
 from nearfar.medical.models.nnunet import NNUNet
 from nearfar.medical.nnunet import axes_order, read_checkpoint, read_results
@@ -29,6 +30,8 @@ def test_logits_and_label_map_are_those_of_nnunet(kind: str, tmp_path: Path) -> 
     segmenter.save(tmp_path / "model")
     again = Segmenter.load(tmp_path / "model")
     np.testing.assert_array_equal(again(scan, memory=2**28), segmenter(scan))
+    with pytest.raises(UserError, match="orient stored, crop nonzero, resample cubic"):
+        write_bundle(segmenter, tmp_path / "bundle")
 
 
 def test_pickles_and_other_folders_are_refused(tmp_path: Path) -> None:

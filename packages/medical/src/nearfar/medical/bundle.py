@@ -40,6 +40,9 @@ def write_bundle(segmenter: Segmenter, folder: Path) -> Path:
     """
     recipe, dims = segmenter.recipe, len(segmenter.recipe.roi)
     outputs = len(segmenter.regions) or (1 if recipe.binary else len(segmenter.values))
+    own = {"orient": "ras", "crop": "padding", "resample": "linear", "windows": "monai"}
+    if other := [f"{name} {getattr(recipe, name)}" for name, value in own.items() if getattr(recipe, name) != value]:
+        raise UserError(f"MONAI's transforms do not do {', '.join(other)} of the recipe, so it cannot be exported")
     network = {
         "_target_": "nearfar.medical.networks.create_network",
         "name": recipe.network,

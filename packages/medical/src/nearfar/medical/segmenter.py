@@ -202,7 +202,10 @@ class Segmenter:
         voxels = float(np.prod(scan.shape))
         prepared = voxels
         if self.recipe.spacing is not None and scan.affine is not None:
-            prepared = voxels * float(np.prod(scan.canonical_spacing()) / np.prod(self.recipe.spacing))
+            sides = list(scan.canonical_spacing())
+            if len(self.recipe.spacing) == 2:  # that of the planes
+                del sides[self.preparation.axis(scan)]
+            prepared = voxels * float(np.prod(sides) / np.prod(self.recipe.spacing))
         elif self.recipe.resize is not None:
             prepared = float(np.prod(self.recipe.resize)) * (scan.shape[-1] if len(scan.shape) == 3 else 1)
         size = np.dtype(label_type(min(self.values), max(self.values))).itemsize
@@ -212,6 +215,8 @@ class Segmenter:
             "the prepared image": (1 if lazy and same else 4) * prepared * len(scan.image),
             "padding and label maps": voxels * (1 + size) + prepared * (1 + size),
         }
+        if self.recipe.resample == "cubic" and self.recipe.spacing is not None:
+            shares["splines, and scores on the scan's grid"] = 16 * max(voxels, prepared)
         need = int(sum(shares.values()))
         if need > memory:
             raise UserError(f"{scan.path}: {refuse_memory(memory, shares)}")
