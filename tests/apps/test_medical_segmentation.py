@@ -1,7 +1,9 @@
 """The medical app from data to report on real scans, and every kind of bad input."""
 
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import monai.bundle
@@ -11,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from nearfar.apps.medical_segmentation import cli
+from nearfar.apps.medical_segmentation import cli, pages
 from nearfar.core.cli.batch import BatchError
 from nearfar.core.errors import UserError
 from nearfar.core.recipes import read_recipe, shipped_recipes
 from nearfar.core.training import data_loader
 from nearfar.medical import refinement, samples, training
+from nearfar.medical.data.layouts import find_cases
+from nearfar.medical.data.scan import Scan
 from nearfar.medical.recipe import Recipe
 from nearfar.medical.segmenter import Segmenter
 from nearfar.medical.training import Patches, _Module
@@ -76,7 +80,7 @@ def test_predict_evaluate_and_report(brain: Path, model: Path, tmp_path: Path, c
     assert summary["marked"] == "1 of 2 seen in training"  # the other was held out
     page = (tmp_path / "scores/index.html").read_text()
     assert "1 of 2 seen in training" in page
-    assert 'type="range"' in page
+    assert "false positive" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     (tmp_path / "out/left.nii.gz").unlink()
     with pytest.raises(BatchError, match="left: has no prediction"):
@@ -270,3 +274,90 @@ def test_problems_in_a_data_folder_are_listed(tmp_path: Path) -> None:
         run("inspect", tmp_path)
     for reason in ("no foreground", "affine differs", r"labels [5] outside"):
         assert reason in str(caught.value)
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def test_planned_folds_from_the_command_line(brain: Path, tmp_path: Path, capsys) -> None:
+    """plan, train --folds all, predict with probabilities and a page, on a brain of 4 mm."""
+    run("plan", brain, "-o", tmp_path / "plan.yaml", "--minutes", "0.05")
+    assert "median of the voxel sides" in (tmp_path / "plan.yaml").read_text()
+    sets = ("epochs=1", "patches_per_epoch=4", "roi=[16,16,16]", "settings={features: [4, 8], strides: [1, 2]}")
+    run("train", brain, "-o", tmp_path / "m", "--recipe", tmp_path / "plan.yaml", "--folds", "all", "--device", "cpu",
+        *(a for s in sets for a in ("--set", s)))  # fmt: skip
+    said = capsys.readouterr()
+    assert "every case, by the fold that has not seen it" in said.out
+    assert "no quality flag" in said.err
+    assert json.loads((tmp_path / "m/cross_validation.json").read_text())["summary"][-1]["cases"] == 2
+    run("predict", brain / "images", "--model", tmp_path / "m", "-o", tmp_path / "out", "--save-probabilities",
+        "--page", tmp_path / "look.html")  # fmt: skip
+    shares = np.load(tmp_path / "out/left_probabilities.npy")
+    labels = np.asarray(nib.load(tmp_path / "out/left.nii.gz").dataobj)
+    assert (shares.argmax(0) == labels)[labels > 0].mean() > 0.999
+    assert (tmp_path / "look.html").stat().st_size < 2**20
+    with pytest.raises(UserError, match="trained on 2 of the 2 cases"):  # by one fold or the other
+        run("evaluate", tmp_path / "out", brain, "-o", tmp_path / "scores")
+    with pytest.raises(UserError, match="--folds some"):
+        run("train", brain, "-o", tmp_path / "n", "--folds", "some")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
+def test_the_page_runs_in_a_browser(brain: Path, tmp_path: Path) -> None:
+    collection = find_cases(brain)
+    case = collection.cases[0]
+    scan, truth = collection.read(case)
+    found = np.roll(truth, 2, 1)
+    rows = [{"case": case.name, **row} for row in collection.score(found, truth, scan.spacing)]
+    page = pages.evaluation_page(
+        tmp_path / "page.html", rows, rows, [(case.name, scan, found, truth)], "nearfar", collection.labels
+    )
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
+    shown = subprocess.run([*words, page.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    assert 'data-ready="1"' in shown
+    assert shown.count("<canvas") == 3
+    assert re.search(r"axial, slice \d+ of 48, -?\d+\.\d mm \(L left, A up\)", shown)
+
+
+def test_a_page_is_bounded(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).random((1, 100, 100, 100)).astype(np.float32)
+    scan = Scan(tmp_path / "x.nii", image, np.eye(4), "nrrd")
+    labels = (image[0] > 0.5).astype(np.uint8)
+    markup = pages.viewer(scan, labels, "a", labels, {1: "x"}, most=300_000)
+    assert len(markup) < 450_000
+    assert "voxel is shown, to bound the page" in markup
+
+
+@torch.no_grad()
+def test_a_bundle_of_regions_that_overlap(tmp_path: Path) -> None:
+    """MONAI runs it to the label map of `predict`."""
+    torch.manual_seed(0)
+    regions = {"whole": (1, 2), "core": (2,)}
+    settings = {"features": (4, 4, 4, 4, 4, 4), "norm": ("group", {"num_groups": 2})}
+    recipe = Recipe(settings=settings, roi=(16, 16, 16))
+    model = Segmenter.create(recipe, {1: "edge", 2: "core"}, 1, regions=regions, order=(1, 2))
+    model.save(tmp_path / "model")
+    (tmp_path / "scans").mkdir()
+    image = np.random.default_rng(0).normal(0, 1, (20, 24, 18)).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, np.diag([-1.0, -1, 2, 1])), tmp_path / "scans/a.nii.gz")
+    run("export", tmp_path / "model", "-o", tmp_path / "bundle")
+    folders = {"bundle_root": "bundle", "dataset_dir": "scans", "output_dir": "theirs"}
+    monai.bundle.run(
+        config_file=str(tmp_path / "bundle/configs/inference.json"),
+        meta_file=str(tmp_path / "bundle/configs/metadata.json"),
+        **{name: str(tmp_path / folder) for name, folder in folders.items()},
+    )
+    run("predict", tmp_path / "scans", "--model", tmp_path / "model", "-o", tmp_path / "ours")
+    ours, theirs = (np.asarray(nib.load(tmp_path / f).dataobj) for f in ("ours/a.nii.gz", "theirs/a_seg.nii.gz"))
+    assert len(np.unique(ours)) > 1
+    assert (ours == theirs).mean() > 0.9999
+
+
+def test_a_model_of_nnunet_becomes_one_of_ours(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "medical/data/nnunet"
+    run("from-nnunet", folder / "plain", "-o", tmp_path / "m")
+    run("predict", folder / "c5_0000.nii.gz", "--model", tmp_path / "m", "-o", tmp_path / "out", "--mirror")
+    found = np.asarray(nib.load(tmp_path / "out/c5_0000.nii.gz").dataobj)
+    assert (found != np.load(folder / "plain/result.npz")["labels"]).sum() <= 2
+    run("from-plan", folder / "resenc/plans.json", "-o", tmp_path / "r.yaml", "--placement", "none")
+    assert read_recipe(Recipe, str(tmp_path / "r.yaml")).network == "nnunet_resenc"

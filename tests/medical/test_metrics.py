@@ -12,6 +12,7 @@ from nearfar.medical.metrics import (
     dice,
     hausdorff,
     iou,
+    lesion_scores,
     micro_scores,
     paired_test,
     score_case,
@@ -156,3 +157,24 @@ def test_bad_input() -> None:
         surface_distances(a > 0, a > 0)
     with pytest.raises(ValueError, match="paired"):
         paired_test([1, 2], [1])
+
+
+def test_brats_counts_lesions_of_the_challenge() -> None:
+    """Two lesions three voxels apart are one; a missed, an invented and a tiny one count as the challenge says."""
+    truth, found = np.zeros((2, 60, 40, 30), bool)
+    truth[2:8, 2:8, 2:8] = truth[12:18, 2:8, 2:8] = True  # grown by three, one lesion
+    found[2:8, 2:8, 2:8] = True
+    one = lesion_scores(found, truth)
+    assert one["dice"] == pytest.approx(2 * 216 / (216 + 432))
+    assert (one["found"], one["missed"], one["invented"]) == (1, 0, 0)
+    truth[40:46, 20:26, 20:26] = True  # missed
+    truth[30:32, 30:32, 2:4] = True  # 8 mm3: too small to count, but what touches it is not invented
+    found[30:32, 30:32, 2:5] = found[55:58, 2:5, 2:5] = True
+    several = lesion_scores(found, truth)
+    assert (several["found"], several["missed"], several["invented"]) == (1, 1, 1)
+    assert several["dice"] == pytest.approx(one["dice"] / 3)
+    assert several["hd95"] == pytest.approx((one["hd95"] + 2 * 374) / 3)
+    nothing = np.zeros_like(truth)
+    assert lesion_scores(nothing, nothing) == {"dice": 1.0, "hd95": 0.0, "found": 0, "missed": 0, "invented": 0}
+    rows = score_case(found.astype(int), truth.astype(int), {1: "tumour"}, (1, 1, 1), convention="brats_lesions")
+    assert rows[0]["dice"] == several["dice"]

@@ -13,7 +13,7 @@ from nearfar.medical.data import scans
 from nearfar.medical.data.scans import Scan, linear_slabs, read_scan, resize_labels
 from nearfar.medical.preparation import Channel, ChannelSurvey, Preparation, padding, scheme_of
 from nearfar.medical.recipe import Recipe
-from nearfar.medical.segmenter import Segmenter, _Painter
+from nearfar.medical.segmenter import RegionPainter, Segmenter
 
 CT = Channel("ct", "CT", low=0, high=80, mean=40, std=20, range=(-1000, 200), width=900)
 
@@ -144,16 +144,17 @@ def test_slabs_are_the_whole(monkeypatch) -> None:
 def test_memory_bounds_the_volumes(segmenter: Segmenter, image: np.ndarray) -> None:
     one = scan(image, (0.8, 0.8, 3.0))
     need = segmenter.check_memory(one, 1 << 30)
-    assert need == image.size * (4 + 4 + 2 + 2)
+    assert need == image.size * (4 + 1 + 2 + 2)
+    assert segmenter.check_memory(one, 1 << 30, lazy=False) == image.size * (4 + 4 + 2 + 2)
     np.testing.assert_array_equal(segmenter(one, memory=need + 1000), segmenter(one))
     with pytest.raises(UserError, match=r"the scan .*the prepared image"):
         segmenter(one, memory=need - 1)
 
 
 def test_overlapping_regions_are_painted() -> None:
-    nested = _Painter([0, 1, 2, 3], {"whole": (1, 2, 3), "core": (2, 3), "active": (3,)}, (1, 2, 3))
+    nested = RegionPainter([0, 1, 2, 3], {"whole": (1, 2, 3), "core": (2, 3), "active": (3,)}, (1, 2, 3))
     assert nested.table.tolist() == [0, 1, 2, 2, 3, 3, 3, 3]  # later ones over earlier ones
-    crossing = _Painter([0, 1, 2, 3], {"a": (1, 2), "b": (2, 3)}, (1, 3))
+    crossing = RegionPainter([0, 1, 2, 3], {"a": (1, 2), "b": (2, 3)}, (1, 3))
     assert crossing.table.tolist() == [0, 1, 3, 2]  # both: the label that lies in both
     scores = torch.tensor([[1.0, -1.0], [1.0, 1.0]])
     assert crossing(scores).tolist() == [2, 3]

@@ -39,7 +39,10 @@ def write_bundle(segmenter: Segmenter, folder: Path) -> Path:
     transforms, and a `run` that segments every scan in `dataset_dir` without needing ignite.
     """
     recipe, dims = segmenter.recipe, len(segmenter.recipe.roi)
-    outputs = 1 if recipe.binary else len(segmenter.values)
+    outputs = len(segmenter.regions) or (1 if recipe.binary else len(segmenter.values))
+    own = {"orient": "ras", "crop": "padding", "resample": "linear", "windows": "monai"}
+    if other := [f"{name} {getattr(recipe, name)}" for name, value in own.items() if getattr(recipe, name) != value]:
+        raise UserError(f"MONAI's transforms do not do {', '.join(other)} of the recipe, so it cannot be exported")
     network = {
         "_target_": "nearfar.medical.networks.create_network",
         "name": recipe.network,
@@ -48,8 +51,6 @@ def write_bundle(segmenter: Segmenter, folder: Path) -> Path:
         "dims": dims,
         "settings": recipe.settings,
     }
-    if segmenter.regions:
-        raise UserError("a bundle decides between labels; this model's regions overlap, so it cannot be exported")
     before: list[dict[str, Any]] = [
         {"_target_": "LoadImaged", "keys": "image", "image_only": True},
         {"_target_": "EnsureChannelFirstd", "keys": "image"},
@@ -78,12 +79,17 @@ def write_bundle(segmenter: Segmenter, folder: Path) -> Path:
         size.insert(axis, -1)
         before.append({"_target_": "Resized", "keys": "image", "spatial_size": size, "mode": "area"})
     inverse = {"_target_": "Invertd", "keys": "pred", "orig_keys": "image", "transform": "@preprocessing"}
-    decide = {"threshold": 0.0} if recipe.binary else {"argmax": True}
+    decide = {"_target_": "AsDiscreted", "keys": "pred", **({"threshold": 0.0} if recipe.binary else {"argmax": True})}
+    if segmenter.regions:
+        regions = {name: list(inside) for name, inside in segmenter.regions.items()}
+        painter = {"_target_": "nearfar.medical.segmenter.RegionPainter", "channel": True, "regions": regions}
+        painter |= {"values": list(segmenter.values), "order": list(segmenter.order)}
+        decide = {"_target_": "Lambdad", "keys": "pred", "func": painter, "track_meta": True}
     values = {"orig_labels": list(range(len(segmenter.values))), "target_labels": list(segmenter.values)}
     kind = "$np." + np.dtype(label_type(min(segmenter.values), max(segmenter.values))).name
     after = [
         {**inverse, "nearest_interp": False, "to_tensor": True},
-        {"_target_": "AsDiscreted", "keys": "pred", **decide},
+        decide,
         {"_target_": "MapLabelValued", "keys": "pred", **values},
         {
             **{"_target_": "SaveImaged", "keys": "pred", "output_dir": "@output_dir", "output_postfix": "seg"},
@@ -114,7 +120,8 @@ def write_bundle(segmenter: Segmenter, folder: Path) -> Path:
         "initialize": ["$@network.load_state_dict(@checkpoint)"],
         "run": ["$len(list(map(@segment, @dataset)))"],
     }
-    channels = {str(i): segmenter.labels.get(v, "background") for i, v in enumerate(segmenter.values)}
+    named = [*segmenter.regions] or [segmenter.labels.get(v, "background") for v in segmenter.values]
+    channels = {str(i): name for i, name in enumerate(named)}
     shape = {"spatial_shape": list(recipe.roi), "dtype": "float32", "is_patch_data": True}
     image = {"type": "image", "format": "magnitude", "num_channels": segmenter.in_channels, "value_range": [], **shape}
     image["channel_def"] = {str(i): "image" for i in range(segmenter.in_channels)}

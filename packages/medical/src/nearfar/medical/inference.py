@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data.utils import compute_importance_map
+from scipy import ndimage
 from torch import Tensor
 
 from nearfar.core.files import temporary_folder
@@ -17,6 +18,8 @@ from nearfar.core.finite import check_finite
 
 Predictor = Callable[[Tensor], Any]
 Region = tuple[slice, ...]
+
+LAYOUTS = ("monai", "nnunet")
 
 WINDOW_MEMORY = 384 * 2**20
 
@@ -53,12 +56,13 @@ def segment(
 
 @torch.no_grad()
 def window_scores(
-    image: Tensor,
+    image: Any,
     predictor: Predictor,
     roi_size: Sequence[int],
     *,
     overlap: float = 0.5,
     mode: str = "gaussian",
+    layout: str = "monai",
     sigma_scale: float = 0.125,
     batch_size: int = 1,
     flips: Sequence[int] = (),
@@ -76,11 +80,13 @@ def window_scores(
     with the classes either, but for the network's own output for `batch_size` windows.
 
     Args:
-        image: on any device; goes to `device` window by window.
+        image: a tensor on any device, or what gives parts of one, such as `preparation.ScaledImage`; goes to `device`
+            window by window.
         predictor: (B, C, *roi) to (B, K, *roi), or a list or dict whose first value is that.
         roi_size: window, one size per axis.
         overlap: share of a window that the next one covers again, 0 <= overlap < 1.
         mode: "gaussian" or "constant" weights within a window; `sigma_scale` of the former.
+        layout: "monai", or "nnunet", whose windows lie at even distances and whose Gaussian is about voxel n // 2.
         flips: axes to mirror for test-time augmentation; scores are averaged over all 2^len(flips) combinations.
         memory: bytes for kept cells, 384 MB by default; None for no bound.
         progress: called with (windows done, windows in all).
@@ -96,6 +102,8 @@ def window_scores(
         raise ValueError(f"overlap is {overlap}; it must lie in [0, 1)")
     if mode not in ("gaussian", "constant"):
         raise ValueError(f"mode is {mode!r}; allowed are 'gaussian' and 'constant'")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; allowed are {', '.join(LAYOUTS)}")
     if any(not 0 <= axis < dims for axis in flips):
         raise ValueError(f"flips are {tuple(flips)}; axes are 0..{dims - 1}")
     device = torch.device(device) if device is not None else image.device
@@ -103,8 +111,9 @@ def window_scores(
     after = [max(0, r - n) - b for r, n, b in zip(roi_size, size, before)]
     if any(before + after):
         pads = [p for b, a in zip(reversed(before), reversed(after)) for p in (b, a)]
-        image = F.pad(image, pads)
-    starts = [_starts(n, r, overlap) for n, r in zip(image.shape[1:], roi_size)]
+        image = F.pad(image[(slice(None), *[slice(None)] * dims)], pads)
+    place_windows = _even_starts if layout == "nnunet" else _starts
+    starts = [place_windows(n, r, overlap) for n, r in zip(image.shape[1:], roi_size)]
     order = sorted(range(dims), key=lambda axis: -image.shape[axis + 1])  # the longest axis is the outermost loop
     windows = [
         tuple(combination[order.index(axis)] for axis in range(dims))
@@ -116,10 +125,13 @@ def window_scores(
     for i, cells in enumerate(covering):
         for cell in cells:
             uses.setdefault(cell, []).append(i)
-    weights = compute_importance_map(
-        tuple(roi_size), mode=mode, sigma_scale=sigma_scale, device=device, dtype=torch.float32
-    )
-    weights = weights.clamp(min=max(float(weights.min()), 1e-3))
+    if layout == "nnunet" and mode == "gaussian":
+        weights = _peak(roi_size, sigma_scale).to(device)
+    else:
+        weights = compute_importance_map(
+            tuple(roi_size), mode=mode, sigma_scale=sigma_scale, device=device, dtype=torch.float32
+        )
+        weights = weights.clamp(min=max(float(weights.min()), 1e-3))
 
     def region(cell: tuple[int, ...]) -> Region:
         return tuple(slice(axis[i], axis[i + 1]) for axis, i in zip(cuts, cell))
@@ -166,6 +178,23 @@ def segment_item(
 def _starts(size: int, roi: int, overlap: float) -> list[int]:
     step = roi if roi == size else max(1, int(roi * (1 - overlap)))
     return sorted({min(a, size - roi) for a in range(0, size - roi + step, step)})
+
+
+def _even_starts(size: int, roi: int, overlap: float) -> list[int]:
+    number = int(np.ceil((size - roi) / (roi * (1 - overlap)))) + 1
+    return sorted({int(np.round((size - roi) / max(1, number - 1) * i)) for i in range(number)})
+
+
+def _peak(roi: Sequence[int], sigma_scale: float) -> Tensor:
+    """A Gaussian about voxel n // 2 of each axis, cut off at four deviations, the least value beyond that."""
+    weights = torch.ones(())
+    for n in roi:
+        line = np.zeros(n)
+        line[n // 2] = 1
+        line = ndimage.gaussian_filter1d(line, n * sigma_scale, mode="constant")
+        weights = weights[..., None] * torch.from_numpy(line / line.max())
+    weights = (10 * weights).half()  # the least value is that of this type, as there
+    return torch.where(weights > 0, weights, weights[weights > 0].min()).float()
 
 
 def _cells(window: Sequence[int], roi: Sequence[int], cuts: Sequence[list[int]]) -> list[tuple[int, ...]]:

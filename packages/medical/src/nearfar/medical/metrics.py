@@ -8,6 +8,11 @@ The conventions differ in what an absent structure counts, in the distance's per
   Dice 0, HD95 0.
 - `brats`: as the BraTS challenge counted until 2022: HD95 in mm; both empty: Dice 1, HD95 0; one empty: Dice 0, HD95
   373.13, the diagonal of its 240 x 240 x 155 voxels of 1 mm.
+- `brats_lesions`: as the challenge counts since 2023, by lesion. Lesions of the truth are the parts that grow together
+  when it is dilated three times (18 neighbours); each is compared with all connected parts (26 neighbours) of the
+  prediction that touch it, so dilated. Dice is the mean over the truth's lesions of more than 50 mm3 and the parts of
+  the prediction that touch none, which count 0 (HD95: 374, as missed lesions do); both empty: Dice 1, HD95 0. HD95 is
+  the larger of the two directions', by voxels of the border; the challenge weighs them by the surface elements' area.
 - `segmamba`: as SegMamba's script counts BraTS: HD95 at 1 mm per voxel. Any empty: Dice 0, HD95 50.
 - `monai`: HD95 is the larger of the two directions'. Truth empty: NaN; a missed structure: Dice 0, HD95 NaN.
 
@@ -24,9 +29,12 @@ from scipy import ndimage
 
 from nearfar.core.statistics import bootstrap_interval, holm, paired_test
 
-CONVENTIONS = ("nearfar", "synapse_legacy", "brats", "segmamba", "monai")
+CONVENTIONS = ("nearfar", "synapse_legacy", "brats", "brats_lesions", "segmamba", "monai")
 
 BRATS_WORST = float(np.linalg.norm((240, 240, 155)))
+
+BRATS_MISSED, BRATS_DILATION, BRATS_LEAST = 374.0, 3, 50.0
+"""HD95 of a missed or invented lesion, dilations that join lesions, and the mm3 that a lesion must exceed."""
 
 Array = np.ndarray
 
@@ -100,6 +108,47 @@ def surface_dice(prediction: Array, truth: Array, tolerance: float, spacing: Seq
     return float(compute_surface_dice(p, g, [tolerance], include_background=True, spacing=spaced, use_subvoxels=True))
 
 
+def lesion_scores(
+    prediction: Array,
+    truth: Array,
+    spacing: Sequence[float] | None = None,
+    *,
+    dilation: int = BRATS_DILATION,
+    least: float = BRATS_LEAST,
+) -> dict[str, float]:
+    """`dice`, `hd95` and counts of lesions (`found`, `missed`, `invented`) of two masks, as `brats_lesions` counts.
+
+    `dilation` and `least` are 3 and 50 for gliomas, 1 and 50 for meningeomas, 1 and 2 for metastases.
+    """
+    near, joined = (ndimage.generate_binary_structure(truth.ndim, k) for k in (min(2, truth.ndim), truth.ndim))
+    grown = ndimage.binary_dilation(truth, near, dilation)
+    lesions = ndimage.label(grown, joined)[0]
+    parts, count = ndimage.label(prediction, joined)
+    unit, touched, pairs = float(np.prod(spacing or [1.0])), set(), []
+    for index, box in enumerate(ndimage.find_objects(lesions), 1):
+        wide = tuple(slice(max(0, s.start - dilation), s.stop + dilation) for s in box)
+        lesion = (lesions[wide] == index) & truth[wide]
+        inside = set(np.unique(parts[wide][ndimage.binary_dilation(lesion, near, dilation)]).tolist()) - {0}
+        touched |= inside
+        volume = float(lesion.sum()) * unit
+        if volume > least:
+            whole, met = np.zeros_like(truth), np.isin(parts, sorted(inside))
+            whole[wide] = lesion
+            far = hausdorff(met, whole, spacing, convention="monai") if inside else BRATS_MISSED
+            pairs.append((dice(met, whole), far, bool(inside)))
+    invented = count - len(touched)
+    total = len(pairs) + invented
+    if not total:
+        return {"dice": 1.0, "hd95": 0.0, "found": 0, "missed": 0, "invented": 0}
+    return {
+        "dice": sum(pair[0] for pair in pairs) / total,
+        "hd95": (sum(pair[1] for pair in pairs) + BRATS_MISSED * invented) / total,
+        "found": sum(pair[2] for pair in pairs),
+        "missed": sum(not pair[2] for pair in pairs),
+        "invented": invented,
+    }
+
+
 def score_case(
     prediction: Array,
     truth: Array,
@@ -112,8 +161,9 @@ def score_case(
 ) -> list[dict[str, Any]]:
     """One row per label: `label`, `dice`, `iou`, `hd95`, with `tolerance` (mm) `nsd` too; see the table above.
 
-    Label 0 is background and has no row; each of `regions`, a union of labels, has one too. Raises ValueError for
-    shapes that differ, labels outside `labels` or an unknown convention.
+    Under `brats_lesions` counts of lesions stand in the place of `iou`. Label 0 is background and has no row; each of
+    `regions`, a union of labels, has one too. Raises ValueError for shapes that differ, labels outside `labels` or an
+    unknown convention.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
@@ -129,6 +179,12 @@ def score_case(
     for name, values in [*parts, *(regions or {}).items()]:
         p, g = np.isin(prediction, values), np.isin(truth, values)
         found, there = bool(p.any()), bool(g.any())
+        if convention == "brats_lesions":
+            rows.append({"label": name, **lesion_scores(p, g, spacing)})
+            if tolerance is not None:
+                limit = tolerance if isinstance(tolerance, int | float) else tolerance[values[0]]
+                rows[-1]["nsd"] = surface_dice(p, g, limit, spacing) if found or there else 1.0
+            continue
         row: dict[str, Any] = {"label": name, "dice": dice(p, g), "iou": iou(p, g)}
         row["hd95"] = hausdorff(p, g, unit, convention="monai" if convention == "monai" else "medpy")
         if convention == "nearfar" and found != there:

@@ -1,19 +1,26 @@
 """Scaling intensities and spacing of a scan before a network, and undoing it after."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from scipy import ndimage
+from skimage.transform import resize
 from torch import Tensor
 
 from nearfar.core.errors import UserError
 from nearfar.medical.data.scans import SLAB, Scan, linear_slabs, resize_labels
 from nearfar.medical.models.deeplab import MEAN_BGR
 
-INTENSITIES = ("auto", "zscore", "ct", "minmax", "unit", "none", "bytes", "caffe")
+CROPS, RESAMPLINGS, ORIENTATIONS = ("padding", "nonzero"), ("linear", "cubic"), ("ras", "stored")
+
+ANISOTROPIC = 3.0
+"""Ratio of voxel sides from which on the coarse axis is resampled for itself, by nearest neighbour, as nnU-Net does."""
+
+INTENSITIES = ("auto", "zscore", "zscore_nonzero", "ct", "minmax", "unit", "none", "bytes", "caffe")
 
 ABSOLUTE = ("ct", "unit", "none", "caffe")
 """Schemes under which another unit of the intensities makes another image."""
@@ -104,9 +111,14 @@ class ChannelSurvey:
 def quantiles(channel: np.ndarray) -> tuple[float, float]:
     """0.5 and 99.5 percentile of what is no padding, by a regular sample; lowest and highest where they are equal."""
     outside = padding(channel)
-    values = channel.ravel() if outside is None else channel[~outside]
-    low, high = np.percentile(values[:: max(1, len(values) // SAMPLE)], [0.5, 99.5])
-    return (float(low), float(high)) if low < high else (float(values.min()), float(values.max()))
+    step = max(1, int((channel.size / SAMPLE) ** (1 / channel.ndim)))
+    where = (slice(None, None, step),) * channel.ndim
+    values = channel[where].ravel() if outside is None else channel[where][~outside[where]]
+    low, high = np.percentile(values, [0.5, 99.5]) if len(values) else (0.0, 0.0)
+    if low < high:
+        return float(low), float(high)
+    inside = True if outside is None else ~outside
+    return float(channel.min(initial=np.inf, where=inside)), float(channel.max(initial=-np.inf, where=inside))
 
 
 def check_not_constant(scan: Scan) -> None:
@@ -145,7 +157,7 @@ def padding(channel: np.ndarray) -> np.ndarray | None:
                     for end in (0, -1):
                         where = tuple(end if a == axis else slice(None) for a in range(mask.ndim))
                         border[where] = mask[where]
-            mask = ndimage.binary_propagation(border, mask=mask)
+            mask = joined_to(border, mask)
         if result is not None:
             mask |= result[box]
         if not mask.any() or mask.all():
@@ -161,6 +173,22 @@ def padding(channel: np.ndarray) -> np.ndarray | None:
             slice(s.start + b.indices(n)[0], s.stop + b.indices(n)[0]) for s, b, n in zip(new, box, channel.shape)
         )
     return result
+
+
+def joined_to(seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The voxels of `mask` joined to one of `seeds` by their faces, found plane by plane, forth and back."""
+    if mask.ndim < 3:
+        return ndimage.binary_propagation(seeds, mask=mask)
+    found, order, changed = seeds, list(range(mask.shape[-1])), True
+    while changed:
+        changed = False
+        for before, k in zip([None, *order], order):
+            start = found[..., k] if before is None else found[..., k] | (found[..., before] & mask[..., k])
+            grown = ndimage.binary_propagation(start, mask=mask[..., k]) if start.any() else start
+            if (grown != found[..., k]).any():
+                found[..., k], changed = grown, True
+        order = order[::-1]
+    return found
 
 
 def content_box(image: np.ndarray) -> tuple[slice, ...]:
@@ -187,6 +215,58 @@ def content_mask(image: Tensor) -> Tensor:
     return mask
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """(clip(x, low, high) - shift) / scale of a channel, after padding got the value `floor`, where it has one."""
+
+    low: float = -np.inf
+    high: float = np.inf
+    shift: float = 0.0
+    scale: float = 1.0
+    floor: float | None = None
+
+    def __call__(self, part: np.ndarray, outside: np.ndarray | None) -> np.ndarray:
+        """Of a part of the channel in float32; `outside` is the padding in that part."""
+        if outside is not None:
+            part = np.where(outside, np.float32(0.0 if self.floor is None else self.floor), part)
+        return (np.clip(part, self.low, self.high) - np.float32(self.shift)) / np.float32(self.scale)
+
+
+def scaling(
+    channel: np.ndarray,
+    outside: np.ndarray | None,
+    scheme: str,
+    known: Channel = Channel(),
+    window: Sequence[float] | None = None,
+    whole: tuple[float, float] = (0.0, 1.0),
+    index: int = 0,
+) -> Scaling:
+    """How a channel is scaled; `outside` is what does not count in it, `whole` the range of all channels."""
+    low, high, shift, scale = -np.inf, np.inf, 0.0, 1.0
+    inside = True if outside is None else ~outside
+    if window is not None:
+        low, high = window
+        shift, scale = low, high - low
+    elif scheme == "ct":
+        low, high, shift, scale = known.low, known.high, known.mean, max(known.std, 1e-6)
+    elif scheme == "unit":
+        scale = 255.0
+    elif scheme == "bytes":
+        shift, scale = whole[0], max(whole[1] - whole[0], 1e-6) / 255
+    elif scheme == "caffe":
+        shift = MEAN_BGR[index]
+    elif scheme == "minmax":
+        shift = float(channel.min(initial=np.inf, where=inside))
+        scale = max(float(channel.max(initial=-np.inf, where=inside)) - shift, 1e-6)
+    elif scheme in ("zscore", "zscore_nonzero"):
+        shift, scale = _mean_std(channel, outside)
+    floor = None
+    if outside is not None:
+        lowest = low if np.isfinite(low) else float(channel.min(initial=np.inf, where=inside))
+        floor = shift if scheme == "zscore_nonzero" else lowest
+    return Scaling(low, high, shift, scale, floor)
+
+
 def scale_intensities(
     image: Any,
     window: Sequence[float] | None = None,
@@ -198,57 +278,71 @@ def scale_intensities(
 
     `masks`: what is `padding` in each channel, where the image is a part of a larger one.
     """
-    source = np.asarray(image)
-    known = [c if isinstance(c, Channel) else Channel.read(c) for c in channels]
-    out = np.empty(source.shape, np.float32)
-    whole = (float(source.min()), float(source.max())) if intensity == "bytes" else (0.0, 1.0)
-    if intensity == "caffe":
-        source = source[::-1]
-    for i, channel in enumerate(source):
-        scheme = known[i].intensity if known else "zscore" if intensity == "auto" else intensity
-        outside = None
-        if window is not None or scheme in ("zscore", "ct", "minmax"):
-            outside = padding(channel) if masks is None else masks[i]
-        low, high, shift, scale = -np.inf, np.inf, 0.0, 1.0
-        if window is not None:
-            low, high = window
-            shift, scale = low, high - low
-        elif scheme == "ct":
-            low, high, shift, scale = known[i].low, known[i].high, known[i].mean, max(known[i].std, 1e-6)
-        elif scheme == "unit":
-            scale = 255.0
-        elif scheme == "bytes":
-            shift, scale = whole[0], max(whole[1] - whole[0], 1e-6) / 255
-        elif scheme == "caffe":
-            shift = MEAN_BGR[i]
-        elif scheme in ("zscore", "minmax"):
-            inside = channel if outside is None else channel[~outside]
-            if scheme == "minmax":
-                shift, scale = float(inside.min()), max(float(inside.max()) - float(inside.min()), 1e-6)
-            else:
-                shift, scale = _mean_std(inside)
-        floor = low if np.isfinite(low) else None if outside is None else float(channel[~outside].min())
-        step = max(1, SLAB // max(1, channel[..., 0].size))
-        for start in range(0, channel.shape[-1], step):
-            part = channel[..., start : start + step]
-            if outside is not None:
-                part = np.where(outside[..., start : start + step], np.float32(floor), part)
-            out[i][..., start : start + step] = (np.clip(part, low, high) - np.float32(shift)) / np.float32(scale)
-    result = torch.from_numpy(out)
+    result = torch.from_numpy(ScaledImage(np.asarray(image), window, intensity, channels, masks).whole())
     if isinstance(image, Tensor):  # MONAI's carry what was done to them
         return torch.empty_like(image, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(result)
     return result
 
 
-def _mean_std(values: np.ndarray) -> tuple[float, float]:
-    """Mean and deviation, summed up part by part in float64."""
-    number = values.size
-    parts = [values] if values.ndim == 1 else [values[..., i] for i in range(values.shape[-1])]
-    mean = sum(float(p.sum(dtype=np.float64)) for p in parts) / number
-    square = 0.0
-    for part in parts:
-        for start in range(0, len(part), SLAB):
-            square += float(((part[start : start + SLAB].astype(np.float64) - mean) ** 2).sum())
+class ScaledImage:
+    """An image (C, *S) with its intensities scaled, of which parts are made when they are asked for.
+
+    As `scale_intensities`; an index like that of a tensor gives a tensor.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        source: np.ndarray,
+        window: Sequence[float] | None = None,
+        intensity: str = "zscore",
+        channels: Iterable[Channel | Mapping[str, Any]] = (),
+        masks: Sequence[np.ndarray | None] | None = None,
+    ) -> None:
+        known = [c if isinstance(c, Channel) else Channel.read(c) for c in channels]
+        whole = (float(source.min()), float(source.max())) if intensity == "bytes" else (0.0, 1.0)
+        self.source = source[::-1] if intensity == "caffe" else source
+        self.shape, self.ndim = source.shape, source.ndim
+        self.masks: list[np.ndarray | None] = []
+        self.scalings: list[Scaling] = []
+        for i, channel in enumerate(self.source):
+            scheme = known[i].intensity if known else "zscore" if intensity == "auto" else intensity
+            outside = None
+            if window is not None or scheme in ("zscore", "ct", "minmax", "zscore_nonzero"):
+                outside = padding(channel) if masks is None else masks[i]
+            self.masks.append(outside)
+            own = known[i] if known else Channel()
+            self.scalings.append(scaling(channel, outside, scheme, own, window, whole, i))
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Tensor:
+        parts = []
+        for channel, outside, scale in list(zip(self.source, self.masks, self.scalings))[where[0]]:
+            parts.append(scale(channel[where[1:]], None if outside is None else outside[where[1:]]))
+        return torch.from_numpy(np.stack(parts))
+
+    def whole(self) -> np.ndarray:
+        """All of it, made slab by slab."""
+        out = np.empty(self.shape, np.float32)
+        step = max(1, SLAB // max(1, math.prod(self.shape[1:-1])))
+        for start in range(0, self.shape[-1], step):
+            for channel, outside, scale, target in zip(self.source, self.masks, self.scalings, out):
+                part = slice(start, start + step)
+                target[..., part] = scale(channel[..., part], None if outside is None else outside[..., part])
+        return out
+
+
+def _mean_std(channel: np.ndarray, outside: np.ndarray | None) -> tuple[float, float]:
+    """Mean and deviation of what is not `outside`, summed up plane by plane in float64."""
+    planes = range(channel.shape[-1])
+
+    def inside(i: int) -> np.ndarray:
+        plane = channel[..., i]
+        return (plane if outside is None else plane[~outside[..., i]]).astype(np.float64)
+
+    number = channel.size if outside is None else channel.size - int(outside.sum())
+    mean = sum(float(inside(i).sum()) for i in planes) / number
+    square = sum(float(((inside(i) - mean) ** 2).sum()) for i in planes)
     return mean, max(float(np.sqrt(square / max(1, number - 1))), 1e-6)
 
 
@@ -267,7 +361,13 @@ class Preparation:
 
     Then the grid: `spacing` (mm, None keeps the scan's), or `resize`, the size of each plane, by cubic splines as the
     TransUNet family does. With `planes`, for networks of two axes, the axis with the largest voxel side comes last
-    where that is more than 1.5 times the next, else the last stays.
+    where that is more than 1.5 times the next, else the last stays; a `spacing` of two is that of the planes.
+
+    nnU-Net does some of it otherwise: `orient` "stored" keeps the axes of the file; `crop` "nonzero" cuts to the box
+    of what is not 0 in some channel, and nothing else counts as padding ("zscore_nonzero" then takes mean and deviation
+    of what is not 0, holes filled, and leaves 0 around); `resample` "cubic" takes cubic splines, the coarse axis by
+    nearest neighbour where its side is more than 3 times the smallest, and scores go back to the scan's grid instead of
+    labels.
     """
 
     spacing: tuple[float, ...] | None = None
@@ -276,22 +376,43 @@ class Preparation:
     resize: tuple[int, int] | None = None
     channels: tuple[Channel, ...] = ()
     planes: bool = False
+    orient: str = "ras"
+    crop: str = "padding"
+    resample: str = "linear"
 
-    def image(self, scan: Scan) -> Tensor:
-        """(C, *S) float32, ready for the network."""
+    @classmethod
+    def of(cls, recipe: Any, channels: Sequence[Channel] = ()) -> "Preparation":
+        """That of a `Recipe`."""
+        return cls(
+            recipe.spacing, recipe.window, recipe.intensity, recipe.resize, tuple(channels), len(recipe.roi) == 2,
+            recipe.orient, recipe.crop, recipe.resample,
+        )  # fmt: skip
+
+    def image(self, scan: Scan, lazy: bool = False) -> Any:
+        """(C, *S) float32, ready for the network; with `lazy` a `ScaledImage` of it where nothing is resampled."""
         if self.intensity == "caffe" and len(scan.image) != 3:
             raise UserError(f"{scan.path}: has {len(scan.image)} channels; intensity caffe is for photographs of three")
-        turned = scan.canonical()
+        turned = self._turned(scan)
         box, axis = self.box(scan), self.axis(scan)
         cut = np.moveaxis(turned[(slice(None), *box)], axis + 1, -1)
-        masks = [None if (m := padding(channel)) is None else np.moveaxis(m[box], axis, -1) for channel in turned]
-        image = scale_intensities(cut, self.window, self.intensity, self.channels, masks)
-        size = self.size(scan, box)
+        if self.crop == "nonzero":
+            schemes = [c.intensity for c in self.channels] or [self.intensity] * len(turned)
+            filled = ndimage.binary_fill_holes((cut != 0).any(0)) if "zscore_nonzero" in schemes else None
+            masks = [~filled if filled is not None and scheme == "zscore_nonzero" else None for scheme in schemes]
+        else:
+            masks = [None if (m := padding(channel)) is None else np.moveaxis(m[box], axis, -1) for channel in turned]
+        size, lazily = self.size(scan, box), ScaledImage(cut, self.window, self.intensity, self.channels, masks)
+        if lazy and size == cut.shape[1:]:
+            return lazily
+        image = torch.from_numpy(lazily.whole())
         if size == tuple(image.shape[1:]):
             return image
         result = np.empty((len(image), *size), np.float32)
+        sides = _last(self._spacing(scan), axis)
         for channel, out in zip(image.numpy(), result):
-            if self.resize is None:
+            if self.resample == "cubic":
+                out[...] = resampled(channel, size, sides, 3)
+            elif self.resize is None:
                 for where, slab in linear_slabs(channel, size):
                     out[where] = slab
             elif channel.ndim == 2:
@@ -304,16 +425,29 @@ class Preparation:
 
     def box(self, scan: Scan) -> tuple[slice, ...]:
         """The part of the canonical image that is prepared."""
+        if self.crop == "nonzero":
+            seen = (self._turned(scan) != 0).any(0)
+            return _box(seen) if seen.any() else tuple(slice(0, n) for n in seen.shape)
         if self.resize is not None or scan.affine is None:
-            return tuple(slice(0, n) for n in scan.canonical_shape())
-        return content_box(scan.canonical())
+            return tuple(slice(0, n) for n in self._shape(scan))
+        return content_box(self._turned(scan))
+
+    def _turned(self, scan: Scan) -> np.ndarray:
+        return scan.image if self.orient == "stored" else scan.canonical()
+
+    def _shape(self, scan: Scan) -> tuple[int, ...]:
+        return scan.shape if self.orient == "stored" else scan.canonical_shape()
+
+    def _spacing(self, scan: Scan) -> tuple[float, ...]:
+        return scan.spacing if self.orient == "stored" else scan.canonical_spacing()
 
     def axis(self, scan: Scan) -> int:
         """The canonical axis that comes last in the prepared image."""
         last = len(scan.shape) - 1
-        if not self.planes or last < 2 or scan.kind == "array":
+        if not self.planes or last < 2 or scan.kind == "array" or self.orient == "stored":
             return last
-        return widest(scan.canonical_spacing() if self.spacing is None else self.spacing)
+        given = self.spacing is not None and len(self.spacing) == 3
+        return widest(self.spacing if given else self._spacing(scan))  # type: ignore[arg-type]
 
     def size(self, scan: Scan, box: tuple[slice, ...] | None = None) -> tuple[int, ...]:
         """The prepared grid's size."""
@@ -321,38 +455,89 @@ class Preparation:
         if self.resize is not None:
             return (*self.resize, *_last(cut, self.axis(scan))[2:])
         if self.spacing is not None and scan.affine is not None:
-            if len(self.spacing) != len(cut):
+            sides, wanted = self._spacing(scan), list(self.spacing)
+            if self.planes and len(wanted) == 2:
+                wanted.insert(axis := self.axis(scan), sides[axis])
+            if len(wanted) != len(cut):
                 raise UserError(f"{scan.path}: has {len(cut)} axes, the spacing {self.spacing} {len(self.spacing)}")
-            pairs = zip(cut, scan.canonical_spacing(), self.spacing)
-            cut = tuple(max(1, round(n * old / new)) for n, old, new in pairs)
+            cut = tuple(max(1, round(n * old / new)) for n, old, new in zip(cut, sides, wanted))
         return _last(cut, self.axis(scan))
 
     def grid_spacing(self, scan: Scan) -> tuple[float, ...]:
         """Size of a voxel of the prepared grid."""
         box, axis = self.box(scan), self.axis(scan)
-        sides, cut = _last(scan.canonical_spacing(), axis), _last(tuple(s.stop - s.start for s in box), axis)
+        sides, cut = _last(self._spacing(scan), axis), _last(tuple(s.stop - s.start for s in box), axis)
         return tuple(old * n / new for old, n, new in zip(sides, cut, self.size(scan, box)))
 
     def labels(self, labels: np.ndarray, scan: Scan) -> np.ndarray:
         """A label map of the scan on the prepared grid."""
         box = self.box(scan)
-        cut = np.moveaxis(scan.to_canonical(labels)[box], self.axis(scan), -1)
+        turned = labels if self.orient == "stored" else scan.to_canonical(labels)
+        cut = np.moveaxis(turned[box], self.axis(scan), -1)
         return np.ascontiguousarray(self._resample(cut, self.size(scan, box)))
 
     def restore(self, labels: np.ndarray, scan: Scan) -> np.ndarray:
         """A label map of the prepared grid on the scan's own; 0 in the padding that was cut off."""
         box, axis = self.box(scan), self.axis(scan)
-        back = np.moveaxis(self._resample(labels, _last(tuple(s.stop - s.start for s in box), axis)), -1, axis)
-        if back.shape == scan.canonical_shape():
-            return scan.from_canonical(back)
-        whole = np.zeros(scan.canonical_shape(), labels.dtype)
-        whole[box] = back
-        return scan.from_canonical(whole)
+        return self._placed(self._resample(labels, _last(tuple(s.stop - s.start for s in box), axis)), scan, box, axis)
+
+    def _placed(
+        self, back: np.ndarray, scan: Scan, box: tuple[slice, ...], axis: int, outside: float = 0.0
+    ) -> np.ndarray:
+        """A map of the box on the scan's own grid, `outside` around it."""
+        back = np.moveaxis(back, -1, axis)
+        if back.shape != self._shape(scan):
+            whole = np.full(self._shape(scan), outside, back.dtype)
+            whole[box], back = back, whole
+        return back if self.orient == "stored" else scan.from_canonical(back)
+
+    def scores_back(self, scores: Any, scan: Scan, outside: float = 0.0) -> Iterator[np.ndarray]:
+        """Each of the scores (K, *S) of the prepared grid, one by one, on the scan's own; `outside` in what was cut."""
+        box, axis = self.box(scan), self.axis(scan)
+        size, sides = _last(tuple(s.stop - s.start for s in box), axis), self.grid_spacing(scan)
+        for each in scores:
+            values = np.asarray(each, np.float32)
+            if size != values.shape and self.resample == "cubic":
+                values = resampled(values, size, sides, 1)
+            elif size != values.shape:
+                out = np.empty(size, np.float32)
+                for where, slab in linear_slabs(values, size):
+                    out[where] = slab
+                values = out
+            yield self._placed(values, scan, box, axis, outside)
 
     def _resample(self, labels: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
         if self.resize is None or tuple(size) == labels.shape:
             return resize_labels(labels, size)
         return ndimage.zoom(labels, [new / old for new, old in zip(size, labels.shape)], order=0)
+
+
+def resampled(image: np.ndarray, size: Sequence[int], sides: Sequence[float], order: int) -> np.ndarray:
+    """An array (*S) on another grid of the same extent by splines of `order`, in float32.
+
+    `sides` are those of its voxels. Where the largest is more than 3 times the smallest, or is so afterwards, and one
+    axis has it, the planes across that axis are resampled for themselves and the axis by nearest neighbour.
+    """
+    if tuple(size) == image.shape:
+        return image.astype(np.float32, copy=False)
+    new = [side * n / m for side, n, m in zip(sides, image.shape, size)]
+    options = {"order": order, "mode": "edge", "anti_aliasing": False, "preserve_range": True, "clip": True}
+    for given in (sides, new):
+        if max(given) > ANISOTROPIC * min(given):
+            coarse = [axis for axis, side in enumerate(given) if side == max(given)]
+            break
+    else:
+        coarse = []
+    if len(coarse) != 1 or image.ndim < 3:
+        return resize(image.astype(np.float32, copy=False), tuple(size), **options).astype(np.float32)
+    (axis,) = coarse
+    planes = np.moveaxis(image, axis, 0)
+    flat = [n for a, n in enumerate(size) if a != axis]
+    if list(planes.shape[1:]) != flat:
+        planes = np.stack([resize(np.asarray(p, np.float32), flat, **options) for p in planes])
+    place = (np.arange(size[axis]) + 0.5) * (len(planes) / size[axis]) - 0.5
+    nearest = np.floor(place + 0.5).astype(int).clip(0, len(planes) - 1)
+    return np.moveaxis(planes[nearest], 0, axis).astype(np.float32)
 
 
 def widest(sides: Sequence[float]) -> int:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
+from nearfar.medical.inference import LAYOUTS
 from nearfar.medical.losses import LOSSES
-from nearfar.medical.preparation import INTENSITIES
+from nearfar.medical.preparation import CROPS, INTENSITIES, ORIENTATIONS, RESAMPLINGS
 
 
 @dataclass
@@ -19,6 +20,8 @@ class Recipe:
         network, settings: as in `create_network`.
         spacing, window, intensity, resize: as in `Preparation`. "auto" scales each channel by its name in the data's
             `channel_names`, as nnU-Net does: "CT" as CT, "noNorm", "rescale_to_0_1", "rgb_to_0_1"; others by zscore.
+        orient, crop, resample: as in `Preparation`.
+        windows: how windows lie over an image, "monai" or "nnunet", see `inference.window_scores`.
         loss, squash: as in `losses.SegmentationLoss`. "binary" and "structure" make a network of one output.
         optimizer, learning_rate, weight_decay, optimizer_settings: adamw, adam or sgd, and what else it takes.
         schedule: "warmup_cosine", "poly" ((1 - step / steps)^0.9), "constant", or one of torch's schedulers stepped
@@ -38,6 +41,10 @@ class Recipe:
     window: tuple[float, float] | None = None
     intensity: str = "auto"
     resize: tuple[int, int] | None = None
+    orient: str = "ras"
+    crop: str = "padding"
+    resample: str = "linear"
+    windows: str = "monai"
     loss: str = "dice_ce"
     squash: bool = False
     optimizer: str = "adamw"
@@ -64,6 +71,12 @@ class Recipe:
             raise ValueError(f"schedule is {self.schedule!r}; allowed are warmup_cosine, poly, constant or a mapping")
         if self.intensity not in INTENSITIES:
             raise ValueError(f"intensity is {self.intensity!r}; allowed are {', '.join(INTENSITIES)}")
+        choices = {"orient": ORIENTATIONS, "crop": CROPS, "resample": RESAMPLINGS, "windows": LAYOUTS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
+        if self.resample == "cubic" and self.resize is not None:
+            raise ValueError("resample cubic is for `spacing`; `resize` has splines of its own")
         if self.loss not in LOSSES:
             raise ValueError(f"loss is {self.loss!r}; allowed are {', '.join(LOSSES)}")
         if self.spacing is not None and self.resize is not None:

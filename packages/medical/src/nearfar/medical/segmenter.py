@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.errors import UserError
-from nearfar.core.files import temporary_folder
-from nearfar.core.memory import refuse_memory
+from nearfar.core.files import atomic_path, temporary_folder
+from nearfar.core.memory import refuse_memory, resident_memory
 from nearfar.core.model_folder import KINDS, TrainedOn, read, trained_on, writing
 from nearfar.core.reading import check_sizes, reading
 from nearfar.medical.data.scans import Scan, label_type
@@ -24,6 +25,9 @@ from nearfar.medical.preparation import ABSOLUTE, Channel, Preparation, check_no
 from nearfar.medical.recipe import Recipe
 from nearfar.medical.refinement import refine, to_bytes
 from nearfar.ops.graph.dense_crf import DenseCRF
+
+SURE = 50.0
+"""A logit of which e to the power is beyond doubt."""
 
 
 class Segmenter:
@@ -63,10 +67,7 @@ class Segmenter:
 
     @channels.setter
     def channels(self, channels: Sequence[Channel]) -> None:
-        recipe = self.recipe
-        self.preparation = Preparation(
-            recipe.spacing, recipe.window, recipe.intensity, recipe.resize, tuple(channels), len(recipe.roi) == 2
-        )
+        self.preparation = Preparation.of(self.recipe, channels)
 
     @classmethod
     def create(
@@ -99,55 +100,133 @@ class Segmenter:
         memory: int | None = None,
         device: str = "cpu",
         crf: DenseCRF | None = None,
+        probabilities: str | Path | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         """The label map of a scan on its own grid.
 
-        `mirror` averages over the flips of all axes. `memory` bytes (None: 384 MB for windows, else no bound) are for
-        the scan, its prepared image, the label maps, and with what is left the windows, by which classes are decided.
+        `probabilities`: a .npy file for them, see `write_probabilities`; without `crf`. `mirror` averages over the
+        flips of all axes. `memory` bytes (None: 384 MB for windows, else no bound) are for the scan, its prepared
+        image, the label maps, and with what is left the windows, by which classes are decided.
         With `crf` the averaged probabilities are refined by the image within that, by slabs from a temporary file where
         the whole does not fit, see `refinement.refine`. Raises UserError where `memory` does not hold the volumes.
         """
-        rest = None if memory is None else memory - self.check_memory(scan, memory)
-        image = self.prepare(scan)
         options: dict[str, Any] = {"overlap": overlap, "mirror": mirror, "device": device, "progress": progress}
-        options["memory"] = WINDOW_MEMORY if rest is None else min(WINDOW_MEMORY, rest)
+        options["memory"], rest = WINDOW_MEMORY, None
+        lazy = memory is not None and crf is None
+        if memory is not None:
+            rest = memory - self.check_memory(scan, memory, lazy)
+            free = max(memory // 8, rest - resident_memory())  # what the program leaves of it, where that is more
+            options["memory"] = min(WINDOW_MEMORY, rest, free)
+        image = self.prepare(scan, lazy)
         if crf is not None:
+            if probabilities is not None:
+                raise UserError("probabilities are those before the CRF; save them without it")
             if self.regions:
                 raise UserError("the CRF decides between labels; this model's regions overlap, run without it")
             with self.probabilities(image, in_memory=memory is None, **options) as scores:
                 spacing = self.preparation.grid_spacing(scan)
                 decided = refine(scores, to_bytes(image), crf, spacing, memory=rest, device=device)
+        elif probabilities is not None or (
+            self.recipe.resample == "cubic" and self.preparation.size(scan) != self._cut(scan)
+        ):
+            with self.scores(image, in_memory=memory is None, **options) as scores:
+                if probabilities is not None:
+                    self.write_probabilities(probabilities, scores, scan)
+                return self.decide(scores, scan)
         else:
             predictor, roi, settings = self._windows(image, **options)
             threshold = 0.0 if self.recipe.binary else None
-            decide = _Painter(self.values, self.regions, self.order) if self.regions else None
+            decide = RegionPainter(self.values, self.regions, self.order) if self.regions else None
             decided = segment(image, predictor, roi, threshold=threshold, decide=decide, **settings).numpy()
         del image
         values = np.asarray(self.values, label_type(min(self.values), max(self.values)))
         return self.preparation.restore(np.take(values, decided), scan)
 
-    def check_memory(self, scan: Scan, memory: int) -> int:
-        """Bytes that the volumes of a scan take while it is segmented; UserError where that passes `memory`."""
+    def _cut(self, scan: Scan) -> tuple[int, ...]:
+        """The size of the prepared grid if nothing were resampled."""
+        return replace(self.preparation, spacing=None, resize=None).size(scan)
+
+    def decide(self, scores: Any, scan: Scan) -> np.ndarray:
+        """The label map of a scan by logits (K, *S) on its prepared grid, which go back to its own, one by one."""
+        best, found, code = None, np.zeros(scan.shape, np.uint8 if len(self.values) <= 256 else np.int32), None
+        for k, each in enumerate(self.back(scores, scan)):
+            if self.regions:
+                code = np.zeros(scan.shape, np.int64) if code is None else code
+                code |= (each > 0).astype(np.int64) << k
+            elif self.recipe.binary:
+                found[each > 0] = 1
+            else:
+                if best is None:
+                    best = each.copy()
+                    continue
+                better = each > best
+                found[better], best[better] = k, each[better]
+        if code is not None:
+            found = RegionPainter(self.values, self.regions, self.order).table.numpy()[code]
+        return np.take(np.asarray(self.values, label_type(min(self.values), max(self.values))), found)
+
+    def back(self, scores: Any, scan: Scan) -> Iterator[np.ndarray]:
+        """Each of the logits (K, *S) on the scan's own grid, one by one; background for sure in what was cut off."""
+        independent = bool(self.regions) or self.recipe.binary
+        for k, each in enumerate(self.preparation.scores_back(scores, scan, -SURE)):
+            if not independent and k == 0:  # the logit of the background itself
+                each = np.where(each == -SURE, np.float32(SURE), each)
+            yield each
+
+    def write_probabilities(self, path: str | Path, scores: Any, scan: Scan) -> Path:
+        """Write the probabilities (K, *S) of a scan on its own grid as .npy, classes or regions first, by its logits.
+
+        A network of one output gets two classes, as `refine` takes them.
+        """
+        planes = len(scores) + self.recipe.binary
+        with atomic_path(path) as temporary, temporary.open("wb") as stream:
+            about = {"descr": "<f4", "fortran_order": False, "shape": (planes, *scan.shape)}
+            np.lib.format.write_array_header_1_0(stream, about)
+            norm = np.zeros(scan.shape, np.float32) if self.recipe.binary else np.float32(-np.inf)
+            if not self.regions:
+                for each in self.back(scores, scan):
+                    norm = np.logaddexp(norm, each)
+            if self.recipe.binary:
+                stream.write(np.exp(-norm).tobytes())
+            for each in self.back(scores, scan):
+                share = 1 / (1 + np.exp(-each)) if self.regions else np.exp(each - norm)
+                stream.write(share.astype(np.float32).tobytes())
+        return Path(path)
+
+    def check_memory(self, scan: Scan, memory: int, lazy: bool = True) -> int:
+        """Bytes that the volumes of a scan take while it is segmented; UserError where that passes `memory`.
+
+        `lazy`: the prepared image is made window by window where nothing is resampled.
+        """
         voxels = float(np.prod(scan.shape))
         prepared = voxels
         if self.recipe.spacing is not None and scan.affine is not None:
-            prepared = voxels * float(np.prod(scan.canonical_spacing()) / np.prod(self.recipe.spacing))
+            sides = list(scan.canonical_spacing())
+            if len(self.recipe.spacing) == 2:  # that of the planes
+                del sides[self.preparation.axis(scan)]
+            prepared = voxels * float(np.prod(sides) / np.prod(self.recipe.spacing))
         elif self.recipe.resize is not None:
             prepared = float(np.prod(self.recipe.resize)) * (scan.shape[-1] if len(scan.shape) == 3 else 1)
         size = np.dtype(label_type(min(self.values), max(self.values))).itemsize
+        same = self.recipe.spacing is None and self.recipe.resize is None
         shares = {
             "the scan": 4.0 * voxels * len(scan.image),
-            "the prepared image": 4 * prepared * len(scan.image),
+            "the prepared image": (1 if lazy and same else 4) * prepared * len(scan.image),
             "padding and label maps": voxels * (1 + size) + prepared * (1 + size),
         }
+        if self.recipe.resample == "cubic" and self.recipe.spacing is not None:
+            shares["splines, and scores on the scan's grid"] = 16 * max(voxels, prepared)
         need = int(sum(shares.values()))
         if need > memory:
             raise UserError(f"{scan.path}: {refuse_memory(memory, shares)}")
         return need
 
-    def prepare(self, scan: Scan) -> Tensor:
-        """The image (C, *S) that the network sees; UserError where it is not what the model was trained for."""
+    def prepare(self, scan: Scan, lazy: bool = False) -> Any:
+        """The image (C, *S) that the network sees; UserError where it is not what the model was trained for.
+
+        `lazy`: as in `Preparation.image`.
+        """
         if len(scan.image) != self.in_channels:
             raise UserError(f"{scan.path}: has {len(scan.image)} channels, the model takes {self.in_channels}")
         axes, dims = len(scan.shape), len(self.recipe.roi)
@@ -166,7 +245,7 @@ class Segmenter:
                 )
         check_not_constant(scan)
         self._check_range(scan)
-        return self.preparation.image(scan)
+        return self.preparation.image(scan, lazy)
 
     def _check_range(self, scan: Scan) -> None:
         """Refuse intensities in another unit than the training's where that matters, note those far from them."""
@@ -200,12 +279,27 @@ class Segmenter:
                 whole[(slice(None), *region)] = scores.softmax(0).cpu().numpy()
             yield whole
 
+    @contextmanager
+    def scores(self, image: Tensor, *, in_memory: bool = True, **options: Any) -> Iterator[np.ndarray]:
+        """Logits (K, *S) of a prepared image, while in use in memory or in a temporary file."""
+        predictor, roi, settings = self._windows(image, **options)
+        whole: np.ndarray | None = None
+        with temporary_folder() as folder:
+            for region, scores in window_scores(image, predictor, roi, **settings):
+                if whole is None:
+                    shape = (len(scores), *image.shape[1:])
+                    new = np.empty if in_memory else lambda s, t: np.memmap(folder / "scores", t, "w+", shape=s)
+                    whole = new(shape, np.float32)
+                whole[(slice(None), *region)] = scores.cpu().numpy()
+            assert whole is not None
+            yield whole
+
     def _windows(
         self, image: Tensor, *, overlap: float = 0.5, mirror: bool = False, device: str = "cpu", **options: Any
     ) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
         network, dims = self.network.to(device), len(self.recipe.roi)
         flips = tuple(range(dims)) if mirror else ()
-        settings = {"overlap": overlap, "flips": flips, "device": device, **options}
+        settings = {"overlap": overlap, "flips": flips, "device": device, "layout": self.recipe.windows, **options}
         if image.ndim - 1 == dims:
             return network, self.recipe.roi, settings
         return _Planes(network), (*self.recipe.roi, 1), {**settings, "batch_size": 8}
@@ -251,10 +345,20 @@ class Segmenter:
         return segmenter
 
 
-class _Painter:
-    """From logits (K, *S) of regions to the index of a label value; see `Segmenter`."""
+class RegionPainter:
+    """From logits (K, *S) of regions to the index of a label value; see `Segmenter`.
 
-    def __init__(self, values: Sequence[int], regions: Mapping[str, Sequence[int]], order: Sequence[int]) -> None:
+    With `channel` to (1, *S), as MONAI's transforms pass images on.
+    """
+
+    def __init__(
+        self,
+        values: Sequence[int],
+        regions: Mapping[str, Sequence[int]],
+        order: Sequence[int],
+        channel: bool = False,
+    ) -> None:
+        self.channel = channel
         if len(regions) > 16:
             raise UserError(f"there are {len(regions)} regions; up to 16 are taken")
         codes = [sum(1 << k for k, inside in enumerate(regions.values()) if value in inside) for value in values]
@@ -267,7 +371,7 @@ class _Painter:
 
     def __call__(self, scores: Tensor) -> Tensor:
         weights = (1 << torch.arange(len(scores), device=scores.device)).view(-1, *[1] * (scores.ndim - 1))
-        return self.table.to(scores.device)[((scores > 0) * weights).sum(0)]
+        return self.table.to(scores.device)[((scores > 0) * weights).sum(0, keepdim=self.channel)]
 
 
 class _Planes(nn.Module):

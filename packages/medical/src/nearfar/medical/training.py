@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import random
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,13 @@ class Patches(Dataset):
     of the case's classes, each as likely as the others, and then on one of its voxels.
     """
 
-    def __init__(self, items: Sequence[tuple[np.ndarray, np.ndarray]], recipe: Recipe, outside: int = 0) -> None:
+    def __init__(
+        self,
+        items: Sequence[tuple[np.ndarray, np.ndarray]],
+        recipe: Recipe,
+        outside: int = 0,
+        required: bool = True,
+    ) -> None:
         self.items, self.recipe, self.outside = list(items), recipe, outside
         self.augment = augmentation(recipe.augment, len(recipe.roi))
         draw = np.random.default_rng(recipe.seed)
@@ -82,7 +89,7 @@ class Patches(Dataset):
                     found = draw.choice(found, MAX_PLACES) if len(found) > MAX_PLACES else found
                     classes.append(np.stack(np.unravel_index(found, labels.shape), 1))
             self.places.append(classes)
-        if not any(self.places):
+        if required and not any(self.places):
             raise UserError("the training cases hold no labelled voxel: there is nothing to learn")
 
     def __len__(self) -> int:
@@ -125,9 +132,11 @@ class _Module(pl.LightningModule):
         super().__init__()
         self.network, self.recipe, self.steps = segmenter.network, segmenter.recipe, steps
         table = None
+        self.counts: dict[int, Any] = {}
         if segmenter.regions:
             inside = [[value in region for region in segmenter.regions.values()] for value in segmenter.values]
             table = torch.tensor(inside)
+        self.table = table
         try:
             self.loss = SegmentationLoss(
                 segmenter.recipe.loss, squash=segmenter.recipe.squash, ignore=ignore, regions=table
@@ -143,6 +152,28 @@ class _Module(pl.LightningModule):
         loss = self.loss(outputs, labels)
         self.log("loss", loss, on_epoch=True, on_step=False, batch_size=len(images))
         return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        images, labels = batch
+        scores = _predict(self.network, images, ())
+        keep = labels != IGNORED
+        if self.table is not None:
+            pairs = [(scores[:, k] > 0, self.table.to(labels.device)[labels.clamp_min(0), k])
+                     for k in range(scores.shape[1])]  # fmt: skip
+        elif self.recipe.binary:
+            pairs = [(scores[:, 0] > 0, labels == 1)]
+        else:
+            found = scores.argmax(1)
+            pairs = [(found == k, labels == k) for k in range(1, scores.shape[1])]
+        for k, (p, g) in enumerate(pairs):
+            both = torch.stack([(p & g & keep).sum(), ((p & keep).sum() + (g & keep).sum())]).double()
+            self.counts[k] = self.counts.get(k, 0) + both
+
+    def on_validation_epoch_end(self) -> None:
+        every = [float(2 * both / total) for both, total in self.counts.values() if total > 0]
+        self.counts = {}
+        if every:
+            self.log("validation_dice", float(np.mean(every)), batch_size=1)
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
@@ -167,6 +198,24 @@ class _Module(pl.LightningModule):
         else:
             schedule = warmup_cosine(optimizer, min(10, self.steps // 10 + 1), self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class _Said(pl.Callback):
+    """Says after the first epoch, and after every tenth of them, how it goes and how long it takes."""
+
+    def __init__(self, say: Callable[[str], Any]) -> None:
+        self.say, self.started, self.first = say, time.monotonic(), 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.started, self.first = time.monotonic(), trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        done, epochs = trainer.current_epoch + 1, trainer.max_epochs or 1
+        if trainer.global_rank or (done != self.first + 1 and done % max(1, epochs // 10)):
+            return
+        left = (time.monotonic() - self.started) / (done - self.first) * (epochs - done)
+        words = [f"{name.replace('_', ' ')} {float(value):.4f}" for name, value in trainer.callback_metrics.items()]
+        self.say(f"epoch {done} of {epochs}: {', '.join(words)}; about {left / 60:.1f} minutes left")
 
 
 def train_segmenter(
@@ -198,12 +247,21 @@ def train_segmenter(
         segmenter.spacing_seen, segmenter.channels = spacing, channels
         ignore = None if collection.ignore is None else IGNORED
         patches = Patches(items, recipe, ignore or 0)
+        held = _prepare(collection, validation_cases, recipe, cache, say, channels)[0] if validation_cases else []
+        if held:
+            plain = dataclasses.replace(recipe, augment=[], scales=(), foreground=1.0)
+            plain.patches_per_epoch = min(recipe.patches_per_epoch, max(2 * recipe.batch_size, len(held)))
+            watched: Any = data_loader(Patches(held, plain, ignore or 0, required=False), recipe.batch_size)
+        else:
+            watched = None
         loader = data_loader(patches, recipe.batch_size, shuffle=True, seed=recipe.seed)
         steps = recipe.epochs * -(-len(loader) // recipe.accumulate)
         train(
             _Module(segmenter, steps, ignore),
             loader,
+            watched,
             epochs=recipe.epochs,
+            callbacks=[_Said(say)],
             seed=recipe.seed,
             folder=folder / "run",
             settings={**dataclasses.asdict(recipe), "cases": [c.name for c in train_cases]},
@@ -273,10 +331,18 @@ def crf_items(
 
 
 def _prepare(
-    collection: Collection, cases: Sequence[Case], recipe: Recipe, cache: Path, say: Callable[[str], Any]
+    collection: Collection,
+    cases: Sequence[Case],
+    recipe: Recipe,
+    cache: Path,
+    say: Callable[[str], Any],
+    known: tuple[Channel, ...] | None = None,
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[Channel, ...], list[list[float]] | None]:
-    """(image, class index) of each case, mapped from files in `cache`; channels; least and largest voxel sides."""
-    survey, sides = ChannelSurvey(), []
+    """(image, class index) of each case, mapped from files in `cache`; channels; least and largest voxel sides.
+
+    `known`: the channels, where other cases tell them.
+    """
+    survey, sides, part = ChannelSurvey(), [], "" if known is None else "held-"
     for case in cases:
         scan, labels = collection.read(case)
         if labels is None:
@@ -291,10 +357,8 @@ def _prepare(
         survey.add(scan, labels, collection.ignore)
         if scan.kind not in ("picture", "array"):
             sides.append(scan.canonical_spacing())
-    channels = survey.channels(collection.channel_names, recipe.intensity)
-    preparation = Preparation(
-        recipe.spacing, recipe.window, recipe.intensity, recipe.resize, channels, len(recipe.roi) == 2
-    )
+    channels = survey.channels(collection.channel_names, recipe.intensity) if known is None else known
+    preparation = Preparation.of(recipe, channels)
     values = np.array([0, *(v for v in collection.labels if v)])
     kind = np.uint8 if len(values) < 256 and collection.ignore is None else np.int32
     order, items = np.argsort(values), []
@@ -302,13 +366,15 @@ def _prepare(
         scan, labels = collection.read(case)
         assert labels is not None
         prepared = preparation.labels(labels, scan)
-        if cut := int((labels != 0).sum()) - int((scan.to_canonical(labels)[preparation.box(scan)] != 0).sum()):
+        turned = labels if recipe.orient == "stored" else scan.to_canonical(labels)
+        if cut := int((labels != 0).sum()) - int((turned[preparation.box(scan)] != 0).sum()):
             say(f"{case.name}: {cut} labelled voxels lie in the padding around the image; they are not learned")
         index = order[np.searchsorted(values[order], prepared).clip(max=len(values) - 1)].astype(kind)
         if collection.ignore is not None:
             index[prepared == collection.ignore] = IGNORED
         for what, array in (("image", preparation.image(scan).numpy()), ("label", index)):
-            np.save(cache / f"{number}-{what}.npy", array)
-        items.append(tuple(np.load(cache / f"{number}-{what}.npy", mmap_mode="r") for what in ("image", "label")))
+            np.save(cache / f"{part}{number}-{what}.npy", array)
+        names = [cache / f"{part}{number}-{what}.npy" for what in ("image", "label")]
+        items.append(tuple(np.load(name, mmap_mode="r") for name in names))
     seen = [[min(axis), max(axis)] for axis in zip(*sides)] if sides else None
     return items, channels, seen

@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from nearfar.apps.medical_segmentation import pages
-from nearfar.core.cli.batch import Places, raise_failures, run_batch
+from nearfar.core.cli.batch import BatchError, Places, raise_failures, run_batch
 from nearfar.core.cli.console import console, say, show_json, table, track
 from nearfar.core.cli.options import (
     Device,
@@ -22,6 +22,7 @@ from nearfar.core.cli.options import (
     Fresh,
     Json,
     Memory,
+    Precision,
     RunFolder,
     Settings,
     Timeout,
@@ -35,13 +36,18 @@ from nearfar.core.memory import parse_memory
 from nearfar.core.model_folder import TrainedOn, mark
 from nearfar.core.reading import read_json
 from nearfar.core.recipes import read_recipe
-from nearfar.medical import metrics
+from nearfar.medical import doctor, metrics
 from nearfar.medical.bundle import write_bundle
 from nearfar.medical.data.cases import Case, Collection, case_digest, check_split, make_splits
 from nearfar.medical.data.dicom import segment_code
 from nearfar.medical.data.layouts import find_cases, grouped, is_series, read_splits, stem
+from nearfar.medical.data.mending import mend_nifti
 from nearfar.medical.data.scans import read_about, read_labels, read_scan, write_dicom_seg, write_labels
+from nearfar.medical.folds import FoldEnsemble, train_folds
+from nearfar.medical.folds import load as load_model
 from nearfar.medical.models.umamba import PLACEMENTS, plan_recipe
+from nearfar.medical.nnunet import read_plan_file, read_results
+from nearfar.medical.planning import KINDS, plan, write_plan
 from nearfar.medical.recipe import Recipe
 from nearfar.medical.refinement import refine as refine_probabilities
 from nearfar.medical.refinement import to_bytes
@@ -68,6 +74,7 @@ class Convention(StrEnum):
     nearfar = "nearfar"
     synapse_legacy = "synapse_legacy"
     brats = "brats"
+    brats_lesions = "brats_lesions"
     segmamba = "segmamba"
     monai = "monai"
 
@@ -98,17 +105,30 @@ ColorStd = Annotated[float, typer.Option(help="Its deviation in intensity, of 0.
 def inspect(
     data: Data,
     groups: Groups = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Look at every voxel, too, and write a page of findings, each with what mends it."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a data folder holds: layout, shapes, spacings, labels, problems. Exit status 1 if there are any.
 
+    Shapes and places come from the images' headers, of which nothing else is read; label maps are read.
     Below the table stand notes on what a rule had to decide, such as which of two affines of a file counts.
     """
     collection = _collection(data, groups)
     notes = list(collection.notes)
+    if html is not None:
+        seen, findings = doctor.examine(collection)
+        pages.doctor_page(html, str(data), collection, seen, findings)
+        errors = sum(finding.grade == "error" for finding in findings)
+        console.print(f"page: {html} ({len(findings)} findings)", soft_wrap=True, highlight=False)
+        if errors:
+            raise BatchError(f"{errors} findings are errors, see {html}")
+        return
 
     def look(case: Case) -> dict[str, Any]:
-        scan, labels = collection.read(case)
+        scan, labels = collection.read(case, data=False)
         found = [] if labels is None else sorted(set(np.unique(labels).tolist()) - {0})
         if labels is not None and not found:
             raise UserError(f"{case.label}: has no foreground at all")
@@ -141,6 +161,31 @@ def inspect(
 
 
 @app.command()
+def mend(
+    scan: Annotated[Path, typer.Argument(help="A NIfTI file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    form: Annotated[str | None, typer.Option(help="sform or qform: the one that holds; both are set to it.")] = None,
+    unit: Annotated[str | None, typer.Option(help="mm, meter or micron: what its lengths are in.")] = None,
+    shift: Annotated[str | None, typer.Option(help="Voxels right, front, up to move a label map by: 0,2,0.")] = None,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Turn left and right round.")] = False,
+    resample: Annotated[bool, typer.Option("--resample", help="A label map onto the grid of --like.")] = False,
+    like: Annotated[Path | None, typer.Option(help="The image whose grid it is to have.")] = None,
+    fill_nan: Annotated[bool, typer.Option("--fill-nan", help="0 in the place of NaN and infinite voxels.")] = False,
+) -> None:
+    """Write a scan or label map with one fault mended, as `inspect --html` advises; the file itself stays."""
+    chosen = [form is not None, unit is not None, shift is not None, mirror, resample, fill_nan]
+    if sum(chosen) != 1:
+        raise UserError("give one of --form, --unit, --shift, --mirror, --resample, --fill-nan")
+    if output.resolve() == scan.resolve():
+        raise UserError(f"{output}: is the file itself; name another")
+    if resample and like is None:
+        raise UserError("--resample needs --like, the image whose grid it is to have")
+    steps = None if shift is None else tuple(int(part) for part in shift.split(","))
+    mend_nifti(scan, output, form=form, unit=unit, shift=steps, mirror=mirror, like=like, fill_nan=fill_nan)
+    console.print(f"wrote {output}", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def train(
     data: Data,
     output: RunFolder,
@@ -151,15 +196,27 @@ def train(
         Path | None,
         typer.Option("--splits", help="Splits as nnU-Net's splits_final.json has them. (default: that of DATA if any)"),
     ] = None,
-    folds: Annotated[int, typer.Option(help="Folds of the cross-validation split, by patient.")] = 5,
+    folds: Annotated[
+        str, typer.Option(help="Folds of the cross-validation split, by patient; `all`: train each of (5) folds.")
+    ] = "5",
     fold: Annotated[int, typer.Option(help="The fold that is held out.")] = 0,
+    calibrate: Annotated[
+        float,
+        typer.Option(help="With --folds all, share of the patients that no fold sees and the quality flag is set by."),
+    ] = 0.0,
+    bad: Annotated[
+        float | None, typer.Option(help="Dice below which a result is bad. (default: the calibration's lowest quarter)")
+    ] = None,
     device: Device = "auto",
     devices: Devices = 1,
+    precision: Precision = "32-true",
     fresh: Fresh = False,
 ) -> None:
-    """Train a network on the labelled cases of a folder; one fold is held out and scored.
+    """Train a network on the labelled cases of a folder; one fold is held out and scored, or each in turn.
 
     Writes the model, the split (splits.json), the record of the run and validation.json. An interrupted run goes on.
+    With --folds all a model for each fold (fold_0 ...), scores of every case by the model that has not seen it
+    (cross_validation.json), which labels keep their largest part alone, and what sets the quality flag.
     """
     collection = _collection(data, groups)
     labelled = [case for case in collection.cases if case.label is not None and case.part != "test"]
@@ -167,6 +224,16 @@ def train(
     if not labelled:
         raise UserError(f"{data}: no labelled cases to train on")
     _note(collection.notes)
+    every = folds == "all"
+    if not every and not folds.isdigit():
+        raise UserError(f"--folds {folds}: must be a number or all")
+    if not 0 <= calibrate < 1 or (calibrate and not every):
+        raise UserError(f"--calibrate {calibrate}: is a share below 1, for --folds all")
+    patients = sorted({case.group or case.name for case in labelled})
+    order = np.random.default_rng([chosen.seed, 1]).permutation(len(patients))
+    chosen_patients = {patients[i] for i in order[: round(calibrate * len(patients))]}
+    apart = [case for case in labelled if (case.group or case.name) in chosen_patients]
+    labelled = [case for case in labelled if case not in apart]
     given = splits_file or (data / "splits_final.json" if (data / "splits_final.json").is_file() else None)
     if given is not None:
         splits = read_splits(given, labelled)
@@ -175,8 +242,24 @@ def train(
         _note([f"split by {given}" + (f", which leaves out {left} of {len(labelled)} cases" if left else "")])
         write_json(output / "splits.json", splits)
     else:
-        folds = min(folds, len({case.group for case in labelled}))
-        splits = make_splits(labelled, folds, chosen.seed, output / "splits.json")
+        number = min(5 if every else int(folds), len({case.group or case.name for case in labelled}))
+        splits = make_splits(labelled, number, chosen.seed, output / "splits.json")
+    options: dict[str, Any] = {"show_progress": console.is_terminal, "device": device, "fresh": fresh}
+    options |= {"say": lambda text: _note([text]), "precision": precision}
+    if every:
+        for split in splits:
+            check_split(labelled, split["train"], split["validation"])
+        ensemble, summary = train_folds(collection, chosen, output, splits, calibration=apart, bad=bad, **options)
+        console.print(table(_short(summary), "every case, by the fold that has not seen it"))
+        if quality := ensemble.quality:
+            caught = "-" if quality["caught"] is None else f"{quality['caught']:.0%}"
+            console.print(
+                f"quality flag: of {quality['cases']} cases that no fold saw {quality['bad_cases']} are bad (Dice to "
+                f"{quality['bad']:.3f}); {caught} of them are caught, with {quality['false_alarms']} false alarms",
+                soft_wrap=True, highlight=False,
+            )  # fmt: skip
+        console.print(f"model: {output}", soft_wrap=True, highlight=False)
+        return
     if not 0 <= fold < len(splits):
         raise UserError(f"--fold {fold}: must be one of 0 to {len(splits) - 1}")
     split = splits[fold]
@@ -187,13 +270,61 @@ def train(
         output,
         train_cases=[c for c in labelled if c.name in split["train"]],
         validation_cases=[c for c in labelled if c.name in split["validation"]],
-        show_progress=console.is_terminal,
-        say=lambda text: _note([text]),
-        device=device,
-        fresh=fresh,
+        **options,
     )
     console.print(table(_short(summary), "held-out cases"))
     console.print(f"model: {output}", soft_wrap=True, highlight=False)
+
+
+@app.command("plan")
+def plan_command(
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write (YAML), for train --recipe.")],
+    network: Annotated[str, typer.Option(help="plain or resenc: nnU-Net's U-Nets.")] = "plain",
+    axes: Annotated[int | None, typer.Option(help="2 for slices. (default: 3 for volumes)")] = None,
+    memory: Memory = "8G",
+    minutes: Annotated[
+        float | None, typer.Option(help="Of a training on this machine, for each fold. (default: nnU-Net's length)")
+    ] = None,
+    groups: Groups = None,
+) -> None:
+    """Look at the labelled cases and decide how to train: a recipe in which each setting has its reason.
+
+    By nnU-Net's rules: spacing, patch and batch for --memory (of the GPU), stages, resampling, intensities, sampling.
+    --minutes times a step here and bounds patch, batch, width and length, too. `plans.json` of nnU-Net: `from-plan`.
+    """
+    if network not in KINDS:
+        raise UserError(f"--network {network}: must be one of {', '.join(KINDS)}")
+    collection = _collection(data, groups)
+    cases = [case for case in collection.cases if case.label is not None and case.part != "test"]
+    if not cases:
+        raise UserError(f"{data}: no labelled cases to plan by")
+    budget = parse_memory(memory or "8G")
+    recipe, reasons, found = plan(collection, cases, memory=budget, minutes=minutes, kind=network, dims=axes)
+    write_plan(output, recipe, reasons, found, str(data))
+    rows = [{"setting": k, "value": _brief(v), "reason": reasons[k]} for k, v in recipe.items() if k != "settings"]
+    console.print(table(rows))
+    console.print(f"plan: {output}", soft_wrap=True, highlight=False)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return ", ".join(next(iter(entry)) for entry in value)
+    return json.dumps(value)
+
+
+@app.command()
+def from_nnunet(
+    results: Annotated[Path, typer.Argument(help="Folder that nnU-Net v2 trained: plans.json, fold_0 ...")],
+    output: Output,
+    fold: Annotated[str, typer.Option(help="The fold, a number or all.")] = "0",
+    checkpoint: Annotated[str, typer.Option(help="File in the fold's folder.")] = "checkpoint_final.pth",
+) -> None:
+    """Make a model of one that nnU-Net v2 trained; `predict --mirror` with it as nnUNetv2_predict does."""
+    segmenter = read_results(results, fold, checkpoint)
+    segmenter.save(output)
+    sizes = "x".join(map(str, segmenter.recipe.roi))
+    console.print(f"model: {output} ({segmenter.recipe.network}, windows of {sizes})", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -201,13 +332,18 @@ def from_plan(
     plans: Annotated[Path, typer.Argument(help="nnUNetPlans.json of nnU-Net v2.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write (YAML).")],
     configuration: Annotated[str, typer.Option(help="Configuration of the plan, such as 2d.")] = "3d_fullres",
-    placement: Annotated[str, typer.Option(help="bottleneck (U-Mamba_Bot) or encoder (U-Mamba_Enc).")] = "bottleneck",
+    placement: Annotated[
+        str, typer.Option(help="bottleneck or encoder (U-Mamba_Bot, _Enc), or none: nnU-Net's own.")
+    ] = "bottleneck",
 ) -> None:
-    """Write a recipe that trains the U-Mamba of an nnU-Net plan, with nnU-Net's optimizer and loss."""
-    if placement not in PLACEMENTS:
-        raise UserError(f"--placement {placement}: must be one of {', '.join(PLACEMENTS)}")
+    """Write a recipe that trains the network of an nnU-Net plan, or its U-Mamba, with nnU-Net's optimizer and loss."""
+    if placement not in (*PLACEMENTS, "none"):
+        raise UserError(f"--placement {placement}: must be one of {', '.join(PLACEMENTS)} or none")
     template = yaml.safe_load((RECIPES / "umamba.yaml").read_text(encoding="utf-8"))
-    recipe = template | plan_recipe(plans, configuration, placement)
+    if placement == "none":
+        recipe = template | read_plan_file(plans, configuration)
+    else:
+        recipe = template | plan_recipe(plans, configuration, placement)
     if len(recipe["roi"]) == 2:
         recipe["augment"] = None
     with atomic_path(output) as temporary:
@@ -269,6 +405,12 @@ def predict(
         ),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare a bounded with an unbounded run; print it.")] = False,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Also write a page to look through them (the least sure 8).")
+    ] = None,
+    save_probabilities: Annotated[
+        bool, typer.Option("--save-probabilities", help="Also write NAME_probabilities.npy (classes first).")
+    ] = False,
 ) -> None:
     """Segment scans: label maps on the input's exact grid, and overlay pictures.
 
@@ -276,7 +418,7 @@ def predict(
     image, label maps and windows, not the program and the network; a scan that does not fit is refused. Without it the
     windows have 384M and the rest no bound. Below the table stand notes on what a rule had to decide.
     """
-    segmenter, of_model = Segmenter.load(model), model_digest(model)
+    segmenter, of_model = load_model(model), model_digest(model)
     budget = None if memory is None else parse_memory(memory)
     if crf and segmenter.crf is None:
         console.print("no CRF settings in the model (run `search`): general ones are used", highlight=False)
@@ -303,11 +445,18 @@ def predict(
             segmentation = base.with_name(f"{base.name}.dcm")
             if scan.kind != "dicom":
                 raise UserError(f"{scan.path}: is no DICOM series, so --dicom-seg has nothing to refer to")
+        saved = base.with_name(f"{base.name}_probabilities.npy") if save_probabilities else None
         if made.done():
+            if saved is not None and not saved.exists():
+                segmenter(scan, memory=budget, probabilities=saved, **options)
             if segmentation is not None and not segmentation.exists():
                 write_dicom_seg(segmentation, read_labels(target, scan), scan, segmenter.labels, coded)
             return {"case": case.name, "labels": "done before", "file": str(target), "marked": mark_beside(target)}
-        labels = segmenter(scan, memory=budget, **options)
+        quality: dict[str, Any] = {}
+        if isinstance(segmenter, FoldEnsemble):
+            labels, quality = segmenter.with_quality(scan, memory=budget, probabilities=saved, **options)
+        else:
+            labels = segmenter(scan, memory=budget, probabilities=saved, **options)
         notes.extend(f"{case.name}: {note}" for note in scan.notes)
         if check:
             small, large = budget or 2**20, 2**40
@@ -326,14 +475,34 @@ def predict(
         else:
             volume = float(np.prod(scan.spacing))
             sizes = [f"{name} {count * volume / 1000:.1f} ml" for name, count in voxels.items()]
-        return {"case": case.name, "labels": ", ".join(sizes), "file": str(target), "marked": marked}
+        row = {"case": case.name, "labels": ", ".join(sizes), "file": str(target), "marked": marked}
+        if quality:
+            write_json(base.with_name(f"{base.name}_quality.json"), quality)
+            row["expected Dice"] = f"{quality['mean']:.3f}" + (" - LOOK AT IT" if quality["flag"] else "")
+        return row
 
     rows, failures = run_batch(
         jobs, one, "segmenting", lambda job: str(job[1].images[0]), Places(workers, engine, timeout)
     )
-    console.print(table(rows))
+    told = dict.fromkeys(key for row in rows for key in row)
+    console.print(table([{**dict.fromkeys(told, ""), **row} for row in rows]))
     _note(notes)
+    if page is not None and rows:
+        good = {row["file"]: row.get("expected Dice", "") for row in rows}
+        shown = []
+        for file in sorted(good, key=lambda file: good[file] or "1")[:8]:
+            collection, case, _ = next(job for job in jobs if str(_target(job[2], file)) == file)
+            scan = collection.scan(case)
+            title = case.name + (f": expected Dice {good[file]}" if good[file] else "")
+            shown.append((title, scan, read_labels(file, scan)))
+        pages.cases_page(page, shown, segmenter.labels)
+        console.print(f"page: {page}", soft_wrap=True, highlight=False)
     raise_failures(failures, len(jobs))
+
+
+def _target(base: Path, file: str) -> Path:
+    """Where the label map of a job lies, by the ending of `file`."""
+    return base.with_name(f"{base.name}{'.nii.gz' if file.endswith('.nii.gz') else '.png'}")
 
 
 def _collection(data: Path, groups: str | None) -> Collection:
@@ -389,7 +558,7 @@ def evaluate(
     A labelled case without a prediction is an error, not a case less. A case, or another of the same patient, that the
     model of `predict` was trained on is refused, by what the prediction says of its model: --held-out leaves such cases
     out, --training-cases scores them. Conventions: nearfar (a missed structure counts as worst), synapse_legacy, brats
-    (the challenge until 2022), segmamba (its paper's script for BraTS), monai.
+    (the challenge until 2022), brats_lesions (since then, for gliomas), segmamba (its paper's script for BraTS), monai.
     """
     if held_out and training_cases:
         raise UserError("--held-out and --training-cases: give one")
@@ -456,10 +625,10 @@ def evaluate(
         by_case = {r[0]["case"]: float(np.nanmean([row["dice"] for row in r] or [1.0])) for r in results if r}
         chosen = sorted(by_case, key=by_case.__getitem__)[:worst]
         shown = []
-        for case in labelled:
-            if case.name in chosen:
-                shown.append((case.name, *load(case, predictions)))
-        page = pages.evaluation_page(output / "index.html", _short(summary), rows, shown, said)
+        found = {case.name: case for case in labelled}
+        for name in chosen:  # the worst first
+            shown.append((name, *load(found[name], predictions)))
+        page = pages.evaluation_page(output / "index.html", _short(summary), rows, shown, said, collection.labels)
         console.print(table(_short(summary), f"convention {said}"))
         console.print(f"page: {page}", soft_wrap=True, highlight=False)
     raise_failures(failures, len(labelled))

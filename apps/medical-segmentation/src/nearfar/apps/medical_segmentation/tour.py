@@ -48,4 +48,5 @@ def chapter(report: Report, folder: Path) -> None:
     )
     report.table(rows)
     report.figure(pages.png(pages.overlay(scan, found)), "The left half with the network's grey and white matter.")
-    report.html(pages.viewer(scan, found, "All slices of the prediction"))
+    report.html(pages.STYLE + pages.SCRIPT)
+    report.html(pages.viewer(scan, found, "All slices of prediction and truth", truth, collection.labels))

@@ -13,7 +13,8 @@ from nearfar.core.files import write_json
 from nearfar.core.fingerprint import content_digest, data_digest
 from nearfar.core.leakage import Side, check_apart
 from nearfar.core.reading import check_hdf5, read_arrays, reading
-from nearfar.medical.data.scans import SAME, Scan, grid_distance, read_labels, read_scan, whole_numbers
+from nearfar.medical.data.scan import SAME, Scan, grid_distance, no_image
+from nearfar.medical.data.scans import read_header, read_labels, read_scan, whole_numbers
 from nearfar.medical.metrics import score_case
 
 
@@ -71,9 +72,12 @@ class Collection:
         rows = score_case(prediction, truth, names, spacing, regions=self.regions, **options)
         return rows[-len(self.regions) :] if self.order else rows
 
-    def read(self, case: Case) -> tuple[Scan, np.ndarray | None]:
-        """The scan of a case, channels stacked, and its labels on the same grid (None where it has none)."""
-        scan = self.scan(case)
+    def read(self, case: Case, data: bool = True) -> tuple[Scan, np.ndarray | None]:
+        """The scan of a case, channels stacked, and its labels on the same grid (None where it has none).
+
+        Without `data` the scan comes from headers alone, see `scans.read_header`.
+        """
+        scan = self.scan(case, data)
         if case.label is None:
             return scan, None
         labels = self.read_label(case.label, scan)
@@ -85,21 +89,23 @@ class Collection:
                 raise UserError(f"{case.label}: holds labels {unknown} outside the declared ones {sorted(self.labels)}")
         return scan, labels
 
-    def scan(self, case: Case) -> Scan:
-        """The scan of a case, channels stacked."""
+    def scan(self, case: Case, data: bool = True) -> Scan:
+        """The scan of a case, channels stacked; without `data` from headers alone."""
         if case.images[0].suffix in ARRAYS:
             image = _array(case.images[0], "image", "img").astype(np.float32)
             affine = np.eye(4) if image.ndim == 3 else None  # in voxels: these files know no spacing
             return Scan(case.images[0], image[None], affine, "array")
-        scan = read_scan(case.images[0], self.channels)
+        read = read_scan if data else read_header
+        scan = read(case.images[0], self.channels)
         for path in case.images[1:]:
-            other = read_scan(path)
+            other = read(path)
             if other.shape != scan.shape or not _same_grid(scan, other):
                 raise UserError(
                     f"{path}: lies on another grid ({other.shape}, {_place(other)}) than {case.images[0].name} "
                     f"({scan.shape}, {_place(scan)}); resample one onto the other"
                 )
-            scan.image = np.concatenate([scan.image, other.image])
+            both = (len(scan.image) + len(other.image), *scan.shape)
+            scan.image = np.concatenate([scan.image, other.image]) if data else no_image(both)
             scan.notes += [f"{path.name}: {note}" for note in other.notes if note not in scan.notes]
         return scan
 

@@ -23,7 +23,7 @@ from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.plots import COLORS
 from nearfar.core.reading import UNIFORM, check_announced, reading
-from nearfar.medical.data.scan import LPS_TO_RAS, Scan
+from nearfar.medical.data.scan import LPS_TO_RAS, Scan, no_image
 
 PHYSICAL = ("CT", "PT", "NM")
 """Modalities whose values mean something by themselves; MONOCHROME1 only says how to show them."""
@@ -48,8 +48,8 @@ class Frame:
         return Path(self.item.filename).name + ("" if self.index is None else f", frame {self.index + 1}")
 
 
-def read_series(place: Path) -> Scan:
-    """The series in a folder, or in one file of many frames, as a scan.
+def read_series(place: Path, data: bool = True) -> Scan:
+    """The series in a folder, or in one file of many frames, as a scan; without `data` by its headers alone.
 
     Raises UserError where slices are missing, share a position, differ in size or direction, or are sheared, and for
     pixels that no installed package decodes.
@@ -59,12 +59,12 @@ def read_series(place: Path) -> Scan:
     for path in [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file()):
         with reading(path, "damaged DICOM file"):
             try:
-                item = pydicom.dcmread(path)
+                item = pydicom.dcmread(path, stop_before_pixels=not data)
             except InvalidDicomError:
                 if path.suffix.lower() in (".dcm", ".ima"):
                     raise
                 continue  # something else that lies in the folder
-            if "PixelData" not in item:
+            if ("PixelData" if data else "Rows") not in item:
                 continue
             if str(item.get("SOPClassUID", "")) == "1.2.840.10008.5.1.4.1.1.66.4":
                 raise UserError(f"{path}: is a DICOM segmentation, no scan; put it elsewhere")
@@ -80,7 +80,8 @@ def read_series(place: Path) -> Scan:
     notes: list[str] = []
     frames, step = _ordered(place, frames, notes)
     with reading(place, "the pixels of a slice cannot be read"):
-        volume = _volume(frames, notes)
+        shape = (frames[0].plane[1], frames[0].plane[0], len(frames))
+        volume = _volume(frames, notes) if data else no_image(map(int, shape))
     first = frames[0]
     row, column = first.direction[:3], first.direction[3:]
     row_spacing, column_spacing = first.plane[2:]  # between rows, between columns

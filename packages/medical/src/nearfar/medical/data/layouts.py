@@ -67,7 +67,7 @@ def _dataset_json(folder: Path) -> Collection | None:
                 raise ValueError(f"channel_names or file_ending are {content['channel_names']!r} and {ending!r}")
             if not ending.lower().endswith(READABLE):
                 raise UserError(f"{path}: its scans end in {ending}, which is not read here; convert them to NIfTI")
-            about = _labels_json(path, content) | {"channel_names": _in_order(content["channel_names"])}
+            about = labels_json(path, content) | {"channel_names": _in_order(content["channel_names"])}
         else:
             names = _in_order(content.get("modality", {"0": ""}))
             channels = len(names)
@@ -117,7 +117,7 @@ def _in_order(names: Any) -> tuple[str, ...]:
     return tuple(str(names[key]) for key in sorted(names, key=int))
 
 
-def _labels_json(path: Path, content: Any) -> dict[str, Any]:
+def labels_json(path: Path, content: Any) -> dict[str, Any]:
     """Labels, the label to ignore, and regions with their order, as nnU-Net's dataset.json declares them."""
     declared = {
         name: (value,) if type(value) is int else tuple(value)

@@ -1,7 +1,7 @@
 """A scan in memory: its image, and where its voxels lie."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,11 @@ class Scan:
         for axis, (target, flip) in enumerate(order):
             back[int(target)] = (axis, flip)
         return apply_orientation(labels, back)
+
+
+def no_image(shape: Iterable[int]) -> np.ndarray:
+    """An array of NaN of this shape that takes no memory: the image of a scan of which only the header was read."""
+    return np.broadcast_to(np.float32(np.nan), tuple(shape))
 
 
 def grid_distance(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> float:

@@ -23,7 +23,7 @@ from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.reading import check_announced, check_picture, reading
 from nearfar.medical.data.dicom import read_series, write_dicom_seg
-from nearfar.medical.data.scan import SAME, Scan, grid_distance
+from nearfar.medical.data.scan import SAME, Scan, grid_distance, no_image
 
 __all__ = [
     "NIFTI",
@@ -36,6 +36,7 @@ __all__ = [
     "label_type",
     "linear_slabs",
     "read_about",
+    "read_header",
     "read_labels",
     "read_scan",
     "resize_labels",
@@ -72,18 +73,27 @@ def read_scan(path: str | Path, channels: int = 1) -> Scan:
     return scan
 
 
-def _read(path: Path, channels: int = 1, exact: bool = False) -> Scan:
-    """As `read_scan`; with `exact` the values of NIfTI and NRRD stay of the type that they are stored in."""
+def read_header(path: str | Path, channels: int = 1) -> Scan:
+    """As `read_scan` by what stands in headers alone: no voxel is read, and the image is NaN that takes no memory."""
+    return _read(Path(path), channels, data=False)
+
+
+def _read(path: Path, channels: int = 1, exact: bool = False, data: bool = True) -> Scan:
+    """As `read_scan`; with `exact` the values of NIfTI and NRRD stay of the type that they are stored in.
+
+    Without `data` the image is none, as in `read_header`.
+    """
     if path.is_dir() or (path.suffix.lower() in (".dcm", ".ima") and path.is_file()):
-        scan = read_series(path)
+        scan = read_series(path, data)
     elif not path.is_file():
         raise UserError(f"{path}: no such file or folder")
     elif path.name.lower().endswith(NIFTI):
-        scan = _read_nifti(path, channels, exact)
+        scan = _read_nifti(path, channels, exact, data)
     elif path.suffix.lower() in NRRD:
-        scan = _read_nrrd(path)
+        scan = _read_nrrd(path, data)
     elif path.suffix.lower() in PICTURES:
-        scan = Scan(path, np.moveaxis(_picture(path, "RGB"), -1, 0).astype(np.float32))
+        pixels = _picture(path, "RGB", data)
+        scan = Scan(path, np.moveaxis(pixels, -1, 0).astype(np.float32) if data else np.moveaxis(pixels, -1, 0))
     else:
         raise UserError(f"{path}: not a format that is read here ({', '.join(NIFTI + NRRD + PICTURES)}, DICOM folder)")
     if not scan.image.size:
@@ -97,7 +107,7 @@ def _read(path: Path, channels: int = 1, exact: bool = False) -> Scan:
                 f"its axes are off right angles by {tilt:.2g} degrees; spacing is that along each axis, so distances "
                 "and volumes are those of voxels without the shear"
             )
-    if scan.image.dtype.kind == "f":
+    if data and scan.image.dtype.kind == "f":
         planes = (scan.image[..., i] for i in range(scan.image.shape[-1]))
         if wrong := sum(plane.size - int(np.isfinite(plane).sum()) for plane in planes):
             raise UserError(f"{path}: {wrong} voxels are NaN or infinite")
@@ -241,7 +251,7 @@ def _write_map(path: Path, values: np.ndarray, like: Scan, about: Mapping[str, A
     return path
 
 
-def _read_nifti(path: Path, channels: int, exact: bool) -> Scan:
+def _read_nifti(path: Path, channels: int, exact: bool, read: bool) -> Scan:
     with reading(path, "damaged or no NIfTI file"):
         file: Any = nib.load(path)
         kind = file.header.get_data_dtype()
@@ -249,7 +259,10 @@ def _read_nifti(path: Path, channels: int, exact: bool) -> Scan:
             what = "colours (RGB)" if kind.names else "complex numbers" if kind.kind == "c" else str(kind)
             raise UserError(f"{path}: its voxels are {what}; a scan has one real number for each, convert it first")
         check_announced(path, math.prod(file.shape) * kind.itemsize, path.name.lower().endswith(".gz"))
-        data = np.asanyarray(file.dataobj) if exact else np.asarray(file.dataobj, dtype=np.float32)
+        if not read:
+            data = no_image(file.shape)
+        else:
+            data = np.asanyarray(file.dataobj) if exact else np.asarray(file.dataobj, dtype=np.float32)
         affine, notes = _nifti_affine(file)
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
@@ -338,11 +351,12 @@ def _nifti(values: np.ndarray, like: Scan) -> Any:
     return image
 
 
-def _read_nrrd(path: Path) -> Scan:
+def _read_nrrd(path: Path, read: bool = True) -> Scan:
     with reading(path, "damaged or no NRRD file"):
         with path.open("rb") as stream:
-            _check_nrrd(path, nrrd.read_header(stream))
-        data, header = nrrd.read(str(path), index_order="F")
+            header = nrrd.read_header(stream)
+            _check_nrrd(path, header)
+        data = no_image(map(int, header["sizes"])) if not read else nrrd.read(str(path), index_order="F")[0]
     if data.ndim != 3:
         raise UserError(f"{path}: has {data.ndim} axes {data.shape}; a volume of three is expected")
     affine = np.eye(4)
@@ -392,10 +406,13 @@ def _nrrd_header(like: Scan) -> dict[str, Any]:
     }
 
 
-def _picture(path: Path, mode: str | None = None) -> np.ndarray:
+def _picture(path: Path, mode: str | None = None, read: bool = True) -> np.ndarray:
     with reading(path, "damaged or no picture"), Image.open(path) as picture:
         check_picture(picture, path)
-        if mode is not None and picture.mode in ("L", "I", "I;16", "F", "1"):
+        gray = picture.mode in ("L", "I", "I;16", "F", "1")
+        if not read:
+            return no_image((picture.height, picture.width, 1 if gray else 3))
+        if mode is not None and gray:
             return np.asarray(picture, dtype=np.float32)[..., None]
         return np.asarray(picture.convert(mode) if mode else picture)
 

@@ -1,0 +1,80 @@
+"""What `predict` takes in all, as the system counts it: program, network, scan and the rest within --memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from nearfar.core.memory import resident_memory
+from nearfar.medical.data.scans import read_scan, write_labels
+from nearfar.medical.preparation import Channel
+from nearfar.medical.recipe import Recipe
+from nearfar.medical.segmenter import Segmenter
+
+LABELS = 30
+
+
+def ct(path: Path, shape: tuple[int, int, int]) -> None:
+    """A body of noise in air, with padding around it, as int16."""
+    rng = np.random.default_rng(0)
+    rows, columns = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape[:2])
+    inside = rows[:, None] ** 2 + (columns[None] / 0.8) ** 2 < 0.8
+    data = np.full(shape, -1000, np.int16)
+    for k in range(shape[2]):
+        data[..., k][inside] = rng.normal(40, 60, int(inside.sum())).astype(np.int16)
+    data[rows[:, None] ** 2 + columns[None] ** 2 > 1] = -2048
+    image = nib.Nifti1Image(data, np.diag([-0.7, -0.7, 1.0, 1.0]))
+    nib.save(image, path)
+
+
+def segmenter(roi: tuple[int, int, int]) -> Segmenter:
+    settings = {"features": (4, 4, 4, 4, 4, 4), "norm": ("group", {"num_groups": 2})}
+    found = Segmenter.create(Recipe(settings=settings, roi=roi), {k: f"organ {k}" for k in range(1, LABELS + 1)}, 1)
+    found.channels = (Channel("ct", "CT", -100, 200, 40, 60, (-1000, 300), 1000),)
+    return found
+
+
+def peak(folder: Path, shape: tuple[int, int, int], memory: str, roi: tuple[int, int, int]) -> int:
+    """Bytes that `nearfar medical-segmentation predict --memory` held at most."""
+    ct(folder / "scan.nii.gz", shape)
+    segmenter(roi).save(folder / "model")
+    words = ["medical-segmentation", "predict", folder / "scan.nii.gz", "--model", folder / "model", "-o"]
+    words += [folder / "out", "--memory", memory, "--overlap", "0", "--device", "cpu"]
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("nearfar"), *map(str, words)], env=os.environ | {"COLUMNS": "200"}
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert nib.load(folder / "out/scan.nii.gz").shape == shape
+    return usage.ru_maxrss * 1024
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+
+
+@linux
+@pytest.mark.slow
+def test_a_ct_of_thirty_labels_within_3_gb_in_all(tmp_path: Path) -> None:
+    """Program, network, scan, windows and label maps."""
+    held = peak(tmp_path, (512, 512, 600), "3G", (64, 64, 64))
+    print(f"{held / 2**20:.0f} MB held of 3072")
+    assert held < 3 * 2**30
+
+
+@linux
+def test_a_sixteenth_of_it_takes_a_sixteenth_of_what_the_program_leaves(tmp_path: Path) -> None:
+    ct(tmp_path / "scan.nii.gz", (256, 256, 150))
+    model = segmenter((32, 32, 32))
+    model(read_scan(tmp_path / "scan.nii.gz"), memory=2**30, overlap=0)  # libraries load what they need
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident_memory()
+    scan = read_scan(tmp_path / "scan.nii.gz")
+    labels = model(scan, memory=120 << 20, overlap=0)
+    write_labels(tmp_path / "labels.nii.gz", labels, scan)
+    windows = 16 * 4 * 32**3 * (LABELS + 1)
+    assert resident_memory(peak=True) - before < (2 * 2**30) // 16 + windows
