@@ -1,5 +1,6 @@
 """Items of a batch on a Ray cluster (extra `ray`), as `nearfar.core.workers` does them on one machine."""
 
+import logging
 import os
 import threading
 import time
@@ -44,9 +45,9 @@ def spread(
     begun = not ray.is_initialized()
     if begun:
         address = os.environ.get("RAY_ADDRESS")
-        here = {} if address else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(address=address, logging_level="ERROR", log_to_driver=False, **here)
-    start = ray.remote(num_cpus=1, max_restarts=0)(_Actor).remote
+        cores, dashboard = (None, None) if address else (workers, False)
+        ray.init(address, num_cpus=cores, include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
+    start: Any = ray.remote(num_cpus=1, max_restarts=0)(_Actor).remote
     sent = ray.put(content)
     left, again = deque(range(len(items))), set[int]()
     idle: list[Any] = []
@@ -58,13 +59,13 @@ def spread(
                 running[actor.do.remote(cloudpickle.dumps(items[index]))] = actor, index, time.monotonic()
             starting = sum(index == STARTS for _, index, _ in running.values())
             for _ in range(min(workers - len(running), len(left) - starting)):
-                actor = start(sent, memory)
-                running[actor.ready.remote()] = actor, STARTS, time.monotonic()
+                begins = start(sent, memory)
+                running[begins.ready.remote()] = begins, STARTS, time.monotonic()
             ready, _ = ray.wait([*running], timeout=POLL)
             for answer in ready:
                 actor, index, _ = running.pop(answer)
                 try:
-                    result, error = ray.get(answer)
+                    result, failed = ray.get(answer)
                 except ray.exceptions.RayActorError as ended:
                     if index == STARTS:
                         raise RuntimeError(f"no process starts on the Ray cluster: {ended}") from ended
@@ -76,9 +77,9 @@ def spread(
                     continue
                 idle.append(actor)
                 if index != STARTS:
-                    yield index, result, error
-                elif error is not None:
-                    raise error
+                    yield index, result, failed
+                elif failed is not None:
+                    raise failed
             for answer, (actor, index, since) in [*running.items()]:
                 if seconds is not None and index != STARTS and time.monotonic() - since > seconds:
                     ray.kill(actor)

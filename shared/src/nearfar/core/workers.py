@@ -141,8 +141,7 @@ def _work(connection: Connection, content: bytes, threads: int) -> None:
             index, item = connection.recv()
         except EOFError:
             return
-        result, error = attempt(action, cloudpickle.loads(item))
-        connection.send((index, result, error))
+        connection.send((index, *attempt(action, cloudpickle.loads(item))))
 
 
 def attempt(action: Callable[[Any], Any], item: Any) -> tuple[Any, Exception | None]:

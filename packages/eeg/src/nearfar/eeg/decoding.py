@@ -283,7 +283,8 @@ class CovarianceClassifier(ClassifierMixin, BaseEstimator):
         if len(self.classes_) < 2:
             raise UserError(f"training needs trials of at least two classes, all {len(y)} are of one")
         pipeline = classical(self.sfreq)[self.name](self.seed).fit(X, codes)
-        self.network_, self.history_ = compiled(self.name, pipeline, X, codes), []
+        self.network_ = compiled(self.name, pipeline, X, codes)
+        self.history_: list[dict[str, float]] = []
         check_finite(self._logits(X), "the trained scores")
         return self
 
@@ -293,7 +294,7 @@ class CovarianceClassifier(ClassifierMixin, BaseEstimator):
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
             raise UserError(f"the new trials hold classes that the decoder lacks: {unknown}")
-        network, codes = self.network_, np.searchsorted(self.classes_, y)
+        network, codes = cast(CovarianceDecoder, self.network_), np.searchsorted(self.classes_, y)
         new = network.covariances(torch.as_tensor(_microvolts(X))).numpy()
         old = network.learnt.numpy()
         means = [mean_covariance(network.shrunk(torch.from_numpy(part)).numpy()) for part in (old, new)]

@@ -47,7 +47,7 @@ def export_decoder(decoder: Decoder, path: str | Path, seed: int = 0) -> float:
             "CSP+LDA, or run the decoder itself"
         )
     deployed = Deployed(decoder.network.eval()).eval()
-    shape = (len(decoder.ch_names), int(decoder.network.n_times))
+    shape = (len(decoder.ch_names), int(cast(int, decoder.network.n_times)))
     windows = np.random.default_rng(seed).normal(0, 10, (4, *shape)).astype(np.float32)
     try:
         with torch.no_grad():
@@ -66,7 +66,7 @@ def export_decoder(decoder: Decoder, path: str | Path, seed: int = 0) -> float:
         "metrics": {key: decoder.metrics[key] for key in ("threshold", "gate") if key in decoder.metrics},
     }
     with atomic_path(path) as temporary:
-        program.save(temporary)
+        cast(torch.onnx.ONNXProgram, program).save(temporary)
         model = onnx.load(temporary)
         onnx.helper.set_model_props(model, {"nearfar": json.dumps(told)})
         onnx.save(model, temporary)

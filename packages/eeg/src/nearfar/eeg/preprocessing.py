@@ -340,7 +340,8 @@ class Preprocessing:
         result = np.concatenate(parts, axis=1)[:, : raw.n_times] * 1e-6
         raw.apply_function(lambda _: result, picks="all", channel_wise=False)
         if short:
-            annotate(raw, *np.transpose(short), ["BAD_short"] * len(short))
+            onsets, lengths = np.transpose(short)
+            annotate(raw, onsets, lengths, ["BAD_short"] * len(short))
         return raw
 
     def _check_rate(self, raw: mne.io.BaseRaw) -> None:

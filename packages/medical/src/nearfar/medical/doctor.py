@@ -51,7 +51,8 @@ class Examined:
 
 def examine(collection: Collection) -> tuple[list[Examined], list[Finding]]:
     """Look at every voxel of every case."""
-    seen, found, digests = [], [], {}
+    seen, found = list[Examined](), list[Finding]()
+    digests: dict[str, str] = {}
     for case in collection.cases:
         try:
             scan, labels = collection.read(case)
@@ -171,7 +172,7 @@ def _sides(seen: Sequence[Examined], collection: Collection) -> list[Finding]:
     threes = [one for one in seen if one.small is not None and one.small.ndim == 3]
     found = []
     for one in threes:
-        others = [o.small for o in threes if o is not one]
+        others = [o.small for o in threes if o is not one and o.small is not None]
         if len(others) < 4:
             break
         mean = np.mean(others, 0)

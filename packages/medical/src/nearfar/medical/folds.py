@@ -221,7 +221,7 @@ def train_folds(
         folds.append(segmenter)
         for case in held:
             maps[case.name] = segmenter(collection.scan(case))
-    plain, cut = [], []
+    plain, cut = list[dict[str, Any]](), list[dict[str, Any]]()
     for name, found in maps.items():
         scan, truth = collection.read(cases[name])
         if truth is not None:

@@ -26,7 +26,8 @@ SCHEMES = {
     "ZScoreNormalization": "zscore",
 }
 
-SAFE = [np._core.multiarray.scalar, np.dtype, *{type(np.dtype(t)) for t in "?bhilqBHILQefd"}]
+SAFE = [np._core.multiarray.scalar,  # type: ignore[attr-defined]
+        np.dtype, *{type(np.dtype(t)) for t in "?bhilqBHILQefd"}]
 """What nnU-Net's checkpoints hold beside tensors and plain values: numbers of numpy."""
 
 
@@ -103,7 +104,8 @@ def read_results(folder: str | Path, fold: int | str = 0, checkpoint: str = "che
             of = known.get(str(i), {})
             values = {"low": "percentile_00_5", "high": "percentile_99_5", "mean": "mean", "std": "std"}
             numbers = {ours: float(of[theirs]) for ours, theirs in values.items() if theirs in of}
-            channels.append(Channel(scheme, str(names[str(i)] if isinstance(names, Mapping) else names[i]), **numbers))
+            name = str(names[str(i)] if isinstance(names, Mapping) else names[i])
+            channels.append(Channel(scheme, name, **numbers))  # type: ignore[arg-type]
     order = axes_order(plans, len(recipe["roi"]), str(folder))
     state = {name: turned(tensor, order) for name, tensor in content["network_weights"].items()}
     network = NNUNet.from_published(state)

@@ -6,6 +6,7 @@ The sound is read twice, in blocks; what is kept of it is a level for every 10 m
 of speech (3 MB and 3 MB an hour with 96 numbers each). Clustering takes at most `at_once` windows together.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -197,7 +198,7 @@ def _two_voices(voices: Samples, mix: Samples) -> Samples | None:
     whole = float(np.sqrt(np.mean(mix.astype(np.float64) ** 2)))
     if len(two) < 2 or np.sort(level)[-2] < whole * 10 ** (FAINT / 20):
         return None
-    alike = abs(float(np.corrcoef(two)[0, 1]))
+    alike = abs(float(np.corrcoef(*two)[0, 1]))
     return None if alike > ALIKE else two
 
 
@@ -301,7 +302,7 @@ def _turns(
                 continue
             talkers = {int(best[cell])}
             if 2 * len(found := pairs.get(cell, [])) > covers[cell]:
-                talkers |= set(max(set(found), key=found.count))
+                talkers |= set(Counter(found).most_common(1)[0][0])
             turns += [Turn(a, b, str(talker)) for talker in talkers]
     return merge_turns(turns)
 

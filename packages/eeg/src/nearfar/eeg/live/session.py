@@ -60,7 +60,8 @@ class Recorder:
         if (self.folder / "session.json").exists():
             raise UserError(f"{self.folder}: holds a session already; name another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._about, self._type = about, None
+        self._about = about
+        self._type: np.dtype | None = None
         self._log = (self.folder / "log.jsonl").open("ab", buffering=0)
         self._samples = (self.folder / "samples.bin").open("ab", buffering=0)
         self._times = (self.folder / "times.bin").open("ab", buffering=0)

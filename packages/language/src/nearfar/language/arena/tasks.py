@@ -130,9 +130,9 @@ def read_pathfinder(size: int) -> Callable[[Path, str], Iterator[Example]]:
                 words = line.split()
                 if len(words) < 4 or words[3] not in ("0", "1"):
                     raise UserError(f"{path}: line {number} is no `folder file id label ...`; the file is cut off")
-                if not (picture := base / words[0] / words[1]).resolve().is_relative_to(base.resolve()):
+                if not (shown := base / words[0] / words[1]).resolve().is_relative_to(base.resolve()):
                     raise UserError(f"{path}: line {number} names {words[0]}/{words[1]}, which lies outside of {base}")
-                examples.append((picture, int(words[3])))
+                examples.append((shown, int(words[3])))
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(42)).tolist()
         first, second = len(order) * 8 // 10, len(order) * 9 // 10
         own = {"train": order[:first], "val": order[first:second], "test": order[second:]}[part]
