@@ -11,7 +11,7 @@ import pytest
 from nearfar.core.cli.batch import Places, run_batch
 from nearfar.core.cli.console import console
 from nearfar.core.errors import UserError
-from nearfar.core.made_from import KeptRows
+from nearfar.core.made_from import KeptRows, MadeFrom
 from nearfar.core.workers import Once, spread
 
 
@@ -113,6 +113,48 @@ def test_rows_are_kept_by_content_model_and_options(tmp_path: Path):
     assert KeptRows(table, "other", views=1).find(a) is None
     a.write_bytes(b"changed")
     assert found.find(a) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_thousand_files_of_which_some_are_bad(engine: str, tmp_path: Path):
+    """One in twenty is broken, one takes all memory, one hangs; a worker is killed midway."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    out.mkdir()
+    for i in range(1000):
+        (data / f"{i:04}").write_text({77: "memory", 500: "hangs", 300: "killed"}.get(i, "" if i % 20 == 3 else str(i)))
+
+    def action(path: Path) -> str:
+        target = out / path.name
+        made = MadeFrom(target, [path], "model")
+        if made.done():
+            return "before"
+        content = path.read_text()
+        if content == "memory":
+            hold = bytearray(20 << 30)
+            for place in range(0, len(hold), 4096):
+                hold[place] = 1
+        if content == "hangs":
+            time.sleep(999)
+        if content == "killed" and not (out / "killed").exists():
+            (out / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        target.write_text(str(2 * int(content or "broken", 10)) if content.isdigit() or not content else content)
+        made.write()
+        return "now"
+
+    places, failed = Places(2, engine, 10), tmp_path / "failures.json"
+    results, _ = run_batch(sorted(data.iterdir()), action, "counting", places=places, failed=failed)
+    bad = {int(Path(row["item"]).name) for row in json.loads(failed.read_text())}
+    broken = {i for i in range(1000) if i % 20 == 3}
+    # a killed process of this machine costs its item, which may be its fault; on a cluster it is tried once more
+    assert bad == broken | {77, 500} | ({300} if engine == "local" else set())
+    assert len(results) == 1000 - len(bad)
+    (data / "0077").write_text("77")
+    again, _ = run_batch(sorted(data.iterdir()), action, "counting", places=places, failed=failed)
+    assert again.count("now") == 1 + (engine == "local")
+    assert {int(Path(row["item"]).name) for row in json.loads(failed.read_text())} == broken | {500}
 
 
 @pytest.mark.slow  # a Ray cluster takes half a minute to start

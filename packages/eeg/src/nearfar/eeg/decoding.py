@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import lightning.pytorch as pl
 import mne
@@ -294,7 +294,7 @@ class CovarianceClassifier(ClassifierMixin, BaseEstimator):
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
             raise UserError(f"the new trials hold classes that the decoder lacks: {unknown}")
-        network, codes = cast(CovarianceDecoder, self.network_), np.searchsorted(self.classes_, y)
+        network, codes = cast(Any, self.network_), np.searchsorted(self.classes_, y)
         new = network.covariances(torch.as_tensor(_microvolts(X))).numpy()
         old = network.learnt.numpy()
         means = [mean_covariance(network.shrunk(torch.from_numpy(part)).numpy()) for part in (old, new)]

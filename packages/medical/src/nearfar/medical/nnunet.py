@@ -26,8 +26,11 @@ SCHEMES = {
     "ZScoreNormalization": "zscore",
 }
 
-SAFE = [np._core.multiarray.scalar,  # type: ignore[attr-defined]
-        np.dtype, *{type(np.dtype(t)) for t in "?bhilqBHILQefd"}]
+SAFE = [
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    np.dtype,
+    *{type(np.dtype(t)) for t in "?bhilqBHILQefd"},
+]
 """What nnU-Net's checkpoints hold beside tensors and plain values: numbers of numpy."""
 
 

@@ -434,7 +434,7 @@ def predict(
     ):
         notes.append(f"no code is known for {', '.join(strange)}: Tissue stands in DICOM-SEG; give --codes")
 
-    def one(job: tuple[Collection, Case, Path]) -> dict[str, Any]:
+    def one(job: tuple[Collection, Case, Path]) -> tuple[dict[str, Any], list[str]]:
         collection, case, base = job
         scan = collection.scan(case)
         target = base.with_name(f"{base.name}.nii.gz" if scan.affine is not None else f"{base.name}.png")
@@ -451,13 +451,14 @@ def predict(
                 segmenter(scan, memory=budget, probabilities=saved, **options)
             if segmentation is not None and not segmentation.exists():
                 write_dicom_seg(segmentation, read_labels(target, scan), scan, segmenter.labels, coded)
-            return {"case": case.name, "labels": "done before", "file": str(target), "marked": mark_beside(target)}
+            row = {"case": case.name, "labels": "done before", "file": str(target), "marked": mark_beside(target)}
+            known = base.with_name(f"{base.name}_quality.json")
+            return row | (_expected(read_json(known, "a quality")) if known.is_file() else {}), []
         quality: dict[str, Any] = {}
         if isinstance(segmenter, FoldEnsemble):
             labels, quality = segmenter.with_quality(scan, memory=budget, probabilities=saved, **options)
         else:
             labels = segmenter(scan, memory=budget, probabilities=saved, **options)
-        notes.extend(f"{case.name}: {note}" for note in scan.notes)
         if check:
             small, large = budget or 2**20, 2**40
             same = float((segmenter(scan, memory=small, **options) == segmenter(scan, memory=large, **options)).mean())
@@ -478,12 +479,13 @@ def predict(
         row = {"case": case.name, "labels": ", ".join(sizes), "file": str(target), "marked": marked}
         if quality:
             write_json(base.with_name(f"{base.name}_quality.json"), quality)
-            row["expected Dice"] = f"{quality['mean']:.3f}" + (" - LOOK AT IT" if quality["flag"] else "")
-        return row
+            row |= _expected(quality)
+        return row, [f"{case.name}: {note}" for note in scan.notes]
 
-    rows, failures = run_batch(
-        jobs, one, "segmenting", lambda job: str(job[1].images[0]), Places(workers, engine, timeout)
-    )
+    places, failed = Places(workers, engine, timeout), None if output is None else output / "failures.json"
+    done, failures = run_batch(jobs, one, "segmenting", lambda job: str(job[1].images[0]), places, failed)
+    rows = [row for row, _ in done]
+    notes += [note for _, more in done for note in more]
     told = dict.fromkeys(key for row in rows for key in row)
     console.print(table([{**dict.fromkeys(told, ""), **row} for row in rows]))
     _note(notes)
@@ -498,6 +500,10 @@ def predict(
         pages.cases_page(page, shown, segmenter.labels)
         console.print(f"page: {page}", soft_wrap=True, highlight=False)
     raise_failures(failures, len(jobs))
+
+
+def _expected(quality: Mapping[str, Any]) -> dict[str, str]:
+    return {"expected Dice": f"{quality['mean']:.3f}" + (" - LOOK AT IT" if quality["flag"] else "")}
 
 
 def _target(base: Path, file: str) -> Path:

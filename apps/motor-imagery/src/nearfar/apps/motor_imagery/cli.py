@@ -37,14 +37,26 @@ from nearfar.apps.motor_imagery.options import (
     preparation,
     reading,
 )
-from nearfar.core.cli.batch import raise_failures, run_batch
+from nearfar.core.cli.batch import Places, raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, progress, show_json, table
-from nearfar.core.cli.options import Device, Devices, Fresh, Json, RunFolder, Settings, recipe_option
+from nearfar.core.cli.options import (
+    Device,
+    Devices,
+    Engine,
+    Fresh,
+    Json,
+    RunFolder,
+    Settings,
+    Timeout,
+    Workers,
+    recipe_option,
+)
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.made_from import MadeFrom, model_digest
 from nearfar.core.model_folder import mark
 from nearfar.core.recipes import read_recipe
+from nearfar.core.workers import Once
 from nearfar.eeg import plots
 from nearfar.eeg.annotations import annotations, event_counts, is_bad, is_edge
 from nearfar.eeg.comparison import compare
@@ -357,6 +369,9 @@ def predict(
         bool,
         typer.Option("--check", help="Decode the unfiltered recording as a live stream too; say how far they differ."),
     ] = False,
+    workers: Workers = 0,
+    engine: Engine = "local",
+    timeout: Timeout = None,
 ) -> None:
     """Decode recordings with a trained decoder: at their events, or all along (`--every 0.5`).
 
@@ -368,10 +383,8 @@ def predict(
     With --causal the decoder's preprocessing is that of a live stream, however it was trained; `zero-phase differs` is
     the share of answers that are others with filters of zero phase.
     """
-    model, of_model = Decoder.load(decoder), model_digest(decoder)
-    looking_ahead = model.preprocessed(causal=False)
-    if causal:
-        model = model.preprocessed(causal=True)
+    decoders, of_model = Once(lambda: Decoder.load(decoder)), model_digest(decoder)
+    decoders()
     options = {"event": event, "every": every, "threshold": threshold, "smoothing": smoothing, "dwell": dwell}
     options |= {"causal": causal}
     how = reading(rename, types, encoding, unit)
@@ -386,6 +399,10 @@ def predict(
         if made.done():
             return None
         line: dict[str, Any] = {"file": str(recording.path)}
+        model = decoders()
+        looking_ahead = model.preprocessed(causal=False)
+        if causal:
+            model = model.preprocessed(causal=True)
         given = {"events": event_names(event), "interpolate": interpolate} | how
         if every is None:
             rows = decode_trials(model, recording, threshold=threshold, **given)
@@ -429,7 +446,8 @@ def predict(
         line["marked"] = mark(list(seen))
         return line
 
-    lines, failures = run_batch(found, read_out, "decoding", name=lambda recording: str(recording.path))
+    places, failed = Places(workers, engine, timeout), output / "failures.json"
+    lines, failures = run_batch(found, read_out, "decoding", lambda recording: str(recording.path), places, failed)
     if done := [line for line in lines if line]:
         console.print(table(done))
     if skipped := len(lines) - len(done):

@@ -30,7 +30,7 @@ from nearfar.apps.speaker_verification.common import (
 from nearfar.audio.corpora import Utterance, find_utterances
 from nearfar.audio.sound import SUFFIXES
 from nearfar.audio.speakers import gallery as galleries
-from nearfar.audio.speakers.embedding import Embedded, Embedder
+from nearfar.audio.speakers.embedding import Embedded, Embedder, TableEmbedder
 from nearfar.audio.speakers.encoders import EmbeddingTable
 from nearfar.audio.speakers.ltdnn import SpeakerEncoder
 from nearfar.audio.speakers.quality import Gate
@@ -43,15 +43,27 @@ from nearfar.audio.speakers.training import (
     train_speaker_model,
     usable,
 )
-from nearfar.core.cli.batch import raise_failures
+from nearfar.core.cli.batch import Places, raise_failures
 from nearfar.core.cli.console import console, messages, show_json, table
-from nearfar.core.cli.options import Device, Devices, Fresh, Json, RunFolder, Settings, Workers, recipe_option
+from nearfar.core.cli.options import (
+    Device,
+    Devices,
+    Engine,
+    Fresh,
+    Json,
+    RunFolder,
+    Settings,
+    Timeout,
+    Workers,
+    recipe_option,
+)
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.made_from import model_digest
 from nearfar.core.model_folder import TrainedOn, mark, trained_on
 from nearfar.core.recipes import read_recipe
 from nearfar.core.training import seed_epoch
+from nearfar.core.workers import Once
 
 app = typer.Typer(
     help="Is it the same speaker? `train` makes a model folder from labelled recordings, `verify` compares two "
@@ -166,13 +178,26 @@ def embed(
     channel: Channel = None,
     mix_channels: MixChannels = False,
     device: Device = "auto",
+    workers: Workers = 0,
+    engine: Engine = "local",
+    timeout: Timeout = None,
 ) -> None:
-    """Write the embeddings of recordings, before normalization. Nothing is gated; the qualities are written too."""
+    """Write the embeddings of recordings, before normalization. Nothing is gated; the qualities are written too.
+
+    Each is kept (default: OUTPUT.cache), so it can go on; OUTPUT.failures.json tells what could not be done.
+    """
     refuse_folder(output)
-    system = open_system(model, encoder, None, encoder_rate, device)
+    keep = cache or output.with_name(output.name + ".cache")
+
+    def make() -> Embedder | TableEmbedder:
+        system = open_system(model, encoder, None, encoder_rate, device)
+        return make_embedder(system, keep, mix_channels=mix_channels, channel=channel)
+
+    embedder = Once(make)
+    digest = embedder().digest
     utterances = _recordings(paths, layout)
-    embed_one = make_embedder(system, cache, mix_channels=mix_channels, channel=channel)
-    found, failures = embed_all(utterances, embed_one)
+    failed = output.with_name(output.name + ".failures.json")
+    found, failures = embed_all(utterances, lambda u: embedder()(u), Places(workers, engine, timeout), failed)
     if found:
         qualities = {
             name: np.array([getattr(e.quality, name) for _, e in found]) for name in ("seconds", "speech", "snr")
@@ -183,7 +208,7 @@ def embed(
                 names=np.array([u.name for u, _ in found]),
                 speakers=np.array([u.speaker or "" for u, _ in found]),
                 embeddings=matrix(found),
-                encoder=np.array(system.model.digest),
+                encoder=np.array(digest),
                 **qualities,
             )
         console.print(f"{len(found)} embeddings: {output}", soft_wrap=True)

@@ -1,6 +1,6 @@
 """What the commands share: their options, and embedding many recordings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from nearfar.audio.speakers.encoders import EmbeddingTable, read_encoder
 from nearfar.audio.speakers.encoders import ForeignEncoder as ForeignNetwork
 from nearfar.audio.speakers.shipped import DEFAULT_MODEL, shipped_model, shipped_models
 from nearfar.audio.speakers.system import SpeakerSystem
-from nearfar.core.cli.batch import run_batch
+from nearfar.core.cli.batch import Places, run_batch
 from nearfar.core.cli.console import messages
 from nearfar.core.errors import UserError, some
 from nearfar.core.leakage import LeakageError
@@ -120,10 +120,15 @@ def refuse_leaks(where: object, leaks: Sequence[str], allowed: bool) -> None:
 
 
 def embed_all(
-    utterances: Sequence[Utterance], embed_one: Embedder | TableEmbedder
+    utterances: Sequence[Utterance],
+    embed_one: Callable[[Utterance], Embedded],
+    places: Places = Places(),  # noqa: B008
+    failed: Path | None = None,
 ) -> tuple[list[tuple[Utterance, Embedded]], list[str]]:
     """Embed with a progress bar, going on past what cannot be; says what was dropped."""
-    found, failures = run_batch(utterances, lambda u: (u, embed_one(u)), "embedding", name=lambda u: str(u.path))
+    found, failures = run_batch(
+        utterances, lambda u: (u, embed_one(u)), "embedding", lambda u: str(u.path), places, failed
+    )
     say_silence([(str(u.path), e) for u, e in found])
     return found, failures
 

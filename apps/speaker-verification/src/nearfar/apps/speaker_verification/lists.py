@@ -35,14 +35,15 @@ from nearfar.audio.speakers.lists import count_unscored, find_leaks, rows_in, sc
 from nearfar.audio.speakers.ltdnn import SpeakerEncoder
 from nearfar.audio.speakers.stress import CONDITIONS, stress
 from nearfar.audio.speakers.system import SpeakerSystem
-from nearfar.core.cli.batch import raise_failures, run_batch
+from nearfar.core.cli.batch import Places, raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, show_json, table
-from nearfar.core.cli.options import Device, Json, Seed
+from nearfar.core.cli.options import Device, Engine, Json, Seed, Timeout, Workers
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path, write_csv, write_json
 from nearfar.core.model_folder import mark
 from nearfar.core.reading import read_arrays, read_json, reading
 from nearfar.core.report import Report
+from nearfar.core.workers import Once
 
 Labels = Annotated[Path | None, typer.Option("--trials", help="Trial list with the labels, if the scores have none.")]
 SpeakerPattern = Annotated[
@@ -87,6 +88,9 @@ def score(
     mix_channels: MixChannels = False,
     allow_leakage: AllowLeakage = False,
     device: Device = "auto",
+    workers: Workers = 0,
+    engine: Engine = "local",
+    timeout: Timeout = None,
 ) -> None:
     """Score a trial list: each recording is embedded once, and kept (default: OUTPUT.cache), so it can go on.
 
@@ -124,7 +128,11 @@ def score(
             raise UserError(f"{trials}: {error}; choose a lower --top-n or --keep-cohort-speakers") from error
     utterances = list(places.values())
     keep = cache or output.with_name(output.name + ".cache")
-    seen, failures = embed_all(utterances, make_embedder(system, keep, mix_channels=mix_channels, channel=channel))
+    options = {"mix_channels": mix_channels, "channel": channel}
+    embedder = Once(
+        lambda: make_embedder(open_system(model, encoder, embeddings, encoder_rate, device), keep, **options)
+    )
+    seen, failures = embed_all(utterances, lambda u: embedder()(u), Places(workers, engine, timeout))
     if not seen:
         raise_failures(failures, len(utterances))
     x, seconds = matrix(seen), np.array([e.quality.seconds for _, e in seen])

@@ -66,6 +66,11 @@ class Embedder:
         self.cache = None if cache is None else Path(cache) / f"{model.digest[:16]}-{code[:16]}"
         self.device = next(model.parameters(), torch.empty(0)).device
 
+    @property
+    def digest(self) -> str:
+        """Of the model, see `nearfar.audio.speakers.encoders.Encoder`."""
+        return self.model.digest
+
     def embed_samples(self, samples: Samples) -> NDArray[np.float32]:
         """Samples `(n,)` at the model's rate to an embedding `(E,)`. Raises UserError where they are too few.
 
@@ -147,6 +152,7 @@ class TableEmbedder:
 
     def __init__(self, table: EmbeddingTable) -> None:
         self.table = table
+        self.digest = table.digest
 
     def __call__(self, source: str | Path | Utterance) -> Embedded:
         """Raises UserError where the table has no such name."""
