@@ -67,6 +67,7 @@ def test_a_ct_of_thirty_labels_within_3_gb_in_all(tmp_path: Path) -> None:
 
 
 @linux
+@pytest.mark.slow
 def test_a_sixteenth_of_it_takes_a_sixteenth_of_what_the_program_leaves(tmp_path: Path) -> None:
     ct(tmp_path / "scan.nii.gz", (256, 256, 150))
     model = segmenter((32, 32, 32))

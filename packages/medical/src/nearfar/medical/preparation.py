@@ -147,7 +147,7 @@ def padding(channel: np.ndarray) -> np.ndarray | None:
         if counts.max() < max(2, len(corners) / 2):
             break
         mask = inner == value
-        if result is not None and not value == inner[~result[box]].min() < before:
+        if result is not None and not value == inner.min(initial=np.inf, where=~result[box]) < before:
             break
         before = value
         if result is None and value > inner.min():

@@ -11,6 +11,9 @@ from nearfar.ops.graph.permutohedral import PermutohedralLattice
 
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 
+KEPT = 1 << 20
+"""Pixels of the largest grid whose spatial kernel is kept (a hundred bytes for each pixel of two axes)."""
+
 Number = int | float
 Compatibility = Number | Sequence[Number] | Sequence[Sequence[Number]] | Tensor
 
@@ -45,7 +48,7 @@ class DenseCRF(nn.Module):
     (B, L, *S), image (B, C, *S), S of one to three axes, and returns Q (B, L, *S) in float32 (float64 for float64
     input; half precision is not enough and is widened). The tables of an image are those of `kernels`, which `infer`
     takes, so several unaries or weights can share them; the positions' own are kept until a grid of another size
-    comes. Gradients flow into the unary and the weights.
+    comes, up to `KEPT` pixels. Gradients flow into the unary and the weights.
 
     Raises:
         ValueError: for values out of range, here or in `forward` for shapes that do not go together.
@@ -113,11 +116,12 @@ class DenseCRF(nn.Module):
 
         made: list[_Kernel | None] = [None, None]
         if self.uses[0]:
-            key = (batch, *size, *(spacing or ()), dtype, device)
-            if self._spatial is None or self._spatial[0] != key:
-                kernel = _Kernel(position(self.spatial_std, "spatial_std"), self.mode, self.normalization)
-                self._spatial = key, kernel
-            made[0] = self._spatial[1]
+            key = (batch, *size, *(spacing or ()), dtype, device, torch.is_inference_mode_enabled())
+            if self._spatial is not None and self._spatial[0] == key:
+                made[0] = self._spatial[1]
+            else:
+                made[0] = _Kernel(position(self.spatial_std, "spatial_std"), self.mode, self.normalization)
+                self._spatial = (key, made[0]) if len(grid) <= KEPT else None
         if self.uses[1] and image is not None:
             colors = image.flatten(2).mT.to(dtype)
             colors = colors / colors.new_tensor(_spread(self.color_std, colors.shape[-1], "color_std"))
