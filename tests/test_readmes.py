@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import soundfile
 import torch
 import typer.main
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
@@ -79,6 +80,15 @@ def prepare(text, names):
         Path("veri_test2.txt").write_text("".join(f"{int(a[0] == b[0])} {a} {b}\n" for a, b in pairs))
         names["enrol_speakers"] = np.array([a[0] for a, _ in pairs])
         names["test_speakers"] = np.array([b[0] for _, b in pairs])
+    if "encoder.onnx" in text:
+        from tests.audio.speakers.test_encoders import Bands
+
+        sound = {"input_names": ["samples"], "dynamic_axes": {"samples": {1: "n"}}}
+        torch.onnx.export(Bands(), (torch.zeros(1, 16000),), "encoder.onnx", dynamo=False, **sound)
+        rng = np.random.default_rng(0)
+        names["embeddings"] = rng.standard_normal((40, 16)) + 3 * names["speakers"][:, None] * np.eye(16)[3]
+        syllables = np.clip(np.sin(np.arange(80000) * 0.002), 0, None)
+        soundfile.write("meeting.wav", 0.1 * syllables * rng.standard_normal(80000), 8000)
     if "Task09" in text:
         rng = np.random.default_rng(0)
         for part in ("imagesTr", "labelsTr"):

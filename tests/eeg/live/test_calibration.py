@@ -100,11 +100,15 @@ def test_the_page_shows_each_cue_and_asks_no_one_else():
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_the_page_in_a_browser():
-    with CuePage() as page:
-        page("right_hand", 7, 30)
-        threading.Timer(6, page.close).start()
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--timeout=4000", "--dump-dom"]
-        done = subprocess.run(["chromium", *flags, page.url], capture_output=True, text=True, timeout=120, check=False)
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    for seconds in (4, 30):  # a busy machine may take longer to show it
+        with CuePage() as page:
+            page("right_hand", 7, 30)
+            threading.Timer(seconds + 2, page.close).start()
+            command = ["chromium", *flags, f"--timeout={1000 * seconds}", page.url]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if "right hand" in done.stdout:
+            break
     assert '<div id="sign">→</div>' in done.stdout
     assert "right hand" in done.stdout
     assert "7 of 30" in done.stdout
