@@ -141,7 +141,10 @@ class Segmenter:
             decided = segment(image, predictor, roi, threshold=threshold, decide=decide, **settings).numpy()
         del image
         values = np.asarray(self.values, label_type(min(self.values), max(self.values)))
-        return self.preparation.restore(np.take(values, decided), scan)
+        found = np.empty(decided.shape, values.dtype)
+        for plane, numbers in zip(found, decided):  # indices take 8 bytes each
+            plane[...] = values[numbers]
+        return self.preparation.restore(found, scan)
 
     def _cut(self, scan: Scan) -> tuple[int, ...]:
         """The size of the prepared grid if nothing were resampled."""
