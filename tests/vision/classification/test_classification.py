@@ -120,6 +120,7 @@ print("accuracy", history[0]["accuracy"])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_count_every_picture_once(tmp_path: Path) -> None:
     """All five validation pictures are called dark, four are: 4/5, and not 5/6 with the repeated first one."""
     script = tmp_path / "run.py"
