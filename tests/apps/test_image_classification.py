@@ -76,7 +76,7 @@ def test_train_evaluate_predict(data: Path, tmp_path: Path) -> None:
         assert again["accuracy"] == pytest.approx(scores["accuracy"] * scores["pictures"] / (scores["pictures"] + 1))
         with pytest.raises(BatchError, match=r"1 of \d+ failed"):
             call("predict", run, data / "test", "-o", tmp_path / "table.csv")
-        (failed,) = json.loads((tmp_path / "failures.json").read_text())
+        (failed,) = json.loads((tmp_path / "table.csv.failures.json").read_text())
         assert failed["item"] == str(spoilt)
     finally:
         spoilt.unlink()
@@ -86,7 +86,7 @@ def test_train_evaluate_predict(data: Path, tmp_path: Path) -> None:
     kept.write_text(kept.read_text().replace('"row": [', '"row": [7.0, '))
     again = json.loads(call("predict", run, data / "test", "-o", tmp_path / "table.csv", "--json"))
     assert {row["probability"] for row in again} == {7.0}
-    assert not (tmp_path / "failures.json").exists()
+    assert not (tmp_path / "table.csv.failures.json").exists()
     assert lines[0] == "file,rank,class,probability"
     assert len(lines) == 1 + scores["pictures"]
     (data.parent / "other").mkdir(exist_ok=True)

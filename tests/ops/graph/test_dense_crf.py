@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nearfar.ops.graph import dense_crf
 from nearfar.ops.graph.dense_crf import DenseCRF, unary_from_labels, unary_from_softmax
 
 
@@ -185,3 +186,19 @@ def test_a_module_serves_grids_of_several_sizes():
         unary, image = torch.rand(1, 3, *size), 255 * torch.rand(1, 3, *size)
         torch.testing.assert_close(crf(unary, image), DenseCRF(2)(unary, image))
     torch.testing.assert_close(crf(unary, image, (2.0, 1.0)), DenseCRF(2)(unary, image, (2.0, 1.0)))
+
+
+def test_a_kept_spatial_kernel_is_that_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after inference, whose tensors no gradient may use; a grid above the limit is not kept."""
+    crf = DenseCRF(iterations=2, bilateral_weight=0, trainable=True)
+    unaries = [torch.randn(1, 3, *size) for size in ((6, 7), (6, 7), (8, 5))]
+    with torch.inference_mode():
+        first = [crf.infer(u, [crf.kernels(u, u)[0], None]) for u in unaries]
+    for unary, known in zip(unaries, first):
+        again = crf.infer(unary.requires_grad_(), [crf.kernels(unary, unary)[0], None])
+        again.sum().backward()
+        torch.testing.assert_close(again.detach(), known.clone())
+    assert crf._spatial is not None
+    monkeypatch.setattr(dense_crf, "KEPT", 10)
+    crf.kernels(torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4))
+    assert crf._spatial is None

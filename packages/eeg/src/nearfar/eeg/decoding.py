@@ -70,7 +70,24 @@ def loss(objective: str, logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
-class NetworkClassifier(ClassifierMixin, BaseEstimator):
+class _ByLogits(ClassifierMixin, BaseEstimator):
+    """Answers by `_logits`, (trials, classes) of trials in microvolts, and `classes_`."""
+
+    classes_: np.ndarray
+
+    def _logits(self, X: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
+        """Class probabilities (trials, classes)."""
+        return torch.from_numpy(self._logits(X)).softmax(1).numpy()
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        """The most probable class of each trial."""
+        return self.classes_[self._logits(X).argmax(1)]
+
+
+class NetworkClassifier(_ByLogits):
     """Any of the package's networks as a scikit-learn classifier, trained by the shared Lightning engine.
 
     Trials X are (trials, channels, times) in microvolts, or MNE epochs, which bring their `info` along. scikit-learn's
@@ -223,14 +240,6 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
         logits = self._logits(X)
         return logits if len(self.classes_) > 2 else logits[:, 1] - logits[:, 0]
 
-    def predict_proba(self, X: np.ndarray) -> np.ndarray:
-        """Class probabilities (trials, classes)."""
-        return torch.from_numpy(self._logits(X)).softmax(1).numpy()
-
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        """The most probable class of each trial."""
-        return self.classes_[self._logits(X).argmax(1)]
-
     def _logits(self, X: np.ndarray) -> np.ndarray:
         check_is_fitted(self, "network_")
         X = _microvolts(X)
@@ -263,7 +272,7 @@ class NetworkClassifier(ClassifierMixin, BaseEstimator):
         )
 
 
-class CovarianceClassifier(ClassifierMixin, BaseEstimator):
+class CovarianceClassifier(_ByLogits):
     """A decoder of covariances (`models.covariances.DECODERS`) as a scikit-learn classifier, which selects nothing.
 
     `fine_tune` adapts it to another session: the covariances that it learnt from are moved so that their Riemannian
@@ -311,14 +320,6 @@ class CovarianceClassifier(ClassifierMixin, BaseEstimator):
         self.network_ = adapted.eval()
         check_finite(self._logits(X), "the adapted scores")
         return self
-
-    def predict_proba(self, X: np.ndarray) -> np.ndarray:
-        """Class probabilities (trials, classes)."""
-        return torch.from_numpy(self._logits(X)).softmax(1).numpy()
-
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        """The most probable class of each trial."""
-        return self.classes_[self._logits(X).argmax(1)]
 
     def _logits(self, X: np.ndarray) -> np.ndarray:
         check_is_fitted(self, "network_")

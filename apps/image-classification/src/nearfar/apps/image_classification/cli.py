@@ -226,7 +226,7 @@ def predict(
 
     Where pictures have several classes, all of at least the threshold; a picture of none has one line of rank 0, with
     no class and the probability of the likeliest. Pictures whose answer is known from a call before, with the same
-    content, model and options, are not done again; failures.json beside the table tells what could not be done.
+    content, model and options, are not done again; TABLE.failures.json tells what could not be done.
     """
     once = Once(lambda: open_classifier(classifier, model))
     trained = once()
@@ -242,7 +242,10 @@ def predict(
 
     def several(some: Sequence[Path]) -> list[list[float]]:
         pictures = Pictures([str(f) for f in some], [-1] * len(some), classes, lambda i: read_picture(some[i]))
-        return once().scores(pictures, device=device, views=views).tolist()
+        scores = once().scores(pictures, device=device, views=views).tolist()
+        if odd := [file for file, row in zip(some, scores, strict=True) if not is_finite(row)]:
+            raise UserError(f"{odd[0]}: the model's scores are not finite, so no class is named")
+        return scores
 
     def keep(file: Path, row: list[float]) -> None:
         kept.add(file, row)
@@ -250,7 +253,8 @@ def predict(
 
     _, failures = run_batch(
         [file for file in files if file not in known], lambda file: several([file])[0], "predicting",
-        places=Places(workers, engine, timeout), failed=output.with_name("failures.json"), each=keep, together=several,
+        places=Places(workers, engine, timeout), failed=output.with_name(f"{output.name}.failures.json"), each=keep,
+        together=several,
     )  # fmt: skip
     rows: list[dict[str, Any]] = []
     if known:
@@ -259,9 +263,6 @@ def predict(
         number = min(top or (len(trained.classes) if trained.multilabel else 1), len(trained.classes))
         best = scores.topk(number, dim=1)
         for name, values, indices in zip(map(str, done), best.values.tolist(), best.indices.tolist(), strict=True):
-            if not is_finite(values):
-                failures.append(f"{name}: the model's scores are not finite, so no class is named")
-                continue
             if values[0] < least:
                 rows.append({"file": name, "rank": 0, "class": "", "probability": values[0]})
             for rank, (value, index) in enumerate(zip(values, indices, strict=True), start=1):
