@@ -15,7 +15,7 @@ from nearfar.apps.image_classification.tour import MODELS, chapter, digits
 from nearfar.core.cli.batch import BatchError
 from nearfar.core.errors import UserError
 from nearfar.core.report import Report
-from nearfar.vision.classification.classifier import Classifier, evaluate_scores
+from nearfar.vision.classification.classifier import LINEAR, Classifier, create_model, evaluate_scores
 from nearfar.vision.classification.comparison import compare
 from nearfar.vision.classification.training import Recipe, train_classifier
 from nearfar.vision.data.images import open_pictures, split_pictures
@@ -354,3 +354,19 @@ def test_several_classes_from_a_table(tmp_path: Path) -> None:
     assert [(entry["rank"], entry["class"]) for entry in none] == [(0, "")] * 2
     with pytest.raises(UserError, match="robustness: is for classifiers of one class a picture"):
         call("robustness", run, tmp_path, "-o", tmp_path / "r")
+
+
+def test_answers_that_are_not_finite_are_failures_and_not_kept(tmp_path: Path) -> None:
+    model = create_model(LINEAR, 2, 32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(3e38)
+    Classifier(model, LINEAR, ["a", "b"], 32, 0.9).save(tmp_path / "run")
+    for name in ("x.png", "y.png"):
+        Image.new("RGB", (40, 40), "white").save(tmp_path / name)
+    words = ["predict", tmp_path / "run", tmp_path / "x.png", tmp_path / "y.png", "-o", tmp_path / "t.csv"]
+    for _ in range(2):
+        with pytest.raises(BatchError, match=r"2 of 2 failed:\n.*x\.png: the model's scores are not finite"):
+            call(*words)
+    assert not (tmp_path / "t.csv").exists()
+    assert len(json.loads((tmp_path / "t.csv.failures.json").read_text())) == 2

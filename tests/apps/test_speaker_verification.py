@@ -712,6 +712,13 @@ def test_diarize_names_turns_and_gives_the_error_rate(model, tmp_path, capsys):
     lines = (tmp_path / "out.rttm").read_text().splitlines()
     assert all(line.startswith("SPEAKER call_1 1 ") for line in lines)
     assert len(lines) == answer["turns"]
+    renamed = tmp_path / "renamed.rttm"
+    renamed.write_text((tmp_path / "true.rttm").read_text().replace("call_1", "another"))
+    run("diarize", tmp_path / "call 1.wav", "-o", tmp_path / "out.rttm", "-m", model, "--reference", renamed)
+    assert "its one recording is another, taken for call_1" in capsys.readouterr().err
+    renamed.write_text(renamed.read_text() + "SPEAKER third 1 0 1 <NA> <NA> v <NA> <NA>\n")
+    with pytest.raises(UserError, match="has 2 recordings, none of which is call_1"):
+        run("diarize", tmp_path / "call 1.wav", "-o", tmp_path / "out.rttm", "-m", model, "--reference", renamed)
     with pytest.raises(UserError, match="are too few"):
         run("diarize", tmp_path / "call 1.wav", "-o", tmp_path / "x.rttm", "-m", model, "--memory", "10M")
     with pytest.raises(UserError, match="is a folder"):

@@ -156,4 +156,8 @@ def _of(path: Path, name: str) -> list[diarization.Turn]:
     listed = diarization.read_rttm(path)
     if name not in listed and len(listed) > 1:
         raise UserError(f"{path}: has {len(listed)} recordings, none of which is {name}")
-    return listed[name] if name in listed else next(iter(listed.values()))
+    if name not in listed:
+        only = next(iter(listed))
+        messages.print(f"{path}: its one recording is {only}, taken for {name}", highlight=False, soft_wrap=True)
+        return listed[only]
+    return listed[name]

@@ -113,7 +113,9 @@ def _scores(
     cues = [(at, classes.index(named[text])) for at, text in session.markers() if named.get(text) in classes]
     idle = session.about["rule"]["idle"]
     cues = [(at, label) for at, label in cues if label != idle]
-    cues = [cue for k, cue in enumerate(cues) if not k or cue[0] > cues[k - 1][0]]
+    all_cues, cues = cues, [cue for k, cue in enumerate(cues) if not k or cue[0] > cues[k - 1][0]]
+    if more := len(all_cues) - len(cues):
+        report.text(f"{more} cues come at the time of another, or in gaps, and are not scored.")
     decisions, total = as_decisions(session, made), len(session.times) / session.rate
     onsets, labels = np.array([at for at, _ in cues]), np.array([label for _, label in cues], int)
     choices = len(classes) - (idle is not None)
