@@ -34,6 +34,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_state_dict(folder / "final.safetensors")
 
 
+@pytest.mark.ci
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     for folder, batch, count in (("one", 8, 1), ("two", 4, 2)):
         done = start(tmp_path / folder, f"batch={batch}", count=count)

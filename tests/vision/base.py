@@ -154,7 +154,7 @@ class PictureTester:
     def test_published_macs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.check_macs(monkeypatch, self.variants()[:1])
 
-    @pytest.mark.slow
+    @pytest.mark.ci
     def test_published_macs_of_every_variant(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.check_macs(monkeypatch, self.variants()[1:])
 
@@ -219,7 +219,7 @@ class PictureTester:
         torch._dynamo.reset()
         close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
 
-    @pytest.mark.slow
+    @pytest.mark.ci
     @torch.no_grad()
     def test_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
         without_shape_checks(monkeypatch)

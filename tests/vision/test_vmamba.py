@@ -35,7 +35,7 @@ class VMambaTester(BackboneTester):
                 total += positions * directions * inner * (9 * states + 1)
         return total
 
-    @pytest.mark.slow
+    @pytest.mark.ci
     def test_published_macs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().test_published_macs(monkeypatch)
 
