@@ -21,23 +21,10 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from nearfar.core.contracts import Contract, fill, shipped, verify
+from nearfar.core.contracts import Contract, fill
 from nearfar.core.errors import CheckpointError
 from nearfar.vision.models.base import PictureModel
 from nearfar.vision.models.registry import MODELS, VARIANTS
-
-
-def contracts(system: str) -> list[Any]:
-    """The shipped contracts of `system` as test parameters."""
-    found = shipped(system)
-    assert found, f"no contracts of {system}"
-    return [pytest.param(path, id=path.stem.split("--")[1]) for path in found]
-
-
-def check_contract(path: Path, build: Any) -> None:
-    contract = Contract.load(path)
-    for output, error in verify(contract, build).items():
-        assert error < (contract.tolerance or 1e-4), (output, error)
 
 
 def described(
