@@ -16,6 +16,8 @@ CHAINS = [
     {"l_freq": 8.0, "h_freq": 30.0},
     {"l_freq": 4.0, "notch": 50.0, "sfreq": 80.0, "standardization": "exponential-moving"},
     {"h_freq": 40.0, "reference": ("A1", "Pz")},
+    {"l_freq": 8.0, "h_freq": 30.0, "alignment": "euclidean"},
+    {"l_freq": 8.0, "sfreq": 80.0, "standardization": "exponential-moving", "alignment": "riemannian"},
     {},
 ]
 

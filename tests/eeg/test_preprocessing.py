@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import linalg
 from scipy.signal import butter, filtfilt
 from sklearn.base import clone
 
 from nearfar.core.errors import UserError
-from nearfar.eeg.alignment import EuclideanAlignment, ExponentialMovingStandardizer, RunningAlignment
+from nearfar.eeg.alignment import EuclideanAlignment, ExponentialMovingStandardizer, RunningAlignment, StreamAlignment
 from nearfar.eeg.annotations import event_counts, quiet
 from nearfar.eeg.preprocessing import PRESETS, Preprocessing
 
@@ -350,3 +351,67 @@ def test_running_alignment_equals_the_batch_so_far_and_never_looks_ahead():
     again = RunningAlignment(shrinkage=0.2)
     changed = [again.push(trial if n < 10 else 100 * trial) for n, trial in enumerate(X)]
     np.testing.assert_array_equal(done[:10], changed[:10])
+
+
+# alignment of a stream
+
+
+def aligned_by_hand(x, kind, block, first, memory, shrinkage, limit):
+    """Sample after sample, matrix functions by scipy."""
+
+    def covariance(b):
+        part = x[:, b * block : (b + 1) * block]
+        found = np.cov(part, bias=True)
+        return (1 - shrinkage) * found + shrinkage * np.trace(found) / len(x) * np.eye(len(x))
+
+    def mean(before, new, weight):
+        new = new * min(1, limit * np.trace(before) / np.trace(new))
+        if kind == "euclidean":
+            return (1 - weight) * before + weight * new
+        root = linalg.sqrtm(before)
+        inside = linalg.inv(root) @ new @ linalg.inv(root)
+        return root @ linalg.fractional_matrix_power(inside, weight) @ root
+
+    references = [covariance(0)]
+    for b in range(1, x.shape[1] // block):
+        references.append(mean(references[-1], covariance(b), max(1 / (b + 1), 1 / memory)))
+    result = np.empty_like(x)
+    for t in range(x.shape[1]):
+        result[:, t] = linalg.inv(linalg.sqrtm(references[max(t // block, first) - 1])) @ x[:, t]
+    return result
+
+
+@pytest.mark.parametrize("kind", ["euclidean", "riemannian"])
+def test_a_stream_is_aligned_as_by_hand_whatever_its_chunks(kind):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 4)) @ rng.normal(size=(4, 333))
+    x[1, 130:140] += 500  # an artefact
+    settings = {"block": 20, "first": 3, "memory": 8, "shrinkage": 0.1, "limit": 4.0}
+    whole = StreamAlignment(kind, **settings).push(x)
+    np.testing.assert_allclose(whole, aligned_by_hand(x, kind, **settings), rtol=1e-9, atol=1e-9)
+    for seed in range(3):
+        cuts = np.sort(np.random.default_rng(seed).integers(0, 333, size=40))
+        stream = StreamAlignment(kind, **settings)
+        parts = [stream.push(part) for part in np.split(x, cuts, axis=1) if part.shape[1]]
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+@pytest.mark.parametrize("kind", ["euclidean", "riemannian"])
+def test_other_gains_and_mixtures_become_alike(kind):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 9000))
+    mixing = rng.normal(size=(5, 5)) + 3 * np.eye(5)
+    one, other = (StreamAlignment(kind, 50, shrinkage=1e-6).push(each)[:, 5000:] for each in (x, mixing @ x))
+    for aligned in (one, other):
+        np.testing.assert_allclose(np.cov(aligned), np.eye(5), atol=0.15)
+
+
+def test_a_stream_that_begins_flat_is_aligned_when_it_has_signal():
+    x = np.random.default_rng(0).normal(0, 10, size=(3, 1000))
+    x[:, :200] = 0
+    aligned = StreamAlignment("riemannian", 20).push(x)
+    assert not aligned[:, :220].any()
+    assert 0.7 < aligned[:, 400:].std() < 1.4
+    for wrong in ({"kind": "none"}, {"block": 1}, {"first": 0}, {"shrinkage": 0.0}, {"limit": 0.5}):
+        with pytest.raises(ValueError, match="must be|need"):
+            StreamAlignment(**{"kind": "euclidean", "block": 20} | wrong)

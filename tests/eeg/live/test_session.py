@@ -19,7 +19,7 @@ from nearfar.eeg.live.audit import audit
 from nearfar.eeg.live.session import Live, Recorder, Session, decoder_rule, replay, run
 from nearfar.eeg.live.sinks import Lines, Udp
 from nearfar.eeg.live.sources import BoardSource, Chunk, Continuity, FileSource
-from nearfar.eeg.live.stream import Rule, decode
+from nearfar.eeg.live.stream import Rule, StreamDecoder, decode
 from nearfar.eeg.models import baselines
 from nearfar.eeg.preprocessing import Preprocessing
 from nearfar.eeg.recordings import Recording
@@ -122,6 +122,35 @@ def test_a_gap_begins_anew_and_a_clock_jump_does_not(decoder, tmp_path):
     np.testing.assert_allclose(
         [list(share.values()) for share in made["gap"][-len(second) :]], second.probabilities, atol=1e-6
     )
+
+
+def test_a_running_alignment_goes_on_after_a_gap_live_offline_and_again(decoder, tmp_path):
+    settings = Preprocessing(**SETTINGS, alignment="riemannian", standardization=None)
+    network = Decoder.load(decoder).network
+    made = Decoder(network, ["left_hand", "right_hand"], settings, list(NAMES), {"sfreq": 160.0})
+    made.save(tmp_path / "decoder")
+    data = noise(12) * np.linspace(1, 3, 1920, dtype=np.float32)
+    parts = chunks(data, shift=lambda k: 2.0 * (k >= 120), late=lambda k: 2.0 * (k >= 120))
+    counts = run(Scripted(parts), tmp_path / "s", tmp_path / "decoder")
+    assert counts["gaps"] == 1
+    assert replay(tmp_path / "s").same
+    session = Session.read(tmp_path / "s")
+    samples = [one["sample"] for one in session.decisions()]
+    # 3 s are held back at the start alone; after the gap, at sample 960, windows begin at once
+    assert samples[0] == 159
+    assert 960 + 159 in samples
+    whole = settings.apply(session.raw()).get_data() * 1e6
+    assert "BAD_short" not in session.raw().annotations.description
+    wanted = made.predict_proba(np.stack([whole[:, at - 159 : at + 1] for at in samples]).astype(np.float32))
+    live = [list(one["probabilities"].values()) for one in session.decisions()]
+    np.testing.assert_allclose(live, wanted, atol=1e-6)
+    client = StreamDecoder.live(made, 16, rate=160.0, ch_names=NAMES)
+    begun = client.push(data[:, :960].astype(float))
+    assert len(begun) == sum(at < 960 for at in samples)
+    after = StreamDecoder.live(made, 16, rate=160.0, ch_names=NAMES, first=960, after=client)
+    assert len(after.push(data[:, 960:1120].astype(float))) == 1
+    anew = StreamDecoder.live(made, 16, rate=160.0, ch_names=NAMES, first=960)
+    assert not len(anew.push(data[:, 960:1120].astype(float)))
 
 
 def test_losses_that_a_board_tells_and_overruns_are_counted(decoder, tmp_path):

@@ -1,6 +1,7 @@
-"""Making recordings alike: exponential moving standardization in time, Euclidean alignment in space."""
+"""Making recordings alike: exponential moving standardization in time, Euclidean and Riemannian alignment in space."""
 
-from typing import Self
+from collections.abc import Sequence
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -140,6 +141,117 @@ class RunningAlignment:
         self.count += 1
         self._mean = covariance if self._mean is None else self._mean + (covariance - self._mean) / self.count
         return (inverse_root(self._mean, self.shrinkage) @ trial).astype(np.result_type(trial, np.float32))
+
+
+class StreamAlignment:
+    """Alignment of a stream: each sample is whitened by the mean covariance of the recording before it, without labels.
+
+    The stream is taken in blocks of `block` samples. With C_b the covariance of block b about its mean, shrunk,
+
+        Euclidean    R_b = (1 - w) R_(b-1) + w C_b,
+        Riemannian   R_b = R_(b-1)^(1/2) (R_(b-1)^(-1/2) C_b R_(b-1)^(-1/2))^w R_(b-1)^(1/2),   w = max(1 / b, 1 / memory),
+        y_t = R_b^(-1/2) x_t   for t in block b + 1,
+
+    the running arithmetic and geometric mean, which forget after `memory` blocks. The first `first` blocks are held
+    back and whitened by their own mean; no later sample looks ahead. A block whose variance exceeds `limit` times that
+    of R counts with so much, so that an artefact moves R little. Chunks of any size give the same samples.
+
+    He and Wu 2020 (Euclidean), Zanini et al. 2018 (Riemannian); both align trials, not blocks of a stream.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["euclidean", "riemannian"],
+        block: int,
+        first: int = 3,
+        memory: int = 120,
+        shrinkage: float = 0.1,
+        limit: float = 4.0,
+    ) -> None:
+        if kind not in ALIGNMENTS:
+            raise ValueError(f"kind must be one of {', '.join(ALIGNMENTS)}, not {kind!r}")
+        if block < 2 or not 1 <= first <= memory or not 0 < shrinkage <= 1 or not limit >= 1:
+            raise ValueError(
+                "need 2 samples or more a block, 1 <= first <= memory, shrinkage in (0, 1] and limit of 1 or more, got "
+                f"{block}, {first}, {memory}, {shrinkage}, {limit}"
+            )
+        self.kind, self.block, self.first, self.memory, self.shrinkage, self.limit = (
+            kind, block, first, memory, shrinkage, limit,
+        )  # fmt: skip
+        self.blocks = 0
+        self.reference: NDArray | None = None  # R
+        self._whitener: NDArray | None = None
+        self._held: NDArray | None = None  # the samples of the block that is not full, or of the first blocks
+
+    def push(self, chunk: NDArray) -> NDArray:
+        """The aligned samples; while the first blocks fill there are none."""
+        held = chunk if self._held is None else np.concatenate([self._held, chunk], axis=1)
+        done = 0 if self._held is None or self.reference is None else self._held.shape[1]  # samples given already
+        parts, at = [chunk[:, :0]], 0
+        if self.reference is None:
+            if held.shape[1] < self.first * self.block:
+                self._held = held
+                return chunk[:, :0]
+            while at < self.first * self.block:
+                self._take(held[:, at : at + self.block])
+                at += self.block
+            parts.append(self._whiten(held[:, :at]))
+            done = at
+        while at < held.shape[1]:
+            stop = min(at + self.block, held.shape[1])
+            if done < stop:
+                parts.append(self._whiten(held[:, max(at, done) : stop]))
+            if stop - at < self.block:
+                break
+            self._take(held[:, at:stop])
+            at = stop
+        self._held = held[:, at:].copy()
+        return np.concatenate(parts, axis=1)
+
+    def after(self, before: Self) -> Self:
+        """Go on after a gap with what was known before it."""
+        self.blocks, self.reference, self._whitener = before.blocks, before.reference, before._whitener
+        return self
+
+    def _take(self, block: NDArray) -> None:
+        centred = block - block.mean(axis=1, keepdims=True)
+        covariance, size = centred @ centred.T / block.shape[1], len(block)
+        covariance = (1 - self.shrinkage) * covariance + self.shrinkage * np.trace(covariance) / size * np.eye(size)
+        self.blocks += 1
+        if self.reference is None or not self.reference.any():  # none before, or nothing but flat ones
+            self.reference = covariance
+        elif covariance.any():
+            weight = max(1 / self.blocks, 1 / self.memory)
+            covariance = covariance * min(1.0, self.limit * np.trace(self.reference) / np.trace(covariance))
+            if self.kind == "euclidean":
+                self.reference = self.reference + weight * (covariance - self.reference)
+            else:
+                root, inverse = _power(self.reference, 0.5), _power(self.reference, -0.5)
+                self.reference = root @ _power(inverse @ covariance @ inverse, weight) @ root
+        self._whitener = _power(self.reference, -0.5) if self.reference.any() else self.reference
+
+    def _whiten(self, samples: NDArray) -> NDArray:
+        """R^(-1/2) x, channel after channel, so that the number of samples does not alter the rounding."""
+        result = np.zeros_like(samples)
+        for column, row in zip(self._whitener.T, samples, strict=True):  # type: ignore[union-attr]
+            result += column[:, None] * row
+        return result
+
+
+ALIGNMENTS = ("euclidean", "riemannian")
+
+
+def carry(before: Sequence[object], steps: Sequence[object]) -> None:
+    """Let the alignment among `steps` go on after a gap with what that among the steps `before` it knew."""
+    known = [step for step in before if isinstance(step, StreamAlignment)]
+    for old, new in zip(known, [step for step in steps if isinstance(step, StreamAlignment)]):
+        new.after(old)
+
+
+def _power(matrix: NDArray, exponent: float) -> NDArray:
+    """A power of a symmetric positive matrix, its smallest values held at 1e-12 of the largest against rounding."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    return (vectors * np.maximum(values, 1e-12 * values[-1]) ** exponent) @ vectors.T
 
 
 def mean_covariance(X: NDArray) -> NDArray:

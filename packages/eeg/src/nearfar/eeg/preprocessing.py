@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import signal
 
 from nearfar.core.errors import UserError
-from nearfar.eeg.alignment import EXPONENTIAL_MOVING, ExponentialMovingStandardizer
+from nearfar.eeg.alignment import ALIGNMENTS, EXPONENTIAL_MOVING, ExponentialMovingStandardizer, StreamAlignment, carry
 from nearfar.eeg.annotations import (
     EDGES,
     Events,
@@ -63,6 +63,8 @@ class Preprocessing:
     standardization: "exponential-moving" (causal, over the recording, see `alignment`), "trial" (each channel of each
         trial to mean 0 and deviation 1) or None. A standard deviation is stored as 1 microvolt, so that
         `trials_array` gives unit variance.
+    alignment: "euclidean" or "riemannian": samples are whitened by the covariance of the recording so far (causal, no
+        labels, see `alignment.StreamAlignment`), which makes days and people alike; they then have unit variance.
     order: "continuous" filters the recording, each piece between edges (joined runs, EEGLAB's boundary) by itself, and
         cuts afterwards. "published" is AGTCNet's own order, trial by
         trial: cut; where the rate changes, low-pass at the new Nyquist frequency (Butterworth, order 12, forward and
@@ -80,6 +82,7 @@ class Preprocessing:
     sfreq: float | None = None
     reference: Literal["auto", "average"] | tuple[str, ...] | None = "auto"
     standardization: Literal["exponential-moving", "trial"] | None = None
+    alignment: Literal["euclidean", "riemannian"] | None = None
     order: Literal["continuous", "published"] = "continuous"
     causal: bool = False
 
@@ -102,14 +105,15 @@ class Preprocessing:
             raise UserError(
                 f"standardization must be 'exponential-moving', 'trial' or None, not {self.standardization!r}"
             )
+        if self.alignment not in (None, *ALIGNMENTS):
+            raise UserError(f"alignment must be one of {', '.join(ALIGNMENTS)} or None, not {self.alignment!r}")
         if self.order not in ("continuous", "published"):
             raise UserError(f"order must be 'continuous' or 'published', not {self.order!r}")
         if self.causal and (self.order == "published" or self.standardization == "trial"):
             raise UserError("treating trials one by one needs all of a trial; it has no causal form")
         if self.order == "published":
-            extra = [
-                name for name in ("l_freq", "h_freq", "notch", "standardization") if getattr(self, name) is not None
-            ]
+            names = ("l_freq", "h_freq", "notch", "standardization", "alignment")
+            extra = [name for name in names if getattr(self, name) is not None]
             if extra or isinstance(self.reference, tuple):
                 raise UserError(
                     f"the published order has no {', '.join(extra) or 'named reference'}; "
@@ -186,7 +190,14 @@ class Preprocessing:
             steps.append(AverageReference())
         if self.standardization == "exponential-moving":
             steps.append(ExponentialMovingStandardizer())
+        if self.alignment is not None:
+            steps.append(self._aligner(wanted))
         return steps
+
+    def _aligner(self, sfreq: float) -> StreamAlignment:
+        if self.alignment is None:
+            raise ValueError("these settings have no alignment")
+        return StreamAlignment(self.alignment, max(2, round(sfreq)))  # blocks of 1 s
 
     def n_times(self, sfreq: float | None = None) -> int:
         """Samples of a trial; `sfreq` is the recording's rate, needed where the settings keep it."""
@@ -233,6 +244,9 @@ class Preprocessing:
 
             standardize = partial(exponential_moving_standardize, **EXPONENTIAL_MOVING)
             raw.apply_function(lambda volts: standardize(volts * 1e6) * 1e-6, picks="all", channel_wise=False)
+        if self.alignment is not None:
+            with quiet():
+                self._through(raw, lambda start: [self._aligner(raw.info["sfreq"])])
         return raw
 
     def cut(self, raw: mne.io.BaseRaw, events: Events) -> mne.EpochsArray:
@@ -302,6 +316,7 @@ class Preprocessing:
         continuous = [name for name in ("l_freq", "h_freq", "notch") if getattr(self, name) is not None]
         continuous += ["causal"] if self.causal else []
         continuous += ["standardization"] if self.standardization == "exponential-moving" else []
+        continuous += ["alignment"] if self.alignment is not None else []
         if continuous or isinstance(self.reference, tuple):
             raise UserError(
                 f"{', '.join(continuous) or 'named reference'}: needs the recording, not trials cut from it"
@@ -318,17 +333,30 @@ class Preprocessing:
         return self._epochs(data, eeg, epochs.events, epochs.event_id, epochs.metadata)
 
     def _causally(self, raw: mne.io.BaseRaw) -> mne.io.BaseRaw:
-        """`raw` through `causal_steps`, each piece between edges by itself; a piece too short for a standardization
-        becomes zero and BAD_short."""
+        """`raw` through `causal_steps`, each piece between edges by itself."""
         rate, references = raw.info["sfreq"], self.reference if isinstance(self.reference, tuple) else ()
         if missing := [name for name in references if name not in raw.ch_names]:
             raise self._lacks(raw, missing)
-        data, parts, short = raw.get_data(verbose="ERROR") * 1e6, [], []
-        factor = round(rate / (self.sfreq or rate))
+        names, factor = list(raw.ch_names), round(rate / (self.sfreq or rate))
+        return self._through(raw, lambda start: self.causal_steps(rate, names, start), factor, references)
+
+    def _through(
+        self,
+        raw: mne.io.BaseRaw,
+        steps_from: Callable[[int], list[Step]],
+        factor: int = 1,
+        references: Sequence[str] = (),
+    ) -> mne.io.BaseRaw:
+        """`raw` through steps that begin anew with each piece between edges; only an alignment goes on. A piece too
+        short for a standardization or a first alignment becomes zero and BAD_short."""
+        rate, data, parts, short = raw.info["sfreq"], raw.get_data(verbose="ERROR") * 1e6, [], []
+        before: list[Step] = []
         for start, stop in segments(raw):
-            part = data[:, start:stop]
-            for step in self.causal_steps(rate, raw.ch_names, start):
+            part, steps = data[:, start:stop], steps_from(start)
+            carry(before, steps)
+            for step in steps:
                 part = step.push(part) if part.shape[1] else part
+            before = steps
             expected = -(-stop // factor) - -(-start // factor)
             if part.shape[1] < expected:
                 short.append((start / rate, (stop - start) / rate))

@@ -29,6 +29,7 @@ from nearfar.apps.motor_imagery.options import (
     Subjects,
     Types,
     Unit,
+    Whiten,
     Window,
     channel_names,
     chosen_recordings,
@@ -179,6 +180,7 @@ def train(
     notch: Notch = None,
     resample: Resample = None,
     standardize: Standardize = None,
+    whiten: Whiten = None,
     reference: Reference = None,
     causal: Causal = False,
     published: Published = False,
@@ -201,7 +203,9 @@ def train(
     if test_runs:
         held_out += [recording for recording in recordings if recording.run in test_runs.split(",")]
         recordings = [recording for recording in recordings if recording.run not in test_runs.split(",")]
-    preprocessing = preparation(recordings, window, band, notch, resample, standardize, published, reference, causal)
+    preprocessing = preparation(
+        recordings, window, band, notch, resample, standardize, published, reference, causal, whiten
+    )
     options = {
         "events": event_names(event),
         "interpolate": interpolate,
@@ -273,6 +277,7 @@ def evaluate(
     notch: Notch = None,
     resample: Resample = None,
     standardize: Standardize = None,
+    whiten: Whiten = None,
     reference: Reference = None,
     causal: Causal = False,
     published: Published = False,
@@ -287,7 +292,9 @@ def evaluate(
     """
     training = read_recipe(Recipe, recipe, settings or ())
     recordings = chosen_recordings(find_recordings(paths, subject_pattern), runs, subjects)
-    preprocessing = preparation(recordings, window, band, notch, resample, standardize, published, reference, causal)
+    preprocessing = preparation(
+        recordings, window, band, notch, resample, standardize, published, reference, causal, whiten
+    )
     epochs = chosen_trials(
         recordings,
         classes,
@@ -300,7 +307,7 @@ def evaluate(
     )
     wide = None
     if all(recording.trials is None for recording in recordings):
-        settings_of_maps = replace(preprocessing, tmin=-1.0, order="continuous", standardization=None)
+        settings_of_maps = replace(preprocessing, tmin=-1.0, order="continuous", standardization=None, alignment=None)
         wide = load_trials(
             recordings,
             preprocessing=settings_of_maps,

@@ -15,7 +15,9 @@ from nearfar.apps.motor_imagery.options import (
     Event,
     Notch,
     Reference,
+    Standardization,
     Unit,
+    Whiten,
     Window,
     chosen_trials,
     event_names,
@@ -181,6 +183,10 @@ def calibrate(
     band: Band = None,
     notch: Notch = None,
     reference: Reference = None,
+    standardize: Annotated[
+        bool, typer.Option("--standardize", help="Exponential moving standardization of each channel.")
+    ] = False,
+    whiten: Whiten = None,
     bids: Annotated[Path | None, typer.Option(help="Also put the recording into this BIDS dataset.")] = None,
     subject: Annotated[str, typer.Option(help="Its subject there.")] = "01",
     run_number: Annotated[int, typer.Option("--run", min=1, help="Its run there.")] = 1,
@@ -209,7 +215,8 @@ def calibrate(
     begun = time.perf_counter()
     recordings = [Recording(folder / "session_raw.fif", subject, folder.name) for folder in (*(also or ()), output)]
     spans = window or (0.5, chosen.cue)
-    preprocessing = preparation(recordings, spans, band, notch, None, None, False, reference, causal=True)
+    moving = Standardization.exponential_moving if standardize else None
+    preprocessing = preparation(recordings, spans, band, notch, None, moving, False, reference, True, whiten)
     options = {"events": {name: name for name in chosen.classes}, "interpolate": False, "skip_bad": False}
     epochs = chosen_trials(recordings, None, channels=None, preprocessing=preprocessing, **options)
     made = train_decoder(

@@ -21,6 +21,11 @@ class Standardization(StrEnum):
     trial = "trial"
 
 
+class Alignment(StrEnum):
+    euclidean = "euclidean"
+    riemannian = "riemannian"
+
+
 Paths = Annotated[list[Path], typer.Argument(help="Recordings, or folders that are searched for recordings.")]
 Event = Annotated[
     list[str] | None,
@@ -62,6 +67,10 @@ Band = Annotated[tuple[float, float] | None, typer.Option(help="Band-pass in Hz,
 Notch = Annotated[float | None, typer.Option(help="Remove this mains frequency and its harmonics, in Hz.")]
 Resample = Annotated[float | None, typer.Option("--resample", help="Resample to this rate, in Hz.")]
 Standardize = Annotated[Standardization | None, typer.Option(help="Standardize each channel. (default: no)")]
+Whiten = Annotated[
+    Alignment | None,
+    typer.Option(help="Running alignment: whiten by the mean covariance of the recording so far. (default: no)"),
+]
 Causal = Annotated[
     bool,
     typer.Option(
@@ -142,6 +151,7 @@ def preparation(
     published: bool,
     reference: str | None = None,
     causal: bool = False,
+    whiten: Alignment | None = None,
 ) -> Preprocessing:
     """The preset of a known set, or a window of 3 s, with what the options change."""
     values: dict[str, Any] = {"causal": True} if causal else {}
@@ -155,6 +165,8 @@ def preparation(
         values["sfreq"] = resample
     if standardize is not None:
         values["standardization"] = standardize.value
+    if whiten is not None:
+        values["alignment"] = whiten.value
     if reference is not None:
         known = {"auto": "auto", "average": "average", "none": None}
         values["reference"] = known[reference] if reference in known else tuple(reference.split(","))

@@ -194,7 +194,7 @@ class Session:
 
 
 BREAKS = ("gap", "edge", "returned")
-"""Events after which the samples do not go on: everything that has a state begins anew."""
+"""Events after which the samples do not go on: everything that has a state but a running alignment begins anew."""
 
 
 @dataclass
@@ -217,7 +217,7 @@ class Live:
             self._start = self.count
             self._stream = StreamDecoder.live(
                 self.decoder, self.step, rate=self.rate, ch_names=self.ch_names, unit=self.unit, rule=self.rule,
-                batch_size=1, first=self.count,
+                batch_size=1, first=self.count, after=self._stream,
             )  # fmt: skip
         self.count += samples.shape[1]
         return self._told(self._stream.push(samples))

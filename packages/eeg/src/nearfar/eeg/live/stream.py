@@ -10,6 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from nearfar.core.errors import UserError
 from nearfar.eeg import metrics
+from nearfar.eeg.alignment import carry
 from nearfar.eeg.conventions import standard_name
 from nearfar.eeg.live.steps import Step
 from nearfar.eeg.recordings import UNITS
@@ -262,14 +263,18 @@ class StreamDecoder:
         rule: Rule = Rule(),
         batch_size: int = 256,
         first: int = 0,
+        after: "StreamDecoder | None" = None,
     ) -> "StreamDecoder":
         """A trained `Decoder` on a stream of unfiltered samples, its preprocessing in causal steps.
 
         first: number of the first sample, where the stream goes on after a gap.
+        after: what decoded it before the gap; a running alignment goes on from there, all else begins anew.
 
         Raises UserError where the preprocessing cannot be causal.
         """
         steps = decoder.preprocessing.causal_steps(rate, decoder.recorded, first)
+        if after is not None:
+            carry(after._steps, steps)
         made = cls(
             decoder, int(decoder.network.n_times), step, decoder.sfreq, steps=steps, rule=rule, batch_size=batch_size,
             ch_names=ch_names, unit=unit, rate=rate,
