@@ -379,13 +379,20 @@ def test_calibrate_live_replay_audit_export(calibrated, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["replay"] == "same to the last bit"
     assert found["events"] == 12
-    assert found["hits"] > found["wrong"]  # of a rhythm three times as strong as the noise
-    assert found["bits_per_minute"] > 0
+    assert found["hits"] > found["wrong"]
+    swapped = ["--event", "left_hand=right_hand", "--event", "right_hand=left_hand"]
+    assert run("audit", tmp_path / "s", "--json", *swapped) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert [other[key] for key in ("hits", "wrong", "missed")] == [found[key] for key in ("wrong", "hits", "missed")]
+    assert other["bits_per_minute"] < found["bits_per_minute"]
     assert (tmp_path / "s/audit.html").is_file()
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(lines) == found["decisions"]
-    assert run("export", calibrated / "decoder", "-o", tmp_path / "d.onnx") == 2
-    assert "eigenvalues" in capsys.readouterr().err
+    # windows of 1.5 s that lie in a cue of 2 s: a rhythm three times as strong as the noise leaves no doubt
+    within = [(line, *divmod((line["sample"] + 1) / RATE - 3.0, 4.0)) for line in lines]
+    within = [(line["decision"], int(cue) % 2) for line, cue, past in within if 1.5 <= past <= 2 and 0 <= cue < 12]
+    assert len(within) == 12 * 5
+    assert all(decision == ("left_hand", "right_hand")[cls] for decision, cls in within)
     more = ["--model", "CSP+LDA", "--also", calibrated, "--set", "cue=2", "--speed", "inf"]
     assert run("calibrate", "--file", file, "-o", tmp_path / "b", *more) == 0
     assert run("export", tmp_path / "b/decoder", "-o", tmp_path / "d.onnx") == 0

@@ -32,7 +32,7 @@ for spec in sys.argv[2:]:
     data = 1e-5 * np.random.default_rng(0).normal(size=(int(channels), int(rate * seconds)))
     raw = mne.io.RawArray(data, mne.create_info([f"E{k}" for k in range(int(channels))], rate, "eeg"), verbose="ERROR")
     raw.set_annotations(mne.Annotations(np.arange(1.0, seconds), 0.1, "a"))
-    # a chunk is sent every 50 ms, and ends begin anew, so that the readers end first
+    # a chunk is sent every 50 ms; at its end the player sends all of the recording at once, so that readers end first
     player = PlayerLSL(raw, max(1, int(rate // 20)), name=f"player-{spec}", source_id=spec, annotations=True)
     players.append(player.start())
 print("ready", flush=True)
@@ -50,6 +50,7 @@ def make_decoder(folder, names, rate, wanted=None):
 def round_trip(tmp_path, spec, seconds, wanted=None):
     """A session of a player's stream: every sample is there, in order, and its decisions are those of the replay."""
     channels, rate, length = (float(part) for part in spec.split("x"))
+    assert seconds < length
     names = [f"E{k}" for k in range(int(channels))]
     decoder = make_decoder(tmp_path / "decoder", names, rate, wanted)
     source = StreamSource(f"player-{spec}", markers=f"player-{spec}-annotations", timeout=20)
@@ -84,9 +85,9 @@ def test_there_and_back(player, tmp_path, number, wanted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["22x1600x30", "64x1600x30", "22x2500x30"])
+@pytest.mark.parametrize("spec", ["22x1600x90", "64x1600x90", "22x10000x90", "64x10000x90"])
 def test_nothing_is_lost_in_five_minutes_at_ten_times(tmp_path, spec):
-    """300 s of 160 (250) Hz in 30 s: what a second of the recording holds comes in a tenth of one."""
+    """300 s of 160 (1000) Hz in 30 s: what a second of the recording holds comes in a tenth of one."""
     with subprocess.Popen([sys.executable, "-c", PLAYER, "600", spec], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         counts = round_trip(tmp_path, spec, 30.0, float(spec.split("x")[1]) / 10)

@@ -12,7 +12,7 @@ from nearfar.eeg.decoding import CovarianceClassifier, Recipe
 from nearfar.eeg.live.scores import stream_error
 from nearfar.eeg.metrics import choose_threshold
 from nearfar.eeg.models import baselines
-from nearfar.eeg.models.covariances import DECODERS, compiled, surrogates
+from nearfar.eeg.models.covariances import DECODERS, compiled, log_by_products, surrogates
 from nearfar.eeg.preprocessing import Preprocessing
 from nearfar.eeg.training import train_decoder
 
@@ -126,3 +126,28 @@ def test_nonsense_is_refused():
         DECODERS["MDM"](4, 2, 100, 50.0, rank=4, learnt=3)
     with pytest.raises(UserError, match="two classes"):
         CovarianceClassifier("MDM", RATE).fit(trials()[0], np.zeros(40))
+
+
+@pytest.mark.parametrize("size", [1, 3, 22])
+def test_the_logarithm_by_products_is_that_by_eigenvalues_or_nan(size):
+    torch.manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(4, 2, size, size, dtype=torch.float64))[0]
+    for condition in (1.0, 1e3, 1e7):
+        values = 7 * torch.logspace(0, -np.log10(condition), size, dtype=torch.float64)
+        wanted = (turn * values.log()) @ turn.mT
+        found = log_by_products((turn * values) @ turn.mT)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-8)
+    if size > 1:
+        values = torch.logspace(0, -11, size, dtype=torch.float64)
+        assert log_by_products((turn * values) @ turn.mT).isnan().all()
+
+
+@pytest.mark.parametrize("name", ["TangentSpace", "MDM"])
+def test_decoders_by_products_answer_as_by_eigenvalues(name):
+    X, y = trials(classes=3)
+    made = CovarianceClassifier(name, RATE).fit(X, y).network_
+    mixed = torch.as_tensor(X * np.geomspace(0.1, 10, X.shape[1])[:, None])
+    wanted = [made(each) for each in (torch.as_tensor(X), mixed)]
+    made.by_products = True
+    for each, logits in zip((torch.as_tensor(X), mixed), wanted, strict=True):
+        np.testing.assert_allclose(made(each), logits, rtol=1e-5, atol=1e-5)

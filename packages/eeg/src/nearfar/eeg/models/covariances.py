@@ -9,7 +9,8 @@ OAS shrinkage:
     MDM            z_k = -|| log(M_k^(-1/2) S M_k^(-1/2)) ||^2
     CSP+LDA        z_k = w_k . log diag(V^T C V) + b_k
 
-and the probabilities are the softmax of z. All is in float64; a trial costs O(channels T^2 + channels^3).
+and the probabilities are the softmax of z. All is in float64; a trial costs O(channels T^2 + channels^3). With
+`by_products` the logarithm takes matrix products alone, as ONNX has them.
 """
 
 from typing import Any, Self
@@ -107,8 +108,17 @@ class CovarianceDecoder(nn.Module):
 
     of_classes: tuple[str, ...] = ("weight", "bias")
     """Buffers with an entry for each output."""
+    by_products = False
+    """Whether logarithms are made of products (`log_by_products`) instead of eigenvalues."""
     centred = True
     """Whether covariances are about the trial's mean, as scikit-learn's OAS has it, or about zero, as MNE's CSP."""
+
+    def logarithm(self, matrices: Tensor) -> Tensor:
+        """Of symmetric positive matrices (..., rank, rank)."""
+        if self.by_products:
+            return log_by_products(matrices)
+        values, vectors = torch.linalg.eigh(matrices)
+        return (vectors * values.log()[..., None, :]) @ vectors.mT
 
     def take(self, tail: Pipeline) -> None:
         """Take over what the steps of a pipeline after the band-pass have learnt."""
@@ -131,8 +141,7 @@ class TangentSpaceDecoder(CovarianceDecoder):
         self._hold("bias", self.n_outputs)
 
     def scores(self, c: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(self.whitener @ self.shrunk(c) @ self.whitener)
-        logarithm = (vectors * values.log()[:, None, :]) @ vectors.mT
+        logarithm = self.logarithm(self.whitener @ self.shrunk(c) @ self.whitener)
         return torch.einsum("kij,nij->nk", self.weight, logarithm) + self.bias
 
     def take(self, tail: Pipeline) -> None:
@@ -155,6 +164,8 @@ class MDMDecoder(CovarianceDecoder):
 
     def scores(self, c: Tensor) -> Tensor:
         whitened = self.roots @ self.shrunk(c)[:, None] @ self.roots
+        if self.by_products:
+            return -self.logarithm(whitened).square().sum((-2, -1))
         return -torch.linalg.eigvalsh(whitened).log().square().sum(-1)
 
     def take(self, tail: Pipeline) -> None:
@@ -192,6 +203,34 @@ DECODERS: dict[str, type[CovarianceDecoder]] = {
     "CSP+LDA": CSPDecoder,
 }
 """By the names of `baselines.classical`."""
+
+
+def log_by_products(matrices: Tensor) -> Tensor:
+    """Logarithm of symmetric positive matrices (..., n, n) by products alone, to about 1e-9 of its size.
+
+    log A = log(c) I + 2^6 log((A / c)^(1 / 2^6)), c the largest row sum of |A|. Roots come from coupled Newton-Schulz
+    iterations, Y <- Y (3 I - Z Y) / 2 and Z <- (3 I - Z Y) / 2 Z from Y = A / c and Z = I, in which Y tends to the root
+    and Z to its inverse; the last logarithm is its series of degree 16. The numbers of iterations, fixed, suffice for
+    eigenvalues of 1e-8 c or more; where one is smaller the result is NaN.
+    """
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    scale = matrices.abs().sum(-1).amax(-1)[..., None, None]
+    root, sound = matrices / scale, torch.ones_like(scale, dtype=torch.bool)
+    for iterations in _ITERATIONS:
+        inverse = eye.expand_as(root)
+        for _ in range(iterations):
+            step = 1.5 * eye - 0.5 * (inverse @ root)
+            root, inverse = root @ step, step @ inverse
+        sound = sound & ((inverse @ root - eye).abs().amax((-2, -1), keepdim=True) < 1e-8)
+    rest, series = eye - root, torch.zeros_like(root)
+    for degree in range(16, 0, -1):  # -log(I - E) = E (I + E (I / 2 + ...))
+        series = rest @ (eye / degree + series)
+    logarithm = eye * scale.log() - 2 ** len(_ITERATIONS) * series
+    return torch.where(sound, logarithm, torch.nan)
+
+
+_ITERATIONS = (30, 19, 13, 10, 8, 7)
+"""Of each root: a root's least eigenvalue is the square root of that before."""
 
 
 def compiled(name: str, pipeline: Pipeline, X: np.ndarray, y: np.ndarray) -> CovarianceDecoder:
