@@ -191,13 +191,14 @@ def test_what_is_no_eeg_is_set_aside_and_named(make_raw, name):
     assert kept.get_channel_types()[-1] == "eeg"
 
 
-@pytest.mark.parametrize("kind", ["ramp", "counter that wraps", "accelerometer in g"])
+@pytest.mark.parametrize("kind", ["ramp", "counter that wraps", "accelerometer in g", "pulses over noise"])
 def test_signals_that_are_no_eeg(make_raw, kind):
     data = 1e-5 * np.random.default_rng(0).normal(size=(6, 9600))
     times = np.arange(9600)
     data[-1] = {
         "ramp": 1e-6 * times,
         "counter that wraps": 1e-6 * (times % 256),
+        "pulses over noise": 1e-5 * np.random.default_rng(2).normal(size=9600) + 5 * (times % 960 < 32),
         "accelerometer in g": 0.05 * np.sin(times / 7) + 0.02 * np.random.default_rng(1).normal(size=9600),
     }[kind]
     assert (

@@ -1,5 +1,7 @@
 """Decoders of covariances: their modules compute what the pipelines do, are saved, streamed and adapted."""
 
+from dataclasses import replace
+
 import mne
 import numpy as np
 import pandas as pd
@@ -78,6 +80,7 @@ def test_trained_saved_streamed_and_adapted_as_a_network(name, tmp_path):
     settings = Preprocessing(tmax=1.5, reference=None)
     mix = np.eye(8) + 0.35 * np.random.default_rng(5).normal(size=(8, 8))  # of another day
     X_new, y_new = trials(60, seed=1, mix=mix)
+    told = []
     decoder = train_decoder(epochs(X, y), settings, recipe, tmp_path / "a", test=epochs(*trials(20, seed=9), file="g"))
     assert decoder.metrics["test"]["accuracy"] > decoder.metrics["test"]["chance_bound"]
     assert decoder.metrics["validation_accuracy"] > 0.8
@@ -88,6 +91,14 @@ def test_trained_saved_streamed_and_adapted_as_a_network(name, tmp_path):
     assert stream_error(loaded, np.concatenate(X[:4], axis=1).astype(float), 192, 32, RATE) < 1e-6
     adapted = train_decoder(epochs(X_new[:30], y_new[:30]), settings, recipe, tmp_path / "b", start=tmp_path / "a")
     assert len(adapted.network.learnt) == 70
+    first = float((loaded.predict_proba(X_new[:30]).argmax(1) == y_new[:30]).mean())
+    assert adapted.metrics["before"] == {"accuracy": first, "trials": 30}
+    seen = train_decoder(epochs(X, y), settings, recipe, tmp_path / "c", start=tmp_path / "a", tell=told.append)
+    assert "before" not in seen.metrics
+    assert not [text for text in told if "otherwise" in text]
+    banded = replace(settings, l_freq=4.0)
+    train_decoder(epochs(X, y), banded, recipe, tmp_path / "d", start=tmp_path / "a", tell=told.append)
+    assert any("otherwise: l_freq None (here 4.0)" in text for text in told)
     right = [(one.predict_proba(X_new[30:]).argmax(1) == y_new[30:]).mean() for one in (loaded, adapted)]
     assert right[1] >= max(right[0], 0.7)
     other = next(each for each in DECODERS if each != name)

@@ -30,7 +30,7 @@ def type_channels(raw: mne.io.BaseRaw | mne.BaseEpochs, types: Mapping[str, str]
     """Give channels their types, in place: as `types` says, else by name, else by their signal.
 
     What is no EEG but typed as such is set aside: named like an eye, heart, muscle or trigger channel or a sensor;
-    piecewise constant or a ramp (a marker, a counter); or far off the others' scale. Channels of type misc that have
+    piecewise constant or a ramp (a marker, a counter); far off the others' scale; or pulses that are, over noise. Channels of type misc that have
     an electrode's name become EEG. All of it is told in `notes`.
     """
     types = dict(types or {})
@@ -81,6 +81,7 @@ def _by_signal(raw: mne.io.BaseRaw | mne.BaseEpochs) -> dict[str, str]:
     found: dict[str, str] = {}
     size = max(2, min(round(raw.info["sfreq"]), data.shape[1]))
     spread: dict[str, float] = {}
+    signals: dict[str, np.ndarray] = {}
     for name, values in zip([raw.ch_names[pick] for pick in picks], data, strict=True):
         values = values[np.isfinite(values)]
         span = np.ptp(values) if len(values) else 0.0
@@ -92,10 +93,21 @@ def _by_signal(raw: mne.io.BaseRaw | mne.BaseEpochs) -> dict[str, str]:
             found[name] = "is piecewise constant or a ramp, like a marker or a counter"
         blocks = values[: len(values) // size * size].reshape(-1, size)
         spread[name] = float(np.median(blocks.std(axis=1))) if len(blocks) else float(values.std())
+        signals[name] = values
     rest = [value for name, value in spread.items() if name not in found and value > 0]
     if len(rest) > 2:
         typical = float(np.median(rest))
         for name, value in spread.items():
             if name not in found and value > 0 and not typical / 300 < value < 300 * typical:
                 found[name] = f"varies {value / typical:.2g} times as much as the other channels"
+            elif name not in found and not conventions.is_electrode(name) and _pulses(signals[name], 100 * typical):
+                found[name] = "jumps to and fro between levels far off the others' scale, like a trigger"
     return {} if len(found) == len(picks) else found
+
+
+def _pulses(values: np.ndarray, height: float) -> bool:
+    """Whether a signal leaves its middle by more than `height` four times or more, mostly to stay at one level."""
+    off = np.abs(values - np.median(values))
+    bounds = np.flatnonzero(np.diff(np.concatenate([[False], off > height, [False]]).astype(int))).reshape(-1, 2)
+    level = [np.ptp(values[start:stop]) <= 0.1 * off[start:stop].max() for start, stop in bounds]
+    return len(level) >= 4 and sum(level) > len(level) / 2

@@ -16,7 +16,7 @@ from nearfar.core.checkpoints import identify, load_state_dict, read_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.model_folder import TrainedOn, mark, trained_on
 from nearfar.eeg import metrics
-from nearfar.eeg.decoder import Decoder
+from nearfar.eeg.decoder import Decoder, predict_logits
 from nearfar.eeg.decoding import CovarianceClassifier, NetworkClassifier, Recipe
 from nearfar.eeg.leakage import check_split, trial_digests
 from nearfar.eeg.models.agtcnet import AGTCNet
@@ -51,6 +51,7 @@ def train_decoder(
     done. Decoders of covariances choose nothing: they are fitted on all trials, and their validation figures come from
     fits that leave out one of five successive parts of the trials each.
 
+    With `start`, `metrics["before"]` is its accuracy on the validation trials before it learns from any of these.
     What was not learnt from also gives `metrics["threshold"]`, see `metrics.choose_threshold`; `metrics["gate"]` is
     three times what all but 5 % of the trials swing at most, from lowest to highest; live windows beyond it abstain.
 
@@ -73,6 +74,10 @@ def train_decoder(
         )
     classifier: NetworkClassifier | CovarianceClassifier
     begun = None if start is None else starting_network(start, epochs, names, recipe)
+    if start is not None and Path(start).is_dir() and (others := _differences(Decoder.load(start), preprocessing)):
+        tell(f"{start} was trained on signals that were preprocessed otherwise: {others}")
+    rows = np.arange(len(y)) if recipe.network in DECODERS else choose
+    untouched = {} if begun is None else _before(begun, X[rows], y[rows], [digests[row].hex() for row in rows], before)
     if recipe.network in DECODERS:
         tell(f"fitting {recipe.network} on {len(y)} trials, and on four of five parts of them five times ...")
         classifier, scores = _covariance_decoder(recipe, epochs.info["sfreq"], X, y, begun)
@@ -95,6 +100,7 @@ def train_decoder(
         }
         if set(y[choose]) <= set(classifier.classes_) and len(choose) and len(classifier.classes_) == len(names):
             scores["threshold"] = metrics.choose_threshold(y[choose], classifier.predict_proba(X[choose]))
+    scores |= untouched
     scores["gate"] = 3 * float(np.quantile(np.ptp(X[learn], axis=2).max(1), 0.95))
     if test is not None:
         scores["test"] = _test_score(classifier, X_test, y_test, len(names))
@@ -137,6 +143,23 @@ def _covariance_decoder(
     accuracy = metrics.accuracy(y, probabilities.argmax(1))
     scores = {"trials": {"train": len(y), "validation": len(y)}, "validation_accuracy": accuracy}
     return fitted(np.arange(len(y))), scores | {"threshold": metrics.choose_threshold(y, probabilities)}
+
+
+def _differences(decoder: Decoder, preprocessing: Preprocessing) -> str:
+    theirs, ours = decoder.preprocessing.to_dict(), preprocessing.to_dict()
+    return ", ".join(f"{name} {theirs[name]} (here {ours[name]})" for name in ours if theirs[name] != ours[name])
+
+
+def _before(
+    network: nn.Module, X: np.ndarray, y: np.ndarray, digests: list[str], learnt: TrainedOn
+) -> dict[str, dict[str, Any]]:
+    """What the network that is adapted makes of the validation trials before it learns from any; those that it has
+    learnt from earlier do not count."""
+    new = ~np.asarray(learnt.seen(digests), bool)
+    if not new.any():
+        return {}
+    right = predict_logits(network, X[new]).argmax(1) == y[new]
+    return {"before": {"accuracy": float(right.mean()), "trials": int(new.sum())}}
 
 
 def _test_score(

@@ -37,6 +37,7 @@ from nearfar.apps.motor_imagery.options import (
     event_names,
     preparation,
     reading,
+    unadapted,
 )
 from nearfar.core.cli.batch import Places, raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, progress, show_json, table
@@ -225,7 +226,7 @@ def train(
     chosen = (
         f"at epoch {scores['best_epoch']} (it chose the epoch: too good)" if "epochs" in scores else "cross-validated"
     )
-    console.print(f"validation accuracy {scores['validation_accuracy']:.3f} {chosen}")
+    console.print(f"validation accuracy {scores['validation_accuracy']:.3f} {chosen}{unadapted(scores)}")
     if "threshold" in scores:
         found = scores["threshold"]
         console.print(

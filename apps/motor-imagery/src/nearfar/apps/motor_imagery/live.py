@@ -22,6 +22,7 @@ from nearfar.apps.motor_imagery.options import (
     chosen_trials,
     event_names,
     preparation,
+    unadapted,
 )
 from nearfar.core.cli.console import console, messages, show_json, table
 from nearfar.core.cli.options import Json
@@ -225,7 +226,7 @@ def calibrate(
     )  # fmt: skip
     scores, threshold = made.metrics, made.metrics.get("threshold", {"threshold": 0.0})
     console.print(
-        f"validation accuracy {scores['validation_accuracy']:.3f}, threshold {threshold['threshold']:.3f}, "
+        f"validation accuracy {scores['validation_accuracy']:.3f}{unadapted(scores)}, threshold {threshold['threshold']:.3f}, "
         f"{time.perf_counter() - begun:.1f} s after the last cue"
     )
     console.print(f"decoder: {output / 'decoder'}", soft_wrap=True)

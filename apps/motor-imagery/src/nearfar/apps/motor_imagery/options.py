@@ -203,3 +203,9 @@ def chosen_trials(recordings: list[Recording], classes: str | None, *, skip_bad:
     if options["preprocessing"].reference == "auto" and not options["preprocessing"].averages(epochs.ch_names):
         messages.print("reference as recorded; --reference says otherwise", highlight=False)
     return epochs
+
+
+def unadapted(scores: dict[str, Any]) -> str:
+    """What the decoder that was adapted made of the trials before it learnt from them, as the end of a sentence."""
+    found = scores.get("before")
+    return f"; before adapting {found['accuracy']:.3f} of {found['trials']} trials" if found else ""
