@@ -413,5 +413,5 @@ def test_a_stream_that_begins_flat_is_aligned_when_it_has_signal():
     assert not aligned[:, :220].any()
     assert 0.7 < aligned[:, 400:].std() < 1.4
     for wrong in ({"kind": "none"}, {"block": 1}, {"first": 0}, {"shrinkage": 0.0}, {"limit": 0.5}):
-        with pytest.raises(ValueError, match="must be|need"):
+        with pytest.raises(ValueError, match=r"must be|need"):
             StreamAlignment(**{"kind": "euclidean", "block": 20} | wrong)

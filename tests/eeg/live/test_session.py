@@ -304,6 +304,9 @@ def test_audit_counts_and_writes_a_page(make_raw, decoder, tmp_path):
     assert "http" not in page.replace("http://www.w3.org", "")
     for text in ("False activations a minute", "same to the last bit", "Information transfer"):
         assert text in page
+    assert f"Of 3 cues the device answered {found['hits']} rightly and {found['wrong']} wrongly" in page
+    assert f"{found['false']} times it acted when nobody had asked" in page
+    assert "The recording is whole: no gap" in page
 
 
 def test_bids(make_raw, tmp_path):

@@ -149,8 +149,8 @@ class StreamAlignment:
     The stream is taken in blocks of `block` samples. With C_b the covariance of block b about its mean, shrunk,
 
         Euclidean    R_b = (1 - w) R_(b-1) + w C_b,
-        Riemannian   R_b = R_(b-1)^(1/2) (R_(b-1)^(-1/2) C_b R_(b-1)^(-1/2))^w R_(b-1)^(1/2),   w = max(1 / b, 1 / memory),
-        y_t = R_b^(-1/2) x_t   for t in block b + 1,
+        Riemannian   R_b = R_(b-1)^(1/2) (R_(b-1)^(-1/2) C_b R_(b-1)^(-1/2))^w R_(b-1)^(1/2),
+        y_t = R_b^(-1/2) x_t   for t in block b + 1,   w = max(1 / b, 1 / memory),
 
     the running arithmetic and geometric mean, which forget after `memory` blocks. The first `first` blocks are held
     back and whitened by their own mean; no later sample looks ahead. A block whose variance exceeds `limit` times that

@@ -30,8 +30,8 @@ def type_channels(raw: mne.io.BaseRaw | mne.BaseEpochs, types: Mapping[str, str]
     """Give channels their types, in place: as `types` says, else by name, else by their signal.
 
     What is no EEG but typed as such is set aside: named like an eye, heart, muscle or trigger channel or a sensor;
-    piecewise constant or a ramp (a marker, a counter); far off the others' scale; or pulses that are, over noise. Channels of type misc that have
-    an electrode's name become EEG. All of it is told in `notes`.
+    piecewise constant or a ramp (a marker, a counter); far off the others' scale; or pulses that are, over noise.
+    Channels of type misc that have an electrode's name become EEG. All of it is told in `notes`.
     """
     types = dict(types or {})
     unknown = [name for name in types if name not in raw.ch_names]

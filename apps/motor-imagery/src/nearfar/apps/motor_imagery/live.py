@@ -226,8 +226,8 @@ def calibrate(
     )  # fmt: skip
     scores, threshold = made.metrics, made.metrics.get("threshold", {"threshold": 0.0})
     console.print(
-        f"validation accuracy {scores['validation_accuracy']:.3f}{unadapted(scores)}, threshold {threshold['threshold']:.3f}, "
-        f"{time.perf_counter() - begun:.1f} s after the last cue"
+        f"validation accuracy {scores['validation_accuracy']:.3f}{unadapted(scores)}, "
+        f"threshold {threshold['threshold']:.3f}, {time.perf_counter() - begun:.1f} s after the last cue"
     )
     console.print(f"decoder: {output / 'decoder'}", soft_wrap=True)
 

@@ -1,10 +1,12 @@
 """What a session was worth: decoded again, its gaps, latencies, abstentions, transfer and false activations."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from nearfar.core.report import Report
 from nearfar.eeg import metrics, plots
@@ -63,8 +65,7 @@ def audit(
     if len(session.times) > 1:
         spanned = session.times[-1] - session.times[0] - jumps
         found["short"] = round(spanned * session.rate) + 1 - len(session.times)
-    report = Report("A live session", _introduction(session))
-    made = session.decisions()
+    made, picture, remarks = session.decisions(), None, []
     if "decoder" in session.about and made:
         again = replay(folder, decoder_folder, session)
         different = f"{len(again.differences)} differences; first {again.differences[0]}" if not again.same else ""
@@ -76,9 +77,16 @@ def audit(
         found["undecided"] = sum(one["decision"] is None and not one["abstained"] for one in made)
         found["commands"] = sum(one["command"] is not None for one in made)
         found |= spread([one["latency"] for one in made], [one["compute"] for one in made])
-        found |= _scores(session, made, events, duration, report)
-    rows = [{"figure": said, "value": found[key]} for key, said in SAID.items() if key in found]
-    report.section("Figures").table(rows)
+        scores, picture, remarks = _scores(session, made, events, duration)
+        found |= scores
+    report = Report("A live session", _introduction(session)).section("In short")
+    for sentence in (*_summary(found, session), *remarks):
+        report.text(sentence)
+    if picture is not None:
+        report.section("Along the session")
+        report.figure(picture, "Probability of each class; shaded: the cues; marks: the commands.")
+    report.section("Figures")
+    report.table([{"figure": said, "value": found[key]} for key, said in SAID.items() if key in found])
     if happened:
         lines = [
             {"at (s)": line["sample"] / session.rate, "what": line["event"], "more": _more(line)} for line in happened
@@ -87,7 +95,9 @@ def audit(
     if reasons := pd.Series([one["abstained"] for one in made if one["abstained"]], dtype=str).value_counts().to_dict():
         report.section("Why windows abstained")
         report.table([{"reason": reason, "windows": count} for reason, count in list(reasons.items())[:20]])
-    report.section("Settings").table([{"setting": key, "value": str(value)} for key, value in session.about.items()])
+    report.section("Settings, to repeat it").table(
+        [{"setting": key, "value": str(value)} for key, value in session.about.items()]
+    )
     report.write(session.folder / "audit.html")
     return found
 
@@ -106,8 +116,9 @@ def as_decisions(session: Session, made: list[dict[str, Any]]) -> Decisions:
 
 
 def _scores(
-    session: Session, made: list[dict[str, Any]], events: dict[str, list[str]] | None, duration: float, report: Report
-) -> dict[str, Any]:
+    session: Session, made: list[dict[str, Any]], events: dict[str, list[str]] | None, duration: float
+) -> tuple[dict[str, Any], Figure, list[str]]:
+    remarks: list[str] = []
     classes = session.about["classes"]
     named = {text: cls for cls, texts in (events or {name: [name] for name in classes}).items() for text in texts}
     cues = [(at, classes.index(named[text])) for at, text in session.markers() if named.get(text) in classes]
@@ -115,32 +126,60 @@ def _scores(
     cues = [(at, label) for at, label in cues if label != idle]
     all_cues, cues = cues, [cue for k, cue in enumerate(cues) if not k or cue[0] > cues[k - 1][0]]
     if more := len(all_cues) - len(cues):
-        report.text(f"{more} cues come at the time of another, or in gaps, and are not scored.")
+        remarks.append(f"{more} cues come at the time of another, or in gaps, and are not scored.")
     decisions, total = as_decisions(session, made), len(session.times) / session.rate
     onsets, labels = np.array([at for at, _ in cues]), np.array([label for _, label in cues], int)
     choices = len(classes) - (idle is not None)
     scores = score_events(decisions, onsets, labels, duration=duration, total=total, n_classes=max(2, choices))
     table = pd.DataFrame({"onset": onsets, "duration": duration, "label": labels})
-    report.section("Along the session")
-    report.figure(
-        plots.online_timeline(decisions, table, classes),
-        "Probability of each class; shaded: the cues; marks: the commands.",
-    )
     if not len(cues):
-        report.text("There are no cues in it, so that every command counts as a false activation.")
-    return {
-        ("answer" if key == "latency" else key): value
-        for key, value in scores.items()
-        if key in SAID or key == "latency"
-    }
+        remarks.append("There are no cues in it, so that every command counts as a false activation.")
+    found = {("answer" if key == "latency" else key): value for key, value in scores.items()}
+    found = {key: value for key, value in found.items() if key in SAID}
+    return found, plots.online_timeline(decisions, table, classes), remarks
+
+
+def _summary(found: dict[str, Any], session: Session) -> list[str]:
+    """The figures in words, for who does not work with such figures every day."""
+    told = []
+    if found.get("events"):
+        answered, idle = found["hits"] + found["wrong"], session.about["rule"]["idle"] is not None
+        bound = metrics.chance_bound(answered, max(2, len(session.about["classes"]) - idle)) if answered else 1.0
+        better = "more than guessing would give" if found["hits"] >= bound * answered > 0 else "as guessing may give"
+        told.append(
+            f"Of {found['events']} cues the device answered {found['hits']} rightly and {found['wrong']} wrongly, and "
+            f"{found['missed']} not at all. Of its answers {found['hits']} of {answered} are right, {better}."
+        )
+    if "false" in found:
+        told.append(
+            f"{found['false']} times it acted when nobody had asked for anything: {found['false_per_minute']:.1f} times "
+            "a minute outside the cues."
+        )
+    if "decisions" in found:
+        told.append(
+            f"{found['abstained']} of {found['decisions']} windows were not decided because the signal was bad, "
+            f"{found['undecided']} because the decoder was not sure or nothing was to be done. Half of the decisions "
+            f"came within {1e3 * found['latency']:.0f} ms of their last sample, 99 of 100 within "
+            f"{1e3 * found['latency_p99']:.0f} ms."
+        )
+    told.append(
+        f"The recording has {found['gaps']} gaps, {found['lost']} samples lost, {found['clocks']} jumps of the clock."
+        if found["gaps"] or found["lost"] or found["clocks"]
+        else "The recording is whole: no gap, no lost sample, no jump of the clock."
+    )
+    if "replay" in found:
+        told.append(f"Decoded again from the recording, the decisions are: {found['replay']}.")
+    return told
 
 
 def _introduction(session: Session) -> str:
     about, source = session.about, session.about["source"]
-    decoded = f"decoded by {about['decoder']} into {', '.join(about['classes'])}" if "decoder" in about else "recorded"
+    names = ", ".join(name.replace("_", " ") for name in about.get("classes", ()))
+    decoded = f"decoded by {about['decoder']} into {names}" if "decoder" in about else "recorded"
     return (
-        f"{about['started']}: {len(about['ch_names'])} channels at {about['rate']:g} Hz from {source['name']}, "
-        f"{decoded}. A command is what the device was told to do; a false activation is one that nobody was asked for."
+        f"{datetime.fromisoformat(about['started']):%d %B %Y, %H:%M} UTC: {len(about['ch_names'])} channels at "
+        f"{about['rate']:g} Hz from {source['name']}, {decoded}. A command is what the device was told to do; a false "
+        "activation is one that nobody had asked for."
     )
 
 
