@@ -275,6 +275,16 @@ def test_spoilt_input_abstains_and_says_so(kind, prepared):
         np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(found, name))
 
 
+def test_an_answer_that_is_not_finite_is_no_decision_and_said():
+    class Sometimes:
+        def predict_proba(self, X):
+            return np.where(np.arange(len(X))[:, None] % 2, np.nan, [0.9, 0.1])
+
+    made = decode(Sometimes(), np.random.default_rng(0).normal(0, 10, (3, 200)), 100, 20, 100.0)
+    assert made.reasons.tolist() == ["", "the decoder's answer is not finite"] * 3
+    assert made.decisions.tolist() == [0, -1] * 3
+
+
 def test_a_stream_that_is_flat_from_the_start():
     stream = StreamDecoder(Rough(), 50, 10, SFREQ, rule=Rule(smoothing=2))
     first = stream.push(np.zeros((3, 120)))

@@ -152,8 +152,8 @@ def _summary(found: dict[str, Any], session: Session) -> list[str]:
         )
     if "false" in found:
         told.append(
-            f"{found['false']} times it acted when nobody had asked for anything: {found['false_per_minute']:.1f} times "
-            "a minute outside the cues."
+            f"{found['false']} times it acted when nobody had asked for anything: {found['false_per_minute']:.1f} "
+            "times a minute outside the cues."
         )
     if "decisions" in found:
         told.append(

@@ -319,6 +319,7 @@ class StreamDecoder:
                 given = _predict(self.estimator, view[sound])
                 new = np.full((len(view), given.shape[1]), np.nan) if new is None else new
                 new[sound] = given
+                reasons[sound[~np.isfinite(given).all(1)]] = "the decoder's answer is not finite"
         if new is None and len(view):  # all abstain
             known = getattr(self.estimator, "classes", ())
             new = np.full((len(view), self._classes() or len(known) or 1), np.nan)
