@@ -65,7 +65,8 @@ def audit(
     if len(session.times) > 1:
         spanned = session.times[-1] - session.times[0] - jumps
         found["short"] = round(spanned * session.rate) + 1 - len(session.times)
-    made, picture, remarks = session.decisions(), None, []
+    made, picture = session.decisions(), None
+    remarks: list[str] = []
     if "decoder" in session.about and made:
         again = replay(folder, decoder_folder, session)
         different = f"{len(again.differences)} differences; first {again.differences[0]}" if not again.same else ""
