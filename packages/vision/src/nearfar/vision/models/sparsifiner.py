@@ -141,8 +141,10 @@ class Sparsifiner(TokenModel):
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         global_pool: str = "token",
+        dynamic_img_pad: bool = False,
     ) -> None:
         super().__init__()
+        self.dynamic_img_pad = dynamic_img_pad
         if stem not in ("patch", "conv"):
             raise ValueError(f"stem is {stem!r}; allowed are 'patch' and 'conv'")
         keep_count(token_keep_rate, 1)
@@ -181,7 +183,7 @@ class Sparsifiner(TokenModel):
 
     def check_input(self, x: Tensor) -> None:
         super().check_input(x)
-        if tuple(x.shape[-2:]) != self.img_size:
+        if tuple(-(-n // self.patch_size) * self.patch_size for n in x.shape[-2:]) != self.img_size:
             raise ValueError(
                 f"input is {tuple(x.shape)}; the predictors of this model are for {self.img_size[0]} x "
                 f"{self.img_size[1]}: build it with img_size of the pictures, or call set_input_size"
@@ -266,9 +268,14 @@ class Sparsifiner(TokenModel):
                 "token_reduction": tokens // rows,
                 "reduced_tokens": None if tokens // (tokens // rows) == rows else rows,
                 "share": f"{predictor}basis" not in state
-                or bool(torch.equal(state[f"{predictor}basis"], state[f"{predictor}reduce"])),
+                or same(state[f"{predictor}basis"], state[f"{predictor}reduce"]),
             }
         return found
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same values; those without values have not."""
+    return not a.is_meta and bool(torch.equal(a, b))
 
 
 SPARSIFINERS = {
