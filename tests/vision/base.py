@@ -1,5 +1,6 @@
 """What holds for every backbone; a test class inherits `BackboneTester` and names a model, a variant, settings."""
 
+import copy
 import inspect
 import io
 import math
@@ -369,6 +370,32 @@ class PictureTester:
         assert grads[0].keys() == grads[1].keys()
         total = sum(float(g.norm()) for g in grads[0].values())
         assert all((grads[0][name] - grads[1][name]).norm() <= 1e-9 * total for name in grads[0])
+
+    def test_pruning(self) -> None:
+        """timm's contract: levels stay, the last kept one is the output, and nothing is left that is not used."""
+        model, x = self.create(**self.pruned), self.input(2)
+        with torch.no_grad():
+            levels = model.forward_intermediates(x, intermediates_only=True)
+            whole = copy.deepcopy(model)
+            whole.prune_intermediate_layers([len(levels) - 1], prune_head=False)
+            close(whole(x), model(x), 1e-6)
+        for i, level in enumerate(levels):
+            for prune_norm in (True, False):
+                pruned = copy.deepcopy(model)
+                take = pruned.prune_intermediate_layers([i], prune_norm=prune_norm)
+                settings = {"indices": take, "intermediates_only": True}
+                with torch.no_grad():
+                    close(pruned.forward_intermediates(x, **settings)[0], level, 1e-6)
+                    close(model.forward_intermediates(x, [i], stop_early=True, intermediates_only=True)[0], level, 1e-6)
+                    close(pruned.forward_features(x), pruned(x), 1e-6)
+                    assert pruned.num_features == level.shape[1]
+                pruned.train().forward_intermediates(x, norm=not prune_norm, **settings)[0].sum().backward()
+                assert not [n for n, p in pruned.named_parameters() if p.grad is None and not self.untouched(n)]
+                pruned.eval().reset_classifier(3, "avg")
+                assert pruned(x).shape == (2, 3)
+
+    pruned: ClassVar[dict[str, Any]] = {}
+    """Settings of the model that is pruned."""
 
     def test_layer_decay_groups(self) -> None:
         model = self.create()

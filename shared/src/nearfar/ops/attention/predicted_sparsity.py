@@ -38,7 +38,7 @@ class ConnectivityPredictor(nn.Module):
     G is dense and W = Q^T as it is.
 
     Wei et al., Sparsifiner (CVPR 2023), section 3. The released code leaves ties to torch.topk, as `stable=False` does;
-    rows of tokens that pruning has removed are ties throughout. N is fixed (see `resize`). Not causal: P mixes all keys.
+    rows of tokens that pruning has removed are ties throughout. N is fixed (see `resize`). Not causal.
     Cost O(H N R (d + N)).
 
     Raises ValueError for sizes below 1 or rates outside (0, 1].

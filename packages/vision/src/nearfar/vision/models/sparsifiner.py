@@ -273,9 +273,9 @@ class Sparsifiner(TokenModel):
         return found
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same values; those without values have not."""
-    return not a.is_meta and bool(torch.equal(a, b))
+def same(reduce: Tensor, basis: Tensor | None) -> bool:
+    """Whether both factors are one tensor; of those without values none are."""
+    return basis is None or (not basis.is_meta and bool(torch.equal(reduce, basis)))
 
 
 SPARSIFINERS = {
