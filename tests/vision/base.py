@@ -371,6 +371,7 @@ class PictureTester:
         total = sum(float(g.norm()) for g in grads[0].values())
         assert all((grads[0][name] - grads[1][name]).norm() <= 1e-9 * total for name in grads[0])
 
+    @pytest.mark.ci
     def test_pruning(self) -> None:
         """timm's contract: levels stay, the last kept one is the output, and nothing is left that is not used."""
         model, x = self.create(**self.pruned), self.input(2)

@@ -1,8 +1,10 @@
-"""Every registered system has a tester; those whose own test files check other things have theirs here."""
+"""Every registered system has a tester; those whose own test files check other things have theirs here, which CI runs."""
 
 import importlib
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from nearfar.vision.models.convsharevit import ConvShareViT
 from nearfar.vision.models.evit import EViT
@@ -26,6 +28,7 @@ def test_every_system_has_a_tester() -> None:
     assert set(MODELS.values()) <= {kind.model for kind in found if hasattr(kind, "model")}
 
 
+@pytest.mark.ci
 class TestEViT(TokenTester):
     model, name = EViT, "evit_deit_tiny"
     tiny = {"dim": 48, "depth": 4, "num_heads": 2, "img_size": 64, "reduce_at": (1, 2)}
@@ -43,6 +46,7 @@ class TestEViT(TokenTester):
         assert all(tuple(found.shape) == (2, 48, 4, 6) for found in maps)
 
 
+@pytest.mark.ci
 class TestSparsifiner(TokenTester):
     model, name = Sparsifiner, "sparsifiner_deit_small"
     tiny = {"dim": 48, "depth": 4, "num_heads": 2, "img_size": 64}
@@ -57,6 +61,7 @@ class TestSparsifiner(TokenTester):
         return "predictor" in name  # the mask passes no gradient
 
 
+@pytest.mark.ci
 class TestVim(TokenTester):
     model, name = Vim, "vim_tiny"
     tiny = {"dim": 16, "depth": 4, "img_size": 64, "d_state": 4}
@@ -67,6 +72,7 @@ class TestVim(TokenTester):
         return {"dim": 16, "img_size": 64, "d_state": 4}
 
 
+@pytest.mark.ci
 class TestConvShareViT(TokenTester):
     model, name = ConvShareViT, "convsharevit_cifar"
     tiny = {"dim": 16, "depth": 4, "num_heads": 2, "img_size": 64, "patch_size": 16}
@@ -79,6 +85,7 @@ class TestConvShareViT(TokenTester):
     test_variant_is_detected = None  # the one variant's stencil is no shape
 
 
+@pytest.mark.ci
 class TestGMMPiT(TokenTester):
     model, name = GMMPiT, "gmm_pit_32"
     tiny = {"dims": (8, 16, 32), "depths": (1, 1, 1), "num_heads": (1, 2, 2), "head_dim": 8, "img_size": 64} | {
@@ -88,6 +95,7 @@ class TestGMMPiT(TokenTester):
     test_encoder_of_segmentation_models = None  # its decoder for tokens takes four levels
 
 
+@pytest.mark.ci
 class TestNiNformer(TokenTester):
     model, name = NiNformer, "ninformer_cifar10"
     tiny = {"dim": 16, "depth": 4, "hidden": 24, "img_size": 64, "patch_size": 16}
