@@ -1,4 +1,4 @@
-"""Every registered system has a tester; those whose own test files check other things have theirs here, which CI runs."""
+"""Every registered system has a tester; those with other checks in their own test files have theirs here, for CI."""
 
 import importlib
 from pathlib import Path
