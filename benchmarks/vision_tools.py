@@ -204,7 +204,7 @@ def write(rows: list[dict[str, str]]) -> None:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     reasons = []
     for done in rows:
-        cells = [done.get(column, "").partition(":") for column in columns]
+        cells = [done.get(column, "not measured").partition(":") for column in columns]
         lines.append("| " + " | ".join(cell for cell, _, _ in cells) + " |")
         reasons += [f"- {done['system']}, {column}:{why}" for column, (_, _, why) in zip(columns, cells) if why]
     lines += ["", *dict.fromkeys(reasons)] if reasons else []
