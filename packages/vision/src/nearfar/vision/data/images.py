@@ -376,7 +376,7 @@ def say_unused(source: str | Path, names: Sequence[str]) -> None:
 
 
 def _labelled(
-    root: Path, names: Sequence[str], parts: Sequence[tuple[str, ...]], read: Callable, empty: Sequence[str] = ()
+    root: str | Path, names: Sequence[str], parts: Sequence[tuple[str, ...]], read: Callable, empty: Sequence[str] = ()
 ) -> Pictures:
     if not names:
         raise UserError(f"{root}: holds no pictures ({', '.join(sorted(SUFFIXES))})")
@@ -512,10 +512,10 @@ def _from_tars(paths: Sequence[Path], root: Path, unused: Sequence[str]) -> Pict
     left = list(unused)
     for path in paths:
         with reading(path, "cannot be read as a tar file of samples"):
-            found, labels, other, inside = _read_tar(path)
+            found, labels, other, tables_inside = _read_tar(path)
         pictures += found
         given += labels
-        texts |= inside
+        texts |= tables_inside
         left += [f"{path.name}/{name}" if len(paths) > 1 else name for name in other]
     if not pictures:
         raise UserError(f"{some(paths)}: hold no pictures")
@@ -572,10 +572,10 @@ def _read_tar(path: Path) -> tuple[list[Part], list[Any], list[str], dict[str, b
             pictures.append((path, found.offset_data, found.size, f"{path}/{found.name}"))
             given.append(_told(extract(parts[told[0]]).read().decode(), told[0]) if told else None)
     times: Counter = Counter()
-    for i, (*place, name) in enumerate(pictures):
+    for i, (file, offset, length, name) in enumerate(pictures):
         times[name] += 1
         if times[name] > 1:  # a name that stands there again is another picture
-            pictures[i] = (*place, f"{name} ({times[name]})")
+            pictures[i] = (file, offset, length, f"{name} ({times[name]})")
     return pictures, given, unused, texts
 
 
