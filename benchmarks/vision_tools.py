@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -92,11 +93,12 @@ def row(kind: type, name: str, form: dict[str, Any], slow: bool) -> dict[str, st
         "detection FPN": lambda: detection(make, x) if issubclass(kind, Backbone) else "no: one stride",
     }
     if slow:
+        onnx = cache(lambda: exported(make, kind, "model.onnx", calibrate=True))  # checked before it is put into 8 bits
         tried |= {
             "compile, free size": lambda: compiled(make()),
-            "torch.export": lambda: exported(make, kind, "model.pt2"),
-            "ONNX": lambda: exported(make, kind, "model.onnx"),
-            "ONNX in 8 bits, error": lambda: exported(make, kind, "model.onnx", calibrate=True),
+            "torch.export": lambda: exported(make, kind, "model.pt2")[0],
+            "ONNX": lambda: onnx()[0],
+            "ONNX in 8 bits, error": lambda: onnx()[1],
         }
     return {"system": card_of(kind).title, "model": name, **{what: attempt(run) for what, run in tried.items()}}
 
@@ -177,7 +179,8 @@ def detection(make: Callable[..., nn.Module], x: torch.Tensor) -> str:
     return "yes" if "boxes" in net([torch.rand(3, 90, 110)])[0] else "no"
 
 
-def exported(make: Callable[..., nn.Module], kind: type, file: str, calibrate: bool = False) -> str:
+def exported(make: Callable[..., nn.Module], kind: type, file: str, calibrate: bool = False) -> tuple[str, str]:
+    """For which sizes the file serves, and the largest error of its form in 8 bits."""
     size = 64
     model = make(img_size=size) if "img_size" in kind.__init__.__annotations__ else make()
     classifier = Classifier(model.eval(), kind.__name__, ["a", "b", "c"], size, 1.0)
@@ -186,14 +189,13 @@ def exported(make: Callable[..., nn.Module], kind: type, file: str, calibrate: b
 
     pictures = Pictures([str(i) for i in range(16)], [-1] * 16, [], lambda i: Image.fromarray(noise[i]))
     with tempfile.TemporaryDirectory() as folder:
-        place, calibration = Path(folder) / file, pictures if calibrate else None
+        place, calibration, sizes = Path(folder) / file, pictures if calibrate else None, "yes"
         try:
             found = export_classifier(classifier, place, calibration=calibration)
         except Exception as error:
-            free = str(error)
-            export_classifier(classifier, place, fixed=True, calibration=calibration)
-            return f"one size: {free.partition('exported form ')[2].partition('; --fixed')[0]}"
-    return f"{max(r['largest error'] for r in found):.0e}" if calibrate else "yes"
+            found = export_classifier(classifier, place, fixed=True, calibration=calibration)
+            sizes = f"one size: {str(error).partition('exported form ')[2].partition('; --fixed')[0]}"
+    return sizes, f"{max(r['largest error'] for r in found):.0e}"
 
 
 def write(rows: list[dict[str, str]]) -> None:
@@ -202,7 +204,7 @@ def write(rows: list[dict[str, str]]) -> None:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     reasons = []
     for done in rows:
-        cells = [done.get(column, "").partition(":") for column in columns]
+        cells = [done.get(column, "not measured").partition(":") for column in columns]
         lines.append("| " + " | ".join(cell for cell, _, _ in cells) + " |")
         reasons += [f"- {done['system']}, {column}:{why}" for column, (_, _, why) in zip(columns, cells) if why]
     lines += ["", *dict.fromkeys(reasons)] if reasons else []

@@ -1,5 +1,6 @@
 """What holds for every backbone; a test class inherits `BackboneTester` and names a model, a variant, settings."""
 
+import copy
 import inspect
 import io
 import math
@@ -109,6 +110,11 @@ class PictureTester:
     def input(self, batch: int = 2, channels: int = 3, size: tuple[int, int] | None = None) -> torch.Tensor:
         torch.manual_seed(0)
         return torch.randn(batch, channels, *(size or (self.size, self.size)))
+
+    def unshaped(self) -> dict[str, Any]:
+        """Settings that shapes do not tell."""
+        defaults = self.model.built_as(VARIANTS[self.name], self.tiny)
+        return {name: defaults[name] for name in self.model.UNSHAPED}
 
     def variants(self) -> list[str]:
         return [name for name, model in MODELS.items() if model is self.model]
@@ -236,7 +242,7 @@ class PictureTester:
         close(self.model.from_pretrained(tmp_path)(x), model(x), 1e-6)
         close(timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **self.tiny).eval()(x), model(x), 1e-6)
         # a classifier for other classes and a first convolution for other channels
-        heads = {setting: self.tiny[setting] for setting in self.model.UNSHAPED if setting in self.tiny}
+        heads = self.unshaped()
         other = self.model.from_published(model.state_dict(), num_classes=3, in_chans=1, **heads)
         assert other(self.input(1, 1)).shape == (1, 3)
         # every key is accounted for
@@ -276,7 +282,7 @@ class PictureTester:
         model = self.create()
         node = model.feature_info[-1]["module"]
         extractor = create_feature_extractor(model, [node, "head"])
-        other = self.input(3, size=(96, 64))
+        other = self.input(3, size=(self.size, self.size) if getattr(self, "fixed", False) else (96, 64))
         outputs = list(extractor(other).values())
         assert len(outputs) == 2
         whole = FeatureGraphNet(model, (len(model.feature_info) - 1,))
@@ -365,6 +371,33 @@ class PictureTester:
         total = sum(float(g.norm()) for g in grads[0].values())
         assert all((grads[0][name] - grads[1][name]).norm() <= 1e-9 * total for name in grads[0])
 
+    @pytest.mark.ci
+    def test_pruning(self) -> None:
+        """timm's contract: levels stay, the last kept one is the output, and nothing is left that is not used."""
+        model, x = self.create(**self.pruned), self.input(2)
+        with torch.no_grad():
+            levels = model.forward_intermediates(x, intermediates_only=True)
+            whole = copy.deepcopy(model)
+            whole.prune_intermediate_layers([len(levels) - 1], prune_head=False)
+            close(whole(x), model(x), 1e-6)
+        for i, level in enumerate(levels):
+            for prune_norm in (True, False):
+                pruned = copy.deepcopy(model)
+                take = pruned.prune_intermediate_layers([i], prune_norm=prune_norm)
+                settings = {"indices": take, "intermediates_only": True}
+                with torch.no_grad():
+                    close(pruned.forward_intermediates(x, **settings)[0], level, 1e-6)
+                    close(model.forward_intermediates(x, [i], stop_early=True, intermediates_only=True)[0], level, 1e-6)
+                    close(pruned.forward_features(x), pruned(x), 1e-6)
+                    assert pruned.num_features == level.shape[1]
+                pruned.train().forward_intermediates(x, norm=not prune_norm, **settings)[0].sum().backward()
+                assert not [n for n, p in pruned.named_parameters() if p.grad is None and not self.untouched(n)]
+                pruned.eval().reset_classifier(3, "avg")
+                assert pruned(x).shape == (2, 3)
+
+    pruned: ClassVar[dict[str, Any]] = {}
+    """Settings of the model that is pruned."""
+
     def test_layer_decay_groups(self) -> None:
         model = self.create()
         groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.8)
@@ -439,11 +472,20 @@ class TokenTester(PictureTester):
     default_levels = 3
     prefix_of_levels = 1
     """Prefix tokens that features of the default levels have."""
+    fixed = False
+    """Whether the model is for one size until `set_input_size`."""
+
+    def create(self, size: tuple[int, int] | None = None, **settings: Any) -> Any:
+        """The model, for pictures of `size` where it must know."""
+        model = super().create(**settings)
+        if self.fixed and size is not None:
+            getattr(model, "model", model).set_input_size(size)
+        return model
 
     @torch.no_grad()
     def test_features(self) -> None:
         for size in ((64, 64), (128, 64)):
-            model = self.create(features_only=True)
+            model = self.create(size, features_only=True)
             x = self.input(size=size)
             features = model(x)
             assert len(features) == len(model.feature_info.channels()) == self.default_levels
@@ -451,7 +493,7 @@ class TokenTester(PictureTester):
                 features, model.feature_info.channels(), model.feature_info.reduction(), strict=True
             ):
                 assert feature.shape == (2, channels, size[0] // stride, size[1] // stride)
-        last = self.create(features_only=True, out_indices=(-1,))
+        last = self.create(size, features_only=True, out_indices=(-1,))
         close(last(x)[0], features[-1])
         assert sum(p.numel() for p in self.create(features_only=True, out_indices=(0,)).parameters()) < sum(
             p.numel() for p in model.parameters()
@@ -459,7 +501,7 @@ class TokenTester(PictureTester):
 
     @torch.no_grad()
     def test_intermediates(self) -> None:
-        model, x = self.create(), self.input(size=(64, 96))
+        model, x = self.create((64, 96)), self.input(size=(64, 96))
         final, maps = model.forward_intermediates(x)
         close(final, model.forward_features(x), 1e-6)
         close(model.forward_head(final), model(x), 1e-6)
@@ -505,10 +547,17 @@ class TokenTester(PictureTester):
     @torch.no_grad()
     def test_set_input_size(self) -> None:
         model, x = self.create(), self.input(size=(64, 96))
-        y = model(x)
+        y = None if self.fixed else model(x)
         size = model.img_size
-        model.set_input_size((64, 96))
+        model.requires_grad_(False).set_input_size((64, 96))
         assert model.img_size == (64, 96)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        if self.fixed:
+            assert model(x).isfinite().all()
+            close(
+                self.model.from_published(model.state_dict(), **self.unshaped(), img_size=(64, 96))(x), model(x), 1e-5
+            )
+            return
         close(model(x), y, 1e-5)
         if model.pos_embed is not None:
             assert model.pos_embed.size == model.grid((64, 96))
@@ -520,7 +569,7 @@ class TokenTester(PictureTester):
 
     @torch.no_grad()
     def test_padding(self) -> None:
-        model = self.create(dynamic_img_pad=True)
+        model = self.create((64, 48), dynamic_img_pad=True)
         x = self.input(size=(61, 40))
         height, width = (-(-n // model.patch_size) * model.patch_size for n in (61, 40))
         whole = torch.zeros(2, 3, height, width)

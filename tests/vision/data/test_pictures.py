@@ -5,7 +5,9 @@ import json
 import pickle
 import tarfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,24 @@ def folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int = 3)
         for i in range(each):
             Image.new("RGB", (8, 6), (40 * c, 20 * i, 7)).save(root / name / f"{i}.png")
     return root
+
+
+def png() -> bytes:
+    shown = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(shown, "PNG")
+    return shown.getvalue()
+
+
+PNG = png()
+
+
+def tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
 
 
 def content(pictures: Pictures) -> list[tuple[tuple[int, ...], str]]:
@@ -43,14 +63,12 @@ def test_every_source_gives_the_same_pictures(tmp_path: Path) -> None:
     for numbered in (False, True):
         shards = tmp_path / f"shards{numbered}"
         shards.mkdir()
-        with tarfile.open(shards / "0000.tar", "w") as archive:
-            for i, file in enumerate(sorted(root.rglob("*.png"))):
-                label = str(["cat", "dog"].index(file.parent.name)) if numbered else file.parent.name
-                extra = ("cls", label.encode()) if i % 2 else ("json", json.dumps({"label": label}).encode())
-                for suffix, data in (("png", file.read_bytes()), extra):
-                    member = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
+        members = []
+        for i, file in enumerate(sorted(root.rglob("*.png"))):
+            label = str(["cat", "dog"].index(file.parent.name)) if numbered else file.parent.name
+            extra = ("cls", label.encode()) if i % 2 else ("json", json.dumps({"label": label}).encode())
+            members += [(f"{i:04d}.{suffix}", data) for suffix, data in (("png", file.read_bytes()), extra)]
+        tar(shards / "0000.tar", members)
         if numbered:
             (shards / "classes.txt").write_text("cat\ndog\n")
         assert content(open_pictures(shards)) == want
@@ -59,7 +77,95 @@ def test_every_source_gives_the_same_pictures(tmp_path: Path) -> None:
             open_pictures(shards / "0000.tar", "test")
 
 
-def test_hugging_face_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_of_classes_in_samples(tmp_path: Path) -> None:
+    want = [["cat", "dog"], [], ["dog"], ["bird"]]
+    numbers = [[1, 2], [], [2], [0]]
+
+    def as_json(name: str, value: Any, file: str = "json") -> tuple[str, bytes]:
+        return file, json.dumps({name: value, "id": 7}).encode()
+
+    forms = {
+        "names": [as_json("labels", names) for names in want],
+        "singular": [as_json("label", names) for names in want],
+        "numbers": [as_json("label", found) for found in numbers],
+        "text": [as_json("labels", ";".join(names) if names else []) for names in want],
+    }
+    for form, labels in forms.items():
+        (tmp_path / form).mkdir()
+        (tmp_path / form / "classes.txt").write_text("bird\ncat\ndog\n")
+        members = [(f"{i}.{s}", d) for i, label in enumerate(labels) for s, d in (("png", PNG), label)]
+        pictures = open_pictures(tar(tmp_path / form / "0.tar", members))
+        assert pictures.multilabel
+        assert [[pictures.classes[c] for c in label] for label in pictures.labels] == want
+        assert pictures[0][1].tolist() == [0, 1, 1]
+    for label, message in (
+        ([0, 0, 1], "has a class twice; a list holds classes, not zeros and ones"),
+        ({"a": 1}, "neither a number nor a name"),
+        ([True], "neither a number nor a name"),
+        (1.5, "neither a number nor a name"),
+        ("cat;;dog", "neither a number nor a name"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_pictures(
+                tar(tmp_path / "bad.tar", [("0.png", PNG), ("0.json", json.dumps({"label": label}).encode())])
+            )
+    both = json.dumps({"label": 1, "labels": [1]}).encode()
+    with pytest.raises(UserError, match="names its classes 2 times"):
+        open_pictures(tar(tmp_path / "bad.tar", [("0.png", PNG), ("0.json", both)]))
+
+
+def test_tables_and_folders_in_archives(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = b"file,labels\na/0.png,cat;dog\na/1.png,dog\n./a/2.png,\n"
+    members = [*((f"a/{i}.png", PNG) for i in range(4)), ("labels.csv", rows)]
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+        for name, data in members:
+            archive.writestr(f"top/{name}", data)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/labels.csv").write_bytes(rows)
+    tar(tmp_path / "shards/0.tar", members[:2])
+    tar(tmp_path / "shards/1.tar", members[2:4])
+    for source in (tmp_path / "some.zip", tar(tmp_path / "some.tar", members), tmp_path / "shards"):
+        caplog.clear()
+        pictures = open_pictures(source)
+        assert pictures.multilabel
+        assert pictures.labels == [(0, 1), (1,), ()]
+        assert pictures[2][0].size == (8, 6)
+        assert "1 pictures beside those listed are in no row and are not used: a/3.png" in caplog.messages[0]
+        assert len(caplog.messages) == 1
+    tar(tmp_path / "shards/2.tar", members[:1])
+    with pytest.raises(UserError, match=r"a/0\.png stands in two tar files"):
+        open_pictures(tmp_path / "shards")
+    split = rows.replace(b"labels\n", b"labels,split\n").replace(b"dog\n", b"dog,train\n").replace(b",\n", b",,val\n")
+    with zipfile.ZipFile(tmp_path / "parts.zip", "w") as archive:
+        for name, data in [*members[:3], ("labels.csv", split)]:
+            archive.writestr(name, data)
+    assert [len(open_pictures(tmp_path / "parts.zip", name)) for name in ("train", "val")] == [2, 1]
+    in_folders = [(f"top/{name}/{i}.png", PNG) for name in ("cat", "dog") for i in range(2)]
+    assert open_pictures(tar(tmp_path / "folders.tar", in_folders)).labels == [0, 0, 1, 1]
+    with pytest.raises(UserError, match="4 of 5 pictures have neither"):
+        open_pictures(tar(tmp_path / "some.tar", [*in_folders, ("5.png", PNG), ("5.cls", b"0")]))
+
+
+def test_names_of_tar_files_and_folders_say_splits(tmp_path: Path) -> None:
+    for number, name in enumerate(("train-0", "train-1", "val-0"), 1):
+        samples = [(f"{i}.{s}", d) for i in range(number) for s, d in (("png", PNG), ("cls", b"1"))]
+        tar(tmp_path / f"{name}.tar", samples)
+    assert [len(open_pictures(tmp_path, split)) for split in ("train", "val")] == [3, 3]
+    with pytest.raises(UserError, match="no tar files of the split test; it has train, val"):
+        open_pictures(tmp_path, "test")
+    with pytest.raises(UserError, match="holds the splits train, val; name one"):
+        open_pictures(tmp_path)
+    folder(tmp_path / "b/Training")
+    folder(tmp_path / "b/Testing")
+    assert len(open_pictures(tmp_path / "b", "train")) == 6
+    with pytest.raises(UserError, match="holds the splits Testing, Training; name one"):
+        open_pictures(tmp_path / "b")
+    (tmp_path / "whole.tar.gz").write_bytes(b"x")
+    with pytest.raises(UserError, match="is packed as a whole"):
+        open_pictures(tmp_path / "whole.tar.gz")
+
+
+def test_hugging_face_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     datasets = pytest.importorskip("datasets")
     root = folder(tmp_path / "pictures")
     files = sorted(root.rglob("*.png"))
@@ -82,6 +188,26 @@ def test_hugging_face_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(UserError, match="has splits; name one of train, val"):
             open_pictures(source)
     assert content(open_pictures(tmp_path / "hub/data/train-00000-of-00001.parquet")) == want
+    several = datasets.Features({"image": datasets.Image(), "labels": datasets.Sequence(features["label"])})
+    table = {"image": data["image"], "labels": [[1, 0], [], [1], [0], [0], [1]]}
+    named = {"image": data["image"], "label": ["cat;dog", "", "dog", "cat", "cat", "dog"], "id": list(range(6))}
+    plain = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.Value("string"), "id": datasets.Value("int8")}
+    )
+    datasets.Dataset.from_dict(table, features=several).to_parquet(tmp_path / "several.parquet")
+    datasets.Dataset.from_dict(named, features=plain).save_to_disk(tmp_path / "named")
+    for source in (tmp_path / "several.parquet", tmp_path / "named"):
+        pictures = open_pictures(source)
+        assert pictures.multilabel
+        assert pictures.classes == ["cat", "dog"]
+        assert pictures.labels[:3] == [(0, 1), (), (1,)]
+        assert pictures[0][0].size == (8, 6)
+    assert any("1 columns are not used: id" in told for told in caplog.messages)
+    (tmp_path / "hub/notes.txt").write_text("of cats")
+    (tmp_path / "hub/more").mkdir()
+    renamed.to_parquet(tmp_path / "hub/more/val-1.parquet")
+    assert len(open_pictures(tmp_path / "hub", "val")) == 12
+    assert any("1 files are not used: 1 beside the pictures (notes.txt)" in told for told in caplog.messages)
     both["train"].rename_columns({"label": "a"}).cast_column("a", datasets.Value("int64")).save_to_disk(tmp_path / "no")
     with pytest.raises(UserError, match="has no column label; it has a, image"):
         open_pictures(tmp_path / "no")
@@ -194,23 +320,36 @@ def test_every_file_is_used_or_named(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert len(open_pictures(root)) == 7
     (told,) = caplog.messages
     assert "3 files are not used" in told
-    assert "clip.mov" in told
-    assert "1 beside the pictures" in told
-    assert "1 hidden" in told
+    for kind in ("1 left out (cat/clip.mov)", "1 beside the pictures (cat/notes.txt)", "1 hidden (dog/.DS_Store)"):
+        assert kind in told
     caplog.clear()
-    shown = io.BytesIO()
-    Image.new("RGB", (8, 6)).save(shown, "PNG")
-    with tarfile.open(tmp_path / "dots.tar", "w") as archive:  # keys with dots, and a second picture in every sample
-        for i in range(6):
-            parts = {"png": shown.getvalue(), "seg.png": shown.getvalue(), "cls": b"cat" if i % 2 else b"dog"}
-            for suffix, data in parts.items():
-                member = tarfile.TarInfo(f"./v1.{i} a.{suffix}")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-    pictures = open_pictures(tmp_path / "dots.tar")
+    samples = [
+        (f"./v1.{i} a.{suffix}", data)  # keys with dots, and a second picture in every sample
+        for i in range(6)
+        for suffix, data in (("png", PNG), ("seg.png", PNG), ("cls", b"cat" if i % 2 else b"dog"))
+    ]
+    pictures = open_pictures(tar(tmp_path / "dots.tar", samples))
     assert len(pictures) == 6
     assert not any(name.endswith("seg.png") for name in pictures.names)
     assert "6 files are not used" in caplog.messages[0]
+    caplog.clear()
+    again = open_pictures(tar(tmp_path / "again.tar", [*samples, *samples]))  # every name a second time
+    assert len({*again.names}) == 12
+    assert "12 files are not used" in caplog.messages[0]
+    caplog.clear()
+    (tmp_path / "shards/old").mkdir(parents=True)
+    tar(tmp_path / "shards/old/1.tar", samples)
+    tar(tmp_path / "shards/0.tar", samples[:6])
+    (tmp_path / "shards/extra.png").write_bytes(PNG)
+    assert len(open_pictures(tmp_path / "shards")) == 2
+    assert "4 files are not used" in caplog.messages[0]
+    for part in ("old/1.tar", "extra.png", "seg.png"):
+        assert part in caplog.messages[0]
+    caplog.clear()
+    folder(tmp_path / "parts/train")
+    folder(tmp_path / "parts/rest")
+    assert len(open_pictures(tmp_path / "parts", "train")) == 6
+    assert "6 files are not used: 6 left out (rest/cat/0.png" in caplog.messages[0]
 
 
 def test_classes_of_splits_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

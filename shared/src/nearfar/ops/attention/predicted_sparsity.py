@@ -1,6 +1,7 @@
 """Attention over the pairs of tokens that a cheap low-rank predictor picks for each input."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nearfar.ops.common.heads import check_heads, from_heads
+from nearfar.ops.tokens.mixer_gate import resize_tokens
 
 
 class Connectivity(NamedTuple):
@@ -36,8 +38,8 @@ class ConnectivityPredictor(nn.Module):
     G is dense and W = Q^T as it is.
 
     Wei et al., Sparsifiner (CVPR 2023), section 3. The released code leaves ties to torch.topk, as `stable=False` does;
-    rows of tokens that pruning has removed are ties throughout. N is fixed. Not causal: P mixes all keys. Cost
-    O(H N R (d + N)).
+    rows of tokens that pruning has removed are ties throughout. N is fixed (see `resize`). Not causal.
+    Cost O(H N R (d + N)).
 
     Raises ValueError for sizes below 1 or rates outside (0, 1].
     """
@@ -102,6 +104,21 @@ class ConnectivityPredictor(nn.Module):
         picked = self.largest(ranked, budget)
         mask = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, picked, True)
         return Connectivity(g.to(q.dtype), a.to(q.dtype), F.pad(mask, (0, 0, 1, 0), value=True))
+
+    @torch.no_grad()
+    def resize(self, before: Sequence[int], after: Sequence[int]) -> None:
+        """Make P and Q fit the summary token and a row-major grid `after` in place of `before`; the rank stays.
+
+        Interpolated linearly, P scaled so that a sum over smooth keys stays what it was: an extension of ours.
+        """
+        shared = self.basis is self.reduce
+        for name in ("reduce", "basis"):
+            old = getattr(self, name)
+            grid = resize_tokens(old[1:].T, before, after, total=name == "reduce").T
+            setattr(self, name, nn.Parameter(torch.cat((old[:1], grid)), old.requires_grad))
+        if shared:
+            self.basis = self.reduce
+        self.num_tokens = len(self.reduce)
 
     def largest(self, x: Float[Tensor, "*b n"], count: int) -> Tensor:
         """Indices of the `count` largest entries of each row; of equal ones the first, or torch's own choice."""

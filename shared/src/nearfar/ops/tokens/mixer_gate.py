@@ -53,9 +53,9 @@ class MixerBlock(nn.Module):
     def resize(self, before: Sequence[int], after: Sequence[int]) -> None:
         """Make the mixing matrices fit a row-major grid `after` in place of `before`; the channel parts stay."""
         first, last = self.token_mix[0], self.token_mix[3]
-        self.token_mix[0] = _linear(resize_tokens(first.weight, before, after, total=True), first.bias)
+        self.token_mix[0] = _linear(first, resize_tokens(first.weight, before, after, total=True), first.bias)
         bias = resize_tokens(last.bias[None], before, after)[0]
-        self.token_mix[3] = _linear(resize_tokens(last.weight.T, before, after).T, bias)
+        self.token_mix[3] = _linear(last, resize_tokens(last.weight.T, before, after).T, bias)
 
 
 class MixerGate(nn.Module):
@@ -127,7 +127,9 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} is {size}; it must be at least 1")
 
 
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+def _linear(old: nn.Linear, weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A map of these values that learns, or does not, as the old one."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-    layer.weight, layer.bias = nn.Parameter(weight.contiguous()), nn.Parameter(bias.clone())
+    layer.weight = nn.Parameter(weight.contiguous(), old.weight.requires_grad)
+    layer.bias = nn.Parameter(bias.clone(), old.bias.requires_grad)
     return layer

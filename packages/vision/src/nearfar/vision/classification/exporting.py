@@ -92,7 +92,10 @@ def export_classifier(
     with atomic_path(path) as place:
         told = metadata(classifier, not fixed)
         if path.suffix == ".pt2":
-            torch.export.save(program, place, extra_files={"classifier.json": json.dumps(told)})
+            try:
+                torch.export.save(program, place, extra_files={"classifier.json": json.dumps(told)})
+            except Exception as error:  # the serializer's own kinds
+                raise refuse(f"cannot be written: {_line(error)}") from error
         else:
             _write_onnx(program, place, told, refuse)
         rows = [difference(deployed, runner(place), size, refuse) for size in sizes]

@@ -115,8 +115,12 @@ class ConViT(TokenModel):
 
     def split(self, tokens: Tensor, index: int) -> tuple[Tensor, Tensor]:
         if index < self.local_layers:
-            return self.cls_token.expand(tokens.shape[0], -1, -1), tokens
+            token = tokens[:1, :0] if self.cls_token is None else self.cls_token
+            return token.expand(tokens.shape[0], -1, -1), tokens
         return super().split(tokens, index)
+
+    def prefix_at(self, index: int) -> int:
+        return 0 if index < self.local_layers else super().prefix_at(index)
 
     def gates(self) -> Tensor:
         """The weight of positions against content, (layers, heads), of every gated layer."""

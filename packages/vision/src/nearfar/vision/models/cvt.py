@@ -203,6 +203,9 @@ class CvT(TokenModel):
         prefix = int(self.stages[index].cls_token is not None)
         return tokens[:, :prefix], tokens[:, prefix:]
 
+    def prefix_at(self, index: int) -> int:
+        return int(self.stages[index].cls_token is not None)
+
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("cls_token")}
 

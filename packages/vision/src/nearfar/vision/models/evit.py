@@ -34,13 +34,23 @@ from nearfar.vision.models.tokens import (
     pair,
     split_positions,
 )
+from nearfar.vision.tracing import is_traced
 
 Keep = float | int
 """A share of the tokens in (0, 1], or a number of them."""
 
 
+def keeps_all(keep: Keep, x: Tensor) -> bool:
+    """Whether of the tokens (B, 1 + M, C) all stay."""
+    return keep_count(keep, x.shape[1] - 1) == x.shape[1] - 1
+
+
 class ReorganisingBlock(Block):
     """A transformer block that reorganizes the tokens between its attention and its MLP."""
+
+    def forward(self, x: Tensor, keep: Keep = 1.0, fuse: bool = True) -> Tensor:
+        """Tokens after the block."""
+        return super().forward(x) if keeps_all(keep, x) else self.reduce(x, keep, fuse)[0]
 
     def reduce(self, x: Tensor, keep: Keep, fuse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens after the block, indices kept and left, and the patches as they were before."""
@@ -135,13 +145,15 @@ class EViT(TokenModel):
 
     def embed(self, x: Tensor) -> State:
         tokens, size = super().embed(x)
+        if is_traced(x):  # a graph has the features alone
+            return tokens, size, None
         return tokens, size, TokenTrail.start(tokens.shape[0], tokens.shape[1] - 1, tokens.device)
 
     def apply_block(self, index: int, state: State) -> State:
         tokens, size, trail = state
         keep = self._keep[self.reduce_at.index(index)] if index in self.reduce_at else 1.0
-        if keep_count(keep, tokens.shape[1] - 1) == tokens.shape[1] - 1:
-            return self.run(self.blocks[index], tokens), size, trail
+        if is_traced(tokens) or keeps_all(keep, tokens):
+            return self.run(self.blocks[index], tokens, keep, self.fuse_tokens), size, trail
         tokens, kept, rest, before = self.run(self.blocks[index].reduce, tokens, keep, self.fuse_tokens)
         return tokens, size, trail.follow(kept, rest, before, self.fuse_tokens)
 

@@ -162,7 +162,11 @@ class LSNet(Backbone):
 
     def forward_pyramid(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         half = whole(self.stem[1], whole(self.stem[0], x))
+        if len(self.stem) == 2:
+            return [half]
         quarter = whole(self.stem[3], whole(self.stem[2], half))
+        if len(self.stem) == 4:
+            return [half, quarter]
         levels, x = [half, quarter], whole(self.stem[4], quarter)
         for stage in self.stages[: None if last is None else max(last - 1, 0)]:
             x = stage(x)
@@ -175,6 +179,7 @@ class LSNet(Backbone):
         stages = self.stages
         take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.stages = stages[: max(max(take) - 1, 0)]
+        self.stem = self.stem[: 2 * max(take) + 2]
         if prune_head:
             self.head_dist = None
         return take

@@ -133,10 +133,11 @@ class NiNformer(TokenModel):
         super().check_input(x)
         grid = tuple(-(-n // self.patch_size) for n in x.shape[-2:])
         if self.gate == "mixer" and grid != self.grid(self.img_size):
+            height, width = (n * self.patch_size for n in grid)
             raise ValueError(
                 f"input is {tuple(x.shape)}, a grid of {grid[0]} x {grid[1]} patches; the mixers are made for pictures "
                 f"of {self.img_size[0]} x {self.img_size[1]}: resize the pictures, or call "
-                f"model.set_input_size(({x.shape[-2]}, {x.shape[-1]})), which interpolates the mixing matrices"
+                f"model.set_input_size(({height}, {width})), which interpolates the mixing matrices"
             )
 
     def set_input_size(

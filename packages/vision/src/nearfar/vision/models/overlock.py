@@ -295,10 +295,12 @@ class OverLoCK(Backbone):
         """The pyramid up to level `last`, and the overview where it was needed."""
         x = whole(self.stem, x)
         levels = []
-        for stage in self.stages[:2] if last is None else self.stages[: min(last + 1, 2)]:
+        most = 3 if self.focus_down is not None else len(self.stages) - 1 if self.focus is None else 2
+        last = most if last is None else min(last, most)
+        for stage in self.stages[: min(last + 1, 2)]:
             x = stage(x)
             levels.append(x)
-        if last is not None and last < 2:
+        if last < 2:
             return levels, None
         x = self.stages[2](x)
         overview = self.stages[3](x)
@@ -306,7 +308,7 @@ class OverLoCK(Backbone):
         raised = F.interpolate(context, size=x.shape[-2:], mode="bilinear", align_corners=False)
         x, h = self.look(self.focus[0], x, raised, raised)
         levels.append(self.join(x, h))
-        if last is None or last > 2:
+        if last > 2:
             levels.append(self.look(self.focus[1], *self.focus_down(x, h), context))
         return levels, overview
 

@@ -210,11 +210,16 @@ class Backbone(PictureModel):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the levels `indices` do not need; returns their absolute indices."""
+        """Remove what the levels `indices` do not need; returns their absolute indices.
+
+        With `prune_head` the last of them is what the model then gives, until `reset_classifier`.
+        """
         take, last = feature_take_indices(len(self.feature_info), indices)
-        self.stages = self.stages[: last + 1]
+        self.stages, self.feature_norms = self.stages[: last + 1], self.feature_norms[: last + 1]
         if prune_head:
-            self.head = nn.Identity()
+            self.num_classes = 0
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.head = Head(self.num_features, 0, nn.Identity(), global_pool="").train(self.training)
         return take
 
     def set_output_stride(self, stride: int) -> None:

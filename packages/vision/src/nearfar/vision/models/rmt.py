@@ -220,7 +220,7 @@ class RMT(Backbone):
     ) -> list[int]:
         take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_head:
-            self.aux_head = None
+            self.aux_head, self.aux_dim = None, 0
         return take
 
     @classmethod

@@ -85,6 +85,7 @@ class Sparsifiner(TokenModel):
         dim, depth, num_heads, num_classes, in_chans, img_size, patch_size, mlp_ratio, qkv_bias: of the transformer.
         keep_rate: share of the keys that each query keeps. coefficients, threshold: of the predictor's factors.
         token_reduction, channel_reduction: N // token_reduction basis rows, d // channel_reduction channels.
+        reduced_tokens: the number of basis rows itself, where `set_input_size` has changed N.
         share: one tensor for both factors over tokens. stable: break ties by the lowest index.
         token_keep_rate: share of the patches kept at each block of `prune_at` (its powers 1, 2, 3); 1 for none.
         skip_lambda: both branches are divided by it. stem: "patch", or "conv" for LV-ViT's. aux_head: LV-ViT's second
@@ -127,6 +128,7 @@ class Sparsifiner(TokenModel):
         threshold: float = 0.02,
         token_reduction: int = 6,
         channel_reduction: int = 2,
+        reduced_tokens: int | None = None,
         share: bool = False,
         stable: bool = True,
         token_keep_rate: float = 1.0,
@@ -139,8 +141,10 @@ class Sparsifiner(TokenModel):
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         global_pool: str = "token",
+        dynamic_img_pad: bool = False,
     ) -> None:
         super().__init__()
+        self.dynamic_img_pad = dynamic_img_pad
         if stem not in ("patch", "conv"):
             raise ValueError(f"stem is {stem!r}; allowed are 'patch' and 'conv'")
         keep_count(token_keep_rate, 1)
@@ -157,7 +161,7 @@ class Sparsifiner(TokenModel):
             predictor = ConnectivityPredictor(
                 width,
                 tokens,
-                tokens // token_reduction,
+                reduced_tokens or tokens // token_reduction,
                 width // channel_reduction,
                 keep_rate=keep_rate,
                 coefficients=coefficients,
@@ -179,15 +183,21 @@ class Sparsifiner(TokenModel):
 
     def check_input(self, x: Tensor) -> None:
         super().check_input(x)
-        if tuple(x.shape[-2:]) != self.img_size:
+        if tuple(-(-n // self.patch_size) * self.patch_size for n in x.shape[-2:]) != self.img_size:
             raise ValueError(
                 f"input is {tuple(x.shape)}; the predictors of this model are for {self.img_size[0]} x "
-                f"{self.img_size[1]}: build it with img_size of the pictures"
+                f"{self.img_size[1]}: build it with img_size of the pictures, or call set_input_size"
             )
 
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Refused: the predictors hold a row for every token of one size."""
-        raise ValueError("Sparsifiner's predictors are for one size; build the model with another img_size")
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Interpolate positions and predictors to the grid of `img_size`; the predictors keep their rank."""
+        before = self.grid(self.img_size)
+        super().set_input_size(img_size, patch_size)
+        if (after := self.grid(self.img_size)) != before:
+            for block in self.blocks:
+                block.attn.predictor.resize(before, after)
 
     def embed(self, x: Tensor) -> State:
         return *super().embed(x), None, []
@@ -256,10 +266,16 @@ class Sparsifiner(TokenModel):
                 "num_heads": dim // head_dim,
                 "channel_reduction": head_dim // reduced,
                 "token_reduction": tokens // rows,
+                "reduced_tokens": None if tokens // (tokens // rows) == rows else rows,
                 "share": f"{predictor}basis" not in state
-                or bool(torch.equal(state[f"{predictor}basis"], state[f"{predictor}reduce"])),
+                or same(state[f"{predictor}basis"], state[f"{predictor}reduce"]),
             }
         return found
+
+
+def same(reduce: Tensor, basis: Tensor | None) -> bool:
+    """Whether both factors are one tensor; of those without values none are."""
+    return basis is None or (not basis.is_meta and bool(torch.equal(reduce, basis)))
 
 
 SPARSIFINERS = {

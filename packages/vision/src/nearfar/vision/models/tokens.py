@@ -68,7 +68,7 @@ class Positions(nn.Module):
 
     def at(self, size: tuple[int, int]) -> Tensor:
         """The patches' table for a grid of `size`, (1, N, C)."""
-        if tuple(size) == self.size:
+        if not torch.compiler.is_exporting() and tuple(size) == self.size:  # a file is for any size: it always resizes
             return self.grid.flatten(1, 2)
         return self.kept.get(self.grid, tuple(size), lambda: self.resized(self.grid, size).flatten(1, 2))
 
@@ -366,13 +366,12 @@ class TokenModel(PictureModel):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; allowed are 'NCHW' and 'NLC'")
         take, last = feature_take_indices(len(self.feature_info), indices)
-        if norm and any(self.feature_info[i]["num_chs"] != self.num_features for i in take):
-            raise ValueError(f"norm=True is for levels of {self.num_features} channels; {take} has others")
         state = self.embed(self.prepare(x))
         final, taken = self.forward_blocks(state, take, last if stop_early or intermediates_only else None)
         found: list[Any] = []
         for i, (tokens, size) in zip(sorted(set(take)), taken, strict=True):
-            prefix, patches = self.split(self.norm(tokens) if norm else tokens, i)
+            fits = norm and self.feature_info[i]["num_chs"] == self.num_features
+            prefix, patches = self.split(self.norm(tokens) if fits else tokens, i)
             if output_fmt == "NCHW":
                 patches = patches.mT.unflatten(2, size).contiguous()
             found.append((patches, prefix) if return_prefix_tokens else patches)
@@ -394,14 +393,28 @@ class TokenModel(PictureModel):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the levels `indices` do not need; returns their absolute indices."""
+        """Remove what the levels `indices` do not need; returns their absolute indices.
+
+        With `prune_head` the tokens of the last of them are what the model then gives, until `reset_classifier`.
+        """
         take, last = feature_take_indices(len(self.feature_info), indices)
         setattr(self, self.LAYERS, self.layers[: last + 1])
-        if prune_norm:
+        width = self.feature_info[last]["num_chs"]
+        if prune_norm or width != self.num_features:
             self.norm = nn.Identity()
         if prune_head:
-            self.reset_classifier(0, "")
+            self.num_prefix_tokens = self.prefix_at(last)
+            if not self.num_prefix_tokens:
+                self.cls_token, self.has_class_token = None, False
+            self.num_classes, self.num_features = 0, width
+            self.head_hidden_size = self.embed_dim = width
+            head = TokenHead(width, 0, self.num_prefix_tokens, global_pool="", num_heads=self.head.num_heads)
+            self.head = head.train(self.training)
         return take
+
+    def prefix_at(self, index: int) -> int:
+        """How many prefix tokens there are after block `index`."""
+        return self.num_prefix_tokens
 
     # sizes
 

@@ -190,8 +190,13 @@ class VOLO(TokenModel):
 
     def split(self, tokens: Tensor, index: int) -> tuple[Tensor, Tensor]:
         width = tokens.shape[2]
-        token = self.cls_token if width == self.num_features else self.cls_token.new_zeros(1, 0, width)
+        token = self.cls_token
+        if token is None or width != self.num_features:
+            token = tokens.new_zeros(1, 0, width)
         return token.expand(tokens.shape[0], -1, -1), tokens
+
+    def prefix_at(self, index: int) -> int:
+        return 0
 
     def conclude(self, tokens: Tensor) -> Tensor:
         """The class token before the patches, after class attention and the final norm."""
