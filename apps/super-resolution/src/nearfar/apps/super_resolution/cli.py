@@ -26,7 +26,7 @@ from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import temporary_folder, write_csv
 from nearfar.core.made_from import MadeFrom
-from nearfar.core.memory import parse_memory
+from nearfar.core.memory import parse_memory, resident_memory
 from nearfar.core.reading import check_announced, reading
 from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
@@ -132,15 +132,16 @@ def upscale(
             if made.done():
                 return row | {"size": "done before", "tiles": "", "notes": ""}
             picture = read_file(path, limit=limit, first_frame=first_frame)
-            chosen = upscaler.tiling(picture, budget, given)
             with progress() as bar:
                 task = bar.add_task(path.name, total=None)
-                upscaler(
-                    picture, target, chosen, ensemble=ensemble, quality=quality,
+                chosen = upscaler(
+                    picture, target, given, memory=budget, ensemble=ensemble, quality=quality,
                     progress=lambda done, total: bar.update(task, completed=done, total=total),
                 )  # fmt: skip
             made.write()
             notes = list(picture.notes)
+            if memory is not None:
+                notes.append(f"the process held at most {resident_memory(peak=True) / 2**20:.0f} MB")
             if check:
                 notes.append(_check(upscaler, picture, chosen))
             if page:
@@ -216,24 +217,31 @@ def train_command(
     weights: Annotated[
         Path | None, typer.Option(help="Network to start from; of another scale, its upsampler starts afresh.")
     ] = None,
+    vgg: Annotated[
+        Path | None, typer.Option(help="torchvision's VGG19 weights, for recipes with a perceptual loss.")
+    ] = None,
     workers: Workers = 0,
     device: Device = "auto",
     devices: Devices = 1,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Train a network on random patches, reduced as the test sets were; the epoch of the best PSNR is kept."""
+    """Train a network on random patches, reduced as the test sets were; the epoch of the best PSNR is kept.
+
+    With `--set degradation=real` patches are blurred, noised and compressed as real pictures are. Recipes with an
+    adversarial loss keep the last epoch.
+    """
     from nearfar.vision.restoration.training import Recipe, train_restorer
 
     resolved = read_recipe(Recipe, recipe, settings or (), RECIPES)
     files, chosen = picture_files(pictures), picture_files(held)
     model, history = train_restorer(
-        files, chosen, resolved, output, weights=weights, device=device, workers=workers, fresh=fresh,
+        files, chosen, resolved, output, weights=weights, vgg=vgg, device=device, workers=workers, fresh=fresh,
         show_progress=messages.is_terminal,
     )  # fmt: skip
-    best = max(history, key=lambda row: row["psnr"])
+    best = history[-1] if resolved.adversarial else max(history, key=lambda row: row["psnr"])
     row = {"model": resolved.model, "parameters": sum(p.numel() for p in model.parameters()), "pictures": len(files)}
-    row |= {"best epoch": int(best["epoch"]) + 1, "PSNR of the held": best["psnr"], "folder": str(output)}
+    row |= {"kept epoch": int(best["epoch"]) + 1, "PSNR of the held": best["psnr"], "folder": str(output)}
     show([row], as_json)
 
 

@@ -56,17 +56,19 @@ class Upscaler:
         self,
         picture: PictureFile,
         target: Path,
-        tiling: Tiling,
+        tiling: Tiling | None = None,
         *,
+        memory: int | None = None,
         ensemble: bool = False,
         quality: int = 95,
         progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> None:
-        """Enlarge `picture` into the file `target`.
+    ) -> Tiling:
+        """Enlarge `picture` into the file `target`; returns the tiles, which `tiling()` chooses unless they are given.
 
         Grey pictures are computed as RGB of equal channels and averaged, transparency in a pass of its own. Rows of
         tiles that are done lie in a hidden folder beside the target until all are, and a call with the same picture,
-        network and settings goes on there. `progress` is called with the rows of tiles that are done, and all.
+        network and settings goes on there, with the tiles that were chosen then. `progress` is called with the rows of
+        tiles that are done, and all.
 
         Raises UserError where the format cannot hold the picture, or where outputs are not finite.
         """
@@ -74,10 +76,12 @@ class Upscaler:
         height, width, channels = picture.pixels.shape
         scale = self.model.scale
         passes = [slice(0, channels - 1), slice(channels - 1, channels)] if picture.alpha else [slice(0, channels)]
-        rows = len(tiling.spans(height, self.model.multiple))
         work = target.with_name(f".{target.name}.upscaling")
         with locked(work, "enlarges"):
-            state = _State(work, data_digest([content_digest(picture.path), self.digest, vars(tiling), ensemble]))
+            given = None if tiling is None else vars(tiling)
+            state = _State(work, data_digest([content_digest(picture.path), self.digest, given, memory, ensemble]))
+            tiling = state.tiling = state.tiling or self.tiling(picture, memory, tiling)
+            rows = len(tiling.spans(height, self.model.multiple))
             shape = (height * scale, width * scale, channels)
             out = state.open(shape, picture.pixels.dtype)
             for index, part in enumerate(passes):
@@ -98,6 +102,7 @@ class Upscaler:
             write_file(target, out, picture, quality=quality)
             del out
             shutil.rmtree(work)
+        return tiling
 
 
 def _quantized(values: Tensor, picture: PictureFile) -> np.ndarray:
@@ -113,12 +118,13 @@ class _State:
     def __init__(self, folder: Path, made_from: str) -> None:
         self.folder, self.made_from = folder, made_from
         self.index, self.done, self.begun = 0, 0, None
+        self.tiling: Tiling | None = None
         if not (folder / "state.json").is_file():
             return
         with reading(folder, "is no picture that can be gone on with", "remove it"):
             found = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if found["made_from"] == made_from and (folder / "rows").is_file():
-                self.index, self.done = found["pass"], found["done"]
+                self.index, self.done, self.tiling = found["pass"], found["done"], Tiling(**found["tiling"])
                 if self.done:
                     with np.load(folder / found["sums"], allow_pickle=False) as sums:
                         self.begun = torch.from_numpy(sums["sums"])
@@ -134,11 +140,8 @@ class _State:
         if begun is not None:
             with atomic_path(self.folder / sums) as temporary:
                 np.savez(temporary, sums=begun.numpy())
-        write_json(
-            self.folder / "state.json",
-            {"made_from": self.made_from, "pass": index, "done": done, "sums": sums},
-            exact=True,
-        )
+        found = {"made_from": self.made_from, "tiling": vars(self.tiling), "pass": index, "done": done, "sums": sums}
+        write_json(self.folder / "state.json", found, exact=True)
         for old in self.folder.glob("sums-*.npz"):
             if old.name != sums:
                 old.unlink()
