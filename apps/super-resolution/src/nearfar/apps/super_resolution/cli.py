@@ -70,6 +70,12 @@ ProtocolName = Annotated[
 ]
 
 
+Metric = Annotated[
+    list[str] | None,
+    typer.Option(help="Also lpips or niqe, by pyiqa where it is installed; it fetches their weights. Repeat."),
+]
+
+
 @app.command()
 def models(as_json: Json = False) -> None:
     """List the published networks: system, scale and parameters."""
@@ -142,6 +148,8 @@ def upscale(
             notes = list(picture.notes)
             if memory is not None:
                 notes.append(f"the process held at most {resident_memory(peak=True) / 2**20:.0f} MB")
+            if chosen.tile < max(picture.pixels.shape[:2]) and upscaler.model.tiled:
+                notes.append(f"in tiles: {upscaler.model.tiled}")
             if check:
                 notes.append(_check(upscaler, picture, chosen))
             if page:
@@ -165,11 +173,11 @@ def _check(upscaler: Upscaler, picture: Any, tiling: Tiling) -> str:
     side = 2 * tiling.tile
     top, left = (max(0, (n - side) // 2) for n in (height, width))
     pixels = picture.pixels[top : top + side, left : left + side, :3]
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)[: 3 if pixels.shape[2] == 3 else 1].float() / picture.peak
+    planes = torch.tensor(pixels).permute(2, 0, 1)[: 3 if pixels.shape[2] == 3 else 1].float() / picture.peak
     found = evaluation.seam(upscaler.model, planes.expand(3, -1, -1).contiguous(), tiling)
     return (
-        f"tiles of {tiling.tile}: at most {found['largest']:.2g} from the whole picture, steps at their borders "
-        f"{found['step']:.2f} of those elsewhere"
+        f"tiles of {tiling.tile}: at most {found['largest']:.2g} from the whole picture, the largest step at their "
+        f"borders {found['step']:.2f} of the largest elsewhere"
     )
 
 
@@ -255,6 +263,7 @@ def evaluate(
     scale: Scale = None,
     colour: Colour = "y",
     protocol: ProtocolName = "8bit",
+    metric: Metric = None,
     tile: Tile = None,
     overlap: Overlap = 32,
     tiling: Blending = "cosine",
@@ -265,7 +274,7 @@ def evaluate(
 ) -> None:
     """Print PSNR and SSIM of a network on test sets, as the field's tables have them."""
     name = str(_network(None, scale)) if model is None else model
-    rows = _scores(data, [name], scale, colour, protocol, tile, overlap, tiling, ensemble, device, csv)
+    rows = _scores(data, [name], scale, colour, protocol, tile, overlap, tiling, ensemble, device, csv, metric)
     show(rows, as_json)
 
 
@@ -276,6 +285,7 @@ def compare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table and the page.")],
     colour: Colour = "y",
     protocol: ProtocolName = "8bit",
+    metric: Metric = None,
     ensemble: Ensemble = False,
     device: Device = "auto",
     as_json: Json = False,
@@ -286,7 +296,18 @@ def compare(
         raise UserError(f"the networks enlarge {', '.join(map(str, sorted(scales)))} times; compare those of one scale")
     names = [BICUBIC, *model]
     rows = _scores(
-        data, names, scales.pop(), colour, protocol, None, 32, "cosine", ensemble, device, output / "pictures.csv"
+        data,
+        names,
+        scales.pop(),
+        colour,
+        protocol,
+        None,
+        32,
+        "cosine",
+        ensemble,
+        device,
+        output / "pictures.csv",
+        metric,
     )
     write_csv(output / "scores.csv", rows)
     Report("Super-resolution compared").table(rows, f"{colour.upper()}, {protocol}").write(output / "page.html")
@@ -295,7 +316,7 @@ def compare(
 
 def _scores(
     data: list[Path], names: list[str], scale: int | None, colour: str, protocol: str, tile: int | None, overlap: int,
-    blend: str, ensemble: bool, device: str, csv: Path | None,
+    blend: str, ensemble: bool, device: str, csv: Path | None, metrics: list[str] | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Means of every model on every test set; with `csv`, all pictures there."""
     for option, value, allowed in (("--colour", colour, ("y", "rgb")), ("--protocol", protocol, ("8bit", "float"))):
@@ -313,6 +334,7 @@ def _scores(
         for folder in data:
             found = evaluation.evaluate(
                 network, folder, times, colour=colour, protocol=protocol, tiling=tiling, ensemble=ensemble,  # type: ignore[arg-type]
+                metrics=metrics or (),
                 track=lambda pairs, folder=folder: track(pairs, folder.name),
             )  # fmt: skip
             shown = "the small one" if Path(name).parent == WEIGHTS else name

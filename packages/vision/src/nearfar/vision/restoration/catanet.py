@@ -106,6 +106,7 @@ class CATANet(Restorer):
         (r"upconv(\d)?\.", lambda m: f"enlarge.{3 * (int(m[1] or 1) - 1)}."),
         (r"last_conv\.", "last."),
     )
+    tiled = "its groups are of pixels of one tile, not of the whole picture, which changes the output everywhere"
     CARD = Card(
         "CATANet",
         "2503.06896",

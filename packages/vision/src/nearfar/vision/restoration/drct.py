@@ -147,6 +147,8 @@ class DRCT(Restorer):
             num_heads = [num_heads - (dim + i * growth) % num_heads for i in range(5)]
         self.scale, self.in_chans, self.window_size = scale, in_chans, window_size
         self.multiple = 2 * window_size
+        # a group's five layers of windows in turn reach half a window further four times; then there are convolutions
+        self.context = window_size + 2 * window_size * groups + 5
         mean = RGB_MEAN if in_chans == 3 else (0.0,) * in_chans
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.stem = nn.Conv2d(in_chans, dim, 3, padding=1)
