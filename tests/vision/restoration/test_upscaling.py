@@ -1,6 +1,8 @@
 """Tiles, picture files, going on after a stop, test sets, training."""
 
+import errno
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from skimage import data
 from nearfar.core.errors import UserError
 from nearfar.vision.data.images import picture_files
 from nearfar.vision.restoration import evaluation
+from nearfar.vision.restoration import upscaler as upscaler_module
 from nearfar.vision.restoration.catanet import CATANet
 from nearfar.vision.restoration.drct import DRCT
 from nearfar.vision.restoration.files import check_target, read_file, write_file
@@ -209,6 +212,27 @@ def test_a_picture_goes_on_where_it_was_stopped(tmp_path: Path, shape: tuple[int
         assert calls[0][0] == min(2, calls[-1][1] - 1) + 1
         assert np.array_equal(read_file(tmp_path / "twice.png").pixels, want.pixels)
     assert not list(tmp_path.glob(".*upscaling"))
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = read_file(_save(tmp_path / "in.png", np.zeros((20, 20, 3), np.uint8)))
+    up = Upscaler(CATANet(2, **TINY), "net")
+
+    def full(*_args: object, **_kept: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full, raising=False)
+        with pytest.raises(UserError, match="No space left on device; the enlarged picture takes"):
+            up(source, tmp_path / "out.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(upscaler_module, "write_file", full)
+        with pytest.raises(UserError, match="what is computed is kept"):
+            up(source, tmp_path / "out.png")
+    calls: list[int] = []
+    up(source, tmp_path / "out.png", progress=lambda done, _: calls.append(done))
+    assert calls == []
+    assert read_file(tmp_path / "out.png").pixels.shape == (40, 40, 3)
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """Enlarging picture files: in bounded memory, with their transparency, bits and profile, going on after a stop."""
 
+import errno
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +102,12 @@ class Upscaler:
                     last = band.done == rows
                     state.save(out, index + last, 0 if last else band.done, None if last else band.begun)
                     progress(index * rows + band.done, len(passes) * rows)
-            write_file(target, out, picture, quality=quality)
+            try:
+                write_file(target, out, picture, quality=quality)
+            except OSError as error:
+                raise UserError(
+                    f"{target}: cannot be written ({error}); what is computed is kept, run it again"
+                ) from error
             del out
             shutil.rmtree(work)
         return tiling
@@ -131,8 +139,23 @@ class _State:
 
     def open(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap:
         """The enlarged picture, on disk."""
-        going_on = self.index or self.done
-        return np.memmap(self.folder / "rows", dtype, "r+" if going_on else "w+", shape=shape)
+        path, size = self.folder / "rows", math.prod(shape) * dtype.itemsize
+        if not (self.index or self.done):
+            with path.open("wb") as file:  # a full disk would otherwise end the process when a row is written
+                try:
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, size)
+                    elif shutil.disk_usage(self.folder).free < size:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    file.truncate(size)
+                except OSError as error:
+                    file.close()
+                    path.unlink()
+                    raise UserError(
+                        f"{self.folder.parent}: {error.strerror}; the enlarged picture takes {size / 2**20:.0f} MB "
+                        "there until it is written, and then once more"
+                    ) from error
+        return np.memmap(path, dtype, "r+", shape=shape)
 
     def save(self, out: np.memmap, index: int, done: int, begun: Tensor | None) -> None:
         out.flush()
