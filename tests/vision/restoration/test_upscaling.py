@@ -261,6 +261,28 @@ print(resident_memory(peak=True) - budget)
     assert int(done.stdout) <= 0
 
 
+@pytest.mark.slow
+def test_eight_thousand_pixels_a_side_in_two_gigabytes(tmp_path: Path) -> None:
+    _save(tmp_path / "in.png", np.tile(data.astronaut(), (16, 16, 1))[:8000, :8000])
+    CATANet(2, **TINY).save_pretrained(tmp_path / "net")
+    code = f"""
+from pathlib import Path
+import torch
+from nearfar.core.memory import resident_memory
+from nearfar.vision.restoration.files import read_file
+from nearfar.vision.restoration.upscaler import Upscaler
+torch.set_num_threads(1)
+folder, rows = Path({str(tmp_path)!r}), []
+up = Upscaler.load(folder / "net")
+up(read_file(folder / "in.png"), folder / "out.png", memory=2**31, progress=lambda *done: rows.append(done))
+assert [done for done, _ in rows] == list(range(1, rows[-1][1] + 1))
+print(resident_memory(peak=True))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 2**31
+
+
 def test_layouts_of_test_sets(tmp_path: Path) -> None:
     high = torch.from_numpy(data.astronaut()[:64, :48].copy()).permute(2, 0, 1)
     low = reduced(high, 2)
