@@ -1,6 +1,8 @@
 """The super-resolution app from its command line, on pictures of scikit-image."""
 
 import json
+import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from skimage import data
 from typer.testing import CliRunner
 
 from nearfar.apps.super_resolution.cli import app
+from nearfar.apps.super_resolution.page import before_and_after
 from nearfar.apps.super_resolution.tour import chapter
 from nearfar.core.cli.batch import BatchError
 from nearfar.core.errors import UserError
@@ -19,6 +22,8 @@ from nearfar.core.report import Report
 from nearfar.vision.restoration.catanet import CATANet
 from nearfar.vision.restoration.drct import DRCT
 from tests.vision.restoration.test_upscaling import TINY
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def call(*words: object) -> str:
@@ -67,6 +72,25 @@ def test_a_folder_and_a_zip_file_with_a_bad_picture(net: Path, tmp_path: Path) -
         call("upscale", pictures, "--model", net, "-o", pictures)
     with pytest.raises(UserError, match="leave nothing for the model's work"):
         call("upscale", pictures / "coffee.jpg", "--model", net, "-o", tmp_path / "small", "--memory", "1M")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_the_page_opens_without_a_server(tmp_path: Path) -> None:
+    pictures = [tmp_path / "before.png", tmp_path / "after.png"]
+    for path, size in zip(pictures, (16, 32), strict=True):
+        Image.fromarray(data.coffee()[:size, :size]).save(path)
+    before_and_after(*pictures, tmp_path / "page.html")
+    moved = "document.querySelector('input').value=80;document.querySelector('input').oninput()"
+    page = (tmp_path / "page.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    shown = "document.images.length+':'+[...document.images].every(i=>i.complete&&i.naturalWidth==32)"
+    script = f"<script>onload=()=>{{{moved};document.title={shown}}}</script>"
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"{script}</body>"))
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
+    words.append((tmp_path / "page.html").as_uri())
+    found = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert "<title>2:true</title>" in found
+    assert "inset(0px 20% 0px 0px)" in found
 
 
 def test_train_evaluate_and_compare(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """MATLAB's resizing and the protocol's scores, against slow forms and known values."""
 
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import structural_similarity
 
-from nearfar.vision.restoration.metrics import luma, psnr, score, ssim
+from nearfar.core.errors import UserError
+from nearfar.vision.restoration.metrics import luma, perceptual, psnr, score, ssim
 from nearfar.vision.restoration.resize import imresize
 
 
@@ -103,3 +106,31 @@ def test_protocols_borders_and_colours():
                          (lambda: score(a * float("nan"), b, 2), "not finite")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             bad()
+
+
+def test_metrics_of_pyiqa(monkeypatch):
+    a, b = torch.rand(3, 20, 20), torch.rand(3, 20, 20)
+    with pytest.raises(UserError, match="known are lpips, niqe"):
+        perceptual("fid")
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    with pytest.raises(UserError, match="`pip install pyiqa`, whose licence"):
+        perceptual("niqe")
+
+    def create(name, device):
+        def metric(*pictures):
+            assert all(tuple(t.shape) == (1, 3, 16, 16) for t in pictures)
+            assert all(torch.equal(t, (t * 255).round() / 255) for t in pictures)
+            return torch.tensor(10.0 * len(pictures))
+
+        return metric
+
+    monkeypatch.setitem(sys.modules, "pyiqa", types.SimpleNamespace(create_metric=create))
+    assert perceptual("lpips")(a, b, 2) == 20
+    assert perceptual("niqe")(a, b, 2) == 10
+
+    def fails(name, device):
+        raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "pyiqa", types.SimpleNamespace(create_metric=fails))
+    with pytest.raises(UserError, match="are its weights there"):
+        perceptual("lpips")

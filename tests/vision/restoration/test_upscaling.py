@@ -1,6 +1,8 @@
 """Tiles, picture files, going on after a stop, test sets, training."""
 
+import errno
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from skimage import data
 from nearfar.core.errors import UserError
 from nearfar.vision.data.images import picture_files
 from nearfar.vision.restoration import evaluation
+from nearfar.vision.restoration import upscaler as upscaler_module
 from nearfar.vision.restoration.catanet import CATANet
 from nearfar.vision.restoration.drct import DRCT
 from nearfar.vision.restoration.files import check_target, read_file, write_file
@@ -42,7 +45,9 @@ def test_cores_with_enough_context_are_the_whole_picture(window_net: DRCT) -> No
     whole = window_net(x[None])[0].detach()
     assert window_net.multiple == 16
     torch.testing.assert_close(upscale(window_net, x), whole)
-    torch.testing.assert_close(upscale(window_net, x, Tiling(96, 80, "core")), whole, atol=1e-5, rtol=0)
+    assert window_net.context == 29
+    assert len(Tiling(80, 64, "core").spans(101, 16)) == 3  # an overlap of twice the context
+    torch.testing.assert_close(upscale(window_net, x, Tiling(80, 64, "core")), whole, atol=1e-5, rtol=0)
     for blend in ("cosine", "average"):  # not the whole picture, but one of its size, and every pixel is there
         found = upscale(window_net, x, Tiling(48, 32, blend))
         assert found.shape == whole.shape
@@ -91,12 +96,15 @@ def test_files_come_back_as_they_are(tmp_path: Path) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a cat"
+    exif[0x010F] = "maker"
     exif.get_ifd(0x8769)[0xA002] = 20
+    exif.get_ifd(0x8825)[1] = "N"
     rgba = np.random.default_rng(0).integers(0, 256, (12, 20, 4), np.uint8)
     kept = {"icc_profile": profile, "exif": exif.tobytes(), "dpi": (300, 300)}
     for suffix, channels in ((".png", 4), (".png", 3), (".tif", 4), (".webp", 4), (".jpg", 3), (".avif", 3)):
         pixels = rgba[..., :channels]
         source = read_file(_save(tmp_path / f"in{suffix}", pixels, **kept))
+        assert source.notes == (["turned upright"] if suffix == ".tif" else [])
         assert source.alpha == (channels == 4)
         enlarged = source.pixels.repeat(2, 0).repeat(2, 1)
         target = tmp_path / f"out{channels}{suffix}"
@@ -106,11 +114,12 @@ def test_files_come_back_as_they_are(tmp_path: Path) -> None:
         if suffix in (".png", ".tif"):
             assert np.array_equal(again.pixels, enlarged)
         assert again.profile == profile
-        if suffix != ".tif":
-            with Image.open(target) as picture:
-                found = picture.getexif()
-                assert found[0x0112] == 6
-                assert found.get_ifd(0x8769)[0xA002] == 40
+        with Image.open(target) as picture:
+            found = picture.getexif()
+            assert found.get(0x0112, 1) == (1 if suffix == ".tif" else 6)
+            assert found[0x010F] == "maker"
+            assert found.get_ifd(0x8769)[0xA002] == enlarged.shape[1]
+            assert found.get_ifd(0x8825)[1] == "N"
         if suffix in (".png", ".jpg", ".tif"):
             with Image.open(target) as picture:
                 assert picture.info["dpi"] == pytest.approx((300, 300), abs=0.1)
@@ -120,7 +129,8 @@ def test_sixteen_bits_and_floats_stay(tmp_path: Path) -> None:
     deep = np.random.default_rng(0).integers(0, 2**16, (9, 7, 3), np.uint16)
     with (tmp_path / "deep.png").open("wb") as stream:
         png.Writer(7, 9, greyscale=False, bitdepth=16).write(stream, deep.reshape(9, -1).tolist())
-    tifffile.imwrite(tmp_path / "deep.tif", deep, photometric="rgb")
+    tags = [(0x0112, "H", 1, 6, True), (0x010F, "s", 0, "maker", True)]
+    tifffile.imwrite(tmp_path / "deep.tif", deep, photometric="rgb", extratags=tags)
     tifffile.imwrite(tmp_path / "float.tif", (deep / 65535).astype(np.float32), photometric="rgb")
     for name in ("deep.png", "deep.tif", "float.tif"):
         source = read_file(tmp_path / name)
@@ -128,6 +138,9 @@ def test_sixteen_bits_and_floats_stay(tmp_path: Path) -> None:
         np.testing.assert_allclose(source.pixels / source.peak, deep / 65535, atol=1e-7)
         write_file(tmp_path / f"again-{name}", source.pixels, source)
         assert np.array_equal(read_file(tmp_path / f"again-{name}").pixels, source.pixels)
+        if name == "deep.tif":
+            with tifffile.TiffFile(tmp_path / f"again-{name}") as file:
+                assert [file.pages.first.tags[tag].value for tag in (0x0112, 0x010F)] == [6, "maker"]
         with pytest.raises(UserError, match=r"holds 8 bits|no floating-point"):
             check_target(source, tmp_path / "x.jpg")
 
@@ -201,6 +214,27 @@ def test_a_picture_goes_on_where_it_was_stopped(tmp_path: Path, shape: tuple[int
     assert not list(tmp_path.glob(".*upscaling"))
 
 
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = read_file(_save(tmp_path / "in.png", np.zeros((20, 20, 3), np.uint8)))
+    up = Upscaler(CATANet(2, **TINY), "net")
+
+    def full(*_args: object, **_kept: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full, raising=False)
+        with pytest.raises(UserError, match="No space left on device; the enlarged picture takes"):
+            up(source, tmp_path / "out.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(upscaler_module, "write_file", full)
+        with pytest.raises(UserError, match="what is computed is kept"):
+            up(source, tmp_path / "out.png")
+    calls: list[int] = []
+    up(source, tmp_path / "out.png", progress=lambda done, _: calls.append(done))
+    assert calls == []
+    assert read_file(tmp_path / "out.png").pixels.shape == (40, 40, 3)
+
+
 @pytest.mark.slow
 def test_a_budget_is_kept_by_the_whole_process(tmp_path: Path) -> None:
     """150 MB above what a process with the network holds."""
@@ -225,6 +259,28 @@ print(resident_memory(peak=True) - budget)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 0
+
+
+@pytest.mark.slow
+def test_eight_thousand_pixels_a_side_in_two_gigabytes(tmp_path: Path) -> None:
+    _save(tmp_path / "in.png", np.tile(data.astronaut(), (16, 16, 1))[:8000, :8000])
+    CATANet(2, **TINY).save_pretrained(tmp_path / "net")
+    code = f"""
+from pathlib import Path
+import torch
+from nearfar.core.memory import resident_memory
+from nearfar.vision.restoration.files import read_file
+from nearfar.vision.restoration.upscaler import Upscaler
+torch.set_num_threads(1)
+folder, rows = Path({str(tmp_path)!r}), []
+up = Upscaler.load(folder / "net")
+up(read_file(folder / "in.png"), folder / "out.png", memory=2**31, progress=lambda *done: rows.append(done))
+assert [done for done, _ in rows] == list(range(1, rows[-1][1] + 1))
+print(resident_memory(peak=True))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 2**31
 
 
 def test_layouts_of_test_sets(tmp_path: Path) -> None:
@@ -259,13 +315,13 @@ def test_layouts_of_test_sets(tmp_path: Path) -> None:
 
 
 def test_bicubic_rows_of_the_tables(shared_data) -> None:
-    """Set5's of the literature; Set14 comes out 0.09 dB above its rows."""
+    """Those of the literature, but for SSIM of Set14 at x4, of which its papers have two values."""
     for name, scale, psnr, ssim, within in (
         ("Set5", 2, 33.66, 0.9299, (0.01, 0.0003)),
         ("Set5", 3, 30.39, 0.8682, (0.01, 0.0003)),
         ("Set5", 4, 28.42, 0.8104, (0.01, 0.0003)),
-        ("Set14", 2, 30.24, 0.8688, (0.1, 0.002)),
-        ("Set14", 4, 26.00, 0.7027, (0.1, 0.002)),
+        ("Set14", 2, 30.24, 0.8688, (0.01, 0.0003)),
+        ("Set14", 4, 26.00, 0.7027, (0.01, 0.001)),
     ):
         found = evaluation.mean(evaluation.evaluate(None, shared_data(f"sr/{name}"), scale))
         assert abs(found["PSNR"] - psnr) < within[0]

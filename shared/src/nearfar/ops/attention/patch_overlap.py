@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from nearfar.ops.common.layers import ChannelNorm
 from nearfar.ops.common.tables import cached_table
 
+AT_ONCE = 2**20
+"""Numbers of the queries that are worked on together."""
+
 
 class OverlappingPatchAttention(nn.Module):
     """x plus attention inside patches that overlap by `overlap` positions, averaged over the patches of a position.
@@ -90,8 +93,20 @@ def attend(
 ) -> Float[Tensor, "b h n e"]:
     """softmax(q k^T scale) v where queries and values have different widths: the fused kernels want one.
 
-    Zeros fill the narrower up, which changes no product; on a GPU to a multiple of eight.
+    Zeros fill the narrower up, which changes no product; on a GPU to a multiple of eight. Without gradients a CPU works
+    on some of the batch at a time, which keeps what is filled up in its caches.
     """
+    some = max(1, AT_ONCE // q[0].numel())
+    if (
+        q.is_cpu
+        and len(q) > some
+        and len(k) == len(q)
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    ):
+        out = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+        for i in range(0, len(q), some):
+            out[i : i + some] = attend(*(t[i : i + some] for t in (q, k, v)), scale=scale)
+        return out
     width, common = v.shape[-1], max(q.shape[-1], v.shape[-1])
     if q.is_cuda:
         common += -common % 8

@@ -1,11 +1,15 @@
 """Self-attention inside windows of a grid, with a bias for every relative position and optional shift."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nearfar.ops.common.dims import check_dims
+from nearfar.ops.common.fused import FusedLinear
 from nearfar.ops.common.tables import Derived, cached_table
 
 
@@ -36,42 +40,30 @@ class WindowAttention(nn.Module):
             raise ValueError(f"shift is {shift}; it must be in [0, window_size = {window_size})")
         self.num_heads, self.window_size, self.shift, self.dims = num_heads, window_size, shift, dims
         self.scale = (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = FusedLinear(nn.Linear(dim, 3 * dim))
         self.bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** dims, num_heads))
-        self.out = nn.Linear(dim, dim)
+        self.out = FusedLinear(nn.Linear(dim, dim))
         self.bias = Derived()
         nn.init.trunc_normal_(self.bias_table, std=0.02)
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
-        sides, axes = x.shape[2:], tuple(range(1, self.dims + 1))
+        sides = x.shape[2:]
         if len(sides) != self.dims or any(side % self.window_size for side in sides):
             raise ValueError(
                 f"the grid is {tuple(sides)}; WindowAttention takes {self.dims} sides that are multiples of "
                 f"window_size = {self.window_size}"
             )
-        qkv = self.qkv(x.movedim(1, -1))
-        if self.shift:
-            qkv = qkv.roll([-self.shift] * self.dims, axes)
-        y = self.attend(self.windows(qkv))
-        counts = [side // self.window_size for side in sides]
-        # (B, *counts, *window, C) -> (B, count, window, count, window ..., C)
-        order = [0, *(axis + k * self.dims for axis in axes for k in (0, 1)), 2 * self.dims + 1]
-        y = y.reshape(len(x), *counts, *(self.window_size,) * self.dims, -1).permute(order)
-        y = y.reshape(len(x), *sides, -1)
-        if self.shift:
-            y = y.roll([self.shift] * self.dims, axes)
-        return self.out(y).movedim(-1, 1)
+        order = window_order(sides, self.window_size, self.shift, x.device)
+        windows = x.flatten(2).mT.index_select(1, order.flatten()).unflatten(1, order.shape)
+        y = self.inside(windows).flatten(1, -2).index_select(1, inverse(order))
+        return y.mT.unflatten(2, sides)
 
-    def windows(self, qkv: Float[Tensor, "b *s e"]) -> Float[Tensor, "b *n w e"]:
-        """The grid as a grid of windows, each a list of positions in row-major order."""
-        cut = qkv
-        for axis in range(1, self.dims + 1):
-            cut = cut.unflatten(2 * axis - 1, (-1, self.window_size))
-        order = [0, *range(1, 2 * self.dims, 2), *range(2, 2 * self.dims + 1, 2), 2 * self.dims + 1]
-        return cut.permute(order).flatten(self.dims + 1, 2 * self.dims)
+    def inside(self, x: Float[Tensor, "b *n w c"], *, end: bool = True) -> Float[Tensor, "b *n w c"]:
+        """Attention inside windows that stand as a grid, or as its rows without the last where `end` is false."""
+        return self.out(self.attend(self.qkv(x), end))
 
-    def attend(self, qkv: Float[Tensor, "b *n w e"]) -> Float[Tensor, "b *n w c"]:
-        """Attention inside each window; the last of every shifted axis apart, since it sees two ends of the grid."""
+    def attend(self, qkv: Float[Tensor, "b *n w e"], end: bool = True) -> Float[Tensor, "b *n w c"]:
+        """Attention of each window; the last of every shifted axis apart, since it sees two ends of the grid."""
         bias = self.bias.get(self.bias_table, (), self.biases)
         if not self.shift:
             return self.attend_alike(qkv, bias)
@@ -82,6 +74,8 @@ class WindowAttention(nn.Module):
                     return self.attend_alike(part, bias)
                 apart = two_ends(self.window_size, self.shift, ends, bias.device)
                 return self.attend_alike(part, bias.masked_fill(apart, float("-inf")))
+            if axis == 1 and not end:
+                return along(part, 2, (False,))
             last = part.shape[axis] - 1
             pieces = [along(part.narrow(axis, last, 1), axis + 1, (*ends, True))]
             if last:
@@ -103,6 +97,21 @@ class WindowAttention(nn.Module):
     def biases(self) -> Float[Tensor, "h w w"]:
         index = relative_positions(self.window_size, self.dims, self.bias_table.device)
         return self.bias_table[index].movedim(-1, 0).contiguous()
+
+
+def window_order(sides: Sequence[int], size: int, shift: int, device: torch.device) -> Int[Tensor, "*n w"]:
+    """The positions of a grid, counted in row-major order, window by window: (*counts, size^dims)."""
+    dims = len(sides)
+    places = torch.arange(math.prod(sides), device=device).view(*sides).roll([-shift] * dims, list(range(dims)))
+    for axis in range(dims):
+        places = places.unflatten(2 * axis, (-1, size))
+    return places.permute(*range(0, 2 * dims, 2), *range(1, 2 * dims, 2)).flatten(dims)
+
+
+def inverse(order: Int[Tensor, "*n w"]) -> Int[Tensor, " n"]:
+    """Where each position of the grid stands in `order`."""
+    flat = order.flatten()
+    return torch.empty_like(flat).scatter_(0, flat, torch.arange(len(flat), device=flat.device))
 
 
 @cached_table

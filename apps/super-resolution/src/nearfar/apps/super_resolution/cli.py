@@ -26,7 +26,7 @@ from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import temporary_folder, write_csv
 from nearfar.core.made_from import MadeFrom
-from nearfar.core.memory import parse_memory
+from nearfar.core.memory import parse_memory, resident_memory
 from nearfar.core.reading import check_announced, reading
 from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
@@ -67,6 +67,12 @@ Sets = Annotated[list[Path], typer.Argument(help="Test sets: folders of pairs, o
 Colour = Annotated[str, typer.Option(help="y (luma, as in the tables) or rgb.")]
 ProtocolName = Annotated[
     str, typer.Option("--protocol", help="8bit (outputs rounded, as in the tables) or float (CATANet's own).")
+]
+
+
+Metric = Annotated[
+    list[str] | None,
+    typer.Option(help="Also lpips or niqe, by pyiqa where it is installed; it fetches their weights. Repeat."),
 ]
 
 
@@ -132,15 +138,18 @@ def upscale(
             if made.done():
                 return row | {"size": "done before", "tiles": "", "notes": ""}
             picture = read_file(path, limit=limit, first_frame=first_frame)
-            chosen = upscaler.tiling(picture, budget, given)
             with progress() as bar:
                 task = bar.add_task(path.name, total=None)
-                upscaler(
-                    picture, target, chosen, ensemble=ensemble, quality=quality,
+                chosen = upscaler(
+                    picture, target, given, memory=budget, ensemble=ensemble, quality=quality,
                     progress=lambda done, total: bar.update(task, completed=done, total=total),
                 )  # fmt: skip
             made.write()
             notes = list(picture.notes)
+            if memory is not None:
+                notes.append(f"the process held at most {resident_memory(peak=True) / 2**20:.0f} MB")
+            if chosen.tile < max(picture.pixels.shape[:2]) and upscaler.model.tiled:
+                notes.append(f"in tiles: {upscaler.model.tiled}")
             if check:
                 notes.append(_check(upscaler, picture, chosen))
             if page:
@@ -164,11 +173,11 @@ def _check(upscaler: Upscaler, picture: Any, tiling: Tiling) -> str:
     side = 2 * tiling.tile
     top, left = (max(0, (n - side) // 2) for n in (height, width))
     pixels = picture.pixels[top : top + side, left : left + side, :3]
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)[: 3 if pixels.shape[2] == 3 else 1].float() / picture.peak
+    planes = torch.tensor(pixels).permute(2, 0, 1)[: 3 if pixels.shape[2] == 3 else 1].float() / picture.peak
     found = evaluation.seam(upscaler.model, planes.expand(3, -1, -1).contiguous(), tiling)
     return (
-        f"tiles of {tiling.tile}: at most {found['largest']:.2g} from the whole picture, steps at their borders "
-        f"{found['step']:.2f} of those elsewhere"
+        f"tiles of {tiling.tile}: at most {found['largest']:.2g} from the whole picture, the largest step at their "
+        f"borders {found['step']:.2f} of the largest elsewhere"
     )
 
 
@@ -216,24 +225,31 @@ def train_command(
     weights: Annotated[
         Path | None, typer.Option(help="Network to start from; of another scale, its upsampler starts afresh.")
     ] = None,
+    vgg: Annotated[
+        Path | None, typer.Option(help="torchvision's VGG19 weights, for recipes with a perceptual loss.")
+    ] = None,
     workers: Workers = 0,
     device: Device = "auto",
     devices: Devices = 1,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Train a network on random patches, reduced as the test sets were; the epoch of the best PSNR is kept."""
+    """Train a network on random patches, reduced as the test sets were; the epoch of the best PSNR is kept.
+
+    With `--set degradation=real` patches are blurred, noised and compressed as real pictures are. Recipes with an
+    adversarial loss keep the last epoch.
+    """
     from nearfar.vision.restoration.training import Recipe, train_restorer
 
     resolved = read_recipe(Recipe, recipe, settings or (), RECIPES)
     files, chosen = picture_files(pictures), picture_files(held)
     model, history = train_restorer(
-        files, chosen, resolved, output, weights=weights, device=device, workers=workers, fresh=fresh,
+        files, chosen, resolved, output, weights=weights, vgg=vgg, device=device, workers=workers, fresh=fresh,
         show_progress=messages.is_terminal,
     )  # fmt: skip
-    best = max(history, key=lambda row: row["psnr"])
+    best = history[-1] if resolved.adversarial else max(history, key=lambda row: row["psnr"])
     row = {"model": resolved.model, "parameters": sum(p.numel() for p in model.parameters()), "pictures": len(files)}
-    row |= {"best epoch": int(best["epoch"]) + 1, "PSNR of the held": best["psnr"], "folder": str(output)}
+    row |= {"kept epoch": int(best["epoch"]) + 1, "PSNR of the held": best["psnr"], "folder": str(output)}
     show([row], as_json)
 
 
@@ -247,6 +263,7 @@ def evaluate(
     scale: Scale = None,
     colour: Colour = "y",
     protocol: ProtocolName = "8bit",
+    metric: Metric = None,
     tile: Tile = None,
     overlap: Overlap = 32,
     tiling: Blending = "cosine",
@@ -257,7 +274,7 @@ def evaluate(
 ) -> None:
     """Print PSNR and SSIM of a network on test sets, as the field's tables have them."""
     name = str(_network(None, scale)) if model is None else model
-    rows = _scores(data, [name], scale, colour, protocol, tile, overlap, tiling, ensemble, device, csv)
+    rows = _scores(data, [name], scale, colour, protocol, tile, overlap, tiling, ensemble, device, csv, metric)
     show(rows, as_json)
 
 
@@ -268,6 +285,7 @@ def compare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table and the page.")],
     colour: Colour = "y",
     protocol: ProtocolName = "8bit",
+    metric: Metric = None,
     ensemble: Ensemble = False,
     device: Device = "auto",
     as_json: Json = False,
@@ -278,7 +296,18 @@ def compare(
         raise UserError(f"the networks enlarge {', '.join(map(str, sorted(scales)))} times; compare those of one scale")
     names = [BICUBIC, *model]
     rows = _scores(
-        data, names, scales.pop(), colour, protocol, None, 32, "cosine", ensemble, device, output / "pictures.csv"
+        data,
+        names,
+        scales.pop(),
+        colour,
+        protocol,
+        None,
+        32,
+        "cosine",
+        ensemble,
+        device,
+        output / "pictures.csv",
+        metric,
     )
     write_csv(output / "scores.csv", rows)
     Report("Super-resolution compared").table(rows, f"{colour.upper()}, {protocol}").write(output / "page.html")
@@ -287,7 +316,7 @@ def compare(
 
 def _scores(
     data: list[Path], names: list[str], scale: int | None, colour: str, protocol: str, tile: int | None, overlap: int,
-    blend: str, ensemble: bool, device: str, csv: Path | None,
+    blend: str, ensemble: bool, device: str, csv: Path | None, metrics: list[str] | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Means of every model on every test set; with `csv`, all pictures there."""
     for option, value, allowed in (("--colour", colour, ("y", "rgb")), ("--protocol", protocol, ("8bit", "float"))):
@@ -305,6 +334,7 @@ def _scores(
         for folder in data:
             found = evaluation.evaluate(
                 network, folder, times, colour=colour, protocol=protocol, tiling=tiling, ensemble=ensemble,  # type: ignore[arg-type]
+                metrics=metrics or (),
                 track=lambda pairs, folder=folder: track(pairs, folder.name),
             )  # fmt: skip
             shown = "the small one" if Path(name).parent == WEIGHTS else name

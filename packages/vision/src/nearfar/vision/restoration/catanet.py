@@ -15,6 +15,9 @@ from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv
 from nearfar.ops.tokens.content_groups import ContentGroupAttention
 from nearfar.vision.restoration.restorer import Restorer, RestorerVariant, Upsampler, pad_to
 
+AT_ONCE = 2**16
+"""Pixels that a feed-forward layer works on together, without gradients."""
+
 
 class ConvFFN(nn.Module):
     """x + W2 (h + gelu(depthwise(h))) with h = gelu(W1 norm(x)), a 5 x 5 depthwise convolution, on (B, C, H, W)."""
@@ -27,9 +30,24 @@ class ConvFFN(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(self.fc1(self.norm(x).movedim(1, -1)))
-        h = h + F.gelu(self.depthwise(h.movedim(-1, 1)).movedim(1, -1))
-        return x + self.fc2(h).movedim(-1, 1)
+        height, width = x.shape[2:]
+        rows = max(1, AT_ONCE // width)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or rows >= height:
+            return self.rows(x, 0, height)
+        out = torch.empty_like(x, memory_format=torch.channels_last)
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            out[:, :, top:bottom] = self.rows(x, top, bottom)
+        return out
+
+    def rows(self, x: Tensor, top: int, bottom: int) -> Tensor:
+        """Rows of the output, from these and those that the convolution reaches."""
+        reach = self.depthwise.weight.shape[-1] // 2
+        begin = max(0, top - reach)
+        inside = (..., slice(top - begin, bottom - begin), slice(None))
+        h = F.gelu(self.fc1(self.norm(x[:, :, begin : bottom + reach]).movedim(1, -1))).movedim(-1, 1)
+        h = h[inside] + F.gelu(self.depthwise(h)[inside])
+        return x[:, :, top:bottom] + self.fc2(h.movedim(1, -1)).movedim(-1, 1)
 
 
 class TokenAggregationBlock(nn.Module):
@@ -106,6 +124,7 @@ class CATANet(Restorer):
         (r"upconv(\d)?\.", lambda m: f"enlarge.{3 * (int(m[1] or 1) - 1)}."),
         (r"last_conv\.", "last."),
     )
+    tiled = "its groups are of pixels of one tile, not of the whole picture, which changes the output everywhere"
     CARD = Card(
         "CATANet",
         "2503.06896",

@@ -4,32 +4,38 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Rule, count
-from nearfar.ops.attention.shifted_window import WindowAttention
+from nearfar.ops.attention.shifted_window import WindowAttention, inverse, window_order
+from nearfar.ops.common.fused import FusedLinear
 from nearfar.ops.common.layers import ChannelNorm, DropPath
 from nearfar.vision.restoration.restorer import Restorer, RestorerVariant, Upsampler, pad_to
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 """Mean colour of DIV2K."""
+AT_ONCE = 4096
+"""Positions of a map whose windows are worked on together, without gradients."""
 
 
 class WindowBlock(nn.Module):
-    """x += attention(norm(x)), then x += W2 gelu(W1 norm(x)): a Swin transformer block on (B, C, H, W)."""
+    """x += attention(norm(x)), then x += W2 gelu(W1 norm(x)): a Swin transformer block on windows (B, *n, w^2, C)."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int, shift: int, hidden: int, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = ChannelNorm(dim, eps=1e-5)
+        self.norm1 = nn.LayerNorm(dim)
         self.attention = WindowAttention(dim, num_heads, window_size, shift)
-        self.norm2 = ChannelNorm(dim, eps=1e-5)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            FusedLinear(nn.Linear(dim, hidden), "gelu"), nn.Identity(), FusedLinear(nn.Linear(hidden, dim))
+        )
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attention(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x).movedim(1, -1)).movedim(-1, 1))
+    def forward(self, x: Float[Tensor, "b n m w c"], end: bool) -> Float[Tensor, "b n m w c"]:
+        x = x + self.drop_path(self.attention.inside(self.norm1(x), end=end))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class ResidualDenseGroup(nn.Module):
@@ -50,21 +56,30 @@ class ResidualDenseGroup(nn.Module):
                 dims, num_heads, (0, window_size // 2) * 2 + (0,), (mlp_ratio,) * 3 + (1, 1), strict=True
             )
         )
-        self.reduce = nn.ModuleList(nn.Linear(width, growth) for width in dims[:-1])
-        self.reduce.append(nn.Linear(dims[-1], dim))
-        self.dims = dims
+        self.reduce = nn.ModuleList(FusedLinear(nn.Linear(width, growth)) for width in dims[:-1])
+        self.reduce.append(FusedLinear(nn.Linear(dims[-1], dim)))
+        self.dims, self.window_size = dims, window_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.movedim(1, -1)
-        # without gradients the parts stand side by side in one tensor, written as they come
-        whole = None if torch.is_grad_enabled() else y.new_empty(*y.shape[:-1], self.dims[-1])
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        sides, x = x.shape[2:], x.flatten(2).mT
+        orders = [window_order(sides, self.window_size, s, x.device) for s in (0, self.window_size // 2)]
+        back = [inverse(order) for order in orders]
+        # without gradients the parts stand side by side in one tensor, written as they come, some rows of windows at a
+        # time
+        whole = None if torch.is_grad_enabled() else x.new_empty(*x.shape[:-1], self.dims[-1])
         if whole is not None:
-            whole[..., : self.dims[0]] = y
-        seen = y
+            whole[..., : self.dims[0]] = x
+        seen = x
         for i, (block, reduce) in enumerate(zip(self.blocks, self.reduce)):
-            part = reduce(block(seen.movedim(-1, 1)).movedim(1, -1))
+            order, parts = orders[i % 2], []
+            rows = len(order) if whole is None else max(1, AT_ONCE // order[0].numel())
+            for start in range(0, len(order), rows):
+                some = order[start : start + rows]
+                windows = seen.index_select(1, some.flatten()).unflatten(1, some.shape)
+                parts.append(reduce(block(windows, start + rows >= len(order))))
+            part = torch.cat(parts, 1).flatten(1, 3).index_select(1, back[i % 2])
             if i == 4:
-                return (y + 0.2 * part).movedim(-1, 1)
+                return torch.add(x, part, alpha=0.2).mT.unflatten(2, sides)
             part = nn.functional.leaky_relu(part, 0.2)
             if whole is None:
                 seen = torch.cat([seen, part], -1)
@@ -132,6 +147,8 @@ class DRCT(Restorer):
             num_heads = [num_heads - (dim + i * growth) % num_heads for i in range(5)]
         self.scale, self.in_chans, self.window_size = scale, in_chans, window_size
         self.multiple = 2 * window_size
+        # a group's five layers of windows in turn reach half a window further four times; then there are convolutions
+        self.context = window_size + 2 * window_size * groups + 5
         mean = RGB_MEAN if in_chans == 3 else (0.0,) * in_chans
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.stem = nn.Conv2d(in_chans, dim, 3, padding=1)

@@ -1,7 +1,7 @@
 """Scores of super-resolution networks on test sets, as the field's tables have them."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nearfar.core.errors import UserError
-from nearfar.vision.restoration.metrics import Protocol, Score, luma, psnr, score, ssim
-from nearfar.vision.restoration.pairs import crop_to, find_pairs, read_rgb, reduced
+from nearfar.vision.restoration.metrics import Protocol, Score, luma, perceptual, psnr, score, ssim
+from nearfar.vision.restoration.pairs import crop_to, find_pairs, is_grey, read_rgb, reduced
 from nearfar.vision.restoration.resize import imresize
 from nearfar.vision.restoration.restorer import Restorer
 from nearfar.vision.restoration.tiles import Tiling, upscale
@@ -23,12 +23,12 @@ def bicubic(low: Tensor, scale: int) -> Tensor:
 
 
 def bicubic_row(high: Tensor, scale: int) -> Score:
-    """The score of a high-resolution picture (3, H, W), uint8, in the tables' row of bicubic resizing.
+    """The score of a high-resolution picture (3 or 1, H, W), uint8, in the tables' row of bicubic resizing.
 
     Those rows came before networks for colours: the luma alone, rounded to 8 bits, is reduced and enlarged without
-    rounding in between.
+    rounding in between. The channel of a grey picture counts as it is, in 0 .. 255 and not in luma's narrower range.
     """
-    grey = (255 * luma(high.double() / 255)).round()
+    grey = high.double() if len(high) == 1 else (255 * luma(high.double() / 255)).round()
     found = imresize(imresize(grey / 255, 1 / scale), float(scale))
     inside = (..., slice(scale, -scale), slice(scale, -scale))
     pair = (found * 255).round().clamp(0, 255)[inside], grey[inside]
@@ -44,9 +44,12 @@ def evaluate(
     protocol: Protocol = "8bit",
     tiling: Tiling | None = None,
     ensemble: bool = False,
+    metrics: Sequence[str] = (),
     track: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> list[dict[str, Any]]:
     """One row a picture of a test set (see `find_pairs`): PSNR, SSIM, seconds; without a model, of bicubic resizing.
+
+    `metrics`: more of them, see `perceptual`; they are those of the RGB pictures.
 
     Bicubic resizing is scored on luma as the tables' rows are, see `bicubic_row`; in RGB as a network would be.
 
@@ -57,7 +60,9 @@ def evaluate(
     """
     if model is not None and model.scale != scale:
         raise UserError(f"the model enlarges {model.scale} times; the pictures are to be enlarged {scale} times")
-    rows = []
+    like = "cpu" if model is None else next(model.parameters()).device
+    others = {name: perceptual(name, like) for name in metrics}
+    rows: list[dict[str, Any]] = []
     for path, small in track(find_pairs(folder, scale)):
         high = crop_to(read_rgb(path), scale)
         low = reduced(high, scale) if small is None else read_rgb(small)
@@ -67,44 +72,44 @@ def evaluate(
                 f"{high.shape[2] // scale} x {high.shape[1] // scale}"
             )
         began = time.perf_counter()
-        if model is None and colour == "y":
-            result = bicubic_row(high, scale)
-            row = {"picture": path.name, "PSNR": result.psnr, "SSIM": result.ssim}
-            rows.append(row | {"seconds": time.perf_counter() - began, "low": "luma, made here"})
-            continue
         if model is None:
             found = bicubic(low, scale)
         else:
             found = upscale(model, low.float() / 255, tiling, ensemble=ensemble)
         seconds = time.perf_counter() - began
-        result = score(found, high.float() / 255, scale, colour=colour, protocol=protocol)
-        made = "made here" if small is None else "of the set"
-        rows.append({"picture": path.name, "PSNR": result.psnr, "SSIM": result.ssim, "seconds": seconds, "low": made})
+        if model is None and colour == "y":
+            result, made = bicubic_row(high[:1] if is_grey(path) else high, scale), "luma, made here"
+        else:
+            result = score(found, high.float() / 255, scale, colour=colour, protocol=protocol)
+            made = "made here" if small is None else "of the set"
+        row = {"picture": path.name, "PSNR": result.psnr, "SSIM": result.ssim}
+        row |= {name: measure(found, high.float() / 255, scale) for name, measure in others.items()}
+        rows.append(row | {"seconds": seconds, "low": made})
     return rows
 
 
 def mean(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """PSNR and SSIM as the tables give them: means over pictures; seconds in all."""
-    count = len(rows)
-    psnr, ssim = (sum(row[key] for row in rows) / count for key in ("PSNR", "SSIM"))
-    return {"PSNR": psnr, "SSIM": ssim, "seconds": sum(row["seconds"] for row in rows)}
+    """All scores as the tables give them: means over pictures; seconds in all."""
+    names = [name for name in rows[0] if name not in ("picture", "seconds", "low")]
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    return means | {"seconds": sum(row["seconds"] for row in rows)}
 
 
 def seam(model: Restorer, picture: Tensor, tiling: Tiling) -> dict[str, float]:
     """How far tiles are from the whole picture (3, H, W) in [0, 1].
 
-    `largest`: the largest difference of an output value. `step`: the mean step between neighbouring pixels across the
-    borders of tiles over that elsewhere, in the differences; about 1 where no seam shows.
+    `largest`: the largest difference of an output value. `step`: the largest step between neighbouring pixels across
+    the borders of tiles over the largest elsewhere, in the differences; up to 1 no seam shows.
     """
     difference = upscale(model, picture, tiling) - upscale(model, picture)
     steps = []
     for axis, length in ((1, picture.shape[1]), (2, picture.shape[2])):
-        jumps = difference.diff(dim=axis).abs().transpose(1, axis).mean((0, 2))
+        jumps = difference.diff(dim=axis).abs().transpose(1, axis).amax((0, 2))
         spans = tiling.spans(length, model.multiple)
         places = {place * model.scale - 1 for span in pairwise(spans) for place in (span[1][0], span[0][1])}
         inside = [place for place in places if 0 <= place < len(jumps)]
         if inside:
             other = torch.ones(len(jumps), dtype=torch.bool)
             other[inside] = False
-            steps.append(float(jumps[inside].mean() / jumps[other].mean().clamp(min=1e-12)))
+            steps.append(float(jumps[inside].max() / jumps[other].max().clamp(min=1e-12)))
     return {"largest": float(difference.abs().max()), "step": max(steps, default=1.0)}

@@ -12,6 +12,7 @@ import numpy as np
 import png
 import tifffile
 from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
@@ -24,6 +25,9 @@ LONGEST = {".webp": 16383, ".jpg": 65535, ".jpeg": 65535, ".avif": 65536}
 NO_ALPHA = {".jpg", ".jpeg"}
 DEEP = {".png", ".tif", ".tiff"}
 """What holds 16 bits."""
+TEXTS = {270, 271, 272, 305, 306, 315, 33432}
+"""Tags of TIFF files that are EXIF data too: description, make, model, software, time, artist, copyright."""
+ORIENTATION, CAMERA, PLACE = 0x0112, 0x8769, 0x8825
 LIMIT = 2**28
 """Pixels of the largest picture that is read unless more are allowed."""
 
@@ -94,6 +98,11 @@ def _read_pillow(path: Path, limit: int, first_frame: bool) -> PictureFile:
             info, notes = picture.info, []
             profile, dpi = info.get("icc_profile"), info.get("dpi")
             exif = info.get("exif")
+            if picture.format == "TIFF":  # its tags are those of the file as well; Pillow turns its pixels
+                own = picture.getexif()
+                exif = _exif({tag: own[tag] for tag in TEXTS if tag in own}, own.get_ifd(CAMERA), own.get_ifd(PLACE))
+                if own.get(ORIENTATION, 1) != 1:
+                    notes.append("turned upright")
             if picture.mode in ("I;16", "I;16B", "I"):
                 pixels = np.asarray(picture)
                 if pixels.min() < 0 or pixels.max() > 2**16 - 1:
@@ -110,12 +119,30 @@ def _read_pillow(path: Path, limit: int, first_frame: bool) -> PictureFile:
                     clear = picture.mode == "PA" or "transparency" in info
                     shown = picture.convert("RGBA" if clear else "L" if picture.mode == "1" else "RGB")
                     notes.append(f"{picture.mode} became {shown.mode}")
+                elif profile and "srgb" not in (name := _profile_name(path, profile)).lower():
+                    notes.append(f"enlarged in its own colours, {name}")
                 if shown.mode not in ("L", "LA", "RGB", "RGBA"):
                     raise UserError(f"{path}: is in {shown.mode} colours; convert it to RGB first")
                 pixels = np.asarray(shown)
     finally:
         Image.MAX_IMAGE_PIXELS = before
     return PictureFile(path, pixels if pixels.ndim == 3 else pixels[..., None], profile, exif, dpi, notes)
+
+
+def _profile_name(path: Path, profile: bytes) -> str:
+    with reading(path, "has a colour profile that cannot be read"):
+        return ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).strip()
+
+
+def _exif(main: dict[int, Any], camera: dict[int, Any], place: dict[int, Any]) -> bytes | None:
+    """EXIF data of these tags, None without any."""
+    found = Image.Exif()
+    found.update(main)
+    for tag, owned in ((CAMERA, camera), (PLACE, place)):
+        if owned:
+            found.get_ifd(tag).update(owned)
+            found[tag] = found.get_ifd(tag)
+    return found.tobytes() if main or camera or place else None
 
 
 def _from_cmyk(path: Path, picture: Image.Image, profile: bytes | None) -> Image.Image:
@@ -162,10 +189,17 @@ def _read_tiff(path: Path, limit: int, first_frame: bool) -> PictureFile:
             pixels = np.iinfo(pixels.dtype).max - pixels if pixels.dtype.kind == "u" else 1 - pixels
         if pixels.ndim != 3 or pixels.shape[2] > 4:
             raise UserError(f"{path}: has {pixels.shape[2:]} samples a pixel; grey, RGB and alpha are read")
+        tags = {tag: page.tags[tag].value for tag in (*TEXTS, ORIENTATION) if tag in page.tags}
+        notes = [
+            f"the {name} part of its EXIF data is not kept"
+            for tag, name in ((CAMERA, "camera's"), (PLACE, "GPS"))
+            if tag in page.tags
+        ]
         profile = page.tags.get(34675)
         dpi = page.get_resolution(tifffile.RESUNIT.INCH) if page.tags.get(282) else None
         kind = np.float32 if pixels.dtype.kind == "f" else pixels.dtype
-        return PictureFile(path, pixels.astype(kind), profile and bytes(profile.value), None, dpi)
+        exif = _exif({tag: int(value) if tag == ORIENTATION else value for tag, value in tags.items()}, {}, {})
+        return PictureFile(path, pixels.astype(kind), profile and bytes(profile.value), exif, dpi, notes)
 
 
 def check_target(source: PictureFile, target: Path) -> None:
@@ -197,19 +231,44 @@ def write_file(target: Path, pixels: np.ndarray, source: PictureFile, *, quality
             _write_png(temporary, pixels, source)
         elif kind in (".tif", ".tiff"):
             options: dict[str, Any] = {} if source.dpi is None else {"resolution": source.dpi, "resolutionunit": "INCH"}
-            tags = [] if source.profile is None else [(34675, 7, len(source.profile), source.profile, True)]
+            tags: list[Any] = [] if source.profile is None else [(34675, 7, len(source.profile), source.profile, True)]
+            exif = Image.Exif()
+            exif.load(source.exif)
+            tags += [(tag, "s", 0, str(exif[tag]), True) for tag in sorted(TEXTS) if tag in exif]
+            tags += [(ORIENTATION, "H", 1, exif[ORIENTATION], True)] if ORIENTATION in exif else []
+            parts = {tag: exif.get_ifd(tag) for tag in (CAMERA, PLACE) if exif.get_ifd(tag)}
+            tags += [(tag - 1, "I", 1, 0, True) for tag in parts]  # renamed below; tifffile refuses these names
             colours = "rgb" if channels > 2 else "minisblack"
             options |= {"extrasamples": ["unassalpha"]} if channels in (2, 4) else {}
             shaped = pixels[..., 0] if channels == 1 else pixels
             tifffile.imwrite(
                 temporary, shaped, photometric=colours, compression="zlib", predictor=shaped.dtype.kind == "u",
-                rowsperstrip=64, extratags=tags, metadata=None, **options,
+                rowsperstrip=64, extratags=tags, metadata=None, software="", **options,
             )  # fmt: skip
+            _append_parts(temporary, parts, width, height)
         else:
             kept: dict[str, Any] = {"quality": quality, "icc_profile": source.profile}
             kept |= {} if source.exif is None else {"exif": _sized(source.exif, width, height)}
             kept |= {} if source.dpi is None or kind == ".avif" else {"dpi": source.dpi}
             Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(temporary, **kept)
+
+
+def _append_parts(path: Path, parts: dict[int, Any], width: int, height: int) -> None:
+    """Put the camera's and the place's EXIF data behind a TIFF file, where an empty tag of the number before waits."""
+    for tag, part in parts.items():
+        with tifffile.TiffFile(path, mode="r+b") as file:
+            found = ImageFileDirectory_v2(prefix=b"II" if file.byteorder == "<" else b"MM")
+            found.update(part)
+            for name, side in ((0xA002, width), (0xA003, height)):
+                if name in found:
+                    found[name] = side
+            end = file.filehandle.size + file.filehandle.size % 2
+            file.filehandle.seek(end)
+            file.filehandle.write(found.tobytes(end))
+            waiting = file.pages.first.tags[tag - 1]
+            waiting.overwrite(end)
+            file.filehandle.seek(waiting.offset)
+            file.filehandle.write(struct.pack(f"{file.byteorder}H", tag))
 
 
 def _write_png(path: Path, pixels: np.ndarray, source: PictureFile) -> None:

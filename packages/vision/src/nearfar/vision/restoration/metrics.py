@@ -1,15 +1,23 @@
 """PSNR and SSIM as the tables of super-resolution count them."""
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from nearfar.core.errors import UserError
+
 Protocol = Literal["8bit", "float"]
 """How outputs become numbers: rounded and clipped to 8 bits (the field's tables), or as they are (CATANet's)."""
+
+
+PERCEPTUAL = ("lpips", "niqe")
+"""Metrics of pyiqa that are offered: distance of AlexNet's features, and naturalness without a reference."""
 
 
 @dataclass(frozen=True)
@@ -93,3 +101,30 @@ def score(
         return Score(psnr(a, b, peak=1.0, floor=1e-8), ssim(a, b, peak=1.0))
     a, b = (255 * t for t in pair)
     return Score(psnr(a, b), ssim(a, b))
+
+
+def perceptual(name: str, device: str | torch.device = "cpu") -> Callable[[Tensor, Tensor, int], float]:
+    """A metric of pyiqa, lower is better: of a picture (3, H, W) in [0, 1], its reference, and the border to cut off.
+
+    The picture is clipped and rounded to 8 bits. Raises UserError for an unknown name, and where pyiqa or its weights
+    are missing; pyiqa fetches them itself when a metric is first used.
+    """
+    if name not in PERCEPTUAL:
+        raise UserError(f"--metric {name}: known are {', '.join(PERCEPTUAL)}")
+    try:
+        pyiqa: Any = importlib.import_module("pyiqa")
+    except ImportError as error:
+        raise UserError(
+            f"--metric {name}: needs pyiqa ({error}); `pip install pyiqa`, whose licence is for non-commercial use"
+        ) from error
+    try:
+        metric = pyiqa.create_metric(name, device=torch.device(device))
+    except Exception as error:  # whatever the download of the weights raises
+        raise UserError(f"--metric {name}: pyiqa cannot make it, are its weights there? ({error})") from error
+
+    def measure(image: Tensor, reference: Tensor, border: int) -> float:
+        pair = [(t.clamp(0, 1) * 255).round() / 255 for t in (image, reference)]
+        pair = [t[None, :, border or None : -border or None, border or None : -border or None] for t in pair]
+        return float(metric(*(pair if name == "lpips" else pair[:1])))
+
+    return measure

@@ -26,6 +26,12 @@ def read_rgb(path: Path) -> Tensor:
     return torch.from_numpy(np.array(read_picture(path).convert("RGB"))).permute(2, 0, 1)
 
 
+def is_grey(path: Path) -> bool:
+    """Whether a picture's file has one channel."""
+    with Image.open(path) as picture:
+        return len(picture.getbands()) == 1 and picture.mode != "P"
+
+
 def crop_to(picture: Tensor, multiple: int) -> Tensor:
     """Without the last rows and columns that `multiple` does not divide."""
     height, width = (side // multiple * multiple for side in picture.shape[-2:])

@@ -35,9 +35,11 @@ class Restorer(nn.Module, PyTorchModelHubMixin):
     IGNORE: ClassVar[tuple[str, ...]] = ()
     """Published tensors that the model computes itself."""
     VARIANTS: ClassVar[dict[str, RestorerVariant]] = {}
-    context: ClassVar[int | None] = None
+    context: int | None = None
     """Pixels of the input around a position that its output depends on; None where it depends on all of them."""
-    multiple: ClassVar[int] = 1
+    tiled: ClassVar[str] = ""
+    """What tiles change where no overlap makes them exact."""
+    multiple: int = 1
     """Tiles have to begin at a multiple of this many pixels for their inside to be that of the whole picture."""
 
     scale: int

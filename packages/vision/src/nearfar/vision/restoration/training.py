@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
@@ -17,6 +17,8 @@ from nearfar.core.checkpoints import load_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.fingerprint import content_digest
 from nearfar.core.training import data_loader, train, warmup_cosine
+from nearfar.vision.restoration.adversarial import PerceptualLoss, UNetDiscriminator, logistic
+from nearfar.vision.restoration.degradation import Degradation, sharpened
 from nearfar.vision.restoration.metrics import score
 from nearfar.vision.restoration.networks import create_restorer, load_restorer
 from nearfar.vision.restoration.pairs import Patches, crop_to, read_rgb, reduced
@@ -30,6 +32,11 @@ class Recipe:
     An epoch is `steps` steps. `milestones`: steps at which the learning rate halves; without them it falls by a half
     cosine. `average`: decay of the averaged weights that are kept, 0 for the last ones. `network`: constructor
     arguments that take precedence over those of `model`.
+
+    `degradation`: "bicubic", as the test sets were made, or "real", see `Degradation`. `sharpen`: learn from sharpened
+    targets. `perceptual`: weight of the perceptual loss, which needs VGG19's weights. `adversarial`: weight of the
+    adversarial loss, above 0 for a stage against a U-Net discriminator of `discriminator` channels, which sees targets
+    that are not sharpened; of such a stage the last epoch is kept, since its PSNR falls.
     """
 
     model: str = "catanet_x2"
@@ -41,24 +48,37 @@ class Recipe:
     learning_rate: float = 2e-4
     milestones: tuple[int, ...] = ()
     average: float = 0.0
+    degradation: Literal["bicubic", "real"] = "bicubic"
+    sharpen: bool = False
+    perceptual: float = 0.0
+    adversarial: float = 0.0
+    discriminator: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "batch_size", "steps", "epochs"):
+        for name in ("patch_size", "batch_size", "steps", "epochs", "discriminator"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.average < 1:
             raise ValueError(f"average is {self.average}; it must be at least 0 and below 1")
+        if min(self.perceptual, self.adversarial) < 0:
+            raise ValueError(
+                f"perceptual and adversarial are {self.perceptual}, {self.adversarial}; they are 0 or more"
+            )
 
 
 class Held(Dataset):
-    """Whole pictures to choose the epoch by: the middle, at most `side` high-resolution pixels a side, in [0, 1]."""
+    """Whole pictures to choose the epoch by: the middle, at most `side` high-resolution pixels a side, in [0, 1].
 
-    def __init__(self, files: Sequence[Path], scale: int, side: int = 512) -> None:
-        self.files, self.scale, self.side = list(files), scale, side
+    With `real` they are degraded as real pictures, each by a seed of its own.
+    """
+
+    def __init__(self, files: Sequence[Path], scale: int, side: int = 512, real: bool = False) -> None:
+        self.files, self.scale, self.side, self.real = list(files), scale, side, real
 
     def content_digest(self) -> str:
-        return "".join(content_digest(path) for path in self.files) + f"{self.scale} {self.side}"
+        made = f"{self.scale} {self.side}{' real' if self.real else ''}"
+        return "".join(content_digest(path) for path in self.files) + made
 
     def __len__(self) -> int:
         return len(self.files)
@@ -67,29 +87,66 @@ class Held(Dataset):
         high = read_rgb(self.files[index])
         top, left = (max((n - self.side) // 2, 0) for n in high.shape[1:])
         high = crop_to(high[:, top : top + self.side, left : left + self.side], self.scale)
+        if self.real:
+            high = high.float() / 255
+            return Degradation()(high[None], self.scale, torch.Generator().manual_seed(index))[0], high
         return reduced(high, self.scale).float() / 255, high.float() / 255
 
 
 class RestorerModule(pl.LightningModule):
-    """L1 between restored and true patches; PSNR of Y over the held pictures."""
+    """L1 between restored and true patches, and what else the recipe asks for; PSNR of Y over the held pictures."""
 
-    def __init__(self, model: Restorer, recipe: Recipe) -> None:
+    def __init__(self, model: Restorer, recipe: Recipe, vgg: str | Path | None = None) -> None:
         super().__init__()
         self.model, self.recipe = model, recipe
         self.average = None
         if recipe.average:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
+        self.discriminator = UNetDiscriminator(recipe.discriminator) if recipe.adversarial else None
+        self.automatic_optimization = self.discriminator is None
+        # no part of the module, so that no checkpoint holds it
+        self.__dict__["perceptual"] = PerceptualLoss(vgg) if recipe.perceptual else None
 
     @property
     def kept(self) -> Restorer:
         """The network whose weights count."""
         return self.model if self.average is None else self.average.module
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor | None:
         low, high = batch
-        loss = F.l1_loss(self.model(low), high)
-        self.log("train_loss", loss, on_epoch=True, on_step=False, batch_size=len(low))
-        return loss
+        if self.recipe.degradation == "real":
+            low = Degradation()(high, self.model.scale)
+        target = sharpened(high) if self.recipe.sharpen else high
+        restored = self.model(low)
+        losses = {"train_loss": F.l1_loss(restored, target)}
+        total = losses["train_loss"]
+        if (perceptual := self.__dict__["perceptual"]) is not None:
+            losses["perceptual_loss"] = perceptual.to(self.device)(restored, target)
+            total = total + self.recipe.perceptual * losses["perceptual_loss"]
+        if self.discriminator is not None:
+            self._against(self.discriminator, restored, high, total, losses)
+        self.log_dict(losses, on_epoch=True, on_step=False, batch_size=len(low))
+        return total if self.discriminator is None else None
+
+    def _against(
+        self, discriminator: nn.Module, restored: Tensor, high: Tensor, loss: Tensor, losses: dict[str, Tensor]
+    ) -> None:
+        """A step of the network against the discriminator, then one of the discriminator."""
+        ours, its = self.optimizers()  # type: ignore[misc]
+        discriminator.requires_grad_(False)
+        losses["adversarial_loss"] = logistic(discriminator(restored), True)
+        ours.zero_grad()
+        self.manual_backward(loss + self.recipe.adversarial * losses["adversarial_loss"])
+        ours.step()
+        discriminator.requires_grad_(True)
+        losses["discriminator_loss"] = logistic(discriminator(high), True) + logistic(
+            discriminator(restored.detach()), False
+        )
+        its.zero_grad()
+        self.manual_backward(losses["discriminator_loss"])
+        its.step()
+        for schedule in self.lr_schedulers():  # type: ignore[union-attr]
+            schedule.step()
 
     def on_train_batch_end(self, *_args: Any) -> None:
         if self.average is not None:
@@ -103,14 +160,18 @@ class RestorerModule(pl.LightningModule):
         self.log("psnr", found.psnr, on_epoch=True, batch_size=1)
 
     def configure_optimizers(self) -> Any:
-        recipe = self.recipe
-        optimizer = torch.optim.Adam(self.model.parameters(), recipe.learning_rate, betas=(0.9, 0.99))
-        schedule = (
-            LambdaLR(optimizer, lambda step: 0.5 ** sum(step >= at for at in recipe.milestones))
-            if recipe.milestones
-            else warmup_cosine(optimizer, 0, recipe.epochs * recipe.steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        recipe, found = self.recipe, []
+        for net in (self.model, self.discriminator):
+            if net is None:
+                continue
+            optimizer = torch.optim.Adam(net.parameters(), recipe.learning_rate, betas=(0.9, 0.99))
+            schedule = (
+                LambdaLR(optimizer, lambda step: 0.5 ** sum(step >= at for at in recipe.milestones))
+                if recipe.milestones
+                else warmup_cosine(optimizer, 0, recipe.epochs * recipe.steps)
+            )
+            found.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}})
+        return found
 
 
 def train_restorer(
@@ -120,6 +181,7 @@ def train_restorer(
     folder: str | Path | None = None,
     *,
     weights: str | Path | None = None,
+    vgg: str | Path | None = None,
     device: str = "auto",
     workers: int = 0,
     fresh: bool = False,
@@ -128,8 +190,11 @@ def train_restorer(
 ) -> tuple[Restorer, list[dict[str, float]]]:
     """Train on random patches of `pictures` and keep the epoch of the best PSNR on `held`, which share none of them.
 
+    Of an adversarial stage the last epoch is kept.
+
     `weights`: a network to start from; where its scale is another, its upsampler starts afresh (the papers' x3 and x4
-    from x2). `folder`: see `nearfar.core.training.train`; it then holds the network for `load_restorer`.
+    from x2). `vgg`: torchvision's VGG19 weights, for recipes with a perceptual loss. `folder`: see
+    `nearfar.core.training.train`; it then holds the network for `load_restorer`.
 
     Returns the network in eval mode and one row of metrics per epoch. Raises UserError for pictures below the patch,
     or one that is in both sets.
@@ -142,18 +207,23 @@ def train_restorer(
     if weights is not None:
         start_from(model, weights)
     patches = Patches(pictures, model.scale, recipe.patch_size, recipe.steps * recipe.batch_size)
+    if recipe.adversarial and recipe.patch_size * model.scale % 8:
+        raise UserError(
+            f"patch_size {recipe.patch_size} at scale {model.scale}: the discriminator takes multiples of 8"
+        )
     loader = data_loader(patches, recipe.batch_size, shuffle=True, seed=recipe.seed, num_workers=workers)
-    module = RestorerModule(model, recipe)
+    module = RestorerModule(model, recipe, vgg)
+    made_from = {"starting weights": weights, "VGG19": vgg if recipe.perceptual else None}
     history = train(
         module,
         loader,
-        data_loader(Held(held, model.scale), 1),
+        data_loader(Held(held, model.scale, real=recipe.degradation == "real"), 1),
         epochs=recipe.epochs,
-        monitor="psnr",
+        monitor=None if recipe.adversarial else "psnr",
         seed=recipe.seed,
         folder=folder,
         settings=asdict(recipe),
-        data={} if weights is None else {"starting weights": content_digest(Path(weights))},
+        data={name: content_digest(Path(path)) for name, path in made_from.items() if path is not None},
         fresh=fresh,
         show_progress=show_progress,
         device=device,

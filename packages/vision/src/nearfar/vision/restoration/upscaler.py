@@ -1,6 +1,9 @@
 """Enlarging picture files: in bounded memory, with their transparency, bits and profile, going on after a stop."""
 
+import errno
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,17 +59,19 @@ class Upscaler:
         self,
         picture: PictureFile,
         target: Path,
-        tiling: Tiling,
+        tiling: Tiling | None = None,
         *,
+        memory: int | None = None,
         ensemble: bool = False,
         quality: int = 95,
         progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> None:
-        """Enlarge `picture` into the file `target`.
+    ) -> Tiling:
+        """Enlarge `picture` into the file `target`; returns the tiles, which `tiling()` chooses unless they are given.
 
         Grey pictures are computed as RGB of equal channels and averaged, transparency in a pass of its own. Rows of
         tiles that are done lie in a hidden folder beside the target until all are, and a call with the same picture,
-        network and settings goes on there. `progress` is called with the rows of tiles that are done, and all.
+        network and settings goes on there, with the tiles that were chosen then. `progress` is called with the rows of
+        tiles that are done, and all.
 
         Raises UserError where the format cannot hold the picture, or where outputs are not finite.
         """
@@ -74,10 +79,12 @@ class Upscaler:
         height, width, channels = picture.pixels.shape
         scale = self.model.scale
         passes = [slice(0, channels - 1), slice(channels - 1, channels)] if picture.alpha else [slice(0, channels)]
-        rows = len(tiling.spans(height, self.model.multiple))
         work = target.with_name(f".{target.name}.upscaling")
         with locked(work, "enlarges"):
-            state = _State(work, data_digest([content_digest(picture.path), self.digest, vars(tiling), ensemble]))
+            given = None if tiling is None else vars(tiling)
+            state = _State(work, data_digest([content_digest(picture.path), self.digest, given, memory, ensemble]))
+            tiling = state.tiling = state.tiling or self.tiling(picture, memory, tiling)
+            rows = len(tiling.spans(height, self.model.multiple))
             shape = (height * scale, width * scale, channels)
             out = state.open(shape, picture.pixels.dtype)
             for index, part in enumerate(passes):
@@ -95,9 +102,15 @@ class Upscaler:
                     last = band.done == rows
                     state.save(out, index + last, 0 if last else band.done, None if last else band.begun)
                     progress(index * rows + band.done, len(passes) * rows)
-            write_file(target, out, picture, quality=quality)
+            try:
+                write_file(target, out, picture, quality=quality)
+            except OSError as error:
+                raise UserError(
+                    f"{target}: cannot be written ({error}); what is computed is kept, run it again"
+                ) from error
             del out
             shutil.rmtree(work)
+        return tiling
 
 
 def _quantized(values: Tensor, picture: PictureFile) -> np.ndarray:
@@ -113,20 +126,36 @@ class _State:
     def __init__(self, folder: Path, made_from: str) -> None:
         self.folder, self.made_from = folder, made_from
         self.index, self.done, self.begun = 0, 0, None
+        self.tiling: Tiling | None = None
         if not (folder / "state.json").is_file():
             return
         with reading(folder, "is no picture that can be gone on with", "remove it"):
             found = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if found["made_from"] == made_from and (folder / "rows").is_file():
-                self.index, self.done = found["pass"], found["done"]
+                self.index, self.done, self.tiling = found["pass"], found["done"], Tiling(**found["tiling"])
                 if self.done:
                     with np.load(folder / found["sums"], allow_pickle=False) as sums:
                         self.begun = torch.from_numpy(sums["sums"])
 
     def open(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap:
         """The enlarged picture, on disk."""
-        going_on = self.index or self.done
-        return np.memmap(self.folder / "rows", dtype, "r+" if going_on else "w+", shape=shape)
+        path, size = self.folder / "rows", math.prod(shape) * dtype.itemsize
+        if not (self.index or self.done):
+            with path.open("wb") as file:  # a full disk would otherwise end the process when a row is written
+                try:
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, size)
+                    elif shutil.disk_usage(self.folder).free < size:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    file.truncate(size)
+                except OSError as error:
+                    file.close()
+                    path.unlink()
+                    raise UserError(
+                        f"{self.folder.parent}: {error.strerror}; the enlarged picture takes {size / 2**20:.0f} MB "
+                        "there until it is written, and then once more"
+                    ) from error
+        return np.memmap(path, dtype, "r+", shape=shape)
 
     def save(self, out: np.memmap, index: int, done: int, begun: Tensor | None) -> None:
         out.flush()
@@ -134,11 +163,8 @@ class _State:
         if begun is not None:
             with atomic_path(self.folder / sums) as temporary:
                 np.savez(temporary, sums=begun.numpy())
-        write_json(
-            self.folder / "state.json",
-            {"made_from": self.made_from, "pass": index, "done": done, "sums": sums},
-            exact=True,
-        )
+        found = {"made_from": self.made_from, "tiling": vars(self.tiling), "pass": index, "done": done, "sums": sums}
+        write_json(self.folder / "state.json", found, exact=True)
         for old in self.folder.glob("sums-*.npz"):
             if old.name != sums:
                 old.unlink()
