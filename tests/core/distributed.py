@@ -1,6 +1,7 @@
 """A small training for the tests of several processes: `python distributed.py FOLDER [name=value ...]`.
 
-batch: of one process. stop: the batch of the third epoch at which process `rank` ends (as by kill -9).
+batch: of one process. stop: the batch of the third epoch at which process `rank` ends (as by kill -9). fsdp=1: the
+model is shared out.
 """
 
 import os
@@ -17,7 +18,7 @@ from torch.utils.data import TensorDataset
 from nearfar.core.checkpoints import save_state_dict
 from nearfar.core.cli.console import messages
 from nearfar.core.errors import UserError
-from nearfar.core.processes import process_rank
+from nearfar.core.processes import choose, process_rank
 from nearfar.core.training import data_loader, train
 
 
@@ -54,7 +55,10 @@ class KillAt(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder: Path, batch: int = 4, epochs: int = 4, dropout: float = 0.0, stop: int = -1, rank: int = 1) -> None:
+def main(
+    folder: Path, batch: int = 4, epochs: int = 4, dropout: float = 0.0, stop: int = -1, rank: int = 1, fsdp: int = 0
+) -> None:
+    choose(strategy="fsdp" if fsdp else "ddp")
     torch.manual_seed(1)
     x, module = torch.randn(48, 1, 6), Small(dropout)
     y = (x[:, 0, 0] * x[:, 0, 1] > 0).long()

@@ -34,9 +34,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_state_dict(folder / "final.safetensors")
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
+@pytest.mark.parametrize("fsdp", [pytest.param(0, id="ddp"), pytest.param(1, id="fsdp", marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_with_twice_the_batch(fsdp, tmp_path):
     for folder, batch, count in (("one", 8, 1), ("two", 4, 2)):
-        done = start(tmp_path / folder, f"batch={batch}", count=count)
+        done = start(tmp_path / folder, f"batch={batch}", *([f"fsdp={fsdp}"] if count == 2 else []), count=count)
         assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in one.items():
@@ -50,17 +51,18 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_process_ends_the_others_and_the_run_goes_on_exactly(tmp_path):
-    assert start(tmp_path / "whole", "dropout=0.5").returncode == 0
+@pytest.mark.parametrize("fsdp", [pytest.param("fsdp=0", id="ddp"), pytest.param("fsdp=1", id="fsdp")])
+def test_killed_process_ends_the_others_and_the_run_goes_on_exactly(fsdp, tmp_path):
+    assert start(tmp_path / "whole", "dropout=0.5", fsdp).returncode == 0
     started = time.monotonic()
-    cut = start(tmp_path / "cut", "dropout=0.5", "stop=1")
+    cut = start(tmp_path / "cut", "dropout=0.5", "stop=1", fsdp)
     assert cut.returncode != 0
     assert time.monotonic() - started < 200  # a minute at most after the kill; the rest is the start on a busy machine
     assert not (tmp_path / "cut" / "final.safetensors").exists()
     refused = start(tmp_path / "cut", "dropout=0.5", count=1)
     assert refused.returncode == 2
     assert "number of processes" in refused.stderr
-    resumed = start(tmp_path / "cut", "dropout=0.5")
+    resumed = start(tmp_path / "cut", "dropout=0.5", fsdp)
     assert resumed.returncode == 0, resumed.stderr
     whole, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     for name, value in whole.items():
