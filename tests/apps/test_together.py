@@ -8,13 +8,19 @@ import sys
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests.apps.jobs import JOBS, Job
 from tests.apps.test_stopping import checkpoints, hidden, made
 
 pytestmark = pytest.mark.slow
+
+PROGRAM = Path(sys.executable).with_name("nearfar")
+STILL = sys.executable, Path(__file__).with_name("still.py")
 
 
 @pytest.fixture(params=[name for name in JOBS if name != "recall"])
@@ -25,20 +31,19 @@ def job(request) -> Job:
     return found
 
 
-def together(command: list[str], place: Path) -> subprocess.Popen:
-    program = Path(sys.executable).with_name("nearfar")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+def together(command: list[str], place: Path, program: tuple = (PROGRAM,), count: int = 2) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     with (place / "messages.txt").open("a") as messages:
         return subprocess.Popen(
-            [sys.executable, *launcher, program, *command],
+            [*([*launcher, "--no-python"] if count > 1 else []), *program, *command],
             stdout=messages,
             stderr=messages,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
 
-def finish(command: list[str], place: Path) -> None:
-    assert together(command, place).wait(600) == 0, (place / "messages.txt").read_text()
+def finish(command: list[str], place: Path, *how: Any) -> None:
+    assert together(command, place, *how).wait(600) == 0, (place / "messages.txt").read_text()
 
 
 def second_process(launcher: subprocess.Popen) -> int:
@@ -72,6 +77,22 @@ def test_two_processes_train_and_go_on_to_the_same(job: Job, tmp_path: Path) -> 
     assert first, "nothing was made"
     assert first == second
     assert hidden(tmp_path / "killed") == []
+
+
+def test_two_processes_equal_one_with_twice_the_batch(job: Job, tmp_path: Path) -> None:
+    """With the model whole in both, and shared out between them."""
+    data = job.make(tmp_path / "data")
+    for name, count, options in (("one", 1, ()), ("ddp", 2, ()), ("fsdp", 2, ("--strategy", "fsdp"))):
+        command = job.train(data, tmp_path / name, 1, "--set", f"batch_size={8 // count}", *options)
+        finish(command, tmp_path, STILL, count)
+    one = {path.relative_to(tmp_path / "one"): path for path in (tmp_path / "one").rglob("best.safetensors")}
+    assert one
+    for name in ("ddp", "fsdp"):
+        for path, whole in one.items():
+            first, second = load_file(whole), load_file(tmp_path / name / path)
+            assert set(first) == set(second)
+            for key, value in first.items():
+                np.testing.assert_allclose(second[key], value, rtol=0, atol=1e-5, err_msg=f"{name}: {path}: {key}")
 
 
 def test_two_processes_of_one_machine_by_an_option(tmp_path: Path) -> None:
