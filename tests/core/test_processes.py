@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -78,6 +79,32 @@ def test_folder_of_another_process_is_refused_once(tmp_path):
     assert "another process trains in this folder" in done.stderr
 
 
+@pytest.mark.slow
+def test_srun_starts_two_processes(tmp_path):
+    """By the variables that srun sets, as SLURM 24's manual has them; there is no SLURM here."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"JOB_ID": port, "JOB_NAME": "train", "NTASKS": 2, "STEP_NUM_TASKS": 2, "STEP_NUM_NODES": 1, "NNODES": 1}
+    told |= {"NODELIST": "127.0.0.1", "JOB_NODELIST": "127.0.0.1", "NODEID": 0, "TASKS_PER_NODE": 2}
+    variables = os.environ | {f"SLURM_{name}": str(value) for name, value in told.items()}
+    variables |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, tmp_path / "run", "epochs=2"],
+            env=variables | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [task.communicate(timeout=300)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["finished"]
+    assert record["made_from"]["number of processes"] == "2"
+
+
 def test_launchers_tell_the_place(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
@@ -88,14 +115,30 @@ def test_launchers_tell_the_place(monkeypatch):
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     monkeypatch.setenv("SLURM_PROCID", "5")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    assert processes.place() == (8, 5, 4)
+    monkeypatch.delenv("SLURM_STEP_NUM_NODES")
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
     assert processes.place() == (8, 5, 4)
+    processes.check_nodes(2)
+    with pytest.raises(UserError, match="--num-nodes 3: 8 processes were started, 4 of them on this machine"):
+        processes.check_nodes(3)
     places = processes.trainer_places()
     assert (places["devices"], places["num_nodes"]) == (4, 2)
     with pytest.raises(UserError, match="has started 4 processes"):
         processes.start_processes(2)
     processes.start_processes(4)
     processes.check_together(["language-model", "lra", "train", "x"])
+    processes.choose(strategy="fsdp")
+    assert processes.sharded()
+    monkeypatch.delenv("SLURM_PROCID")
+    with pytest.raises(UserError, match="--strategy fsdp: shares one model out"):
+        processes.sharded()
+    processes.choose(strategy="ddp")
+    for name in ("strategy", "precision"):
+        with pytest.raises(UserError, match=f"--{name} fast: must be"):
+            processes.choose(**{name: "fast"})
+    monkeypatch.setenv("SLURM_PROCID", "5")
     with pytest.raises(UserError, match="image-classification compare: only `train` is shared out"):
         processes.check_together(["image-classification", "compare", "pictures"])
 

@@ -17,7 +17,7 @@ from nearfar.core.errors import UserError
 
 LAUNCHERS = (
     ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"),
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_NTASKS_PER_NODE"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_NTASKS_PER_NODE"),  # the last only where srun was given it
 )
 """Variables that tell how many processes there are, which one this is, how many are here: of torchrun, of srun."""
 
@@ -35,7 +35,10 @@ def place() -> tuple[int, int, int]:
     for count, rank, here in LAUNCHERS:
         if int(os.environ.get(count, 1)) > 1 and rank in os.environ:
             number = int(os.environ[count])
-            return number, int(os.environ[rank]), int(os.environ.get(here, number))
+            nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) if here.startswith("SLURM") else 1
+            if number % nodes:
+                raise UserError(f"{number} processes on {nodes} machines: all machines must have as many")
+            return number, int(os.environ[rank]), int(os.environ.get(here, number // nodes))
     return 1, 0, 1
 
 
@@ -58,6 +61,8 @@ def trainer_places() -> dict[str, Any]:
         return {"devices": 1, "num_nodes": 1, "strategy": "auto", "plugins": [LightningEnvironment()]}
     if count % here:
         raise UserError(f"{count} processes, {here} of them on this machine: all machines must have as many")
+    if "WORLD_SIZE" not in os.environ:  # Lightning refuses srun's --ntasks where it does not tell this too
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(here))
     launched = TorchElasticEnvironment() if "WORLD_SIZE" in os.environ else SLURMEnvironment()
     strategy: Any = "ddp_find_unused_parameters_true"
     if sharded():
@@ -91,9 +96,9 @@ def check_nodes(number: int) -> None:
     """Raises UserError where a launcher has not started the command on so many machines."""
     count, _, here = place()
     if number not in (1, count // here):
-        started = "nothing" if count == 1 else f"{count} processes, {here} of them on this machine,"
         raise UserError(
-            f"--num-nodes {number}: {started} was started here by torchrun or srun, which start all machines"
+            f"--num-nodes {number}: {count} processes were started, {here} of them on this machine; torchrun or srun "
+            "starts the command on all machines"
         )
 
 
