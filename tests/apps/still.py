@@ -43,16 +43,19 @@ def train(module: Any, *words: Any, **options: Any) -> Any:
         for name in ("p", "drop_prob", "dropout", "flip", "attn_drop"):
             if isinstance(getattr(part, name, None), float):
                 setattr(part, name, 0.0)
-    plain = module.configure_optimizers
+    kind = type(module)
 
-    def configure_optimizers() -> Any:
-        made = plain()
-        for group in (made["optimizer"] if isinstance(made, dict) else made).param_groups:
-            if "eps" in group:
-                group["eps"] = 1e-3
+    def configure_optimizers(self: Any) -> Any:
+        made = kind.configure_optimizers(self)
+        optimizers = made["optimizer"] if isinstance(made, dict) else made[0] if isinstance(made, tuple) else made
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            for group in optimizer.param_groups:
+                if "eps" in group:
+                    group["eps"] = 1e-3
         return made
 
-    module.configure_optimizers = configure_optimizers
+    own = {"configure_optimizers": configure_optimizers, "__module__": kind.__module__}
+    module.__class__ = type(kind.__name__, (kind,), own)
     return plain_train(module, *words, **options)
 
 

@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +96,38 @@ def test_two_processes_equal_one_with_twice_the_batch(job: Job, tmp_path: Path) 
             assert set(first) == set(second)
             for key, value in first.items():
                 np.testing.assert_allclose(second[key], value, rtol=0, atol=1e-5, err_msg=f"{name}: {path}: {key}")
+
+
+README = re.compile(r"^ *(torchrun .* nearfar ([a-z-]+) train (\S+) .*)$", re.MULTILINE)
+
+APPS = ("image-classification", "language-model", "speech-separation", "speaker-verification", "medical-segmentation",
+        "motor-imagery")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", APPS)
+def test_under_torchrun_as_the_readme_prints_it(name: str, tmp_path: Path) -> None:
+    """On little data, with settings behind the line that make the job small."""
+    text = (Path(__file__).parents[2] / "apps" / name / "README.md").read_text()
+    line, app, source = next(found.groups() for found in README.finditer(text))
+    assert app == name
+    job = JOBS[name]
+    folder = tmp_path / source.rstrip("/")
+    if folder.suffix:
+        shutil.copy(job.make(tmp_path / "data")[0], folder)
+    else:
+        job.make(folder)
+    settings = [word for setting in (*job.settings, job.length(1)) for word in ("--set", setting)]
+    done = subprocess.run(
+        [*shlex.split(line), "--device", "cpu", *job.options, *settings],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{PROGRAM.parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in tmp_path.rglob("run.json")]
+    assert [(r["finished"], r["made_from"]["number of processes"]) for r in records] == [(True, "2")]
 
 
 def test_two_processes_of_one_machine_by_an_option(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -65,6 +67,14 @@ def test_work_that_cannot_be_sent_is_said():
     torn = Torn()
     with pytest.raises(RuntimeError, match="the work cannot be sent"):
         run_batch(range(3), lambda item: (item, torn), "trying", places=Places(2))
+
+
+def test_without_a_cluster_or_a_url_nothing_of_them_is_imported():
+    code = (
+        "import sys; from nearfar.core.cli.batch import run_batch; assert run_batch([1], str, 'trying') == (['1'], []);"
+        "assert not {'ray', 'fsspec'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_model_is_made_once_in_each_process():

@@ -31,6 +31,10 @@ VERSIONS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "l
 """What file systems call that which changes with a file's content; the first that is there counts, with the size."""
 
 
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "hf": "huggingface_hub", "http": "aiohttp", "sftp": "paramiko"}
+"""What has to be installed for a protocol."""
+
+
 class _Elsewhere:
     """What this process knows of the URLs of a command."""
 
@@ -70,6 +74,19 @@ def place(text: str | Path, whole: bool = False) -> Path:
         fetch(path)
         _here.fetched.clear()  # it stays
     return path
+
+
+def protocols() -> dict[str, str]:
+    """What reads each protocol here, or what has to be installed for it."""
+    import fsspec
+
+    found = {}
+    for name in ("file", "memory", *PACKAGES):
+        try:
+            found[f"{name}://"] = fsspec.get_filesystem_class(name).__module__.partition(".")[0]
+        except ImportError:
+            found[f"{name}://"] = f"not here: pip install {PACKAGES[name]}"
+    return found
 
 
 def used() -> bool:
@@ -201,10 +218,9 @@ def _system(protocol: str, url: str) -> Any:
     import fsspec
 
     try:
-        return fsspec.filesystem(protocol)
+        return fsspec.filesystem(protocol, use_listings_cache=False)  # other processes write there too
     except (ImportError, ValueError) as error:
-        known = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
-        mend = f"pip install {known[protocol]}" if protocol in known else "see fsspec's list of implementations"
+        mend = f"pip install {PACKAGES[protocol]}" if protocol in PACKAGES else "see fsspec's list of implementations"
         raise UserError(f"{url}: nothing here reads {protocol}:// ({_reason(error)}); {mend}") from error
 
 
