@@ -35,10 +35,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_state_dict(folder / "final.safetensors")
 
 
-@pytest.mark.parametrize("fsdp", [pytest.param(0, id="ddp"), pytest.param(1, id="fsdp", marks=pytest.mark.slow)])
-def test_two_processes_train_as_one_with_twice_the_batch(fsdp, tmp_path):
-    for folder, batch, count in (("one", 8, 1), ("two", 4, 2)):
-        done = start(tmp_path / folder, f"batch={batch}", *([f"fsdp={fsdp}"] if count == 2 else []), count=count)
+@pytest.mark.parametrize(
+    ("both", "two"),
+    [
+        pytest.param([], ["batch=4"], id="ddp"),
+        pytest.param([], ["batch=4", "fsdp=1"], id="fsdp", marks=pytest.mark.slow),
+        pytest.param(["norm=0"], ["batch=2", "accumulate=2"], id="accumulated", marks=pytest.mark.slow),
+        pytest.param(["norm=0"], ["batch=2", "accumulate=2", "fsdp=1"], id="accumulated-fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_as_one_with_twice_the_batch(both, two, tmp_path):
+    for folder, words, count in (("one", ["batch=8"], 1), ("two", two, 2)):
+        done = start(tmp_path / folder, *both, *words, count=count)
         assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in one.items():
