@@ -57,7 +57,15 @@ class KillAt(Callback):
 
 
 def main(
-    folder: Path, batch: int = 4, epochs: int = 4, dropout: float = 0.0, stop: int = -1, rank: int = 1, fsdp: int = 0
+    folder: Path,
+    batch: int = 4,
+    epochs: int = 4,
+    dropout: float = 0.0,
+    stop: int = -1,
+    rank: int = 1,
+    fsdp: int = 0,
+    norm: int = 1,
+    accumulate: int = 1,
 ) -> None:
     choose(strategy="fsdp" if fsdp else "ddp")
     torch.manual_seed(1)
