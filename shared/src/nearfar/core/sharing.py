@@ -128,10 +128,14 @@ class Sharded(ModelParallelStrategy):
         super().setup(trainer)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        module = self.lightning_module
-        fully_shard(module, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
-        for step in ("training_step", "validation_step"):
-            register_fsdp_forward_method(module, step)
+        module, options = self.lightning_module, {"mesh": self.device_mesh["data_parallel"]}
+        if module.automatic_optimization:
+            fully_shard(module, **options, reshard_after_forward=True)
+            for step in ("training_step", "validation_step"):
+                register_fsdp_forward_method(module, step)
+        else:  # the parts come together for a call and its derivatives, and a step that takes them itself is no call
+            for child in module.children():
+                fully_shard(child, **options, reshard_after_forward=True)
         super().setup_optimizers(trainer)
 
 
