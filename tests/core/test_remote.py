@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import fsspec
@@ -98,6 +100,22 @@ def test_rows_of_a_table_are_kept_there(memory):
 def test_what_a_command_needs_whole_is_here_at_once(memory):
     with elsewhere():
         assert (place("memory://in", whole=True) / "3.txt").read_text() == "3"
+
+
+def test_what_a_killed_command_left_is_swept(memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, young = tmp_path / f"{remote.PREFIX}left", tmp_path / f"{remote.PREFIX}young"
+    for folder in (left, young):
+        folder.mkdir()
+    os.utime(left, (0, 0))
+    with elsewhere():
+        folder = place("memory://in")
+        os.utime(folder.parents[1], (0, 0))
+        remote._sweep()
+        assert folder.is_dir()  # in use
+        assert not left.exists()
+        assert young.exists()
+    assert not folder.parents[1].exists()
 
 
 def test_refusals(memory):

@@ -19,10 +19,18 @@ from typing import Any
 
 from nearfar.core.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 URL = re.compile(r"([a-z][a-z0-9+.-]+)://")
 
 PART = "part"
 """Ending of a hidden file beside a result that is being sent: what stands there may be cut off and counts as absent."""
+
+PREFIX = "nearfar-elsewhere-"
+"""Of the folders' names, in the system's place for temporary files."""
 
 FLUSH = 60.0
 """Seconds between two times that a table's kept rows are sent."""
@@ -40,6 +48,7 @@ class _Elsewhere:
 
     def __init__(self) -> None:
         self.folder: Path | None = None
+        self.held: int | None = None  # the handle of the folder's lock, which all processes that use it share
         self.urls: dict[str, bool] = {}  # whether all is wanted at once
         self.anchors: dict[Path, tuple[str, str]] = {}  # folder here -> protocol, folder there
         self.versions: dict[Path, str] = {}
@@ -64,8 +73,9 @@ def place(text: str | Path, whole: bool = False) -> Path:
     if not URL.match(str(text)):
         return Path(text)
     if _here.folder is None:
-        _here.folder = Path(tempfile.mkdtemp(prefix="nearfar-elsewhere-")).resolve()
-        _folders.append(_here.folder)
+        _sweep()
+        _here.folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+        _hold()
     url = str(text).rstrip("/")
     path = _listed(url)
     _here.urls[url] = whole or _here.urls.get(url, False)
@@ -181,9 +191,11 @@ class Carried:
         """In another process, perhaps of another machine."""
         assert self.folder is not None
         _here.folder, listing = self.folder, self.folder / "versions.json"
-        _folders.append(self.folder)
         known = json.loads(listing.read_text()) if listing.exists() else None
+        if known is None:
+            _sweep()
         self.folder.mkdir(parents=True, exist_ok=True)
+        _hold()
         for url, whole in self.urls.items():
             path = _listed(url, known is None)
             if whole:
@@ -205,9 +217,32 @@ def elsewhere() -> Iterator[None]:
             if folder is not None:
                 _send([*_here.written, *_here.kept])
         finally:
+            if _here.held is not None:
+                os.close(_here.held)
             _here.__init__()  # type: ignore[misc]
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hold() -> None:
+    assert _here.folder is not None
+    _folders.append(_here.folder)
+    if fcntl is not None:
+        _here.held = os.open(_here.folder, os.O_RDONLY)
+        fcntl.flock(_here.held, fcntl.LOCK_SH)
+
+
+def _sweep() -> None:
+    """Remove what commands left whose processes are no more, also those that worked here for another machine."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*") if fcntl is not None else ():
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                if time.time() - folder.stat().st_mtime > 60:  # a younger one may be about to be held
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
 def _is_ours(path: Path) -> bool:
