@@ -1,7 +1,7 @@
 """What large batches take on paper, from what an item costs here: `uv run python benchmarks/scale.py [--ray]`.
 
 Measures the processor time, of one thread, that reading and computing take for a picture, four seconds of speech, ten
-seconds of a conversation and a volume of 160 x 160 x 96 voxels, and what the first process of a batch spends on an item
+seconds of a conversation and a volume of 96 x 96 x 96 voxels, and what the first process of a batch spends on an item
 that others do (with --ray on a Ray cluster too). Prints what a million pictures, a thousand hours and ten thousand
 volumes take on some machines, if such cores add up, and what bounds it: processors, the first process, or the network.
 """
@@ -76,7 +76,7 @@ def picture(folder: Path) -> Cost:
     model = Classifier(create_model(name, 10, 224), name, classes, 224, 0.875)
     read = seconds(lambda: read_picture(path), 20)
     pictures = Pictures([str(path)], [-1], classes, lambda i: read_picture(path))
-    return Cost(path.stat().st_size, read, seconds(lambda: model.scores(pictures, device="cpu"), 5) - read)
+    return Cost(path.stat().st_size, read, seconds(lambda: model.scores(pictures, device="cpu"), 3) - read)
 
 
 def speech(folder: Path) -> Cost:
@@ -84,7 +84,7 @@ def speech(folder: Path) -> Cost:
     soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(4 * rate), rate)
     embed = Embedder(SpeakerEncoder(KaldiFbank(), ECAPA()))
     read = seconds(lambda: read_samples(path, rate), 20)
-    return Cost(path.stat().st_size, read, seconds(lambda: embed(Utterance("a", path)), 5) - read)
+    return Cost(path.stat().st_size, read, seconds(lambda: embed(Utterance("a", path)), 3) - read)
 
 
 def conversation(folder: Path) -> Cost:
@@ -92,13 +92,13 @@ def conversation(folder: Path) -> Cost:
     soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(10 * rate), rate)
     separate = model_separator(MossFormer())
     samples = read_samples(path, rate)
-    compute = OVERLAP * seconds(lambda: separate(samples), 2)
+    compute = OVERLAP * seconds(lambda: separate(samples), 1)
     return Cost(path.stat().st_size, seconds(lambda: read_samples(path, rate), 20), compute)
 
 
 def volume(folder: Path) -> Cost:
     path = folder / "volume.nii.gz"
-    values = np.random.default_rng(0).normal(0, 300, (160, 160, 96)).astype(np.int16)
+    values = np.random.default_rng(0).normal(0, 300, (96, 96, 96)).astype(np.int16)
     nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
     recipe = Recipe()
     segmenter = Segmenter(create_network(recipe.network, 3, 1, 3, {}), {0: "background", 1: "a", 2: "b"}, recipe, 1)
@@ -122,7 +122,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         costs = {make.__name__: make(Path(place)) for make in (picture, speech, conversation, volume)}
-    engines = {"local": dispatch("local", 2000)} | ({"ray": dispatch("ray", 1000)} if arguments.ray else {})
+    engines = {"local": dispatch("local", 1000)} | ({"ray": dispatch("ray", 500)} if arguments.ray else {})
     rows = [
         {"item": name, "kB": c.size / 1e3, "reading (ms)": 1e3 * c.read, "computing (s)": c.compute}
         for name, c in costs.items()

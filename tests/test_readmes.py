@@ -123,7 +123,9 @@ def commands():
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
         for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             for line in block.splitlines():
-                if found := re.match(r"\s*(\$ |torchrun .*--no-python |srun .*)?(nearfar [a-z-]+ [a-z].*)", line):
+                if found := re.match(
+                    r"\s*(\$ |[A-Z_]+=\S+ |torchrun .*--no-python |srun .* )?(nearfar [a-z-]+ [a-z].*)", line
+                ):
                     yield pytest.param(found[2], id=line.strip()[:60])
 
 

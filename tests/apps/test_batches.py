@@ -50,6 +50,7 @@ def test_on_urls_what_is_done_is_not_done_again(name: str, tmp_path: Path, capsy
     model, files, bad = prepared(name, tmp_path)
     system = fsspec.filesystem("memory")
     system.store.clear()
+    system.pseudo_dirs[:] = [""]
     system.put(str(model), "/in/model", recursive=True)
     system.put(str(files), "/in/files", recursive=True)
     words = [w.format(model="memory://in/model", data="memory://in/files", out="memory://out") for w in COMMANDS[name]]
