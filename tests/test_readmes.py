@@ -123,7 +123,8 @@ def commands():
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
         for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             for line in block.splitlines():
-                if found := re.match(
+                start = r"\s*(\$ |[A-Z_]+=\S+ |torchrun .*--no-python |srun .* )?"
+                if found := re.match(rf"{start}(nearfar [a-z-]+ [a-z].*)", line):
                     r"\s*(\$ |[A-Z_]+=\S+ |torchrun .*--no-python |srun .* )?(nearfar [a-z-]+ [a-z].*)", line
                 ):
                     yield pytest.param(found[2], id=line.strip()[:60])
