@@ -125,8 +125,6 @@ def commands():
             for line in block.splitlines():
                 start = r"\s*(\$ |[A-Z_]+=\S+ |torchrun .*--no-python |srun .* )?"
                 if found := re.match(rf"{start}(nearfar [a-z-]+ [a-z].*)", line):
-                    r"\s*(\$ |[A-Z_]+=\S+ |torchrun .*--no-python |srun .* )?(nearfar [a-z-]+ [a-z].*)", line
-                ):
                     yield pytest.param(found[2], id=line.strip()[:60])
 
 
