@@ -75,8 +75,9 @@ def main() -> None:
     parser.add_argument("job", choices=("brain", "vessels"))
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/chasedb1"))
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    recipe = read_recipe(Recipe, options.job, folder=RECIPES)
+    recipe = read_recipe(Recipe, options.job, [f"seed={options.seed}"], folder=RECIPES)
     if options.job == "brain":
         collection = find_cases(write_brain(options.output / "data", resolution=2))
         test, train = [[case] for case in collection.cases]

@@ -1,10 +1,11 @@
 """Figures of the READMEs that come from a training, over several seeds.
 
-    uv run python benchmarks/spread.py DATA OUTPUT [--only speakers,motor-imagery,separation,brain] [--seeds 0 1 2]
+    uv run python benchmarks/spread.py DATA OUTPUT [--only speakers,text] [--seeds 0 1 2]
 
-DATA holds `fsdd/recordings`, `voices`, `libri2mix` and `eegmmidb/S001`; the brain comes with nilearn. The commands are
-those of the apps' READMEs but for the seed, and are printed as they run. Called again, finished work is not repeated.
-Half an hour of one core for each of speakers and separation, minutes for the others.
+DATA holds `fsdd/recordings`, `voices`, `eegmmidb/S001`, `cifar10/cifar10-12k-imagefolder.zip` and
+`text/tinyshakespeare.txt`; the brain comes with nilearn. The commands are those of the apps' READMEs but for the seed,
+and are printed as they run. Called again, finished work is not repeated. Half an hour of one core for each of speakers,
+separation, pictures and text, minutes for the others.
 """
 
 import argparse
@@ -23,10 +24,12 @@ from nearfar.core.files import write_json
 VOICES = ["--layout", r"(\d_)?(?P<speaker>[^/_]+)[/_].+", "--same", "en-f=es-f"]
 
 
-def nearfar(*words: object) -> None:
+def nearfar(*words: object) -> str:
+    """What the command printed."""
     line = ["nearfar", *map(str, words)]
     print("$", shlex.join(line), flush=True)
-    subprocess.run([Path(sys.executable).with_name("nearfar"), *line[1:]], check=True, stdout=subprocess.DEVNULL)
+    command = [Path(sys.executable).with_name("nearfar"), *line[1:]]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def read_json(path: Path) -> Any:
@@ -106,11 +109,42 @@ def brain(data: Path, output: Path, seed: int) -> dict[str, float]:
     return {f"Dice, {row['label']}": row["dice"] for row in read_json(model / "validation.json")}
 
 
+def pictures(data: Path, output: Path, seed: int) -> dict[str, float]:
+    nearfar(
+        *(
+            "image-classification",
+            "compare",
+            data / "cifar10" / "cifar10-12k-imagefolder.zip",
+            "-o",
+            output / str(seed),
+        ),
+        *("--recipe", "small_pictures", "--seconds", 60, "--set", f"seed={seed}"),
+    )
+    table = pd.read_csv(output / str(seed) / "table.csv")
+    return {f"accuracy, {row['model']}": row["accuracy"] for _, row in table.iterrows()}
+
+
+def text(data: Path, output: Path, seed: int) -> dict[str, float]:
+    whole = (data / "text" / "tinyshakespeare.txt").read_bytes()
+    train, test, model = output / "train.txt", output / "test.txt", output / str(seed)
+    cut = len(whole) * 9 // 10
+    train.write_bytes(whole[:cut])
+    test.write_bytes(whole[cut:])
+    nearfar(
+        *("language-model", "train", train, "--output", model, "--set", "validation_share=0.005", "--set", "epochs=1"),
+        *("--set", f"seed={seed}"),
+    )
+    row = json.loads(nearfar("language-model", "evaluate", model, test, "--ngram", train, "--json"))
+    return {name: row[name] for name in ("bits_per_byte", "5-gram_bits_per_byte")}
+
+
 JOBS: dict[str, Callable[[Path, Path, int], dict[str, float]]] = {
     "speakers": speakers,
     "motor-imagery": motor_imagery,
     "separation": separation,
     "brain": brain,
+    "pictures": pictures,
+    "text": text,
 }
 
 

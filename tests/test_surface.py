@@ -52,6 +52,7 @@ def test_importing_a_domain_imports_no_library():
     )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "order",
     [

@@ -68,7 +68,11 @@ def run_blocked(commands: list[list[str]], folder: Path) -> list[tuple[int, list
 
 
 @pytest.mark.parametrize(
-    "names", [pytest.param(QUICK, id="quick"), *(pytest.param((n,), id=n, marks=pytest.mark.slow) for n in JOBS)]
+    "names",
+    [
+        pytest.param(QUICK, id="quick", marks=pytest.mark.ci),
+        *(pytest.param((n,), id=n, marks=pytest.mark.slow) for n in JOBS),
+    ],
 )
 def test_training_and_use_ask_for_no_connection(names, tmp_path):
     commands = []

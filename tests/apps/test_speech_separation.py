@@ -237,6 +237,7 @@ def test_a_pipe_in_and_a_pipe_out(recording, tmp_path, monkeypatch, capsysbinary
         np.testing.assert_allclose(voices, whole, atol=1e-5)
 
 
+@pytest.mark.ci
 def test_voices_leave_the_pipe_while_sound_still_comes_and_ctrl_c_keeps_them(tmp_path):
     net = MossFormer(num_filters=16, dim=12, depth=1, group_size=32, query_key_dim=8, causal=True)
     net.save_pretrained(tmp_path / "net")

@@ -38,7 +38,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("both", "two"),
     [
-        pytest.param([], ["batch=4"], id="ddp"),
+        pytest.param([], ["batch=4"], id="ddp", marks=pytest.mark.ci),
         pytest.param([], ["batch=4", "fsdp=1"], id="fsdp", marks=pytest.mark.slow),
         pytest.param(["norm=0"], ["batch=2", "accumulate=2"], id="accumulated", marks=pytest.mark.slow),
         pytest.param(["norm=0"], ["batch=2", "accumulate=2", "fsdp=1"], id="accumulated-fsdp", marks=pytest.mark.slow),

@@ -1,4 +1,4 @@
-"""The contracts that ship with the packages hold (`nearfar verify` runs the large ones), and every setting counts."""
+"""The contracts that ship with the packages hold, and every setting counts."""
 
 import functools
 import re
@@ -19,18 +19,19 @@ BUILDERS = {
 }
 
 
+LARGE = 1e6
+
+
 def each(*, mutated: bool) -> list[Any]:
-    """The shipped contracts. Whole networks are slow to build: mutated again and again, or of `LARGE` and more."""
+    """The shipped contracts. CI runs those of `LARGE` and more; whole networks mutated again and again are slow."""
     found = []
     for path in shipped():
         contract = Contract.load(path)
         operator = contract.variant.startswith("op-")
-        slow = contract.content.get("parameters", 0) >= LARGE or (mutated and not operator)
-        found.append(pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if slow else []))
+        large = contract.content.get("parameters", 0) >= LARGE
+        marks = [pytest.mark.slow] if mutated and (large or not operator) else [pytest.mark.ci] if large else []
+        found.append(pytest.param(path, id=path.stem, marks=marks))
     return found
-
-
-LARGE = 1e6
 
 
 @pytest.mark.parametrize("path", each(mutated=False))

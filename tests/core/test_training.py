@@ -202,6 +202,7 @@ def test_warmup_cosine_ends():
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
+@pytest.mark.ci
 def test_worker_processes_can_be_spawned():
     loader = data_loader(
         TensorDataset(torch.arange(6.0)), 2, shuffle=True, num_workers=1, multiprocessing_context="spawn"

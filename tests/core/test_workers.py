@@ -18,6 +18,7 @@ from nearfar.core.made_from import KeptRows, MadeFrom
 from nearfar.core.workers import Once, spread
 
 
+@pytest.mark.ci
 def test_what_ends_a_worker_costs_one_item():
     shift = 100
 
@@ -40,12 +41,14 @@ def test_what_ends_a_worker_costs_one_item():
     ]
 
 
+@pytest.mark.ci
 def test_item_that_takes_too_long_is_named():
     found = {i: (value, str(error)) for i, value, error in spread(range(3), lambda i: time.sleep(99 * i) or i, 2, 3)}
     assert found[0] == (0, "None")
     assert [found[i] for i in (1, 2)] == [(None, "took more than 3 seconds")] * 2
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is looked at on Linux")
 def test_item_that_takes_too_much_memory_is_named():
     def action(item: int) -> int:
@@ -126,8 +129,9 @@ def test_rows_are_kept_by_content_model_and_options(tmp_path: Path):
     assert found.find(a) is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize(
+    "engine", [pytest.param("local", marks=pytest.mark.slow), pytest.param("ray", marks=pytest.mark.ci)]
+)
 def test_a_thousand_files_of_which_some_are_bad(engine: str, tmp_path: Path):
     """One in twenty is broken, one takes all memory, one hangs; a worker is killed midway."""
     data, out = tmp_path / "data", tmp_path / "out"
@@ -168,7 +172,7 @@ def test_a_thousand_files_of_which_some_are_bad(engine: str, tmp_path: Path):
     assert {int(Path(row["item"]).name) for row in json.loads(failed.read_text())} == broken | {500}
 
 
-@pytest.mark.slow  # a Ray cluster takes half a minute to start
+@pytest.mark.ci  # a Ray cluster takes half a minute to start
 def test_ray_does_the_same_and_an_item_survives_its_actor(tmp_path: Path):
     where = str(tmp_path)
 

@@ -21,23 +21,10 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from nearfar.core.contracts import Contract, fill, shipped, verify
+from nearfar.core.contracts import Contract, fill
 from nearfar.core.errors import CheckpointError
 from nearfar.vision.models.base import PictureModel
 from nearfar.vision.models.registry import MODELS, VARIANTS
-
-
-def contracts(system: str) -> list[Any]:
-    """The shipped contracts of `system` as test parameters."""
-    found = shipped(system)
-    assert found, f"no contracts of {system}"
-    return [pytest.param(path, id=path.stem.split("--")[1]) for path in found]
-
-
-def check_contract(path: Path, build: Any) -> None:
-    contract = Contract.load(path)
-    for output, error in verify(contract, build).items():
-        assert error < (contract.tolerance or 1e-4), (output, error)
 
 
 def described(
@@ -154,7 +141,7 @@ class PictureTester:
     def test_published_macs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.check_macs(monkeypatch, self.variants()[:1])
 
-    @pytest.mark.slow
+    @pytest.mark.ci
     def test_published_macs_of_every_variant(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.check_macs(monkeypatch, self.variants()[1:])
 
@@ -219,7 +206,7 @@ class PictureTester:
         torch._dynamo.reset()
         close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
 
-    @pytest.mark.slow
+    @pytest.mark.ci
     @torch.no_grad()
     def test_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
         without_shape_checks(monkeypatch)

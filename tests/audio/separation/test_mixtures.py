@@ -301,6 +301,7 @@ def run(tmp_path, folder, **changes):
     return train_separation(settings, train_set, held_out, folder, device="cpu")
 
 
+@pytest.mark.ci
 def test_a_short_training_separates_and_is_found_again(tmp_path):
     voices_folder(tmp_path / "voices", 3, 30)
     model, history = run(tmp_path, tmp_path / "run")

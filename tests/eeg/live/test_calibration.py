@@ -122,7 +122,7 @@ def test_the_page_in_a_browser(monkeypatch):
     assert '<div id="name">ended</div>' in done.stdout
 
 
-@pytest.mark.parametrize("name", ["EEGNet", pytest.param("AGTCNet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["EEGNet", pytest.param("AGTCNet", marks=pytest.mark.ci)])
 def test_onnx_says_what_the_decoder_says_and_runs_without_torch(name, tmp_path, make_raw):
     settings = Preprocessing(tmax=1.0, l_freq=4.0, h_freq=40.0, causal=True)
     info = make_raw(tuple(NAMES)).info

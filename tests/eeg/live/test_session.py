@@ -187,6 +187,7 @@ run(Slow(chunks(noise(600))), {out!r}, {decoder!r}, sinks=[lambda d: print(d["sa
 """
 
 
+@pytest.mark.ci
 def test_kill_leaves_all_that_had_come(decoder, tmp_path):
     code = KILLED.format(folder=os.path.dirname(__file__), out=str(tmp_path / "s"), decoder=str(decoder))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:

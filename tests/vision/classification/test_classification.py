@@ -80,6 +80,7 @@ def test_learning_rate_follows_the_number_of_pictures_a_step() -> None:
     assert module.steps == 2
 
 
+@pytest.mark.ci
 def test_every_small_model_learns_a_step_and_comes_back(tmp_path: Path) -> None:
     recipe = Recipe(size=64, epochs=1, batch_size=4, warmup_epochs=0)
     held = shades(4, 100)
@@ -120,7 +121,7 @@ print("accuracy", history[0]["accuracy"])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_two_processes_count_every_picture_once(tmp_path: Path) -> None:
     """All five validation pictures are called dark, four are: 4/5, and not 5/6 with the repeated first one."""
     script = tmp_path / "run.py"

@@ -82,7 +82,7 @@ def test_a_file_that_would_differ_is_not_written(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.glob("*.pt2"))
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.vision.base import without_shape_checks
 
@@ -122,6 +122,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.ci
 def test_scripts_as_timm_writes_them_know_our_models(tmp_path: Path) -> None:
     """With arguments of their own, modules beside them, and what they do under `__main__` alone."""
     (tmp_path / "validate.py").write_text(SCRIPT)

@@ -125,7 +125,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.slow
+@pytest.mark.ci
 def test_export_and_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     without_shape_checks(monkeypatch)
     net = randomize(ForecastNet(**SMALL))

@@ -1,4 +1,4 @@
-"""AFNO's classifier, DHVT and NiNformer: what every token model has, contracts, published layouts, fixed grids."""
+"""AFNO's classifier, DHVT and NiNformer: what every token model has, published layouts, fixed grids."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from nearfar.vision.contracts.afno import build_contract
 from nearfar.vision.models.afno import AFNOTransformer
 from nearfar.vision.models.dhvt import DHVT, DHVTBlock
 from nearfar.vision.models.ninformer import NiNBlock, NiNformer
-from tests.vision.base import TokenTester, check_contract, close, contracts, described, randomize, shapes_of
+from tests.vision.base import TokenTester, close, described, randomize, shapes_of
 
 
 class TestAFNO(TokenTester):
@@ -49,16 +49,6 @@ class TestDHVT(TokenTester):
         y = model(x)
         model.set_input_size((64, 96))
         close(model(x), y, 1e-6)
-
-
-@pytest.mark.parametrize("path", contracts("dhvt"))
-def test_contract_of_dhvt(path: Path) -> None:
-    check_contract(path, dhvt.build_contract)
-
-
-@pytest.mark.parametrize("path", contracts("ninformer"))
-def test_contract_of_ninformer(path: Path) -> None:
-    check_contract(path, ninformer.build_contract)
 
 
 @torch.no_grad()

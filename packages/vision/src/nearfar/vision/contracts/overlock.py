@@ -21,7 +21,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         dim, _, kernel = state["lk_origin.weight"].shape[:3]
         merged = "lk_origin.bias" in state
         branches = BRANCHES.get(kernel, ())
-        contract.require(channels=dim, dim=dim, kernel_size=kernel, reparameterized=merged)
+        contract.require(channels=dim, dim=dim, kernel_size=kernel, reparameterised=merged)
         contract.require(branch_kernels=[k for k, _ in branches], branch_dilations=[d for _, d in branches])
         return loaded(DilatedReparam(dim, kernel, merged), state)
     if "rpb2" in state:
@@ -33,7 +33,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         shape: dict[str, Any] = {"kernel_size": (table + 1) // 2, "small_kernel": small, "num_heads": heads}
         shape |= {"mlp_ratio": ratio(len(state["mlp.2.weight"]), dim), "layer_scale": scale}
         shape |= {"res_scale": res_scale, "merged": merged}
-        contract.require(dim=dim, real_heads=2 * heads, heads_argument=heads, reparameterized=merged)
+        contract.require(dim=dim, real_heads=2 * heads, heads_argument=heads, reparameterised=merged)
         contract.require(**{name: shape[name] for name in ("kernel_size", "small_kernel", "mlp_ratio")})
         if "weight_value.0.weight" in state:
             return loaded(ContMixBlock(dim, **shape), state)
@@ -47,7 +47,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         scale = 1.0 if "ls.weight" in state else None
         merged = "proj.1.origin_bn.weight" not in state
         expansion = ratio(len(state["proj.6.weight"]), dim)
-        contract.require(dim=dim, kernel_size=kernel, mlp_ratio=expansion, reparameterized=merged)
+        contract.require(dim=dim, kernel_size=kernel, mlp_ratio=expansion, reparameterised=merged)
         if scale is None:
             contract.document("res_scale")  # it says where the layer scale stands
         return loaded(RepConvBlock(dim, kernel, expansion, scale, 0.0, res_scale, merged), state)
@@ -68,6 +68,6 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         base_and_overview_depths=found["depths"],
         real_heads=[2 * heads for heads in found["focus_heads"]],
         head_projection=found["head_dim"],
-        reparameterized=found["merged"],
+        reparameterised=found["merged"],
     )
     return OverLoCK.from_published(state, res_scale=res_scale).contract_form(contract)

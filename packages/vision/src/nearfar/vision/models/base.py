@@ -193,7 +193,8 @@ class PictureModel(nn.Module):
         except (KeyError, IndexError, ValueError) as error:
             where = "the state dict" if isinstance(source, Mapping) else source
             raise CheckpointError(f"{where}: is no checkpoint of {cls.__name__} (no {error})") from error
-        found = {**known, **{name: value for name, value in found.items() if value is not None}, **settings}
+        untold = {name for name, value in found.items() if value is None and name in (*known, *cls.UNSHAPED)}
+        found = {**known, **{name: value for name, value in found.items() if name not in untold}, **settings}
         if unknown := [name for name in cls.UNSHAPED if found.get(name) is None]:
             raise CheckpointError(f"{cls.__name__}: the shapes do not tell {' and '.join(unknown)}; give them too")
         model = cls(**found)

@@ -6,8 +6,7 @@ import torch
 from transformers import CvtConfig, CvtForImageClassification
 
 from nearfar.vision.models.cvt import CvT
-
-from .base import TokenTester, close
+from tests.vision.base import TokenTester, close
 
 
 class TestCvT(TokenTester):

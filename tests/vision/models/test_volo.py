@@ -8,8 +8,7 @@ import torch
 
 from nearfar.vision.classification.token_labels import TokenLabelLoss
 from nearfar.vision.models.volo import VOLO, random_box, swap
-
-from .base import TokenTester, close
+from tests.vision.base import TokenTester, close
 
 
 class TestVOLO(TokenTester):

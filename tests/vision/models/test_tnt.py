@@ -7,8 +7,7 @@ import timm
 import torch
 
 from nearfar.vision.models.tnt import TNT, PyramidTNT
-
-from .base import TokenTester, close
+from tests.vision.base import TokenTester, close
 
 SIZES = {"dim": 48, "num_heads": 3, "word_dim": 8, "word_heads": 2}
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -19,8 +18,7 @@ from nearfar.vision.contracts import tic
 from nearfar.vision.models.convsharevit import ConvShareViT, in_light, optical_passes, to_electronic, to_optical
 from nearfar.vision.models.gaussian_mask import GMMPiT, GMMViT, add_gaussian_mask
 from nearfar.vision.models.tic import TiCBlock, TiCLike
-
-from .base import BackboneTester, TokenTester, check_contract, close, contracts, described, randomize, shapes_of
+from tests.vision.base import BackboneTester, TokenTester, close, described, randomize, shapes_of
 
 
 class TestGMMViT(TokenTester):
@@ -53,16 +51,6 @@ class TestTiCLike(BackboneTester):
     tiny: ClassVar = {"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64), "num_heads": (1, 1, 1, 2)}
     least: ClassVar = {"depths": (1, 1), "dims": (8, 16), "num_heads": (1, 1)}
     fuses = False
-
-
-@pytest.mark.parametrize("path", contracts("gaussian-mixture-mask"))
-def test_contract_of_masks(path: Path) -> None:
-    check_contract(path, gmm.build_contract)
-
-
-@pytest.mark.parametrize("path", contracts("tic"))
-def test_contract_of_msa_conv(path: Path) -> None:
-    check_contract(path, tic.build_contract)
 
 
 @torch.no_grad()
