@@ -148,7 +148,7 @@ def main() -> None:
             }
             worst = max(bounds, key=lambda name: bounds[name])
             row[machine] = f"{bounds[worst] / 3600:.3g} h{worst}"
-        row["per core until the first process bounds it"] = f"{(cost.read + cost.compute) / max(engines.values()):.0f}"
+        row["cores that one first process feeds"] = f"{(cost.read + cost.compute) / max(engines.values()):.0f}"
         rows.append(row)
     console.print(table(rows, "on paper"))
 

@@ -128,14 +128,15 @@ class Sharded(ModelParallelStrategy):
         super().setup(trainer)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        module, options = self.lightning_module, {"mesh": self.device_mesh["data_parallel"]}
+        module, mesh = self.lightning_module, self.device_mesh["data_parallel"]
+        assert module is not None
         if module.automatic_optimization:
-            fully_shard(module, **options, reshard_after_forward=True)
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
             for step in ("training_step", "validation_step"):
                 register_fsdp_forward_method(module, step)
         else:  # the parts come together for a call and its derivatives, and a step that takes them itself is no call
             for child in module.children():
-                fully_shard(child, **options, reshard_after_forward=True)
+                fully_shard(child, mesh=mesh, reshard_after_forward=True)
         super().setup_optimizers(trainer)
 
 
