@@ -39,7 +39,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     ("both", "two"),
     [
         pytest.param([], ["batch=4"], id="ddp", marks=pytest.mark.ci),
-        pytest.param([], ["batch=4", "fsdp=1"], id="fsdp", marks=pytest.mark.slow),
+        pytest.param([], ["batch=4", "fsdp=1"], id="fsdp", marks=pytest.mark.ci),
         pytest.param(["norm=0"], ["batch=2", "accumulate=2"], id="accumulated", marks=pytest.mark.slow),
         pytest.param(["norm=0"], ["batch=2", "accumulate=2", "fsdp=1"], id="accumulated-fsdp", marks=pytest.mark.slow),
     ],
@@ -87,7 +87,7 @@ def test_folder_of_another_process_is_refused_once(tmp_path):
     assert "another process trains in this folder" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_srun_starts_two_processes(tmp_path):
     """By the variables that srun sets, as SLURM 24's manual has them; there is no SLURM here."""
     with socket.socket() as free:

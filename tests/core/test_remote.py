@@ -132,8 +132,9 @@ def test_refusals(memory):
     assert not remote.used()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize(
+    "engine", [pytest.param("local", marks=pytest.mark.ci), pytest.param("ray", marks=pytest.mark.slow)]
+)
 def test_other_processes_fetch_and_send_by_themselves(engine, tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
