@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from nearfar.core.errors import UserError
 from nearfar.core.processes import PRECISIONS, STRATEGIES, check_nodes, choose, start_processes
 from nearfar.core.recipes import shipped_recipes
 
@@ -39,7 +40,13 @@ def _precision(name: str) -> str:
     return name
 
 
-def _strategy(name: str) -> str:
+UNSHARED = ("speaker-verification", "speech-separation", "super-resolution", "region-classification")
+"""Apps whose models have not been seen to learn the same when they are shared out."""
+
+
+def _strategy(context: typer.Context, name: str) -> str:
+    if name == "fsdp" and (app := next((app for app in UNSHARED if app in context.command_path), None)):
+        raise UserError(f"--strategy fsdp: {app} is not known to learn the same with its model shared out; use ddp")
     choose(strategy=name)
     return name
 
