@@ -15,7 +15,8 @@ import typer.main
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
 REPOSITORY = Path(__file__).parents[1]
-READMES = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/README.md"), *REPOSITORY.glob("*/*/README.md")]
+READMES = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
+READMES += [*REPOSITORY.glob("*/README.md"), *REPOSITORY.glob("*/*/README.md")]
 
 SMALLER = {
     '"eegmmidb/S001", preprocessing=Preprocessing.preset("eegmmidb")': '"finger-movements", preprocessing='
@@ -122,8 +123,9 @@ def commands():
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
         for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             for line in block.splitlines():
-                if re.match(r"(\$ )?nearfar [a-z-]+ [a-z]", line):
-                    yield pytest.param(line.removeprefix("$ "), id=line[:60])
+                start = r"\s*(\$ |[A-Z_]+=\S+ |torchrun .*--no-python |srun .* )?"
+                if found := re.match(rf"{start}(nearfar [a-z-]+ [a-z].*)", line):
+                    yield pytest.param(found[2], id=line.strip()[:60])
 
 
 @pytest.mark.parametrize("line", commands())

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
@@ -29,19 +31,48 @@ PLACES = {
 """Where in the job's data the files are that the command gets, and a name for a bad one."""
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_same_in_worker_processes(name: str, engine: str, tmp_path: Path, capsys) -> None:
-    job, data, model = JOBS[name], tmp_path / "data", tmp_path / "model"
+def prepared(name: str, place: Path) -> tuple[Path, Path, str]:
+    """A model, a folder of some files of which one is bad, and the name of that."""
+    job, data, model, files = JOBS[name], place / "data", place / "model", place / "files"
     assert run(job.train(job.make(data), model, 1)) == 0
-    place, bad = PLACES[name]
-    files = tmp_path / "files"
-    shutil.copytree(data / place, files)
+    inside, bad = PLACES[name]
+    shutil.copytree(data / inside, files)
     for file in sorted(files.iterdir())[4:]:
         file.unlink()
     if len(good := list(files.iterdir())) == 1:
         shutil.copy(good[0], good[0].with_name(f"second_{good[0].name}"))
     (files / bad).write_bytes(b"nothing of the kind")
+    return model, files, bad
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_on_urls_what_is_done_is_not_done_again(name: str, tmp_path: Path, capsys) -> None:
+    model, files, bad = prepared(name, tmp_path)
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+    system.put(str(model), "/in/model", recursive=True)
+    system.put(str(files), "/in/files", recursive=True)
+    words = [w.format(model="memory://in/model", data="memory://in/files", out="memory://out") for w in COMMANDS[name]]
+    written = []
+    for _ in range(2):
+        capsys.readouterr()
+        assert run([name, *words]) == 1
+        assert f"memory://in/files/{bad}" in capsys.readouterr().err
+        there = system.find("/out", detail=True)
+        failures = next(path for path in there if path.endswith("failures.json"))
+        assert [row["item"] for row in json.loads(system.cat(failures))] == [f"memory://in/files/{bad}"]
+        again = ("failures.json", ".csv", "x.npz", ".jsonl")  # the tables of all, and the rows that they are made of
+        written.append({path: about["created"] for path, about in there.items() if not path.endswith(again)})
+    assert written[0] == written[1]
+    assert not list(Path(tempfile.gettempdir()).glob("nearfar-elsewhere-*/memory/out"))
+    system.store.clear()
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_same_in_worker_processes(name: str, engine: str, tmp_path: Path, capsys) -> None:
+    model, files, bad = prepared(name, tmp_path)
     for out, options in (("one", ()), ("two", ("--workers", "2", "--engine", engine))):
         words = [w.format(model=model, data=files, out=tmp_path / out) for w in COMMANDS[name]]
         (tmp_path / out).mkdir()

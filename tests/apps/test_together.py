@@ -2,19 +2,29 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from nearfar.core.cli.options import UNSHARED
 from tests.apps.jobs import JOBS, Job
 from tests.apps.test_stopping import checkpoints, hidden, made
 
 pytestmark = pytest.mark.slow
+
+PROGRAM = Path(sys.executable).with_name("nearfar")
+STILL = sys.executable, Path(__file__).with_name("still.py")
 
 
 @pytest.fixture(params=[name for name in JOBS if name != "recall"])
@@ -25,20 +35,19 @@ def job(request) -> Job:
     return found
 
 
-def together(command: list[str], place: Path) -> subprocess.Popen:
-    program = Path(sys.executable).with_name("nearfar")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+def together(command: list[str], place: Path, program: tuple = (PROGRAM,), count: int = 2) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     with (place / "messages.txt").open("a") as messages:
         return subprocess.Popen(
-            [sys.executable, *launcher, program, *command],
+            [*([*launcher, "--no-python"] if count > 1 else []), *program, *command],
             stdout=messages,
             stderr=messages,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
 
-def finish(command: list[str], place: Path) -> None:
-    assert together(command, place).wait(600) == 0, (place / "messages.txt").read_text()
+def finish(command: list[str], place: Path, *how: Any) -> None:
+    assert together(command, place, *how).wait(600) == 0, (place / "messages.txt").read_text()
 
 
 def second_process(launcher: subprocess.Popen) -> int:
@@ -72,6 +81,64 @@ def test_two_processes_train_and_go_on_to_the_same(job: Job, tmp_path: Path) -> 
     assert first, "nothing was made"
     assert first == second
     assert hidden(tmp_path / "killed") == []
+
+
+def test_two_processes_equal_one_with_twice_the_batch(job: Job, tmp_path: Path) -> None:
+    """With the model whole in both, and shared out between them."""
+    data = job.make(tmp_path / "data")
+    ways = [("one", 1, ()), ("ddp", 2, ())]
+    ways += [("fsdp", 2, ("--strategy", "fsdp"))] if job.app not in UNSHARED else []
+    for name, count, options in ways:
+        same = {
+            # whole batches of windows, so that none stays out in two processes; Muon multiplies in bfloat16
+            JOBS["language-model"]: ["context=67", "optimizer=adamw"],
+            JOBS["grid-forecast"]: ["validation_share=0.18"],
+            JOBS["super-resolution"]: [f"steps={2 * count}"],  # as many patches
+            JOBS["lra"]: ["warmup=1"],  # that anything is learnt
+        }.get(job, [])
+        settings = [word for setting in (f"batch_size={8 // count}", *same) for word in ("--set", setting)]
+        command = job.train(data, tmp_path / name, 1, *settings, *options)
+        finish(command, tmp_path, STILL, count)
+    one = {path.relative_to(tmp_path / "one"): path for path in (tmp_path / "one").rglob("best.safetensors")}
+    assert one
+    for name, *_ in ways[1:]:
+        for path, whole in one.items():
+            first, second = load_file(whole), load_file(tmp_path / name / path)
+            assert set(first) == set(second)
+            for key, value in first.items():
+                np.testing.assert_allclose(second[key], value, rtol=0, atol=1e-5, err_msg=f"{name}: {path}: {key}")
+
+
+README = re.compile(r"^ *(torchrun .* nearfar ([a-z-]+) train (\S+) .*)$", re.MULTILINE)
+
+APPS = ("image-classification", "language-model", "speech-separation", "speaker-verification", "medical-segmentation",
+        "motor-imagery")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", APPS)
+def test_under_torchrun_as_the_readme_prints_it(name: str, tmp_path: Path) -> None:
+    """On little data, with settings behind the line that make the job small."""
+    text = (Path(__file__).parents[2] / "apps" / name / "README.md").read_text()
+    line, app, source = next(found.groups() for found in README.finditer(text))
+    assert app == name
+    job = JOBS[name]
+    folder = tmp_path / source.rstrip("/")
+    if folder.suffix:
+        shutil.copy(job.make(tmp_path / "data")[0], folder)
+    else:
+        job.make(folder)
+    settings = [word for setting in (*job.settings, job.length(1)) for word in ("--set", setting)]
+    done = subprocess.run(
+        [*shlex.split(line), "--device", "cpu", *job.options, *settings],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{PROGRAM.parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in tmp_path.rglob("run.json")]
+    assert [(r["finished"], r["made_from"]["number of processes"]) for r in records] == [(True, "2")]
 
 
 def test_two_processes_of_one_machine_by_an_option(tmp_path: Path) -> None:

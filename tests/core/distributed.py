@@ -1,6 +1,7 @@
 """A small training for the tests of several processes: `python distributed.py FOLDER [name=value ...]`.
 
-batch: of one process. stop: the batch of the third epoch at which process `rank` ends (as by kill -9).
+batch: of one process. stop: the batch of the third epoch at which process `rank` ends (as by kill -9). fsdp=1: the
+model is shared out. norm=0: no batch norm, which sees the batches of a step one by one.
 """
 
 import os
@@ -17,17 +18,18 @@ from torch.utils.data import TensorDataset
 from nearfar.core.checkpoints import save_state_dict
 from nearfar.core.cli.console import messages
 from nearfar.core.errors import UserError
-from nearfar.core.processes import process_rank
+from nearfar.core.processes import choose, process_rank
 from nearfar.core.training import data_loader, train
 
 
 class Small(pl.LightningModule):
     """Batch norm over all processes, momentum, and a plateau that the validation loss steers."""
 
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, dropout: float, norm: bool) -> None:
         super().__init__()
+        norms = [nn.BatchNorm1d(4)] if norm else []
         self.net = nn.Sequential(
-            nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout), nn.Linear(16, 2)
+            nn.Conv1d(1, 4, 3), *norms, nn.ReLU(), nn.Flatten(), nn.Dropout(dropout), nn.Linear(16, 2)
         )
 
     def training_step(self, batch):
@@ -54,9 +56,20 @@ class KillAt(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder: Path, batch: int = 4, epochs: int = 4, dropout: float = 0.0, stop: int = -1, rank: int = 1) -> None:
+def main(
+    folder: Path,
+    batch: int = 4,
+    epochs: int = 4,
+    dropout: float = 0.0,
+    stop: int = -1,
+    rank: int = 1,
+    fsdp: int = 0,
+    norm: int = 1,
+    accumulate: int = 1,
+) -> None:
+    choose(strategy="fsdp" if fsdp else "ddp")
     torch.manual_seed(1)
-    x, module = torch.randn(48, 1, 6), Small(dropout)
+    x, module = torch.randn(48, 1, 6), Small(dropout, bool(norm))
     y = (x[:, 0, 0] * x[:, 0, 1] > 0).long()
     train(
         module,
@@ -70,6 +83,7 @@ def main(folder: Path, batch: int = 4, epochs: int = 4, dropout: float = 0.0, st
         settings={"epochs": epochs},
         callbacks=[KillAt(stop)] if stop >= 0 and process_rank() == rank else [],
         device="cpu",
+        accumulate_grad_batches=accumulate,
     )
     save_state_dict(module, folder / "final.safetensors")
 

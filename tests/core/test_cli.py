@@ -238,6 +238,8 @@ def test_doctor_tells_of_the_machine_and_its_checks(install, capsys, monkeypatch
     assert {"python", "torch", "oneDNN"} <= set(found["environment"])
     assert "cpu" in found["devices"]
     assert found["memory"]["this process"].endswith("GB")
+    assert found["batches"]["memory://"] == "fsspec"
+    assert {"--engine ray", "s3://", "gs://"} <= set(found["batches"])
     results = {row["check"]: row["result"] for row in found["checks"]}
     assert results["bfloat16 convolutions on the CPU"].startswith("ok, error ")
     assert results["broken imports"].startswith("FAIL")

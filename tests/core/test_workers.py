@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -67,6 +70,14 @@ def test_work_that_cannot_be_sent_is_said():
     torn = Torn()
     with pytest.raises(RuntimeError, match="the work cannot be sent"):
         run_batch(range(3), lambda item: (item, torn), "trying", places=Places(2))
+
+
+def test_without_a_cluster_or_a_url_nothing_of_them_is_imported():
+    code = (
+        "import sys; from nearfar.core.cli.batch import run_batch; assert run_batch([1], str, 'trying') == (['1'], []);"
+        "assert not {'ray', 'fsspec'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_model_is_made_once_in_each_process():
@@ -186,3 +197,63 @@ def test_ray_does_the_same_and_an_item_survives_its_actor(tmp_path: Path):
         "item 3: damaged",
         "item 4: RuntimeError: took more than 8 seconds",
     ]
+
+
+@pytest.fixture
+def two_machines(monkeypatch):
+    """A Ray cluster of two nodes of one core each, on this machine, at an address of its own."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    monkeypatch.setenv("RAY_ADDRESS", made.address)
+    yield made
+    made.shutdown()
+
+
+@pytest.mark.slow
+def test_a_cluster_of_two_machines_of_which_one_ends_midway(two_machines, tmp_path: Path):
+    where = str(tmp_path)
+
+    def action(item: int) -> str:
+        import ray
+
+        Path(where, str(item)).touch()
+        time.sleep(1)
+        return ray.get_runtime_context().get_node_id()
+
+    seen = []
+
+    def each(item: int, node: str) -> None:
+        seen.append(node)
+        if len(set(seen)) == 2 and len(two_machines.worker_nodes) == 1:
+            two_machines.remove_node(next(iter(two_machines.worker_nodes)), allow_graceful=False)
+
+    results, failures = run_batch(range(12), action, "counting", places=Places(2, "ray"), each=each)
+    assert not failures
+    assert len(results) == 12
+    assert len(set(results)) == 2
+
+
+@pytest.mark.slow
+def test_a_cluster_without_free_cores_is_said(two_machines, monkeypatch, caplog):
+    import ray
+
+    from nearfar.core import cluster
+
+    class Hog:
+        def there(self) -> bool:
+            return True
+
+    monkeypatch.setattr(cluster, "PATIENCE", 2.0)
+    ray.init(two_machines.address, log_to_driver=False)
+    try:
+        hogs = [ray.remote(num_cpus=1)(Hog).remote() for _ in range(2)]
+        assert ray.get([hog.there.remote() for hog in hogs]) == [True, True]
+        threading.Timer(8, lambda: [ray.kill(hog) for hog in hogs]).start()
+        results, failures = run_batch(range(3), str, "counting", places=Places(2, "ray"))
+    finally:
+        ray.shutdown()
+    assert (results, failures) == (["0", "1", "2"], [])
+    assert "no process has started on the Ray cluster for 2 seconds; 0 of its 2 cores are free" in caplog.text

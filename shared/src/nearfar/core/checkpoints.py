@@ -141,10 +141,15 @@ def save_state_dict(model: nn.Module, path: str | Path) -> Path:
 
     Raises DivergedError, and writes nothing, where they are not finite.
     """
-    check_weights(model.state_dict(), path)
+    return save_weights(model.state_dict(), path)
+
+
+def save_weights(state: Mapping[str, Tensor], path: str | Path) -> Path:
+    """Write a state dict to `path` as `save_state_dict` does."""
+    check_weights(state, path)
     with atomic_path(path) as temporary:
-        state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-        safetensors.torch.save_file(state, temporary)
+        whole = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+        safetensors.torch.save_file(whole, temporary)
     return Path(path)
 
 

@@ -14,6 +14,11 @@ from nearfar.core.errors import UserError
 from nearfar.core.memory import machine_memory, resident_memory
 from nearfar.core.workers import POLL, STARTS, attempt
 
+log = logging.getLogger(__name__)
+
+PATIENCE = 30.0
+"""Seconds without a process after which the cluster's free cores are said, again and again."""
+
 
 def spread(
     items: Sequence[Any],
@@ -25,7 +30,8 @@ def spread(
     """`(index, result, error)` of each item as it is done; one of the two is None.
 
     `action` goes to each of the `workers` actors once; an actor has one core. The cluster is that of the environment
-    variable RAY_ADDRESS, else one of this machine for the time of the work. An item whose actor ends is done once more,
+    variable RAY_ADDRESS, else one of this machine for the time of the work; where it has no free core, that is said
+    every half minute. An item whose actor ends is done once more,
     as its machine may have ended and not it; the second time, or after `seconds`, it gives a RuntimeError that says so.
     An actor that holds more than `memory` bytes, by default its machine's for each core, ends itself. The machines of
     the cluster have nearfar installed, and reach the files under the same paths.
@@ -51,6 +57,7 @@ def spread(
     sent = ray.put(content)
     left, again = deque(range(len(items))), set[int]()
     idle: list[Any] = []
+    said = time.monotonic()
     running: dict[Any, tuple[Any, int, float]] = {}
     try:
         while left or any(index != STARTS for _, index, _ in running.values()):
@@ -62,6 +69,16 @@ def spread(
                 begins = start(sent, memory)
                 running[begins.ready.remote()] = begins, STARTS, time.monotonic()
             ready, _ = ray.wait([*running], timeout=POLL)
+            if ready or any(index != STARTS for _, index, _ in running.values()):
+                said = time.monotonic()
+            elif time.monotonic() - said > PATIENCE:
+                said = time.monotonic()
+                free, there = (found.get("CPU", 0.0) for found in (ray.available_resources(), ray.cluster_resources()))
+                log.warning(
+                    "no process has started on the Ray cluster for %g seconds; %g of its %g cores are free. Waiting; "
+                    "Ctrl-C ends it",
+                    *(PATIENCE, free, there),
+                )
             for answer in ready:
                 actor, index, _ = running.pop(answer)
                 try:

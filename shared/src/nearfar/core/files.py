@@ -18,6 +18,7 @@ from typing import Any
 
 from nearfar.core.errors import UserError
 from nearfar.core.processes import process_rank
+from nearfar.core.remote import told, written
 
 try:
     import fcntl
@@ -169,6 +170,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.replace(path, folder / f"{path.name}-old")
         os.replace(temporary, path)
         _sync_one(path.parent)
+        written(path)
 
 
 def settle(path: Path) -> None:
@@ -222,7 +224,7 @@ def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]], delimiter: st
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, columns, delimiter=delimiter)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: told(v) if isinstance(v, str) else v for name, v in row.items()} for row in rows)
     return Path(path)
 
 
@@ -239,6 +241,8 @@ def _finite(value: Any) -> Any:
         return [_finite(item) for item in value]
     if hasattr(value, "tolist"):
         return _finite(value.tolist())
+    if isinstance(value, str | Path):
+        return told(str(value))
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import file_digest
+from nearfar.core.remote import fetch
 
 
 def data_digest(*values: Any) -> str:
@@ -59,6 +60,7 @@ def content_digest(path: Path) -> str:
         inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
         lines = "".join(f"{p.relative_to(path)}\0{content_digest(p)}\n" for p in inside)
         return hashlib.sha256(lines.encode()).hexdigest()
+    fetch(path)
     status = path.stat()
     return _file_digest(path.absolute(), status.st_size, status.st_mtime_ns)
 

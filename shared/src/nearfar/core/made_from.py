@@ -11,6 +11,7 @@ from nearfar.core.errors import UserError
 from nearfar.core.files import file_digest, write_json
 from nearfar.core.fingerprint import content_digest, data_digest
 from nearfar.core.model_folder import KINDS
+from nearfar.core.remote import fetch, version_of, written
 
 
 class MadeFrom:
@@ -23,7 +24,7 @@ class MadeFrom:
         self.target = target
         self.record = record_of(target)
         self.sources = {
-            "input": data_digest([content_digest(path) for path in inputs]),
+            "input": data_digest([_content(path) for path in inputs]),
             "model": model,
             "options": data_digest(options),
             "nearfar": version("nearfar-core"),
@@ -38,6 +39,7 @@ class MadeFrom:
         if not self.target.exists():
             return False
         try:
+            fetch(self.record)
             found = json.loads(self.record.read_text(encoding="utf-8"))
             sources, result = dict(found["sources"]), found["result"]
         except Exception:  # not there, or damaged in whatever way
@@ -69,6 +71,7 @@ class KeptRows:
         self.path = target.with_name(f".{target.name}.rows.jsonl")
         self.made_from = data_digest([model, options, version("nearfar-core")])
         self.rows: dict[str, Any] = {}
+        fetch(self.path)
         if self.path.is_file():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 with suppress(ValueError, TypeError, KeyError):  # a line that was being written when its process ended
@@ -78,21 +81,28 @@ class KeptRows:
 
     def find(self, path: Path) -> Any:
         """The row of the file at `path`; None where it is to be made, or where there is no such file."""
-        return self.rows.get(content_digest(path)) if path.is_file() else None
+        return self.rows.get(_content(path)) if path.is_file() else None
 
     def add(self, path: Path, row: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            line = json.dumps({"input": content_digest(path), "made from": self.made_from, "row": row})
+            line = json.dumps({"input": _content(path), "made from": self.made_from, "row": row})
             file.write(f"\n{line}\n")  # ends what an ended process may have left
+        written(self.path, now=False)
+
+
+def _content(path: Path) -> str:
+    """A digest of a file's content; of one elsewhere, its version, for which it is not read."""
+    return version_of(path) or content_digest(path)
 
 
 def mark_beside(target: Path) -> str:
     """The mark that was noted with a result, "" where there is none."""
     try:
+        fetch(record_of(target))
         record = json.loads(record_of(target).read_text(encoding="utf-8"))
         return str(record.get("marked", ""))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, UserError):
         return ""
 
 

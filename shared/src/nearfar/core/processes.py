@@ -17,9 +17,17 @@ from nearfar.core.errors import UserError
 
 LAUNCHERS = (
     ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"),
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_NTASKS_PER_NODE"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_NTASKS_PER_NODE"),  # the last only where srun was given it
 )
 """Variables that tell how many processes there are, which one this is, how many are here: of torchrun, of srun."""
+
+STRATEGIES = ("ddp", "fsdp")
+"""How processes train one model: each has it whole, or each keeps a part of it, of its gradients and of what the
+optimizer remembers, and all parts meet for the length of a step."""
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+_chosen = {"strategy": STRATEGIES[0], "precision": PRECISIONS[0]}
 
 
 def place() -> tuple[int, int, int]:
@@ -27,7 +35,10 @@ def place() -> tuple[int, int, int]:
     for count, rank, here in LAUNCHERS:
         if int(os.environ.get(count, 1)) > 1 and rank in os.environ:
             number = int(os.environ[count])
-            return number, int(os.environ[rank]), int(os.environ.get(here, number))
+            nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) if here.startswith("SLURM") else 1
+            if number % nodes:
+                raise UserError(f"{number} processes on {nodes} machines: all machines must have as many")
+            return number, int(os.environ[rank]), int(os.environ.get(here, number // nodes))
     return 1, 0, 1
 
 
@@ -50,9 +61,45 @@ def trainer_places() -> dict[str, Any]:
         return {"devices": 1, "num_nodes": 1, "strategy": "auto", "plugins": [LightningEnvironment()]}
     if count % here:
         raise UserError(f"{count} processes, {here} of them on this machine: all machines must have as many")
+    if "WORLD_SIZE" not in os.environ:  # Lightning refuses srun's --ntasks where it does not tell this too
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(here))
     launched = TorchElasticEnvironment() if "WORLD_SIZE" in os.environ else SLURMEnvironment()
-    strategy = "ddp_find_unused_parameters_true"
+    strategy: Any = "ddp_find_unused_parameters_true"
+    if sharded():
+        from nearfar.core.sharing import Sharded
+
+        strategy = Sharded(count)
     return {"devices": here, "num_nodes": count // here, "strategy": strategy, "plugins": [launched]}
+
+
+def choose(**settings: str) -> None:
+    """`strategy`, one of `STRATEGIES`, or `precision`, of `PRECISIONS`, of the next training. Raises UserError."""
+    for name, value in settings.items():
+        known = {"strategy": STRATEGIES, "precision": PRECISIONS}[name]
+        if value not in known:
+            raise UserError(f"--{name} {value}: must be {', '.join(known[:-1])} or {known[-1]}")
+        _chosen[name] = value
+
+
+def chosen_precision() -> str:
+    return _chosen["precision"]
+
+
+def sharded() -> bool:
+    """Whether each process keeps a part of the model alone. Raises UserError where there is one process."""
+    if _chosen["strategy"] == "fsdp" and process_count() == 1:
+        raise UserError("--strategy fsdp: shares one model out; give --devices, or start it with torchrun or srun")
+    return _chosen["strategy"] == "fsdp"
+
+
+def check_nodes(number: int) -> None:
+    """Raises UserError where a launcher has not started the command on so many machines."""
+    count, _, here = place()
+    if number not in (1, count // here):
+        raise UserError(
+            f"--num-nodes {number}: {count} processes were started, {here} of them on this machine; torchrun or srun "
+            "starts the command on all machines"
+        )
 
 
 def start_processes(devices: int) -> None:

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from nearfar.core.errors import UserError
+from nearfar.core.remote import fetch
 
 DEFLATE = 1032
 """Bytes that deflate, the compression of zip, gzip, PNG and HDF5, makes of one byte at most."""
@@ -46,6 +47,7 @@ def reading(
         error: kind of UserError.
     """
     try:
+        fetch(path)
         yield
     except UserError as problem:
         if str(problem).startswith(str(UserError(path))):

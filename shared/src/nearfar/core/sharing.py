@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, Sampler
 
@@ -100,3 +103,43 @@ def shared_norms(module: nn.Module) -> Iterator[list[str]]:
     finally:
         for layer, kind in changed:
             layer.__class__ = kind
+
+
+class Sharded(ModelParallelStrategy):
+    """Each process keeps a part of every weight, of its gradient and of what the optimizer remembers of it.
+
+    All parts meet for the length of a step, so what is saved between steps is what the memory of a step allows. The
+    checkpoints that Lightning writes are whole, as one process would write them.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__(data_parallel_size=count, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        if self.lightning_module is None:  # the processes are to be connected before there is a model
+            self._setup_distributed()
+        else:
+            super().setup_environment()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.lightning_module is not None
+        # where Lightning asks for it; the parts are made below, when the weights are on their device
+        self.lightning_module.configure_model = lambda: None  # type: ignore[method-assign]
+        super().setup(trainer)
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        module, mesh = self.lightning_module, self.device_mesh["data_parallel"]
+        assert module is not None
+        if module.automatic_optimization:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+            for step in ("training_step", "validation_step"):
+                register_fsdp_forward_method(module, step)
+        else:  # the parts come together for a call and its derivatives, and a step that takes them itself is no call
+            for child in module.children():
+                fully_shard(child, mesh=mesh, reshard_after_forward=True)
+        super().setup_optimizers(trainer)
+
+
+def own_part(state: dict[str, Any]) -> dict[str, Any]:
+    """Of a state dict whose weights are shared out, what this process has."""
+    return {name: value.to_local() if hasattr(value, "to_local") else value for name, value in state.items()}

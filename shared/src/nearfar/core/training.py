@@ -9,6 +9,7 @@ the data, gradients and metrics are means over all, batch norm sees all. The fir
 folder, and goes on when the training is over; the others end there.
 """
 
+import copy
 import json
 import logging
 import math
@@ -32,16 +33,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
+from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_weights
 from nearfar.core.devices import check_precision
 from nearfar.core.environment import environment
 from nearfar.core.errors import DivergedError, UserError, some
 from nearfar.core.files import atomic_path, locked, sweep, write_csv, write_json
 from nearfar.core.fingerprint import data_digest, source_digest
 from nearfar.core.finite import check_weights
-from nearfar.core.processes import place, process_count, process_rank, trainer_places
+from nearfar.core.processes import chosen_precision, place, process_count, process_rank, sharded, trainer_places
 from nearfar.core.reading import reading
-from nearfar.core.sharing import Share, shared_norms
+from nearfar.core.sharing import Share, own_part, shared_norms
 
 Result = TypeVar("Result")
 
@@ -141,7 +142,8 @@ def train(
 
     `trainer_options` go to Lightning's Trainer: `precision`, `accumulate_grad_batches`, `gradient_clip_val` ...
     """
-    check_precision(str(trainer_options.get("precision", "")), device)
+    precision = trainer_options.setdefault("precision", chosen_precision())
+    check_precision(str(precision), device)
     if process_count() > 1:
         if _together:
             raise UserError("several processes train one model in a job; start this alone")
@@ -163,6 +165,8 @@ def train(
             run.made_from["code"] = source_digest(*{type(part) for part in module.modules()})
             if process_count() > 1:
                 run.made_from["number of processes"] = str(process_count())
+            if precision != "32-true" and "precision" not in run.settings:
+                run.made_from["precision"] = str(precision)
             if fresh:
                 run.forget()
         return run.open(module)
@@ -183,7 +187,9 @@ def train(
         )
         finished, resume_from = _decide(trainer, lambda: (begin(), run.resume_from))
         if not finished:
-            _fit(trainer, module, train_data, validation_data, run, resume_from)
+            # a model that is shared out does not come together again; the best weights do, in the one that was given
+            trained = copy.deepcopy(module) if sharded() else module
+            _fit(trainer, trained, train_data, validation_data, run, resume_from)
             run.close(module)
         if process_count() > 1:
             torch.distributed.barrier()
@@ -342,8 +348,6 @@ class _Run(Callback):
         if self.folder is not None:
             if process_rank():
                 return
-            if self.monitor is None:
-                save_state_dict(module, self.folder / "best.safetensors")
             load_state_dict(module, read_state_dict(self.folder / "best.safetensors"))
             if not (self.folder / "run.json").exists():
                 raise UserError(f"{self.folder}: was removed while the training ran; run it again")
@@ -355,7 +359,9 @@ class _Run(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # saved here and not at the end of an epoch, because Lightning steps the schedulers after that hook
         if self.folder is not None and trainer.current_epoch > 0:
-            check_weights(pl_module.state_dict(), f"training diverged before epoch {trainer.current_epoch + 1}")
+            check_weights(
+                own_part(pl_module.state_dict()), f"training diverged before epoch {trainer.current_epoch + 1}"
+            )
             with nullcontext() if process_rank() else atomic_path(self.folder / "last.ckpt") as temporary:
                 trainer.save_checkpoint(trainer.strategy.broadcast(temporary))  # the first writes, the others take part
         # a resumed epoch is a whole one: without this Lightning takes up the counters of the epoch before and skips the
@@ -380,11 +386,11 @@ class _Run(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check_loss()
-        check_weights(pl_module.state_dict(), f"training diverged in epoch {trainer.current_epoch + 1}")
+        check_weights(own_part(pl_module.state_dict()), f"training diverged in epoch {trainer.current_epoch + 1}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check_loss()
-        check_weights(pl_module.state_dict(), f"training diverged in epoch {trainer.current_epoch + 1}")
+        check_weights(own_part(pl_module.state_dict()), f"training diverged in epoch {trainer.current_epoch + 1}")
         row = {"epoch": float(trainer.current_epoch)}
         row |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         row["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
@@ -403,12 +409,21 @@ class _Run(Callback):
             value = row[self.monitor] if self.mode == "max" else -row[self.monitor]
             if self.best is None or value > self.best:
                 self.best = value
-                if self.folder is not None and not process_rank():
-                    save_state_dict(pl_module, self.folder / "best.safetensors")
-                elif self.folder is None:
-                    self.best_state = {k: v.detach().cpu().clone() for k, v in pl_module.state_dict().items()}
+                self.keep(trainer)
         if self.folder is not None and not process_rank():
             write_csv(self.folder / "metrics.csv", self.history)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.monitor is None:
+            self.keep(trainer)
+
+    def keep(self, trainer: pl.Trainer) -> None:
+        """Keep the weights as they are now; all processes take part, the first has them whole."""
+        state = trainer.strategy.lightning_module_state_dict()
+        if self.folder is None:
+            self.best_state = {k: v.detach().cpu().clone() for k, v in state.items()}
+        elif not process_rank():
+            save_weights(state, self.folder / "best.safetensors")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.interruption = exception if isinstance(exception, KeyboardInterrupt) else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
+from nearfar.core import remote
 from nearfar.core.cli.console import Item, clean, track
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_json
@@ -60,6 +61,10 @@ def run_batch(
     once, where that is faster and all is done in this process.
     """
     items = list(items)
+    if remote.used():
+        if not places.here:
+            remote.check_shared()
+        action, together = remote.Carried(action), None if together is None else remote.Carried(together)
     done: Iterable[tuple[int, Result | None, Exception | None]]
     if places.engine == "ray":
         from nearfar.core import cluster
@@ -77,6 +82,7 @@ def run_batch(
         found[index] = result, error
         if each is not None and error is None:
             each(items[index], cast(Result, result))
+        remote.flush()
     results = [cast(Result, found[i][0]) for i in range(len(items)) if found[i][1] is None]
     errors = [(name(items[i]), error) for i in range(len(items)) if (error := found[i][1]) is not None]
     failures = [failure(*one) for one in errors]

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from nearfar.core.files import json_text
 from nearfar.core.processes import process_rank
+from nearfar.core.remote import told
 
 Item = TypeVar("Item")
 
@@ -24,8 +25,8 @@ UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u206
 
 
 def clean(text: str) -> str:
-    """`text` without control characters, which could forge or hide lines on a terminal."""
-    return UNSEEN.sub("", text)
+    """`text` without control characters, which could forge or hide lines on a terminal; URLs as they were given."""
+    return told(UNSEEN.sub("", text))
 
 
 class PlainConsole(Console):

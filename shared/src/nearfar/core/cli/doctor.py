@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Callable
-from importlib.metadata import distributions, entry_points, version
+from importlib.metadata import PackageNotFoundError, distributions, entry_points, version
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +21,6 @@ LIBRARIES = (
     "mne",
     "braindecode",
     "monai",
-    "ray",
 )
 
 GIGABYTE = 1 << 30
@@ -34,7 +33,7 @@ def doctor(
 
     Exit status 1 if a check failed.
     """
-    found = {"environment": environment(), "devices": devices(), "memory": memory()}
+    found = {"environment": environment(), "devices": devices(), "memory": memory(), "batches": batches()}
     checks = [{"check": name, "result": check(run)} for name, run in CHECKS.items()]
     apps = [{"check": f"{point.name} imports", "result": check(lambda: load_entry_point(point))} for point in _apps()]  # noqa: B023
     checks += apps
@@ -107,6 +106,17 @@ def memory() -> dict[str, Any]:
         found["machine"] = f"{page * os.sysconf('SC_PHYS_PAGES') / GIGABYTE:.1f} GB"
         found["free"] = f"{page * os.sysconf('SC_AVPHYS_PAGES') / GIGABYTE:.1f} GB"
     return found
+
+
+def batches() -> dict[str, Any]:
+    """Where batches can be worked on, and which URLs can be read and written."""
+    from nearfar.core.remote import protocols
+
+    try:
+        ray = version("ray")
+    except PackageNotFoundError:
+        ray = "not here: pip install 'nearfar-core[ray]'"
+    return {"--engine ray": ray, **protocols()}
 
 
 def _bfloat16() -> str:

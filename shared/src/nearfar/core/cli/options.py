@@ -6,10 +6,22 @@ from typing import Annotated, Any, Literal
 import typer
 
 from nearfar.core.errors import UserError
-from nearfar.core.processes import start_processes
+from nearfar.core.processes import PRECISIONS, STRATEGIES, check_nodes, choose, start_processes
 from nearfar.core.recipes import shipped_recipes
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+def anywhere(text: str) -> Path:
+    """A path, or what stands for an fsspec URL, see `nearfar.core.remote`; to be given as `parser`."""
+    from nearfar.core.remote import place
+
+    return place(text)
+
+
+def whole(text: str) -> Path:
+    """As `anywhere`, and all of it is fetched at once: for models, tables and lists."""
+    from nearfar.core.remote import place
+
+    return place(text, whole=True)
 
 
 def _device(name: str) -> str:
@@ -24,9 +36,24 @@ def _devices(number: int) -> int:
 
 
 def _precision(name: str) -> str:
-    if name not in PRECISIONS:
-        raise UserError(f"--precision {name}: must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}")
+    choose(precision=name)
     return name
+
+
+UNSHARED = ("speaker-verification", "speech-separation", "super-resolution", "region-classification")
+"""Apps whose models have not been seen to learn the same when they are shared out."""
+
+
+def _strategy(context: typer.Context, name: str) -> str:
+    if name == "fsdp" and (app := next((app for app in UNSHARED if app in context.command_path), None)):
+        raise UserError(f"--strategy fsdp: {app} is not known to learn the same with its model shared out; use ddp")
+    choose(strategy=name)
+    return name
+
+
+def _nodes(number: int) -> int:
+    check_nodes(number)
+    return number
 
 
 Devices = Annotated[
@@ -50,6 +77,16 @@ Fresh = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Memory = Annotated[str | None, typer.Option("--memory", help="Most memory to use, such as 800M or 2G.")]
+Nodes = Annotated[
+    int,
+    typer.Option(
+        "--num-nodes",
+        min=1,
+        help="Machines on which torchrun or srun has started the command: another number is refused.",
+        callback=_nodes,
+        is_eager=True,
+    ),
+]
 Precision = Annotated[
     str, typer.Option("--precision", help=f"Of the training: {', '.join(PRECISIONS)}.", callback=_precision)
 ]
@@ -57,6 +94,14 @@ RunFolder = Annotated[
     Path, typer.Option("--output", "-o", help="Folder of the run and its model; the same command goes on there.")
 ]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        "--strategy",
+        help=f"Of several processes: {STRATEGIES[0]}, each has the model whole, or {STRATEGIES[1]}, each keeps a part.",
+        callback=_strategy,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="A setting of the recipe, NAME=VALUE, e.g. epochs=50. Repeat for more."),

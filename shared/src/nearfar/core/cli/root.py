@@ -26,6 +26,7 @@ from nearfar.core.entry_points import load_entry_point
 from nearfar.core.errors import UserError
 from nearfar.core.files import new_start, remove_left
 from nearfar.core.processes import check_together, process_count, process_rank
+from nearfar.core.remote import elsewhere
 
 PROCESS = f" (process {process_rank()})" if process_rank() else ""
 """Of several that work together, which one an error comes from, unless it is the first."""
@@ -68,7 +69,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(), stop_signals():
             if not debug:
                 warnings.simplefilter("ignore")  # libraries' advice to programmers
-            root(arguments)(arguments, prog_name="nearfar")
+            with elsewhere():
+                root(arguments)(arguments, prog_name="nearfar")
     except SystemExit as end:
         cause: BaseException | None = end
         while cause is not None and not isinstance(cause, KeyboardInterrupt):  # typer turns Ctrl-C into an exit

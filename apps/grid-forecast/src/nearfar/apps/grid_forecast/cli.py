@@ -12,7 +12,19 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
 
 from nearfar.core.cli.console import console, messages, progress, show_json, table
-from nearfar.core.cli.options import Device, Devices, Fresh, Json, RunFolder, Seed, Settings, recipe_option
+from nearfar.core.cli.options import (
+    Device,
+    Devices,
+    Fresh,
+    Json,
+    Nodes,
+    Precision,
+    RunFolder,
+    Seed,
+    Settings,
+    Strategy,
+    recipe_option,
+)
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv
 from nearfar.core.plots import COLORS, new_figure, style
@@ -109,6 +121,9 @@ def train(
     start: Annotated[Path | None, typer.Option("--from", help="Folder of a trained network to go on from.")] = None,
     device: Device = "auto",
     devices: Devices = 1,
+    nodes: Nodes = 1,
+    strategy: Strategy = "ddp",
+    precision: Precision = "32-true",
     fresh: Fresh = False,
 ) -> None:
     """Learn the next field from the one before; the epoch is chosen on the last part of the series."""

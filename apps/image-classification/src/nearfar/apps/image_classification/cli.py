@@ -29,10 +29,14 @@ from nearfar.core.cli.options import (
     Engine,
     Fresh,
     Json,
+    Nodes,
+    Precision,
     RunFolder,
     Settings,
+    Strategy,
     Timeout,
     Workers,
+    anywhere,
     recipe_option,
 )
 from nearfar.core.errors import UserError
@@ -100,6 +104,9 @@ def train_command(
     weights: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     device: Device = "auto",
     devices: Devices = 1,
+    nodes: Nodes = 1,
+    strategy: Strategy = "ddp",
+    precision: Precision = "32-true",
     workers: Workers = 0,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -206,8 +213,12 @@ def make_token_labels_command(
 @app.command()
 def predict(
     classifier: Trained,
-    paths: Annotated[list[Path], typer.Argument(help="Pictures, or folders that are searched for pictures.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Table to write, CSV.")] = Path("predictions.csv"),
+    paths: Annotated[
+        list[Path], typer.Argument(help="Pictures, or folders that are searched for pictures.", parser=anywhere)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Table to write, CSV.", parser=anywhere)] = Path(
+        "predictions.csv"
+    ),
     top: Annotated[
         int | None, typer.Option(help="Classes per picture, at most. Default: 1, or all where it gives several.", min=1)
     ] = None,

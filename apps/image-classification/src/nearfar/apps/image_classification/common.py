@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nearfar.core.cli.console import track
+from nearfar.core.cli.options import whole
 from nearfar.core.errors import UserError, some
 from nearfar.core.hub import HUB, from_hub
 from nearfar.vision.classification.classifier import Classifier
@@ -19,7 +20,10 @@ Data = Annotated[
     Path, typer.Argument(help="Labelled pictures: folder, table (CSV), zip file, tar file or data set on disk.")
 ]
 Trained = Annotated[
-    Path, typer.Argument(help="Folder that `train` wrote, or a published ImageNet checkpoint of one of `models`.")
+    Path,
+    typer.Argument(
+        help="Folder that `train` wrote, or a published ImageNet checkpoint of one of `models`.", parser=whole
+    ),
 ]
 Published = Annotated[
     str | None,

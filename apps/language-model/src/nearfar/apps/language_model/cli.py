@@ -10,7 +10,19 @@ import typer
 
 from nearfar.apps.language_model import lra
 from nearfar.core.cli.console import console, messages, show_json, table
-from nearfar.core.cli.options import Device, Devices, Fresh, Json, Precision, RunFolder, Seed, Settings, recipe_option
+from nearfar.core.cli.options import (
+    Device,
+    Devices,
+    Fresh,
+    Json,
+    Nodes,
+    Precision,
+    RunFolder,
+    Seed,
+    Settings,
+    Strategy,
+    recipe_option,
+)
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv
 from nearfar.core.hub import HUB
@@ -50,6 +62,8 @@ def train(
     max_tokens: MaxTokens = None,
     device: Device = "auto",
     devices: Devices = 1,
+    nodes: Nodes = 1,
+    strategy: Strategy = "ddp",
     precision: Precision = "32-true",
     fresh: Fresh = False,
     as_json: Json = False,

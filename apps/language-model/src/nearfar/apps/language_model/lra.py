@@ -6,7 +6,19 @@ from typing import Annotated
 import typer
 
 from nearfar.core.cli.console import console, messages, show_json, table
-from nearfar.core.cli.options import Device, Devices, Fresh, Json, RunFolder, Seed, Settings, recipe_option
+from nearfar.core.cli.options import (
+    Device,
+    Devices,
+    Fresh,
+    Json,
+    Nodes,
+    Precision,
+    RunFolder,
+    Seed,
+    Settings,
+    Strategy,
+    recipe_option,
+)
 from nearfar.core.errors import UserError
 from nearfar.core.recipes import read_recipe
 from nearfar.language.arena import listops
@@ -42,6 +54,9 @@ def train(
     settings: Settings = None,
     device: Device = "auto",
     devices: Devices = 1,
+    nodes: Nodes = 1,
+    strategy: Strategy = "ddp",
+    precision: Precision = "32-true",
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:

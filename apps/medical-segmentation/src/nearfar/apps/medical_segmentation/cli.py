@@ -22,12 +22,16 @@ from nearfar.core.cli.options import (
     Fresh,
     Json,
     Memory,
+    Nodes,
     Precision,
     RunFolder,
     Settings,
+    Strategy,
     Timeout,
     Workers,
+    anywhere,
     recipe_option,
+    whole,
 )
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_csv, write_json
@@ -209,6 +213,8 @@ def train(
     ] = None,
     device: Device = "auto",
     devices: Devices = 1,
+    nodes: Nodes = 1,
+    strategy: Strategy = "ddp",
     precision: Precision = "32-true",
     fresh: Fresh = False,
 ) -> None:
@@ -383,10 +389,13 @@ def search(
 
 @app.command()
 def predict(
-    inputs: Annotated[list[Path], typer.Argument(help="Scans, DICOM folders, or trees of them.")],
-    model: Annotated[Path, typer.Option(help="Folder that `train` wrote.")],
+    inputs: Annotated[list[Path], typer.Argument(help="Scans, DICOM folders, or trees of them.", parser=anywhere)],
+    model: Annotated[Path, typer.Option(help="Folder that `train` wrote.", parser=whole)],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the results. (default: beside each scan, _seg)")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for the results. (default: beside each scan, _seg)", parser=anywhere
+        ),
     ] = None,
     crf: Annotated[bool, typer.Option("--crf", help="Refine with the CRF, as `search` set it.")] = False,
     mirror: Annotated[bool, typer.Option("--mirror", help="Average over the mirror images along all axes.")] = False,
@@ -401,12 +410,14 @@ def predict(
     codes: Annotated[
         Path | None,
         typer.Option(
-            help="For DICOM-SEG, codes and colours by label: JSON of {name: {code, scheme, meaning, color: #rrggbb}}."
+            help="For DICOM-SEG, codes and colours by label: JSON of {name: {code, scheme, meaning, color: #rrggbb}}.",
+            parser=whole,
         ),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare a bounded with an unbounded run; print it.")] = False,
     page: Annotated[
-        Path | None, typer.Option("--page", help="Also write a page to look through them (the least sure 8).")
+        Path | None,
+        typer.Option("--page", help="Also write a page to look through them (the least sure 8).", parser=anywhere),
     ] = None,
     save_probabilities: Annotated[
         bool, typer.Option("--save-probabilities", help="Also write NAME_probabilities.npy (classes first).")

@@ -9,6 +9,7 @@ import typer
 
 from nearfar.apps.motor_imagery import live, pages
 from nearfar.apps.motor_imagery.options import (
+    PATHS,
     Band,
     Causal,
     Channels,
@@ -47,11 +48,16 @@ from nearfar.core.cli.options import (
     Engine,
     Fresh,
     Json,
+    Nodes,
+    Precision,
     RunFolder,
     Settings,
+    Strategy,
     Timeout,
     Workers,
+    anywhere,
     recipe_option,
+    whole,
 )
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
@@ -189,6 +195,9 @@ def train(
     settings: Settings = None,
     device: Device = "auto",
     devices: Devices = 1,
+    nodes: Nodes = 1,
+    strategy: Strategy = "ddp",
+    precision: Precision = "32-true",
     fresh: Fresh = False,
 ) -> None:
     """Train a decoder and write it to a folder that `predict` needs alone.
@@ -353,10 +362,13 @@ def show_results(results: Results, output: Path) -> None:
 
 @app.command()
 def predict(
-    decoder: Annotated[Path, typer.Argument(help="Decoder folder, as `train` writes it.")],
-    paths: Paths,
+    decoder: Annotated[Path, typer.Argument(help="Decoder folder, as `train` writes it.", parser=whole)],
+    paths: Annotated[list[Path], typer.Argument(help=PATHS, parser=anywhere)],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for one table (TSV, like BIDS events) per recording.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder for one table (TSV, like BIDS events) per recording.", parser=anywhere
+        ),
     ] = Path("predictions"),
     event: Event = None,
     causal: Causal = False,

@@ -26,7 +26,8 @@ class Alignment(StrEnum):
     riemannian = "riemannian"
 
 
-Paths = Annotated[list[Path], typer.Argument(help="Recordings, or folders that are searched for recordings.")]
+PATHS = "Recordings, or folders that are searched for recordings."
+Paths = Annotated[list[Path], typer.Argument(help=PATHS)]
 Event = Annotated[
     list[str] | None,
     typer.Option("--event", help="What an event means: CLASS=NAME or CLASS=NAME,NAME. Repeat for each class."),

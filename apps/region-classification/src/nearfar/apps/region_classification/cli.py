@@ -13,7 +13,18 @@ import typer
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict, save_state_dict
 from nearfar.core.cli.console import console, messages, show, track
-from nearfar.core.cli.options import Device, Devices, Fresh, Json, RunFolder, Settings, recipe_option
+from nearfar.core.cli.options import (
+    Device,
+    Devices,
+    Fresh,
+    Json,
+    Nodes,
+    Precision,
+    RunFolder,
+    Settings,
+    Strategy,
+    recipe_option,
+)
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import write_csv, write_json
 from nearfar.core.model_folder import TrainedOn, read, trained_on, writing
@@ -50,6 +61,9 @@ def train_command(
     settings: Settings = None,
     device: Device = "auto",
     devices: Devices = 1,
+    nodes: Nodes = 1,
+    strategy: Strategy = "ddp",
+    precision: Precision = "32-true",
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:

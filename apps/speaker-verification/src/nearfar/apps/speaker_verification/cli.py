@@ -51,10 +51,14 @@ from nearfar.core.cli.options import (
     Engine,
     Fresh,
     Json,
+    Nodes,
+    Precision,
     RunFolder,
     Settings,
+    Strategy,
     Timeout,
     Workers,
+    anywhere,
     recipe_option,
 )
 from nearfar.core.errors import UserError
@@ -62,6 +66,7 @@ from nearfar.core.files import atomic_path
 from nearfar.core.made_from import model_digest
 from nearfar.core.model_folder import TrainedOn, mark, trained_on
 from nearfar.core.recipes import read_recipe
+from nearfar.core.remote import told
 from nearfar.core.training import seed_epoch
 from nearfar.core.workers import Once
 
@@ -107,6 +112,9 @@ def train(
     workers: Workers = 0,
     device: Device = "auto",
     devices: Devices = 1,
+    nodes: Nodes = 1,
+    strategy: Strategy = "ddp",
+    precision: Precision = "32-true",
     fresh: Fresh = False,
 ) -> None:
     """Train a model and write it with its mean, cohort and calibration.
@@ -165,10 +173,10 @@ def train(
 
 @app.command()
 def embed(
-    paths: Annotated[list[Path], typer.Argument(help="Recordings, or folders of them.")],
+    paths: Annotated[list[Path], typer.Argument(help="Recordings, or folders of them.", parser=anywhere)],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help=".npz file: names, embeddings, qualities, the encoder."),
+        typer.Option("--output", "-o", help=".npz file: names, embeddings, qualities, the encoder.", parser=anywhere),
     ],
     model: Model = None,
     encoder: ForeignEncoder = None,
@@ -401,7 +409,7 @@ def _recordings(paths: Sequence[Path], layout: str) -> list[Utterance]:
         if path.is_dir():
             found += find_utterances(path, layout)
         elif path.suffix.lower() in SUFFIXES or not path.exists():
-            found.append(Utterance(str(path), path))
+            found.append(Utterance(told(str(path)), path))
         else:
             raise UserError(f"{path}: is no recording ({', '.join(SUFFIXES)})")
     return found

@@ -15,6 +15,7 @@ from nearfar.audio.speakers.shipped import DEFAULT_MODEL, shipped_model, shipped
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.cli.batch import Places, run_batch
 from nearfar.core.cli.console import messages
+from nearfar.core.cli.options import anywhere, whole
 from nearfar.core.errors import UserError, some
 from nearfar.core.leakage import LeakageError
 
@@ -25,6 +26,7 @@ Model = Annotated[
         "-m",
         help=f"Model folder that `train` or `calibrate` wrote, or one that is shipped ({', '.join(shipped_models())}).",
         show_default=f"{DEFAULT_MODEL}, if shipped",
+        parser=whole,
     ),
 ]
 ForeignEncoder = Annotated[
@@ -40,9 +42,14 @@ EncoderRate = Annotated[
 ]
 Embeddings = Annotated[
     Path | None,
-    typer.Option(help="Embeddings of others, .npz of names and vectors; recordings are then names in it."),
+    typer.Option(
+        help="Embeddings of others, .npz of names and vectors; recordings are then names in it.", parser=whole
+    ),
 ]
-Cache = Annotated[Path | None, typer.Option(help="Folder that keeps embeddings; interrupted work goes on there.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Folder that keeps embeddings; interrupted work goes on there.", parser=anywhere),
+]
 Channel = Annotated[
     int | None, typer.Option("--channel", min=1, help="Which channel (1, 2 ...) of recordings with several.")
 ]

@@ -37,7 +37,16 @@ from nearfar.audio.speakers.stress import CONDITIONS, stress
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.cli.batch import Places, raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, show_json, table
-from nearfar.core.cli.options import Device, Engine, Json, Seed, Timeout, Workers
+from nearfar.core.cli.options import (
+    Device,
+    Engine,
+    Json,
+    Seed,
+    Timeout,
+    Workers,
+    anywhere,
+    whole,
+)
 from nearfar.core.errors import UserError, some
 from nearfar.core.files import atomic_path, write_csv, write_json
 from nearfar.core.model_folder import mark
@@ -52,19 +61,22 @@ SpeakerPattern = Annotated[
 
 
 def score(
-    trials: Annotated[Path, typer.Argument(help="Trial list: VoxCeleb, Kaldi, CSV or pairs.")],
+    trials: Annotated[Path, typer.Argument(help="Trial list: VoxCeleb, Kaldi, CSV or pairs.", parser=whole)],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Score file: enrol, test, score and, if known, label.")
+        Path,
+        typer.Option("--output", "-o", help="Score file: enrol, test, score and, if known, label.", parser=anywhere),
     ],
     root: Annotated[
-        Path | None, typer.Option(help="Folder of the recordings, or a Kaldi folder; not for --embeddings.")
+        Path | None,
+        typer.Option(help="Folder of the recordings, or a Kaldi folder; not for --embeddings.", parser=anywhere),
     ] = None,
     model: Model = None,
     encoder: ForeignEncoder = None,
     embeddings: Embeddings = None,
     encoder_rate: EncoderRate = None,
     enrollments: Annotated[
-        Path | None, typer.Option(help="Map of models to their recordings; the list's first names are then models.")
+        Path | None,
+        typer.Option(help="Map of models to their recordings; the list's first names are then models.", parser=whole),
     ] = None,
     average: Annotated[
         str, typer.Option(help="For models of several recordings, average their embeddings or their scores.")

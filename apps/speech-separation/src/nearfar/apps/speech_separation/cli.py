@@ -1,11 +1,11 @@
 """`nearfar speech-separation`: one file per voice, mixtures to learn from, training, evaluation."""
 
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,12 +29,17 @@ from nearfar.core.cli.options import (
     Fresh,
     Json,
     Memory,
+    Nodes,
+    Precision,
     RunFolder,
     Seed,
     Settings,
+    Strategy,
     Timeout,
     Workers,
+    anywhere,
     recipe_option,
+    whole,
 )
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_csv, write_json
@@ -42,6 +47,7 @@ from nearfar.core.fingerprint import content_digest
 from nearfar.core.made_from import MadeFrom, model_digest
 from nearfar.core.memory import parse_memory
 from nearfar.core.model_folder import TrainedOn, mark, trained_on
+from nearfar.core.reading import read_json
 from nearfar.core.workers import Once
 
 app = typer.Typer(
@@ -68,7 +74,9 @@ class Format(StrEnum):
     flac = "flac"
 
 
-ModelPath = Annotated[Path, typer.Option("--model", help="Folder made by `train`, or a released checkpoint.")]
+ModelPath = Annotated[
+    Path, typer.Option("--model", help="Folder made by `train`, or a released checkpoint.", parser=whole)
+]
 Rate = Annotated[
     int | None, typer.Option(help="Hz of a released checkpoint, where its layout does not say: 8000 or 16000.")
 ]
@@ -81,15 +89,22 @@ Same = Annotated[list[str] | None, typer.Option(help="Folders of one person: --s
 
 @app.command()
 def separate(
-    inputs: Annotated[list[Path], typer.Argument(help="Recordings, folders of them, or - for a pipe (--stream).")],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(help="Recordings, folders of them, or - for a pipe (--stream).", parser=anywhere),
+    ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the voices; what is done is skipped. -: a pipe.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder for the voices; what is done is skipped. -: a pipe.", parser=anywhere
+        ),
     ],
     model: ModelPath,
     speakers: Annotated[str, typer.Option(help="Number of voices, or auto: estimated.")] = "auto",
     most: Annotated[int | None, typer.Option(help="Most voices that auto may find; else what the model gives.")] = None,
     speaker_model: Annotated[
-        Path | None, typer.Option(help="Folder that speaker-verification train wrote: tells voices apart.")
+        Path | None,
+        typer.Option(help="Folder that speaker-verification train wrote: tells voices apart.", parser=whole),
     ] = None,
     window: Annotated[
         float | None, typer.Option(help="Seconds separated at once: 10, with --stream 4 (the delay).")
@@ -205,7 +220,7 @@ def separate(
                 record = output / path.stem / "separation.json"
                 made = MadeFrom(record.parent, [path], of_model, **options)
                 if made.done() and record.is_file():
-                    result = json.loads(record.read_text(encoding="utf-8"))
+                    result = read_json(record, "the record of a separation")
                 else:
                     result = separating.separate_file(jobs(), path, output / path.stem, tell)
                     made.write()
@@ -340,6 +355,9 @@ def train(
     same: Same = None,
     device: Device = "auto",
     devices: Devices = 1,
+    nodes: Nodes = 1,
+    strategy: Strategy = "ddp",
+    precision: Precision = "32-true",
     fresh: Fresh = False,
 ) -> None:
     """Train a model. From single speakers, mixtures are drawn anew all the time; every speaker's utterances are split
@@ -349,6 +367,8 @@ def train(
     from nearfar.core.recipes import read_recipe
 
     plan = read_recipe(Recipe, recipe, settings or (), RECIPES)
+    if precision != "32-true":
+        plan = replace(plan, precision=precision)
     if validation is not None:
         if len(source) > 1:
             raise UserError("--validation: goes with one set of mixtures; of several folders only speakers are taken")

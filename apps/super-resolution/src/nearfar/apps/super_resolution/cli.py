@@ -16,11 +16,16 @@ from nearfar.core.cli.options import (
     Fresh,
     Json,
     Memory,
+    Nodes,
+    Precision,
     RunFolder,
     Settings,
+    Strategy,
     Timeout,
     Workers,
+    anywhere,
     recipe_option,
+    whole,
 )
 from nearfar.core.devices import choose_device
 from nearfar.core.errors import UserError, some
@@ -52,7 +57,8 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    Path | None, typer.Option(help="Checkpoint, or folder that `train` wrote. (default: the small one for --scale)")
+    Path | None,
+    typer.Option(help="Checkpoint, or folder that `train` wrote. (default: the small one for --scale)", parser=whole),
 ]
 Scale = Annotated[int | None, typer.Option(help="How many times. (default: the model's; 2 for the small one)")]
 Tile = Annotated[int | None, typer.Option(help="Side of the tiles in pixels of the input.", min=16)]
@@ -89,8 +95,8 @@ def models(as_json: Json = False) -> None:
 
 @app.command()
 def upscale(
-    inputs: Annotated[list[Path], typer.Argument(help="Pictures, folders or zip files of pictures.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
+    inputs: Annotated[list[Path], typer.Argument(help="Pictures, folders or zip files of pictures.", parser=anywhere)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.", parser=anywhere)],
     model: Model = None,
     scale: Scale = None,
     format: Annotated[
@@ -231,6 +237,9 @@ def train_command(
     workers: Workers = 0,
     device: Device = "auto",
     devices: Devices = 1,
+    nodes: Nodes = 1,
+    strategy: Strategy = "ddp",
+    precision: Precision = "32-true",
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:

@@ -30,7 +30,7 @@ from nearfar.core.fingerprint import content_digest
 from nearfar.core.finite import check_finite
 from nearfar.core.leakage import Side, check_apart
 from nearfar.core.model_folder import TrainedOn
-from nearfar.core.processes import place
+from nearfar.core.processes import place, sharded
 from nearfar.core.sharing import gathered
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.ops.tokens.patch_mixing import PatchMixing
@@ -241,7 +241,9 @@ class ClassifierModule(pl.LightningModule):
         self.register_buffer("weights", weights, persistent=False)
         self.model, self.recipe, self.num_classes = model, recipe, num_classes
         self.batches, self.steps = batches_per_epoch, math.ceil(batches_per_epoch / recipe.accumulate)
-        self.average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+        # a model that is shared out has its weights in parts and its buffers whole, which no one call averages
+        options = {"decay": recipe.ema, "use_warmup": True, "foreach": not sharded()}
+        self.average = ModelEmaV3(model, **options) if recipe.ema else None
         mixing = recipe.mixup or recipe.cutmix
         self.mix = (
             Mixup(

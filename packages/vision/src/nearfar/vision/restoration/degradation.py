@@ -130,7 +130,7 @@ class _Draw:
         return self.rand(self.count) < share
 
     def coin(self) -> bool:
-        return bool(self.rand(()) < 0.5)
+        return bool(self.rand(1) < 0.5)
 
     def which(self, shares: Sequence[float], count: int | None = None) -> Tensor:
         """Indices drawn by their shares, one a picture."""
@@ -216,7 +216,7 @@ def _factor(order: Order, draw: _Draw) -> float:
     """How many times larger a batch becomes."""
     which = int(draw.which(order.resize, 1))
     low, high = ((1.0, order.factor[1]), (order.factor[0], 1.0), (1.0, 1.0))[which]
-    return float(low + (high - low) * draw.rand(()))
+    return float(low + (high - low) * draw.rand(1))
 
 
 def _resized(x: Tensor, size: tuple[int, int], draw: _Draw) -> Tensor:
@@ -238,7 +238,7 @@ def _noisy(x: Tensor, order: Order, draw: _Draw) -> Tensor:
         seen = torch.zeros(batch, 256, device=x.device).scatter_(1, values.flatten(1).long(), 1.0).sum(1)
         photons = torch.exp2(seen.log2().ceil())[:, None, None, None]
         counted.append(torch.poisson(values / 255 * photons, draw.generator) / photons - values / 255)
-    shot = torch.where(grey, *counted) * draw.uniform(order.poisson)[:, None, None, None]
+    shot = torch.where(grey, counted[0], counted[1]) * draw.uniform(order.poisson)[:, None, None, None]
     return (x + torch.where(draw.chance(order.gaussian)[:, None, None, None], normal, shot)).clamp(0, 1)
 
 

@@ -233,7 +233,7 @@ def write_file(target: Path, pixels: np.ndarray, source: PictureFile, *, quality
             options: dict[str, Any] = {} if source.dpi is None else {"resolution": source.dpi, "resolutionunit": "INCH"}
             tags: list[Any] = [] if source.profile is None else [(34675, 7, len(source.profile), source.profile, True)]
             exif = Image.Exif()
-            exif.load(source.exif)
+            exif.load(source.exif or b"")
             tags += [(tag, "s", 0, str(exif[tag]), True) for tag in sorted(TEXTS) if tag in exif]
             tags += [(ORIENTATION, "H", 1, exif[ORIENTATION], True)] if ORIENTATION in exif else []
             parts = {tag: exif.get_ifd(tag) for tag in (CAMERA, PLACE) if exif.get_ifd(tag)}
@@ -256,7 +256,7 @@ def write_file(target: Path, pixels: np.ndarray, source: PictureFile, *, quality
 def _append_parts(path: Path, parts: dict[int, Any], width: int, height: int) -> None:
     """Put the camera's and the place's EXIF data behind a TIFF file, where an empty tag of the number before waits."""
     for tag, part in parts.items():
-        with tifffile.TiffFile(path, mode="r+b") as file:
+        with tifffile.TiffFile(path, mode="r+") as file:
             found = ImageFileDirectory_v2(prefix=b"II" if file.byteorder == "<" else b"MM")
             found.update(part)
             for name, side in ((0xA002, width), (0xA003, height)):
