@@ -15,7 +15,7 @@ from nearfar.core import processes
 from nearfar.core.checkpoints import read_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.files import locked
-from nearfar.core.sharing import Share
+from nearfar.core.sharing import Share, trainer_places
 
 SCRIPT = Path(__file__).with_name("distributed.py")
 
@@ -131,7 +131,7 @@ def test_launchers_tell_the_place(monkeypatch):
     processes.check_nodes(2)
     with pytest.raises(UserError, match="--num-nodes 3: 8 processes were started, 4 of them on this machine"):
         processes.check_nodes(3)
-    places = processes.trainer_places()
+    places = trainer_places()
     assert (places["devices"], places["num_nodes"]) == (4, 2)
     with pytest.raises(UserError, match="has started 4 processes"):
         processes.start_processes(2)

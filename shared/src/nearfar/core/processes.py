@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from nearfar.core.errors import UserError
 
@@ -50,26 +49,6 @@ def process_count() -> int:
 def process_rank() -> int:
     """Which of the processes that work together this one is; 0 where it is alone."""
     return place()[1]
-
-
-def trainer_places() -> dict[str, Any]:
-    """`devices`, `num_nodes` and `strategy` of Lightning's Trainer for the processes that were started."""
-    count, _, here = place()
-    from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-
-    if count == 1:  # alone, also in a SLURM allocation whose other places are not meant
-        return {"devices": 1, "num_nodes": 1, "strategy": "auto", "plugins": [LightningEnvironment()]}
-    if count % here:
-        raise UserError(f"{count} processes, {here} of them on this machine: all machines must have as many")
-    if "WORLD_SIZE" not in os.environ:  # Lightning refuses srun's --ntasks where it does not tell this too
-        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(here))
-    launched = TorchElasticEnvironment() if "WORLD_SIZE" in os.environ else SLURMEnvironment()
-    strategy: Any = "ddp_find_unused_parameters_true"
-    if sharded():
-        from nearfar.core.sharing import Sharded
-
-        strategy = Sharded(count)
-    return {"devices": here, "num_nodes": count // here, "strategy": strategy, "plugins": [launched]}
 
 
 def choose(**settings: str) -> None:

@@ -1,5 +1,6 @@
-"""What the processes of one training share: validation data, results, and the statistics of batch norms."""
+"""What the processes of one training share: their places, validation data, results, the statistics of batch norms."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,13 +8,29 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, Sampler
 
-from nearfar.core.processes import place, process_count
+from nearfar.core.errors import UserError
+from nearfar.core.processes import place, process_count, sharded
+
+
+def trainer_places() -> dict[str, Any]:
+    """`devices`, `num_nodes` and `strategy` of Lightning's Trainer for the processes that were started."""
+    count, _, here = place()
+    if count == 1:  # alone, also in a SLURM allocation whose other places are not meant
+        return {"devices": 1, "num_nodes": 1, "strategy": "auto", "plugins": [LightningEnvironment()]}
+    if count % here:
+        raise UserError(f"{count} processes, {here} of them on this machine: all machines must have as many")
+    if "WORLD_SIZE" not in os.environ:  # Lightning refuses srun's --ntasks where it does not tell this too
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(here))
+    launched = TorchElasticEnvironment() if "WORLD_SIZE" in os.environ else SLURMEnvironment()
+    strategy: str | Strategy = Sharded(count) if sharded() else "ddp_find_unused_parameters_true"
+    return {"devices": here, "num_nodes": count // here, "strategy": strategy, "plugins": [launched]}
 
 
 class Share(Sampler[int]):

@@ -40,9 +40,9 @@ from nearfar.core.errors import DivergedError, UserError, some
 from nearfar.core.files import atomic_path, locked, sweep, write_csv, write_json
 from nearfar.core.fingerprint import data_digest, source_digest
 from nearfar.core.finite import check_weights
-from nearfar.core.processes import chosen_precision, place, process_count, process_rank, sharded, trainer_places
+from nearfar.core.processes import chosen_precision, place, process_count, process_rank, sharded
 from nearfar.core.reading import reading
-from nearfar.core.sharing import Share, own_part, shared_norms
+from nearfar.core.sharing import Share, own_part, shared_norms, trainer_places
 
 Result = TypeVar("Result")
 
