@@ -161,6 +161,12 @@ def test_a_published_checkpoint_is_a_classifier_of_imagenet(hornet: Path) -> Non
     )
 
 
+@pytest.mark.parametrize("name", ["nearfar_convnext_atto", "attnet_xxs", "hornet_tiny_7x7"])
+def test_a_checkpoint_without_layer_scale_is_a_model_without(name: str) -> None:
+    model = timm.create_model(name, num_classes=3, **small_forms()[f"small-{name}"], layer_scale=None)
+    assert type(model).from_published(model.state_dict()).state_dict().keys() == model.state_dict().keys()
+
+
 def test_exactly_one_class_accounts_for_every_tensor() -> None:
     for name, form in small_forms().items():
         model = timm.create_model(name.removeprefix("small-"), num_classes=3, **form)
