@@ -184,8 +184,11 @@ def _write_onnx(program: Any, path: Path, told: dict[str, str], refuse: Callable
             program, (), path, verbose=False, external_data=False, input_names=["images"],
             output_names=["probabilities"],
         )  # fmt: skip
-    except Exception as error:  # the exporter's own kinds
-        raise refuse(f"has no ONNX form: {_line(error)}") from error
+    except Exception as error:  # the exporter's own kinds; the first cause says which function has no form
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise refuse(f"has no ONNX form: {_line(cause)}") from error
     model = onnx.load(path)
     onnx.helper.set_model_props(model, told)
     onnx.save(model, path)
