@@ -302,6 +302,15 @@ def test_scans_of_one_patient_are_told_by_their_names() -> None:
     assert groups("site1_001", "site1_002", "site2_001") == ["site1_001", "site1_002", "site2_001"]
 
 
+def test_a_case_in_both_parts_is_one_patient(tmp_path: Path) -> None:
+    build(tmp_path, "Medical Segmentation Decathlon")
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps(content | {"test": ["./imagesTr/x.nii.gz"]}))
+    found = find_cases(tmp_path)
+    assert [(case.part, case.group) for case in found.cases] == [("train", "x"), ("test", "x")]
+    assert "2 cases of 1 patients" in found.notes[-1]
+
+
 def test_patients_and_splits_are_given(tmp_path: Path) -> None:
     build(tmp_path, "nnU-Net")
     found = find_cases(tmp_path)

@@ -183,7 +183,7 @@ def _by_patient(found: Collection) -> Collection:
     """The collection, its cases grouped by patient where their names tell several scans of one."""
     names = [case.name for case in found.cases]
     patients = patients_by_name(names)
-    counts = Counter(patients.values())
+    counts = Counter(patients[name] for name in names)  # a name may stand in the training and in the test part
     if len(counts) == len(names):
         return found
     example = next(patient for patient, count in counts.items() if count > 1)
