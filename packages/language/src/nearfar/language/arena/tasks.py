@@ -125,24 +125,25 @@ def read_pathfinder(size: int) -> Callable[[Path, str], Iterator[Example]]:
         examples = []
         for path in found:
             with reading(path, "cannot be read as a list of pictures"):
-                listed = path.read_text(encoding="utf-8").splitlines()
-            for number, line in enumerate(listed, 1):
-                words = line.split()
-                if len(words) < 4 or words[3] not in ("0", "1"):
-                    raise UserError(f"{path}: line {number} is no `folder file id label ...`; the file is cut off")
-                if not (shown := base / words[0] / words[1]).resolve().is_relative_to(base.resolve()):
-                    raise UserError(f"{path}: line {number} names {words[0]}/{words[1]}, which lies outside of {base}")
-                examples.append((shown, int(words[3])))
+                for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                    words = line.split()
+                    if len(words) < 4 or words[3] not in ("0", "1"):
+                        raise UserError(f"{path}: line {number} is no `folder file id label ...`; the file is cut off")
+                    name = f"{words[0]}/{words[1]}"
+                    if not (shown := base / name).resolve().is_relative_to(base.resolve()):
+                        raise UserError(f"{path}: line {number} names {name}, which lies outside of {base}")
+                    examples.append((shown, int(words[3])))
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(42)).tolist()
         first, second = len(order) * 8 // 10, len(order) * 9 // 10
         own = {"train": order[:first], "val": order[first:second], "test": order[second:]}[part]
         for i in own:
             path, label = examples[i]
-            if not path.is_file() or not path.stat().st_size:
-                raise UserError(f"{path}: is missing or empty")
-            with reading(path, "cannot be read as a picture"), Image.open(path) as picture:
-                check_picture(picture, path)
-                pixels = np.asarray(picture.convert("L"))
+            with reading(path, "cannot be read as a picture"):
+                if not path.is_file() or not path.stat().st_size:
+                    raise UserError(f"{path}: is missing or empty")
+                with Image.open(path) as picture:
+                    check_picture(picture, path)
+                    pixels = np.asarray(picture.convert("L"))
             if pixels.shape != (size, size):
                 raise UserError(f"{path}: is {pixels.shape[1]} x {pixels.shape[0]}, not {size} x {size}")
             yield [pixels.flatten()], label
