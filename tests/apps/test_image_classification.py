@@ -18,7 +18,8 @@ from nearfar.core.report import Report
 from nearfar.vision.classification.classifier import LINEAR, Classifier, create_model, evaluate_scores
 from nearfar.vision.classification.comparison import compare
 from nearfar.vision.classification.training import Recipe, train_classifier
-from nearfar.vision.data.images import open_pictures, split_pictures
+from nearfar.vision.data.images import split_pictures
+from nearfar.vision.data.sources import open_pictures
 
 
 def call(*words: object) -> str:

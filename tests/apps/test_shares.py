@@ -13,7 +13,7 @@ from PIL import Image
 from nearfar.core.training import data_loader
 from nearfar.language.texts import byte_tokenizer, read_tokens
 from nearfar.language.training import Windows
-from nearfar.vision.data.images import open_pictures
+from nearfar.vision.data.sources import open_pictures
 
 
 def tars(folder: Path):

@@ -152,7 +152,7 @@ def make_archives(folder: Path) -> list[str]:
 
 
 def read_archive(path: Path) -> None:
-    from nearfar.vision.data.images import open_pictures
+    from nearfar.vision.data.sources import open_pictures
 
     pictures = open_pictures(path, "train" if path.suffix == ".zip" else None)
     _, failures = pictures.readable()
@@ -174,7 +174,7 @@ def make_parquet(folder: Path) -> list[str]:
 
 
 def read_parquet(path: Path) -> None:
-    from nearfar.vision.data.images import open_pictures
+    from nearfar.vision.data.sources import open_pictures
 
     open_pictures(path).readable()
 

@@ -233,7 +233,7 @@ def test_sound_that_is_shorter_than_its_header_says(tmp_path: Path) -> None:
 
 
 def test_members_of_archives_that_unpack_to_too_much(tmp_path: Path) -> None:
-    from nearfar.vision.data.images import open_pictures
+    from nearfar.vision.data.sources import open_pictures
 
     good = targets.encoded("PNG")
     path = tmp_path / "x.zip"

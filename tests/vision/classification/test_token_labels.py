@@ -18,7 +18,8 @@ from nearfar.vision.classification.token_labels import (
     read_label_map,
 )
 from nearfar.vision.classification.training import Recipe, train_classifier
-from nearfar.vision.data.images import Pictures, open_pictures
+from nearfar.vision.data.images import Pictures
+from nearfar.vision.data.sources import open_pictures
 
 
 @pytest.fixture

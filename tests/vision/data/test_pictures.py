@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from nearfar.core.errors import UserError
-from nearfar.vision.data.images import Pictures, open_pictures, read_picture, split_pictures, training_pictures
+from nearfar.vision.data.images import Pictures, read_picture, split_pictures
+from nearfar.vision.data.sources import open_pictures, training_pictures
 
 
 def folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int = 3) -> Path:

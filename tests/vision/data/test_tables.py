@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from nearfar.core.errors import UserError
-from nearfar.vision.data.images import Pictures, open_pictures, split_pictures, training_pictures
+from nearfar.vision.data.images import Pictures, split_pictures
+from nearfar.vision.data.sources import open_pictures, training_pictures
 
 
 def table(root: Path, text: str, name: str = "labels.csv", pictures: int = 6) -> Path:

@@ -48,7 +48,8 @@ from nearfar.core.report import Report
 from nearfar.core.workers import Once
 from nearfar.vision.classification import RECIPES
 from nearfar.vision.classification.classifier import LINEAR, card_of, evaluate_multilabel, evaluate_scores, small_forms
-from nearfar.vision.data.images import Pictures, open_pictures, picture_files, read_picture, training_pictures
+from nearfar.vision.data.images import Pictures, picture_files, read_picture
+from nearfar.vision.data.sources import open_pictures, training_pictures
 from nearfar.vision.models.registry import MODELS, VARIANTS
 
 app = typer.Typer(

@@ -12,7 +12,8 @@ from nearfar.core.cli.options import whole
 from nearfar.core.errors import UserError, some
 from nearfar.core.hub import HUB, from_hub
 from nearfar.vision.classification.classifier import Classifier
-from nearfar.vision.data.images import Pictures, open_pictures, picture_files, read_picture
+from nearfar.vision.data.images import Pictures, picture_files, read_picture
+from nearfar.vision.data.sources import open_pictures
 
 log = logging.getLogger(__name__)
 
