@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from nearfar.core.cli.options import UNSHARED
 from tests.apps.jobs import JOBS, Job
 from tests.apps.test_stopping import checkpoints, hidden, made
 
@@ -25,6 +24,9 @@ pytestmark = pytest.mark.slow
 
 PROGRAM = Path(sys.executable).with_name("nearfar")
 STILL = sys.executable, Path(__file__).with_name("still.py")
+
+WHOLE = ("speaker-verification", "speech-separation", "super-resolution", "region-classification")
+"""Apps that refuse --strategy fsdp."""
 
 
 @pytest.fixture(params=[name for name in JOBS if name != "recall"])
@@ -87,7 +89,7 @@ def test_two_processes_equal_one_with_twice_the_batch(job: Job, tmp_path: Path) 
     """With the model whole in both, and shared out between them."""
     data = job.make(tmp_path / "data")
     ways = [("one", 1, ()), ("ddp", 2, ())]
-    ways += [("fsdp", 2, ("--strategy", "fsdp"))] if job.app not in UNSHARED else []
+    ways += [("fsdp", 2, ("--strategy", "fsdp"))] if job.app not in WHOLE else []
     for name, count, options in ways:
         same = {
             # whole batches of windows, so that none stays out in two processes; Muon multiplies in bfloat16

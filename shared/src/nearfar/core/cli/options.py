@@ -40,15 +40,15 @@ def _precision(name: str) -> str:
     return name
 
 
-UNSHARED = ("speaker-verification", "speech-separation", "super-resolution", "region-classification")
-"""Apps whose models have not been seen to learn the same when they are shared out."""
-
-
-def _strategy(context: typer.Context, name: str) -> str:
-    if name == "fsdp" and (app := next((app for app in UNSHARED if app in context.command_path), None)):
-        raise UserError(f"--strategy fsdp: {app} is not known to learn the same with its model shared out; use ddp")
+def _strategy(name: str) -> str:
     choose(strategy=name)
     return name
+
+
+def _whole_model(name: str) -> str:
+    if name == "fsdp":
+        raise UserError("--strategy fsdp: this is not known to learn the same with its model shared out; use ddp")
+    return _strategy(name)
 
 
 def _nodes(number: int) -> int:
@@ -94,14 +94,22 @@ RunFolder = Annotated[
     Path, typer.Option("--output", "-o", help="Folder of the run and its model; the same command goes on there.")
 ]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
+STRATEGY_HELP = (
+    f"Of several processes: {STRATEGIES[0]}, each has the model whole, or {STRATEGIES[1]}, each keeps a part."
+)
 Strategy = Annotated[
     str,
     typer.Option(
         "--strategy",
-        help=f"Of several processes: {STRATEGIES[0]}, each has the model whole, or {STRATEGIES[1]}, each keeps a part.",
+        help=STRATEGY_HELP,
         callback=_strategy,
     ),
 ]
+WholeModel = Annotated[
+    str,
+    typer.Option("--strategy", help=STRATEGY_HELP, callback=_whole_model),
+]
+"""`--strategy` of models that have not been seen to learn the same when they are shared out."""
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="A setting of the recipe, NAME=VALUE, e.g. epochs=50. Repeat for more."),
