@@ -1,6 +1,7 @@
 """Reading recordings: formats, names, units, events, trials; and every bad input by name."""
 
 import logging
+import struct
 from pathlib import Path
 
 import edfio
@@ -379,6 +380,12 @@ def bad_inputs(make_raw, folder):
         content[192:197] = b"EDF+D"
         return foreign("a.edf", bytes(content))
 
+    def circle():
+        path = write_fif(folder / "a_raw.fif", make_raw())
+        content = bytearray(path.read_bytes())
+        content[48:52] = struct.pack(">i", 36)  # the second tag, at 36, is followed by itself
+        return foreign("a_raw.fif", bytes(content))
+
     def nothing():
         (folder / "empty").mkdir()
         return folder / "empty"
@@ -393,6 +400,7 @@ def bad_inputs(make_raw, folder):
         "truncated": (truncated, r"a\.edf: truncated, \d+ of \d+ bytes; copy or download it again"),
         "foreign edf": (lambda: foreign("a.edf"), r"a\.edf: not an EDF file; give the recording in its own format"),
         "foreign fif": (lambda: foreign("a_raw.fif"), r"a_raw\.fif: cannot be read as \.fif .*of another type"),
+        "circle of tags": (circle, r"a_raw\.fif: its tags lead in a circle; the file may be damaged"),
         "foreign gdf": (lambda: foreign("a.gdf"), r"a\.gdf: cannot be read as \.gdf"),
         "foreign mat": (lambda: foreign("a.mat"), r"a\.mat: not a MATLAB file"),
         "unknown ending": (lambda: foreign("a.jpg"), r"a\.jpg: cannot be read as \.jpg"),

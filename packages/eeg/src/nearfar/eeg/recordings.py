@@ -10,6 +10,7 @@ X, y, classes = trials_array(epochs)
 ```
 """
 
+import gzip
 import logging
 import math
 import re
@@ -40,6 +41,8 @@ FORMATS = (".edf", ".bdf", ".gdf", ".vhdr", ".set", ".fif", ".fif.gz", ".cnt", "
 
 SAMPLE = conventions.SAMPLE
 """Stands for the real EEG of `nearfar.eeg.samples` wherever a path is asked for."""
+
+_FIF = (".fif", ".fif.gz")
 
 DAMAGED = "the file may be damaged, incomplete or of another type"
 
@@ -283,6 +286,8 @@ def _open(path: Path, encoding: str | None, notes: list[str]) -> mne.io.BaseRaw:
     if path.suffix.lower() in (".edf", ".bdf"):
         _check_edf(path)
     with quiet(notes), reading(path, f"cannot be read as {path.suffix or 'a recording'}", DAMAGED):
+        if path.name.lower().endswith(_FIF):
+            _check_fif(path)
         if _is_bids(path):
             return _open_bids(path)
         if path.suffix.lower() == ".gdf":
@@ -333,6 +338,8 @@ def _is_epoched(path: Path) -> bool:
 
 def _read_epochs(path: Path, notes: list[str], **options: Unpack[Reading]) -> mne.BaseEpochs:
     with quiet(notes), reading(path, "cannot be read as trials", DAMAGED):
+        if path.name.lower().endswith(_FIF):
+            _check_fif(path)
         read = mne.io.read_epochs_eeglab if path.suffix.lower() == ".set" else mne.read_epochs
         epochs = read(path)
         epochs.load_data()
@@ -386,6 +393,21 @@ def _check_gdf(path: Path) -> None:
     if records >= 0:
         each = sum(int(n) * widths.get(int(kind), 3) for n, kind in zip(samples, kinds, strict=True))
         check_announced(path, records * each)
+
+
+def _check_fif(path: Path) -> None:
+    """Refuse tags that lead back to earlier ones: MNE would follow them for ever."""
+    seen, place = set(), 0
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+        while len(head := stream.read(16)) == 16:
+            size, following = struct.unpack(">8xii", head)
+            seen.add(place)
+            place = following or place + 16 + size
+            if place in seen:
+                raise UserError(f"{path}: its tags lead in a circle; {DAMAGED}")
+            if place < 0:
+                return
+            stream.seek(place)
 
 
 def _check_brainvision(path: Path, notes: list[str]) -> None:
