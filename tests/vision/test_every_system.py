@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 
-from nearfar.core.errors import UserError
-from nearfar.vision.classification.classifier import Classifier
-from nearfar.vision.classification.exporting import export_classifier
 from nearfar.vision.models.convsharevit import ConvShareViT
 from nearfar.vision.models.evit import EViT
 from nearfar.vision.models.gaussian_mask import GMMPiT
@@ -17,7 +14,7 @@ from nearfar.vision.models.registry import MODELS
 from nearfar.vision.models.sparsifiner import Sparsifiner
 from nearfar.vision.models.vim import Vim
 
-from .base import PictureTester, TokenTester, close, without_shape_checks
+from .base import PictureTester, TokenTester, close
 
 
 def test_every_system_has_a_tester() -> None:
@@ -31,23 +28,9 @@ def test_every_system_has_a_tester() -> None:
     assert set(MODELS.values()) <= {kind.model for kind in found if hasattr(kind, "model")}
 
 
-class RefusedExport(TokenTester):
-    """No ONNX file can say what the model says: the command says why, and writes none."""
-
-    reason: str
-
-    def test_export(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        without_shape_checks(monkeypatch)
-        classifier = Classifier(self.create(**self.least).eval(), self.name, [*"abcde"], 64, 0.9)
-        with pytest.raises(UserError, match=self.reason):
-            export_classifier(classifier, tmp_path / "model.onnx", fixed=True)
-        assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.ci
-class TestEViT(RefusedExport):
+class TestEViT(TokenTester):
     model, name = EViT, "evit_deit_tiny"
-    reason = "has no ONNX form: "
     tiny = {"dim": 48, "depth": 4, "num_heads": 2, "img_size": 64, "reduce_at": (1, 2)}
     least = {"depth": 2, "reduce_at": (1,)}
     fuses = False
@@ -64,9 +47,8 @@ class TestEViT(RefusedExport):
 
 
 @pytest.mark.ci
-class TestSparsifiner(RefusedExport):
+class TestSparsifiner(TokenTester):
     model, name = Sparsifiner, "sparsifiner_deit_small"
-    reason = "has no ONNX form: "
     tiny = {"dim": 48, "depth": 4, "num_heads": 2, "img_size": 64}
     least = {"depth": 1}
     sizes = ((64, 64),)
@@ -81,9 +63,8 @@ class TestSparsifiner(RefusedExport):
 
 
 @pytest.mark.ci
-class TestVim(RefusedExport):
+class TestVim(TokenTester):
     model, name = Vim, "vim_tiny"
-    reason = "cannot be traced: "
     tiny = {"dim": 16, "depth": 4, "img_size": 64, "d_state": 4}
     least = {"depth": 1}
     fuses = False

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nearfar.ops.common.heads import check_heads, from_heads
+from nearfar.ops.common.ranking import ranked
 from nearfar.ops.tokens.mixer_gate import resize_tokens
 
 
@@ -123,7 +124,7 @@ class ConnectivityPredictor(nn.Module):
     def largest(self, x: Float[Tensor, "*b n"], count: int) -> Tensor:
         """Indices of the `count` largest entries of each row; of equal ones the first, or torch's own choice."""
         if self.stable:
-            return x.argsort(dim=-1, descending=True, stable=True)[..., :count]
+            return ranked(x)[..., :count]
         return x.topk(count, dim=-1).indices
 
     def effective_basis(self, reconstruct: bool = False) -> Float[Tensor, "r n"]:

@@ -129,7 +129,8 @@ class DirectionalMamba(nn.Module):
         x, z = self.in_proj(x).chunk(2, -1)
         order = scan_order(self.directions, size or x.shape[1:2], slices=slices, device=x.device)
         k, n = order.shape
-        u = x[:, order.T.reshape(-1)].reshape(len(x), n, -1)  # every direction in its own order, for the convolution
+        # every direction in its own order, for the convolution
+        u = x[:, order.T.reshape(-1)].unflatten(1, (n, k)).flatten(2)
         y = F.silu(self.conv(u)).unflatten(-1, (k, -1))
         if self.scan is not None:
             y = self.scan(y, None)

@@ -2,22 +2,31 @@
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nearfar.ops.common.ranking import ranked
+
 
 def keep_count(keep: float | int, tokens: int) -> int:
     """How many of `tokens` are kept: ceil(keep tokens) of a rate in (0, 1], or a whole number itself, at most all.
 
-    The product is taken in float64 without rounding first, as in the released code.
+    The product is taken in float64 without rounding first, as in the released code. While exporting with a free number
+    of tokens the rate is a decimal fraction in whole numbers, and refused if that gives other counts up to 4096 tokens.
     """
     if isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1:
         return min(keep, tokens)
     if not 0 < keep <= 1:
         raise ValueError(f"keep is {keep}; it must be a rate in (0, 1] or a number of tokens of at least 1")
-    return math.ceil(keep * tokens)
+    if isinstance(tokens, int):
+        return math.ceil(keep * tokens)
+    over, under = Fraction(str(keep)).as_integer_ratio()
+    if any(math.ceil(keep * n) != -(-over * n // under) for n in range(4097)):
+        raise ValueError(f"keep is {keep}: rounding makes its counts irregular; export another rate or one size")
+    return -(-over * tokens // under)
 
 
 def summary_scores(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"]) -> Float[Tensor, "b m"]:
@@ -47,7 +56,7 @@ def reorganize(
     Liang et al., EViT (ICLR 2022), section 3.2. Not causal: it looks at all tokens, and they lose their order.
     """
     others = x[:, prefix:]
-    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = ranked(scores)
     kept = order[:, :count]
     rest = order[:, count:].sort(dim=1).values
     if count >= others.shape[1]:

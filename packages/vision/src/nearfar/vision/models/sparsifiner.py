@@ -16,6 +16,7 @@ from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.predicted_sparsity import Connectivity, ConnectivityPredictor, PredictedSparseAttention
 from nearfar.ops.common.layers import DropPath
+from nearfar.ops.common.ranking import ranked
 from nearfar.ops.tokens.reorganize import keep_count
 from nearfar.vision.models.pyramid import drop_path_rates, linear
 from nearfar.vision.models.registry import Variant, register
@@ -209,7 +210,7 @@ class Sparsifiner(TokenModel):
             rate = self.token_keep_rate ** (self.prune_at.index(index) + 1)
             if active is not None:
                 scores = scores.masked_fill(~active, float("-inf"))
-            order = scores.argsort(dim=1, descending=True, stable=True)[:, : keep_count(rate, scores.shape[1])]
+            order = ranked(scores)[:, : keep_count(rate, scores.shape[1])]
             active = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
         if active is not None:
             tokens = tokens * F.pad(active, (1, 0), value=True)[..., None]
