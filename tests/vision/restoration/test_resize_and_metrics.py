@@ -16,7 +16,7 @@ from nearfar.vision.restoration.metrics import luma, perceptual, psnr, score, ss
 from nearfar.vision.restoration.resize import imresize
 
 
-def slow_axis(row, length, factor, antialias=True):
+def slow_axis(row, length, factor, antialias=True, edge="mirror"):
     """One row by the definition, tap by tap."""
     stretch = factor if factor < 1 and antialias else 1
 
@@ -24,7 +24,9 @@ def slow_axis(row, length, factor, antialias=True):
         t = abs(t)
         return 1.5 * t**3 - 2.5 * t**2 + 1 if t <= 1 else -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2 if t <= 2 else 0
 
-    def mirrored(i):
+    def beyond(i):
+        if edge == "repeat":
+            return row[min(max(i, 0), len(row) - 1)]
         i %= 2 * len(row)
         return row[i if i < len(row) else 2 * len(row) - 1 - i]
 
@@ -33,7 +35,7 @@ def slow_axis(row, length, factor, antialias=True):
         u = k / factor + (1 - 1 / factor) / 2
         places = range(math.floor(u - 2 / stretch) - 1, math.ceil(u + 2 / stretch) + 2)
         weights = [kernel(stretch * (u - i)) for i in places]
-        out.append(sum(w * mirrored(i - 1) for w, i in zip(weights, places)) / sum(weights))
+        out.append(sum(w * beyond(i - 1) for w, i in zip(weights, places)) / sum(weights))
     return out
 
 
@@ -42,11 +44,12 @@ def slow_axis(row, length, factor, antialias=True):
     side=st.integers(1, 23),
     factor=st.sampled_from([1 / 2, 1 / 3, 1 / 4, 0.7, 1.0, 2.0, 3.0, 1.7]),
     antialias=st.booleans(),
+    edge=st.sampled_from(["mirror", "repeat"]),
 )
-def test_the_definition(side, factor, antialias):
+def test_the_definition(side, factor, antialias, edge):
     row = torch.from_numpy(np.random.default_rng(side).normal(size=side))
-    found = imresize(row.expand(3, side), size=None, scale=factor, antialias=antialias)[0]
-    expected = slow_axis(row.tolist(), len(found), factor, antialias)
+    found = imresize(row.expand(3, side), size=None, scale=factor, antialias=antialias, edge=edge)[0]
+    expected = slow_axis(row.tolist(), len(found), factor, antialias, edge)
     assert len(found) == math.ceil(round(side * factor, 9))
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-10)
 
@@ -73,6 +76,8 @@ def test_bad_calls_are_named():
         imresize(image, -1)
     with pytest.raises(ValueError, match="mode is 'int'"):
         imresize(image, 2, mode="int")
+    with pytest.raises(ValueError, match="edge is 'zero'"):
+        imresize(image, 2, edge="zero")
 
 
 def test_scores_against_scikit_image():

@@ -16,17 +16,19 @@ def imresize(
     *,
     antialias: bool = True,
     mode: Literal["float", "uint8"] = "float",
+    edge: Literal["mirror", "repeat"] = "mirror",
 ) -> Shaped[Tensor, "*b p q"]:
     """`image` enlarged or reduced with Keys' cubic kernel (a = -1/2), as MATLAB's `imresize(image, scale)`.
 
     Position k of an axis reads u = (k + 1/2) / f - 1/2; where f < 1 and `antialias`, the kernel is stretched by 1 / f.
-    Weights are normalized; past the border the picture is mirrored, its edge included. The axis of the smaller
-    factor comes first, rows where they are equal.
+    Weights are normalized. The axis of the smaller factor comes first, rows where they are equal.
 
     Args:
         image: any numbers in "float" mode; 0 .. 255 in "uint8" mode.
         scale: the factor f of both axes; the sides become ceil(side * f). Or `size`: (height, width), each its factor.
         mode: "uint8" rounds and clips to 0 .. 255 after each axis, as MATLAB does with 8-bit pictures; "float" never.
+        edge: past the border the picture is mirrored, its edge included, as MATLAB does today, or its edge repeated, as
+            in the low-resolution pictures of Set5 and Set14 (`image_SRF_2`, `image_SRF_4`), which come out to the bit.
 
     Returns the picture in the dtype of `image`. Computed in float64, with 4 max(1, 1 / f) reads a pixel.
 
@@ -34,8 +36,9 @@ def imresize(
     """
     if (scale is None) == (size is None) or image.ndim < 2 or 0 in image.shape:
         raise ValueError("imresize takes a picture (..., H, W) that is not empty, and either a scale or a size")
-    if mode not in ("float", "uint8"):
-        raise ValueError(f"mode is {mode!r}; allowed are 'float' and 'uint8'")
+    for name, value, allowed in (("mode", mode, ("float", "uint8")), ("edge", edge, ("mirror", "repeat"))):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; allowed are {allowed[0]!r} and {allowed[1]!r}")
     sides = image.shape[-2:]
     if size is None:
         if not scale > 0:  # type: ignore[operator]
@@ -48,7 +51,7 @@ def imresize(
     whole = mode == "uint8"
     x = image.to(torch.float64)
     for axis in sorted((0, 1), key=lambda axis: factors[axis]):
-        x = resize_axis(x, axis - 2, size[axis], factors[axis], antialias)  # type: ignore[index]
+        x = resize_axis(x, axis - 2, size[axis], factors[axis], antialias, edge)  # type: ignore[index]
         if whole:
             x = (x + 0.5).floor().clamp(0, 255)
     if not image.is_floating_point() and not whole:
@@ -57,10 +60,10 @@ def imresize(
 
 
 def resize_axis(
-    x: Float[Tensor, "*b h w"], axis: int, length: int, factor: float, antialias: bool
+    x: Float[Tensor, "*b h w"], axis: int, length: int, factor: float, antialias: bool, edge: str = "mirror"
 ) -> Float[Tensor, "*b p q"]:
     """One axis of `imresize`."""
-    place, weight = taps(x.shape[axis], length, factor, antialias)
+    place, weight = taps(x.shape[axis], length, factor, antialias, edge)
     shape = [1] * x.ndim
     shape[axis] = length
     total = torch.zeros((), dtype=x.dtype, device=x.device)
@@ -70,7 +73,7 @@ def resize_axis(
     return total
 
 
-def taps(side: int, length: int, factor: float, antialias: bool) -> tuple[np.ndarray, np.ndarray]:
+def taps(side: int, length: int, factor: float, antialias: bool, edge: str = "mirror") -> tuple[np.ndarray, np.ndarray]:
     """For every output position the inputs it reads and their weights: two arrays (taps, length)."""
     stretch = factor if antialias and factor < 1 else 1.0
     width = 4 / stretch
@@ -80,7 +83,10 @@ def taps(side: int, length: int, factor: float, antialias: bool) -> tuple[np.nda
     weight = cubic((centre[None] - place) * stretch)
     weight /= weight.sum(0)
     used = (weight != 0).any(1)
-    place = place[used].astype(np.int64) % (2 * side)
+    place = place[used].astype(np.int64)
+    if edge == "repeat":
+        return place.clip(0, side - 1), weight[used]
+    place %= 2 * side
     return np.minimum(place, 2 * side - 1 - place), weight[used]
 
 
