@@ -429,9 +429,9 @@ def make_slide(folder: Path) -> list[str]:
 
 
 def read_slide(path: Path) -> None:
-    from nearfar.medical.data.tiles import Slide
+    from nearfar.medical.data.slides import TiffSlide
 
-    with Slide(path) as slide:
+    with TiffSlide(path) as slide:
         list(slide.tiles(16))
 
 

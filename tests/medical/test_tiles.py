@@ -6,8 +6,8 @@ import tifffile
 import torch
 
 from nearfar.core.errors import UserError
+from nearfar.medical.data.slides import TiffSlide
 from nearfar.medical.data.tiles import (
-    Slide,
     Tile,
     aggregate,
     check_tile_split,
@@ -83,7 +83,7 @@ def picture():
 
 def test_regions_are_exact_and_tiles_follow_the_tissue(tmp_path):
     image = picture()
-    with Slide(write(tmp_path / "s.tif", image)) as slide:
+    with TiffSlide(write(tmp_path / "s.tif", image)) as slide:
         assert slide.levels == [(300, 500), (75, 125)]
         np.testing.assert_array_equal(slide.read(50, 100, 140, 230), image[50:190, 100:330])
         edge = slide.read(280, 480, 40, 40)
@@ -98,12 +98,12 @@ def test_regions_are_exact_and_tiles_follow_the_tissue(tmp_path):
 def test_slides_that_are_refused(tmp_path):
     image = picture()
     with pytest.raises(UserError, match="no pyramid"):
-        Slide(write(tmp_path / "flat.tif", image, levels=1))
+        TiffSlide(write(tmp_path / "flat.tif", image, levels=1))
     with pytest.raises(UserError, match="cannot be read"):
-        Slide(tmp_path / "missing.tif")
+        TiffSlide(tmp_path / "missing.tif")
     glass = write(tmp_path / "glass.tif", np.full_like(image, 240))
     with pytest.raises(UserError, match="holds no tissue"):
-        list(Slide(glass).tiles(64))
+        list(TiffSlide(glass).tiles(64))
     path = write(tmp_path / "broken.tif", image)
     with tifffile.TiffFile(path) as file:
         offset = file.series[0].levels[0].pages[0].dataoffsets[10]
@@ -111,4 +111,4 @@ def test_slides_that_are_refused(tmp_path):
         file.seek(offset)
         file.write(b"\xff" * 64)
     with pytest.raises(UserError, match="tile 10 of level 0 is broken"):
-        list(Slide(path).tiles(64))
+        list(TiffSlide(path).tiles(64))
