@@ -38,7 +38,7 @@ from nearfar.core.reading import read_json
 from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
 from nearfar.core.workers import Once
-from nearfar.medical.data.slides import is_slide, open_slide
+from nearfar.medical.data.slides import OTHERS, TIFFS, is_slide, open_slide
 from nearfar.medical.data.tiles import READABLE, find_tiles, read_table, read_tile, split_by_slide, table_of
 from nearfar.medical.histology import RECIPES
 from nearfar.medical.histology.classifier import TileClassifier, TileRecipe, network_names
@@ -49,8 +49,8 @@ from nearfar.medical.histology.training import check_sides_apart, readable_tiles
 from nearfar.medical.samples import write_texture_slide, write_texture_tiles
 
 app = typer.Typer(
-    help="Classify histology: `train` on tiles, `predict` on tiles and whole slides with a heat map, `evaluate` by tile "
-    "and by slide, `compare` networks. `sample` writes data to try it with, `networks` lists what there is.\n\n"
+    help="Classify histology: `train` on tiles, `predict` on tiles and whole slides with a heat map, `evaluate` by "
+    "tile and by slide, `compare` networks. `sample` writes data to try it with, `networks` lists what there is.\n\n"
     "Tiles come from a folder with one folder per class, or a CSV file of file, class, slide and patient. Slides are "
     "tiled pyramidal TIFF, OME-TIFF and SVS; other scanners' where OpenSlide is installed.",
     no_args_is_help=True,
@@ -185,6 +185,8 @@ def train_command(
         check_sides_apart(learn, apart, ("the training", "the slides held out"))
     else:
         learn, apart = tiles, []
+    if unknown := sorted({tile.label for tile in apart} - {tile.label for tile in learn}):
+        raise UserError(f"{held or data}: the training has no tiles of {some(unknown)}")
     classifier, history = train_tiles(
         learn, chosen, output, sides=sides, weights=weights, num_workers=workers, device=device, precision=precision,
         show_progress=messages.is_terminal, fresh=fresh,
@@ -192,9 +194,6 @@ def train_command(
     parts = [(tile, "training") for tile in learn] + [(tile, "held out") for tile in apart]
     write_csv(output / "splits.csv", [table_of(tile) | {"part": part} for tile, part in parts])
     if apart:
-        unknown = sorted({tile.label for tile in apart} - set(classifier.classes))
-        if unknown:
-            raise UserError(f"{held or data}: the training has no tiles of {some(unknown)}")
         scores, _ = classify_tiles(classifier, apart, device)
         rows, note = score_tiles(scores, apart, classifier.classes)
         write_json(output / "held_out.json", {"scores": rows, "note": note})
@@ -243,6 +242,7 @@ def predict(
     classes = once().classes
     batch = batch_for(once(), None if memory is None else parse_memory(memory), device)
     jobs = _jobs(inputs, output)
+    bases = Counter(base for _, base in jobs)
     options = {"how": aggregate, "least": tissue, "tile": tile, "mpp": mpp}
     kept = KeptRows(output / "tiles.csv", of_model, device=device)
 
@@ -260,6 +260,8 @@ def predict(
         path, base = job
         if not is_slide(path):
             return tiles_of([job])[0]
+        if bases[base] > 1:
+            raise UserError(f"{path}: another input has its name; give each an output of its own")
         made = MadeFrom(base.with_name(f"{base.name}.json"), [path], of_model, **options)
         if made.done() and all(file.exists() for file in slide_files(base)):
             row = read_json(made.target, "a slide's answer")
@@ -270,7 +272,7 @@ def predict(
             if answer.note:
                 _note(answer.note)
             row = write_answer(answer, classes, base)
-            made.write(mark(once().trained_on.seen([content_digest(path)], [path.name.split(".")[0]])))
+            made.write(mark(once().trained_on.seen([content_digest(path)], [base.name])))
         if row["broken"]:
             raise UserError(
                 f"{path}: {row['broken']} of {row['tiles']} tiles cannot be read and are left empty; the first: "
@@ -303,7 +305,7 @@ def predict(
             and target.exists()
             and (row := read_json(target, "a slide's answer"))["slide"] == str(path)
         ):
-            seen = mark(once().trained_on.seen([content_digest(path)], [path.name.split(".")[0]]))
+            seen = mark(once().trained_on.seen([content_digest(path)], [base.name]))
             row = {name: value for name, value in row.items() if name not in ("note", "first broken")}
             slide_rows.append(row | {"marked": seen, "heat map": str(slide_files(base)[1])})
     if slide_rows:
@@ -324,15 +326,14 @@ def _jobs(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
     for path in inputs:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        known = (*READABLE, ".svs", ".btf", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide")
-        inside = (
-            sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in known) if path.is_dir() else [path]
-        )
+        known, own = {*READABLE, *TIFFS, *OTHERS}, output.absolute()
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and not p.name.startswith("."))
+        inside = [p for p in found if p.is_file() and own not in p.absolute().parents] if path.is_dir() else [path]
         if not inside:
             raise UserError(f"{path}: holds neither tiles nor slides")
         for file in inside:
             below = file.relative_to(path) if path.is_dir() else Path(file.name)
-            jobs.append((file, output / below.with_name(below.name.split(".")[0])))
+            jobs.append((file, output / below.with_name(file.stem.removesuffix(".ome"))))
     if twice := [str(file) for file, number in Counter(file for file, _ in jobs).items() if number > 1]:
         raise UserError(f"{some(twice)}: given more than once")
     return jobs
@@ -389,8 +390,8 @@ def evaluate(
         if not held_out or not left:
             raise UserError(
                 f"{some(sorted(seen))}: the model was trained on {len(seen)} of the {len({t.slide for t in tiles})} "
-                "slides, or on others of their patients; leave them out with --held-out, or score them with "
-                "--training-slides"
+                "slides, on others of their patients, or on some of these names; leave them out with --held-out, or "
+                "score them with --training-slides"
             )
         _note(f"{len(seen)} slides of the training are left out")
         tiles = left

@@ -25,9 +25,10 @@ def chapter(report: Report, folder: Path) -> None:
     answer = classify_slide(classifier, path)
     report.section("Histology: tiles and a whole slide")
     report.text(
-        "No tissue: photographs of brick, grass and gravel that scikit-image carries, in the colours of stained tissue. "
-        "Blocks of the photographs stand for slides. A small DuoFormer learns two thirds of the blocks and is scored on "
-        "the others, with intervals over blocks; blocks of one photograph are more alike than slides of patients."
+        "No tissue: photographs of brick, grass and gravel that scikit-image carries, in the colours of stains. Blocks "
+        "of the photographs, each of a stain of its own, stand for slides. A small DuoFormer learns two thirds of the "
+        "blocks and is scored on the others, with intervals over blocks; blocks of one photograph are more alike than "
+        "slides of patients."
     )
     report.table(short(rows))
     with open_slide(path) as slide:

@@ -62,16 +62,26 @@ class Slide:
         raise NotImplementedError
 
     def thumbnail(self, largest: int = 2048) -> np.ndarray:
-        """The whole slide with at most `largest` pixels a side, each of them one pixel of the finest level that fits.
+        """The whole slide with at most `largest` pixels a side, by the finest level that fits and can be read.
 
-        Where no level is small enough, every n-th pixel of the coarsest.
+        Where no level is small enough, every n-th pixel of the coarsest. Raises UserError where none can be read.
         """
-        level = next((i for i, s in enumerate(self.levels) if max(s) <= largest), len(self.levels) - 1)
-        height, width = self.levels[level]
-        step = -(-max(height, width) // largest)
-        rows = max(1, UNIFORM // 4 // width // step) * step
-        strips = (self.read(top, 0, min(rows, height - top), width, level) for top in range(0, height, rows))
-        return np.concatenate([strip[::step, ::step] for strip in strips])
+        fitting = [level for level, size in enumerate(self.levels) if max(size) <= largest] or [len(self.levels) - 1]
+        for level in fitting:
+            height, width = self.levels[level]
+            step = -(-max(height, width) // largest)
+            rows = max(1, UNIFORM // 4 // width // step) * step
+            try:
+                strips = [
+                    self.read(top, 0, min(rows, height - top), width, level)[::step, ::step].copy()
+                    for top in range(0, height, rows)
+                ]
+            except UserError:  # a broken part of this level, which is told where a tile needs it
+                if level == fitting[-1]:
+                    raise
+                continue
+            return np.concatenate(strips)
+        raise AssertionError("there is a level")
 
     @cached_property
     def _tissue(self) -> np.ndarray:
@@ -96,7 +106,7 @@ class Slide:
         """
         mask, scale = self.tissue()
         height, width = self.levels[0]
-        total = np.pad(mask.cumsum(0, dtype=np.int64).cumsum(1), ((1, 0), (1, 0)))
+        total = np.pad(mask.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32), ((1, 0), (1, 0)))
 
         def edges(length: int, most: int) -> tuple[np.ndarray, np.ndarray]:
             starts = np.minimum(np.arange(0, length, side) / scale, most - 1).astype(int)
@@ -110,7 +120,7 @@ class Slide:
         return [(int(t), int(x)) for t, x in found]
 
     def square(self, top: int, left: int, side: int, pixels: int) -> np.ndarray:
-        """The square of `side` finest pixels at (top, left) as a tile of `pixels`, from the coarsest level that has them."""
+        """The square of `side` finest pixels at (top, left) as a tile of `pixels`, by the coarsest level with them."""
         ratios = [self.levels[0][0] / height for height, _ in self.levels]
         level = max((i for i, ratio in enumerate(ratios) if ratio <= side / pixels * 1.01), default=0)
         there = round(side / ratios[level])
@@ -144,13 +154,20 @@ class TiffSlide(Slide):
         self._cached = 0
 
     def _check(self) -> None:
+        size = self.file.filehandle.size
+        for level, page in enumerate(self.pages):
+            beyond = sum(o + n > size for o, n in zip(page.dataoffsets, page.databytecounts))
+            if beyond:
+                raise UserError(
+                    f"{self.path}: is cut off: {beyond:,} of the {len(page.dataoffsets):,} parts of level {level} lie "
+                    "beyond its end; copy it again"
+                )
         if len(self.pages) < 2:
             raise UserError(
                 f"{self.path}: has no pyramid; save it with smaller levels, for example with vips --pyramid"
             )
         if not all(page.is_tiled and page.samplesperpixel >= 3 and page.planarconfig == 1 for page in self.pages):
             raise UserError(f"{self.path}: its levels must be tiled and in colour, the channels side by side")
-        size = self.file.filehandle.size
         for level, page in enumerate(self.pages):
             tiles = -(-page.imagelength // max(1, page.tilelength)) * -(-page.imagewidth // max(1, page.tilewidth))
             if not tiles == len(page.dataoffsets) == len(page.databytecounts):
@@ -162,12 +179,6 @@ class TiffSlide(Slide):
                 raise UserError(f"{self.path}: tiles of {page.tilelength} x {page.tilewidth} pixels are too large")
             if page.bitspersample != 8:
                 raise UserError(f"{self.path}: has {page.bitspersample} bits a channel; 8 are read")
-            beyond = sum(o + n > size for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
-            if beyond:
-                raise UserError(
-                    f"{self.path}: is cut off: {beyond:,} of the {tiles:,} tiles of level {level} lie beyond its end; "
-                    "copy it again"
-                )
             if page.compression not in (*JPEG, *JPEG_2000):
                 try:
                     tifffile.TIFF.DECOMPRESSORS[page.compression]
@@ -287,7 +298,7 @@ def is_slide(path: str | Path) -> bool:
 
 
 def _pyramid(file: tifffile.TiffFile) -> list[Any]:
-    """The pages of the levels, finest first: as the file declares them, else its tiled pages of one shape, smaller each."""
+    """The pages of the levels, finest first: as the file declares them, else its tiled pages of one shape."""
     every: list[Any] = list(file.series)
     series = max(every, key=lambda s: s.pages[0].imagelength * s.pages[0].imagewidth)
     pages: list[Any] = [level.pages[0] for level in series.levels]
@@ -325,11 +336,16 @@ def _jpeg(content: bytes, tables: bytes | None, rgb: bool) -> np.ndarray:
         content = tables[:-2] + content[2:]
     if rgb:
         content = content[:2] + ADOBE_RGB + content[2:]
-    with Image.open(io.BytesIO(content), formats=("JPEG",)) as picture:
-        return np.asarray(picture.convert("RGB"))
+    return np.asarray(_plain(content, "JPEG"))
 
 
 def _jpeg_2000(content: bytes, luma: bool) -> np.ndarray:
-    with Image.open(io.BytesIO(content), formats=("JPEG2000",)) as picture:
-        plain = picture.convert("RGB")
+    plain = _plain(content, "JPEG2000")
     return np.asarray(Image.frombytes("YCbCr", plain.size, plain.tobytes()).convert("RGB") if luma else plain)
+
+
+def _plain(content: bytes, kind: str) -> Image.Image:
+    with Image.open(io.BytesIO(content), formats=(kind,)) as picture:
+        if picture.width * picture.height > UNIFORM:
+            raise ValueError(f"it announces {picture.width} x {picture.height} pixels")
+        return picture.convert("RGB")

@@ -105,11 +105,9 @@ def network_names() -> dict[str, str]:
     """The names that `create_tile_network` takes, with what they are."""
 
     def told(form: Mapping[str, Any]) -> str:
-        extra = "frozen, " if form.get("frozen") else ""
-        return (
-            f"DuoFormer: {form['backbone']}, {extra}{form['scales']} scales, {form.get('scale_token', 'random')} token, "
-            f"{form['depth']} + {form['depth']} layers"
-        )
+        extra, token = "frozen, " if form.get("frozen") else "", form.get("scale_token", "random")
+        layers = f"{form['depth']} + {form['depth']} layers"
+        return f"DuoFormer: {form['backbone']}, {extra}{form['scales']} scales, {token} token, {layers}"
 
     return {
         "duoformer": "DuoFormer of any form: settings are backbone, scales, scale_token, depth, num_heads, dim ...",
@@ -284,7 +282,7 @@ def fitted(tile: np.ndarray, recipe: TileRecipe) -> Tensor:
                 "fit=resize"
             )
         tile = tile[top : top + size, left : left + size]
-    return torch.from_numpy(np.ascontiguousarray(tile)).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(tile)).permute(2, 0, 1).float() / 255
 
 
 def normalized(tile: Tensor) -> Tensor:

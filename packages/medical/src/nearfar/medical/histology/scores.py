@@ -89,7 +89,7 @@ def classify_tiles(
     batch: int = 32,
     track: Callable[[Sequence[Any]], Iterable[Any]] = lambda starts: starts,
 ) -> tuple[np.ndarray, list[str]]:
-    """Class probabilities (N, K), NaN of tiles that cannot be read or are of another size, and a line for each of these."""
+    """Class probabilities (N, K), NaN of tiles that cannot be read or are of another size, and a line for each."""
     scores, failures = np.full((len(tiles), len(classifier.classes)), np.nan), []
     for start in track(range(0, len(tiles), batch)):
         read = []

@@ -26,8 +26,8 @@ BATCH = 32
 """Tiles at once, where no memory is given."""
 
 THUMBNAIL = 2048
-FIXED = CACHE + 10 * THUMBNAIL**2
-"""Bytes that a slide takes beside the tiles of a batch: decoded parts of the file, its thumbnail, the mask of tissue."""
+FIXED = CACHE + 32 * THUMBNAIL**2
+"""Bytes that a slide takes beside the tiles of a batch: decoded parts of the file, thumbnail, mask of tissue."""
 
 MOST_MAPS = 9
 """Classes of which a heat map is drawn."""
@@ -55,8 +55,10 @@ class SlideAnswer:
 
 
 def tile_cost(classifier: TileClassifier, device: str = "cpu") -> int:
-    """Bytes that a tile takes in the network at most, about: three times the largest inputs and outputs of a part of it,
-    and all that its backbone hands on."""
+    """About what bytes a tile takes in the network at most.
+
+    Three times the largest inputs and outputs of a part of it, and all that its backbone hands on.
+    """
     largest, kept = 0, 0
 
     def sizes(values: Any) -> int:
@@ -167,7 +169,7 @@ def slide_files(base: Path) -> tuple[Path, Path, Path]:
 
 
 def write_answer(answer: SlideAnswer, classes: Sequence[str], base: Path) -> dict[str, Any]:
-    """Write `base`_tiles.csv, _heatmap.png, .geojson and, last, .json; returns what the last holds, the slide's answer."""
+    """Write `base`_tiles.csv, _heatmap.png, .geojson and, last, .json, the slide's answer, which is returned."""
     tiles, picture, squares = slide_files(base)
     with atomic_path(tiles) as temporary:
         _write_table(temporary, answer, classes)
