@@ -2,6 +2,10 @@
 
 import csv
 import json
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,8 @@ from typer.testing import CliRunner
 from nearfar.apps.tile_classification.cli import app
 from nearfar.core.cli.batch import BatchError
 from nearfar.core.errors import UserError
+from nearfar.medical.histology.classifier import TileClassifier, TileRecipe, create_tile_network
+from nearfar.medical.samples import write_texture_slide
 
 SMALL = ["size=32", "network=test_resnet", "epochs=4", "batch_size=8", "learning_rate=0.003", "jitter=0", "stains=0"]
 
@@ -204,8 +210,11 @@ def test_tables_patients_and_unreadable_tiles(data: Path, model: Path, tmp_path:
     tiles, slides = json.loads((tmp_path / "scores" / "scores.json").read_text())["scores"]
     assert tiles["accuracy"] == slides["accuracy"] == pytest.approx(11 / 12)
     assert tiles["AUC"] == pytest.approx(1 - 1 / 6)
+    chosen = [w for s in (*SMALL, "validation=0.5", "class_weights=true", "rotate=any") for w in ("--set", s)]
     with pytest.raises(BatchError, match="1 of 12 failed"):
-        call("train", other, "-o", tmp_path / "m", *[w for s in SMALL for w in ("--set", s)], "--folds", 3)
+        call("train", other, "-o", tmp_path / "m", *chosen, "--folds", 3)
+    history = json.loads((tmp_path / "m" / "run.json").read_text())["history"]
+    assert all(0 <= row["balanced"] <= 1 for row in history), "slides of their own choose the epoch"
     with (tmp_path / "m" / "splits.csv").open(newline="") as stream:
         found = list(csv.DictReader(stream))
     assert len(found) == 11
@@ -228,3 +237,29 @@ def test_comparison_says_who_wins(data: Path, tmp_path: Path) -> None:
     assert best["items"] == other["items"] == 48
     assert found["paired"][0]["items"] == 16
     assert best["network"] in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_slide_of_20000_pixels_within_2_gigabytes(tmp_path: Path) -> None:
+    """The process and all it holds, with a network that has not been trained: what it answers does not matter here."""
+    slide = write_texture_slide(tmp_path / "large.tif", 20_000)
+    recipe, kinds = TileRecipe(size=224, mpp=0.5), ["brick", "grass", "gravel"]
+    network = create_tile_network(recipe.network, 3, recipe.size)
+    TileClassifier(network, recipe, kinds, (224, 224)).save(tmp_path / "model")
+    words = ["tile-classification", "predict", tmp_path / "model", slide, "-o", tmp_path / "out", "--memory", "1G"]
+    code = (
+        "import sys, resource; from nearfar.core.cli.root import run; status = run(sys.argv[1:]); "
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"
+    )
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words), "--device", "cpu"], capture_output=True, text=True, timeout=3000
+    )
+    assert done.returncode == 0, done.stderr
+    peak = int(re.search(r"peak (\d+)", done.stdout)[1]) << 10
+    about = json.loads((tmp_path / "out" / "large.json").read_text())
+    print(f"{about['tiles']} tiles, {time.monotonic() - started:.0f} s, peak {peak / 2**20:.0f} MB")
+    assert peak < 2 << 30
+    assert about["tiles"] > 2500
+    with (tmp_path / "out" / "large_tiles.csv").open() as stream:
+        assert sum(1 for _ in stream) == about["tiles"] + 1

@@ -1,6 +1,7 @@
 """Tiles and slides: leakage is refused, regions are exact, broken and empty slides are named."""
 
 import io
+import random
 import sys
 import types
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
 from nearfar.core.errors import UserError
+from nearfar.core.recipes import read_recipe, shipped_recipes
 from nearfar.medical.data.slides import TiffSlide, open_slide
 from nearfar.medical.data.tiles import (
     Tile,
@@ -23,8 +25,10 @@ from nearfar.medical.data.tiles import (
     jitter_stains,
     split_by_slide,
 )
-from nearfar.medical.histology.classifier import create_tile_network, start_from
+from nearfar.medical.histology import RECIPES
+from nearfar.medical.histology.classifier import TileRecipe, create_tile_network, start_from
 from nearfar.medical.histology.scores import score, score_tiles
+from nearfar.medical.histology.training import Tiles, augmented, class_weights
 
 
 def test_find_tiles(tmp_path):
@@ -260,3 +264,35 @@ def test_networks_by_name_and_starting_weights(tmp_path):
     ):  # fmt: skip
         with pytest.raises(UserError, match=what):
             create_tile_network(name, 3, size)
+
+
+def test_augmentation_makes_nothing_up_where_the_tile_is_large_enough():
+    tile = np.full((100, 100, 3), 200, np.uint8)
+    for rotate in ("none", "quarter", "any"):
+        for fit, size in (("crop", 64), ("resize", 32)):
+            recipe = TileRecipe(size=size, fit=fit, rotate=rotate, stains=0, jitter=0)
+            for _ in range(4):
+                seen = augmented(tile, recipe)
+                assert seen.shape == (3, size, size)
+                if fit == "crop" or rotate != "any":
+                    torch.testing.assert_close(seen, torch.full_like(seen, 200 / 255))
+    random.seed(0)
+    assert len({augmented(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8),
+                          TileRecipe(size=64)).sum().item() for _ in range(4)}) == 4  # fmt: skip
+
+
+@pytest.mark.parametrize("name", shipped_recipes(RECIPES))
+def test_shipped_recipes_are_read_and_their_networks_exist(name):
+    recipe = read_recipe(TileRecipe, name, (), RECIPES)
+    with torch.device("meta"):
+        create_tile_network(recipe.network, 3, recipe.size, recipe.settings)
+
+
+def test_an_epoch_has_as_many_tiles_of_each_class(tmp_path):
+    for i in range(12):
+        Image.new("RGB", (32, 32), (i, 100, 100)).save(tmp_path / f"{i}.png")
+    tiles = [Tile(tmp_path / f"{i}.png", "a" if i < 10 else "b", f"s{i}") for i in range(12)]
+    recipe = TileRecipe(size=32, balanced=True, tiles_per_epoch=20)
+    assert [label for _, label in map(Tiles(tiles, "ab", recipe, learn=True).__getitem__, range(20))].count(1) == 10
+    assert len(Tiles(tiles, "ab", recipe)) == 12
+    torch.testing.assert_close(class_weights(tiles, "ab"), torch.tensor([0.6, 3.0]))

@@ -122,7 +122,13 @@ def write_texture_slide(path: str | Path, side: int = 2048, seed: int = 0) -> Pa
 
     levels = max(2, int(np.log2(side / 512)) + 1)
     with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=True) as file:
-        common = {"tile": (256, 256), "photometric": "rgb", "compression": "zlib", "dtype": np.uint8}
+        common = {
+            "tile": (256, 256),
+            "photometric": "rgb",
+            "compression": "zlib",
+            "dtype": np.uint8,
+            "compressionargs": {"level": 1},
+        }
         about = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER", "metadata": None}
         file.write(tiles(1), shape=(side, side, 3), subifds=levels - 1, **common, **about)
         for level in range(1, levels):

@@ -444,7 +444,7 @@ def compare(
 
     By default a small DuoFormer, its ablation, the same ResNet with a plain ViT, and that ResNet alone.
     """
-    names = network or ["duoformer_small", "duoformer_small-identity", "resnet10t+vit", "resnet10t"]
+    names = network or ["duoformer_small", "duoformer_small-identity", "resnet10t+vit_small", "resnet10t"]
     chosen = read_recipe(TileRecipe, recipe, settings or (), RECIPES)
     tiles, failures, sides = readable_tiles(find_tiles(data, slides, patients), lambda t: track(t, "checking"))
     rows, paired = compare_networks(

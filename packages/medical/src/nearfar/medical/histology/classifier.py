@@ -30,8 +30,9 @@ OPTIMIZERS, SCHEDULES, CHOICES = ("adam", "adamw", "sgd"), ("constant", "warmup_
 IDENTITY = "-identity"
 """Behind a DuoFormer's name: both its stacks left out, for ablation."""
 
-HYBRID = "+vit"
-"""Behind a timm backbone's name: a plain ViT over its coarsest features, DuoFormer's baseline."""
+HYBRIDS: dict[str, dict[str, Any]] = {"+vit": {}, "+vit_small": {"depth": 4, "num_heads": 4, "dim": 128}}
+"""Behind a timm backbone's name: a plain ViT over its coarsest features, DuoFormer's baseline; of 12 layers and 768
+channels, or of as many layers and channels as the small DuoFormer."""
 
 SMALL = {"backbone": "resnet10t", "scales": 3, "depth": 2, "num_heads": 4, "dim": 128}
 
@@ -114,7 +115,8 @@ def network_names() -> dict[str, str]:
         **{name: f"{told(form)}, as published" for name, form in VARIANTS.items()},
         "duoformer_small": f"{told(SMALL)} of {SMALL['dim']} channels, for small data",
         f"NAME{IDENTITY}": "a DuoFormer with both stacks left out: the ablation",
-        f"BACKBONE{HYBRID}": "a plain ViT over a timm backbone's features, such as resnet50+vit: depth, num_heads, dim",
+        "BACKBONE+vit": "a plain ViT over a timm backbone's features (resnet50+vit): depth 12, num_heads 12, dim 768",
+        "BACKBONE+vit_small": "the same of duoformer_small's size: depth 4, num_heads 4, dim 128",
         "NAME": "any encoder of timm with a linear head",
     }
 
@@ -139,8 +141,11 @@ def create_tile_network(
             return DuoFormer(num_classes, **forms[plain], **given, **({"identity": True} if plain != name else {}))
         if plain != name:
             raise ValueError(f"{IDENTITY} is for DuoFormers")
-        if name.endswith(HYBRID):
-            return _hybrid(name.removesuffix(HYBRID), num_classes, size, **given)
+        backbone, plus, _ = name.partition("+")
+        if (form := HYBRIDS.get(name.removeprefix(backbone))) is not None:
+            return _hybrid(backbone, num_classes, size, **{**form, **given})
+        if plus:
+            raise ValueError(f"unknown; behind a backbone may stand {', '.join(HYBRIDS)}")
         return timm.create_model(name, num_classes=num_classes, **given)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,6 +21,7 @@ from nearfar.core.fingerprint import content_digest, data_digest
 from nearfar.core.finite import check_finite
 from nearfar.core.leakage import Side, check_apart
 from nearfar.core.model_folder import TrainedOn
+from nearfar.core.processes import place
 from nearfar.core.reading import reading
 from nearfar.core.sharing import gathered
 from nearfar.core.training import data_loader, train, warmup_cosine
@@ -222,9 +223,8 @@ def train_tiles(
         start_from(network, weights)
     data = Tiles(learn, classes, recipe, learn=True)
     batch = min(recipe.batch_size, len(data))
-    loader = data_loader(
-        data, batch, shuffle=True, seed=recipe.seed, num_workers=num_workers, drop_last=len(data) > batch
-    )
+    whole = len(data) > batch * place()[0]  # a last batch of few tiles is left out, others in each epoch
+    loader = data_loader(data, batch, shuffle=True, seed=recipe.seed, num_workers=num_workers, drop_last=whole)
     held = data_loader(Tiles(watched, classes, recipe), batch, num_workers=num_workers) if watched else None
     steps = recipe.epochs * -(-len(loader) // recipe.accumulate)
     balance = class_weights(learn, classes) if recipe.class_weights else None
