@@ -166,6 +166,27 @@ def test_slides_and_tiles_go_on_past_what_is_bad(data: Path, model: Path, tmp_pa
         call("predict", model, slides / "good.tif", "-o", out / "m", "--memory", "100M")
 
 
+def test_whole_slides_with_labels_are_scored(model: Path, tmp_path: Path) -> None:
+    lines = ["file,class,slide"]
+    for number in range(7):
+        kind, pixels = ("across", "down")[number % 2], np.full((64, 128, 3), 243, np.uint8)
+        pixels[:, 32:96] = tissue(kind, np.random.default_rng(number), 64)
+        write_slide(tmp_path / f"w{number}.tif", pixels, resolution=(20000, 20000), resolutionunit="CENTIMETER")
+        lines.append(f"w{number}.tif,{kind},w{number}")
+    (tmp_path / "slides.csv").write_text("\n".join(lines))
+    (row,) = json.loads(call("evaluate", model, tmp_path / "slides.csv", "--memory", "400M", "--json"))
+    assert (row["of"], row["items"], row["accuracy"], row["AUC"]) == ("slides", 7, 1, 1)
+    Image.fromarray(np.full((64, 128, 3), 243, np.uint8)).save(tmp_path / "w6.tif")
+    with pytest.raises(UserError, match="names 6 slides and 1 tiles"):
+        call("evaluate", model, tmp_path / "slides.csv")
+    write_slide(tmp_path / "w6.tif", np.full((64, 128, 3), 243, np.uint8))
+    with pytest.raises(BatchError, match=r"1 of 7 failed:\s+.*w6\.tif: does not tell its microns"):
+        call("evaluate", model, tmp_path / "slides.csv", "-o", tmp_path / "scores")
+    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["scores"][0]["accuracy"] == pytest.approx(
+        6 / 7
+    )
+
+
 def test_what_is_refused(data: Path, model: Path, tmp_path: Path) -> None:
     new = ("-o", tmp_path / "m")
     with pytest.raises(UserError, match="no such folder"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -101,13 +102,16 @@ def write_texture_slide(path: str | Path, side: int = 2048, seed: int = 0) -> Pa
     centres = [(0.5 + 0.27 * np.sin(turn + a), 0.5 + 0.27 * np.cos(turn + a)) for a in (0, 2.1, 4.2)]
 
     def rows(top: int, number: int, step: int) -> np.ndarray:
-        y, x = step * np.arange(top, top + number)[:, None], step * np.arange(side // step)[None]
         part = np.full((number, side // step, 3), 243, np.uint8)
+        y = step * np.arange(top, top + number)
         for (cy, cx), strip in zip(centres, strips.values(), strict=True):
-            inside = (y / side - cy) ** 2 + (x / side - cx) ** 2 < 0.2**2
-            if inside.any():
-                mirrored = (np.abs((axis + n) % (2 * n) - n) for axis, n in ((y, 127), (x, 511)))
-                part[inside] = strip[tuple(np.broadcast_arrays(*mirrored))][inside]
+            near = np.abs(y / side - cy) < 0.2
+            first, last = (int((cx + sign * 0.2) * side / step) for sign in (-1, 1))
+            x = step * np.arange(max(0, first), min(last + 1, side // step))
+            inside = (y[near, None] / side - cy) ** 2 + (x / side - cx) ** 2 < 0.2**2
+            mirrored = strip[np.abs((y[near] + 127) % 254 - 127)][:, np.abs((x + 511) % 1022 - 511)]
+            window = part[near, x[0] // step : x[-1] // step + 1]
+            part[near, x[0] // step : x[-1] // step + 1] = np.where(inside[..., None], mirrored, window)
         return part
 
     def tiles(step: int) -> Iterator[np.ndarray]:
@@ -122,14 +126,14 @@ def write_texture_slide(path: str | Path, side: int = 2048, seed: int = 0) -> Pa
 
     levels = max(2, int(np.log2(side / 512)) + 1)
     with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=True) as file:
-        common = {
+        common: dict[str, Any] = {
             "tile": (256, 256),
             "photometric": "rgb",
             "compression": "zlib",
             "dtype": np.uint8,
             "compressionargs": {"level": 1},
         }
-        about = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER", "metadata": None}
+        about: dict[str, Any] = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER", "metadata": None}
         file.write(tiles(1), shape=(side, side, 3), subifds=levels - 1, **common, **about)
         for level in range(1, levels):
             small = side // 2**level

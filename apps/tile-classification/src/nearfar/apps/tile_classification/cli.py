@@ -43,8 +43,8 @@ from nearfar.medical.data.tiles import READABLE, find_tiles, read_table, read_ti
 from nearfar.medical.histology import RECIPES
 from nearfar.medical.histology.classifier import TileClassifier, TileRecipe, network_names
 from nearfar.medical.histology.comparison import compare_networks, verdict
-from nearfar.medical.histology.scores import classify_tiles, confusion, score_tiles, short
-from nearfar.medical.histology.slides import batch_for, classify_slide, slide_files, write_answer
+from nearfar.medical.histology.scores import classify_tiles, confusion, score_slides, score_tiles, short
+from nearfar.medical.histology.slides import batch_for, classify_slide, classify_slides, slide_files, write_answer
 from nearfar.medical.histology.training import check_sides_apart, readable_tiles, train_tiles
 from nearfar.medical.samples import write_texture_slide, write_texture_tiles
 
@@ -74,6 +74,16 @@ PatientsOf = Annotated[
 Model = Annotated[Path, typer.Argument(help="Folder that `train` wrote.", parser=whole)]
 Aggregate = Annotated[
     Literal["mean", "vote", "max"], typer.Option("--aggregate", help="From the tiles' probabilities to the slide's.")
+]
+Tissue = Annotated[
+    float, typer.Option("--tissue", help="Share of a slide's tile that tissue must cover.", min=0, max=1)
+]
+TilePixels = Annotated[
+    int | None,
+    typer.Option("--tile", help="Pixels of a slide's tile, at the model's resolution. (default: the training's)"),
+]
+Microns = Annotated[
+    float | None, typer.Option("--mpp", help="Microns per pixel of the slides' finest level, not as they tell.")
 ]
 RecipeOption = Annotated[str, recipe_option(RECIPES)]
 
@@ -194,7 +204,8 @@ def train_command(
     parts = [(tile, "training") for tile in learn] + [(tile, "held out") for tile in apart]
     write_csv(output / "splits.csv", [table_of(tile) | {"part": part} for tile, part in parts])
     if apart:
-        scores, _ = classify_tiles(classifier, apart, device)
+        scores, more = classify_tiles(classifier, apart, device)
+        failures += more
         rows, note = score_tiles(scores, apart, classifier.classes)
         write_json(output / "held_out.json", {"scores": rows, "note": note})
         show(rows if as_json else short(rows), as_json)
@@ -216,14 +227,9 @@ def predict(
         Path, typer.Option("--output", "-o", help="Folder for the tables and pictures.", parser=anywhere)
     ] = Path("predictions"),
     aggregate: Aggregate = "mean",
-    tissue: Annotated[float, typer.Option(help="Share of a slide's tile that tissue must cover.", min=0, max=1)] = 0.5,
-    tile: Annotated[
-        int | None, typer.Option(help="Pixels of a slide's tile, at the model's resolution. (default: the training's)")
-    ] = None,
-    mpp: Annotated[
-        float | None,
-        typer.Option(help="Microns per pixel of the slides' finest level, in the place of what they tell."),
-    ] = None,
+    tissue: Tissue = 0.5,
+    tile: TilePixels = None,
+    mpp: Microns = None,
     memory: Memory = None,
     device: Device = "auto",
     workers: Workers = 0,
@@ -364,14 +370,19 @@ def evaluate(
     training_slides: Annotated[
         bool, typer.Option("--training-slides", help="Score also slides that the model was trained on, and mark them.")
     ] = False,
+    tissue: Tissue = 0.5,
+    tile: TilePixels = None,
+    mpp: Microns = None,
+    memory: Memory = None,
     device: Device = "auto",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for scores.json, tiles.csv and index.html.")
+        Path | None, typer.Option("--output", "-o", help="Folder for scores.json, answers.csv and index.html.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Score a model on labelled tiles: accuracy, balanced accuracy and AUC of tiles and of slides.
 
+    Where the files of a CSV file are whole slides, these are cut into tiles as in `predict`, and scored as slides.
     The 95 % intervals are over slides (patients, where they are known). A tile that cannot be read is a wrong answer.
     Tiles of slides, or patients, that the model was trained on are refused: --held-out leaves them out.
     """
@@ -398,8 +409,18 @@ def evaluate(
     labels = None
     if slide_labels is not None:
         labels = {row["slide"]: row["class"] for row in read_table(slide_labels, ("slide", "class"))}
-    scores, failures = classify_tiles(trained, tiles, device, track=lambda starts: track(starts, "classifying"))
-    rows, note = score_tiles(scores, tiles, trained.classes, aggregate, labels)
+    wholes = [is_slide(tile.path) for tile in tiles]
+    if all(wholes):
+        scores, failures = classify_slides(
+            trained, tiles, lambda slides: track(slides, "classifying"), how=aggregate, least=tissue, tile=tile,
+            mpp=mpp, device=device, batch=batch_for(trained, None if memory is None else parse_memory(memory), device),
+        )  # fmt: skip
+        rows, note = score_slides(scores, tiles, trained.classes), ""
+    elif any(wholes):
+        raise UserError(f"{data}: names {sum(wholes)} slides and {len(tiles) - sum(wholes)} tiles; score them apart")
+    else:
+        scores, failures = classify_tiles(trained, tiles, device, track=lambda starts: track(starts, "classifying"))
+        rows, note = score_tiles(scores, tiles, trained.classes, aggregate, labels)
     marked = mark([tile.slide in seen for tile in tiles])
     if marked:
         rows = [row | {"marked": marked} for row in rows]
@@ -410,10 +431,10 @@ def evaluate(
     ]
     if output is not None:
         write_json(output / "scores.json", {"scores": rows, "note": note, "failures": failures, "marked": marked})
-        write_csv(output / "tiles.csv", answers)
+        write_csv(output / "answers.csv", answers)
         truth = torch.tensor([trained.classes.index(tiles[i].label) for i in good]).numpy()
         report = Report(f"{trained.recipe.network} on {data.name}").table(short(rows), note)
-        report.table(confusion(scores[good], truth, trained.classes), "Tiles of each class (row) that are given each.")
+        report.table(confusion(scores[good], truth, trained.classes), "What is of each class (row) and is given each.")
         report.write(output / "index.html")
     show(rows if as_json else short(rows), as_json)
     _note(note)

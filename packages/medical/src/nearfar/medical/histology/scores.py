@@ -144,6 +144,15 @@ def score_tiles(
     return rows, note
 
 
+def score_slides(
+    scores: np.ndarray, slides: Sequence[Tile], classes: Sequence[str], resamples: int = 1000
+) -> list[dict[str, Any]]:
+    """As `score_tiles`, of slides that were read whole; one without scores, NaN, is wrong and ranks last."""
+    labels = np.asarray([list(classes).index(slide.label) for slide in slides])
+    filled = np.where(np.isnan(scores[:, :1]), worst(labels, len(classes)), scores)
+    return [{"of": "slides", **score(filled, labels, [slide.group for slide in slides], resamples)}]
+
+
 def short(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of `score` with each interval in one column, for people."""
     told = []

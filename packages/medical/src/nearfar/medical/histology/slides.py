@@ -19,7 +19,7 @@ from nearfar.core.files import atomic_path, write_json
 from nearfar.core.memory import refuse_memory
 from nearfar.core.plots import COLORS, new_figure
 from nearfar.medical.data.slides import CACHE, Slide, open_slide
-from nearfar.medical.data.tiles import aggregate
+from nearfar.medical.data.tiles import Tile, aggregate
 from nearfar.medical.histology.classifier import TileClassifier
 
 BATCH = 32
@@ -161,6 +161,29 @@ def classify_slide(
     if len(broken) == len(places):
         raise UserError(f"{path}: none of its {len(places)} tiles can be read; the first: {broken[0]}")
     return SlideAnswer(Path(path), side, np.asarray(places), found, broken, how, note)
+
+
+def classify_slides(
+    classifier: TileClassifier,
+    slides: Sequence[Tile],
+    track: Callable[[Sequence[Tile]], Iterable[Tile]] = lambda slides: slides,
+    **options: Any,
+) -> tuple[np.ndarray, list[str]]:
+    """Class probabilities (N, K) of labelled slides, NaN of those that cannot be read, and a line for each fault.
+
+    `options` are those of `classify_slide`.
+    """
+    scores, failures = np.full((len(slides), len(classifier.classes)), np.nan), []
+    for i, slide in enumerate(track(slides)):
+        try:
+            answer = classify_slide(classifier, slide.path, **options)
+        except UserError as error:
+            failures.append(str(error))
+            continue
+        scores[i] = answer.slide()
+        if answer.broken:
+            failures.append(f"{slide.path}: {len(answer.broken)} of {len(answer.places)} tiles cannot be read")
+    return scores, failures
 
 
 def slide_files(base: Path) -> tuple[Path, Path, Path]:
