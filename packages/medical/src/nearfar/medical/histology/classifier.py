@@ -138,7 +138,8 @@ def create_tile_network(
                 raise ValueError(f"unknown; DuoFormer's forms are {', '.join(forms)}")
             if size % DuoFormer.size_multiple:
                 raise ValueError(f"size is {size}; it must be a multiple of {DuoFormer.size_multiple}")
-            return DuoFormer(num_classes, **forms[plain], **given, **({"identity": True} if plain != name else {}))
+            ablation = {"identity": True} if plain != name else {}
+            return DuoFormer(num_classes, **{**forms[plain], **given, **ablation})
         if plain != name:
             raise ValueError(f"{IDENTITY} is for DuoFormers")
         backbone, plus, _ = name.partition("+")
