@@ -243,7 +243,10 @@ def test_networks_by_name_and_starting_weights(tmp_path):
     settings = {"backbone": "test_resnet", "scales": 2, "depth": 1, "dim": 16, "num_heads": 2}
     network = create_tile_network("duoformer", 3, 32, settings)
     assert len(network.blocks) == 1
-    assert not len(create_tile_network("duoformer-identity", 3, 32, settings).blocks)
+    ablation = create_tile_network("duoformer-identity", 3, 32, settings).eval()
+    assert not len(ablation.blocks)
+    first, second = ablation(torch.randn(2, 3, 32, 32))
+    assert (first - second).abs().max() > 1e-4, "it sees the tile, not its learnt token alone"
     assert create_tile_network("duoformer_small", 3, 32, {"backbone": "test_resnet", "dim": 16}).head.in_features == 16
     hybrid = create_tile_network("test_resnet+vit", 3, 64, {"depth": 1, "dim": 16, "num_heads": 2, "frozen": True})
     assert hybrid.train()(torch.randn(2, 3, 64, 64)).shape == (2, 3)

@@ -473,13 +473,21 @@ def compare(
         track=track,
     )  # fmt: skip
     told = verdict(rows, paired)
-    Report(f"Networks on {data.name}").text(told).table(short(rows)).table(
+    brief = [
+        {
+            **{name: row[name] for name in ("network", "parameters (M)", "training (s)", "balanced")},
+            "95 %": short([row])[0]["balanced 95 %"],
+            **{name: row[name] for name in ("accuracy", "AUC", "slide accuracy") if name in row},
+        }
+        for row in rows
+    ]
+    Report(f"Networks on {data.name}").text(told).table(brief).table(
         paired, "Share of a slide's tiles named rightly: the best against each, paired over slides, p by Holm."
     ).write(output / "index.html")
     if as_json:
         show_json({"networks": rows, "paired": paired, "verdict": told})
     else:
-        console.print(table(short(rows)))
+        console.print(table(brief))
         console.print(table(paired, "the best against each other network, paired over slides"))
         console.print(told, soft_wrap=True, highlight=False)
         console.print(f"page: {output / 'index.html'}", soft_wrap=True, highlight=False)

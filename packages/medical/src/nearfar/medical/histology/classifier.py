@@ -158,7 +158,8 @@ def _hybrid(
     mlp_ratio: float = 4.0, frozen: bool = False, pretrained: bool = False,
 ) -> nn.Module:  # fmt: skip
     features = timm.create_model(backbone, pretrained, features_only=True, out_indices=[-1])
-    if size % (stride := features.feature_info.reduction()[-1]):
+    info: Any = features.feature_info
+    if size % (stride := info.reduction()[-1]):
         raise ValueError(f"size is {size}; it must be a multiple of {stride}")
     if frozen:
         features.requires_grad_(False)

@@ -203,7 +203,7 @@ def write_answer(answer: SlideAnswer, classes: Sequence[str], base: Path) -> dic
     with atomic_path(picture) as temporary:
         figure.savefig(temporary, dpi=150)
     values = answer.slide()
-    row = {"slide": str(answer.path), "class": classes[int(values.argmax())]}
+    row: dict[str, Any] = {"slide": str(answer.path), "class": classes[int(values.argmax())]}
     row |= {f"p({name})": float(p) for name, p in zip(classes, values, strict=True)}
     row |= {"tiles": len(answer.places), "broken": len(answer.broken)}
     if answer.broken:
