@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_sco
 
 from nearfar.core.errors import UserError
 from nearfar.core.recipes import read_recipe, shipped_recipes
-from nearfar.medical.data.slides import TiffSlide, open_slide
+from nearfar.medical.data.slides import TiffSlide, is_slide, open_slide
 from nearfar.medical.data.tiles import (
     Tile,
     aggregate,
@@ -144,6 +144,23 @@ def test_levels_that_lie_as_pages_of_their_own_and_resolutions(tmp_path):
         assert slide.mpp == 0.2461
         np.testing.assert_array_equal(slide.square(64, 128, 128, 64), image[::2, ::2][32:96, 64:128])
         assert slide.square(64, 128, 100, 64).shape == (64, 64, 3)
+
+
+def test_ome_tiff_is_read_with_its_resolution(tmp_path):
+    image = picture()
+    for unit, value in (("µm", 0.25), ("nm", 250.0)):
+        about = {"PhysicalSizeX": value, "PhysicalSizeXUnit": unit, "axes": "YXS"}
+        with tifffile.TiffWriter(tmp_path / "s.ome.tif", ome=True) as file:
+            options = {"tile": (64, 64), "photometric": "rgb"}
+            file.write(image, subifds=1, metadata=about, **options)
+            file.write(image[::2, ::2], subfiletype=1, **options)
+        with open_slide(tmp_path / "s.ome.tif") as slide:
+            assert slide.mpp == pytest.approx(0.25)
+            assert slide.levels == [(300, 500), (150, 250)]
+            np.testing.assert_array_equal(slide.read(50, 100, 140, 230), image[50:190, 100:330])
+        assert is_slide(tmp_path / "s.ome.tif")
+    tifffile.imwrite(tmp_path / "tile.tif", image, photometric="rgb", resolution=(72, 72), resolutionunit="INCH")
+    assert not is_slide(tmp_path / "tile.tif")
 
 
 @pytest.mark.parametrize("rgb", [True, False])
