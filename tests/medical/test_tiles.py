@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 import sys
 import types
 from pathlib import Path
@@ -317,3 +318,29 @@ def test_an_epoch_has_as_many_tiles_of_each_class(tmp_path):
     assert [label for _, label in map(Tiles(tiles, "ab", recipe, learn=True).__getitem__, range(20))].count(1) == 10
     assert len(Tiles(tiles, "ab", recipe)) == 12
     torch.testing.assert_close(class_weights(tiles, "ab"), torch.tensor([0.6, 3.0]))
+
+
+def test_training_starts_from_a_published_duoformer(tmp_path):
+    """Of the authors' layout; a head for other classes starts afresh, another depth is refused."""
+    rules = (
+        (r"^(backbone)\.", "module.resnet_projector."), (r"^token$", "module.channel_token"),
+        (r"^tokens\.heads\.(\d)", lambda m: f"module.projection.proj_heads{int(m[1]) + 2}"),
+        (r"^blocks\.", "module.vision_transformer.scaleBlocks."), (r"\.mlp\.0\.", ".mlp.fc1."),
+        (r"\.mlp\.2\.", ".mlp.fc2."), (r"^patches\.layers\.(\d)\.", r"module.vision_transformer.blocks.\1.attn."),
+        (r"^patches\.|^(?=head\.)", "module.vision_transformer."),
+        (r"^scale_pos", "module.vision_transformer.pos_embed_for_scale"),
+    )  # fmt: skip
+    settings = {"backbone": "resnet18", "scales": 2, "depth": 1, "dim": 16, "num_heads": 4}
+    published = create_tile_network("duoformer", 4, 32, settings).state_dict()
+    state = {}
+    for name, value in published.items():
+        for pattern, word in rules:
+            name = re.sub(pattern, word, name)
+        state[name] = value.contiguous()
+    safetensors.torch.save_file(state, tmp_path / "published.safetensors")
+    for classes, fresh in ((4, set()), (7, {"head.weight", "head.bias"})):
+        network = create_tile_network("duoformer", classes, 32, settings)
+        start_from(network, tmp_path / "published.safetensors")
+        assert {n for n, v in network.state_dict().items() if not torch.equal(v, published[n])} == fresh
+    with pytest.raises(UserError, match=r"(?s)published\.safetensors: .*missing blocks\.1"):
+        start_from(create_tile_network("duoformer", 4, 32, settings | {"depth": 2}), tmp_path / "published.safetensors")
