@@ -164,9 +164,9 @@ def test_ome_tiff_is_read_with_its_resolution(tmp_path):
     assert not is_slide(tmp_path / "tile.tif")
 
 
-@pytest.mark.parametrize("rgb", [True, False])
-def test_jpeg_tiles_are_decoded_without_further_packages(rgb, tmp_path):
-    """As Aperio writes them: red, green and blue as they are, or luma and chroma."""
+@pytest.mark.parametrize(("compression", "rgb"), [(7, True), (7, False), (33005, True), (33003, False)])
+def test_jpeg_tiles_are_decoded_without_further_packages(compression, rgb, tmp_path):
+    """As Aperio writes them: JPEG and JPEG 2000, of red, green and blue as they are, or of luma and chroma."""
     image = np.full((128, 128, 3), 240, np.uint8)
     image[32:96, 32:96] = (180, 60, 140)
     encoded = []
@@ -175,16 +175,20 @@ def test_jpeg_tiles_are_decoded_without_further_packages(rgb, tmp_path):
         parts = [small[y : y + 64, x : x + 64] for y in range(0, size, 64) for x in range(0, size, 64)]
         encoded.append([])
         for part in parts:
-            stream = io.BytesIO()
-            Image.fromarray(part).save(stream, "JPEG", quality=95, subsampling=0, keep_rgb=rgb)
+            stream, tile = io.BytesIO(), Image.fromarray(part)
+            if compression == 7:
+                tile.save(stream, "JPEG", quality=95, subsampling=0, keep_rgb=rgb)
+            else:
+                plain = tile if rgb else Image.frombytes("RGB", tile.size, tile.convert("YCbCr").tobytes())
+                plain.save(stream, "JPEG2000", no_jp2=True)
             encoded[-1].append(stream.getvalue())
     with tifffile.TiffWriter(tmp_path / "j.tif") as file:
         options = {"tile": (64, 64), "dtype": np.uint8, "compression": "zlib", "photometric": "rgb", "metadata": None}
         file.write(iter(encoded[0]), shape=(128, 128, 3), subifds=1, **options)
         file.write(iter(encoded[1]), shape=(64, 64, 3), subfiletype=1, **options)
-    with tifffile.TiffFile(tmp_path / "j.tif", mode="r+b") as file:  # tifffile alone writes no JPEG
+    with tifffile.TiffFile(tmp_path / "j.tif", mode="r+b") as file:  # tifffile alone writes none of these
         for level in file.series[0].levels:
-            level.pages[0].tags["Compression"].overwrite(7)
+            level.pages[0].tags["Compression"].overwrite(compression)
             level.pages[0].tags["PhotometricInterpretation"].overwrite(2 if rgb else 6)
     with TiffSlide(tmp_path / "j.tif") as slide:
         assert np.abs(slide.read(0, 0, 128, 128).astype(int) - image).max() < 12
