@@ -91,6 +91,18 @@ def regions(folder: Path) -> list[str]:
     return [str(folder / "pictures"), str(folder / "masks"), "--names", str(folder / "names.json")]
 
 
+def tiles(folder: Path) -> list[str]:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name, level in (("across", 40), ("down", 160)):
+        (folder / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = (level + rng.integers(0, 40, (32, 32, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{name}{i // 2}_{i}.png")
+    return [str(folder)]
+
+
 def photographs(folder: Path) -> list[str]:
     from PIL import Image
 
@@ -236,6 +248,13 @@ JOBS = {
             ["region-classification", command, str(out), str(data / "pictures"), str(data / "masks"), "--names",
              str(data / "names.json"), "-o", str(out / file)]
             for command, file in (("evaluate", "scores.json"), ("predict", "regions.csv"))
+        ],
+    ),
+    "tile-classification": Job(
+        "tile-classification", tiles, ("network=test_resnet", "size=32", "batch_size=8"), ("--folds", "2"),
+        lambda data, out: [
+            ["tile-classification", "predict", str(out), str(data / "across"), "-o", str(out / "answers")],
+            ["tile-classification", "evaluate", str(out), str(data), "--held-out"],
         ],
     ),
     "super-resolution": Job(

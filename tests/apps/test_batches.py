@@ -22,11 +22,13 @@ COMMANDS = {
     "speech-separation": ["separate", "{data}", "-o", "{out}", "--model", "{model}/model", "--speakers", "2"],
     "super-resolution": ["upscale", "{data}", "--model", "{model}", "-o", "{out}"],
     "medical-segmentation": ["predict", "{data}", "--model", "{model}", "-o", "{out}"],
+    "tile-classification": ["predict", "{model}", "{data}", "-o", "{out}"],
 }
 PLACES = {
     "image-classification": ("dark", "bad.png"), "motor-imagery": ("", "bad_raw.fif"),
     "speaker-verification": ("s0", "bad.wav"), "speech-separation": ("s0", "bad.wav"),
     "super-resolution": ("held", "bad.png"), "medical-segmentation": ("images", "bad.png"),
+    "tile-classification": ("across", "bad.png"),
 }  # fmt: skip
 """Where in the job's data the files are that the command gets, and a name for a bad one."""
 

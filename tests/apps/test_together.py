@@ -25,7 +25,9 @@ pytestmark = pytest.mark.slow
 PROGRAM = Path(sys.executable).with_name("nearfar")
 STILL = sys.executable, Path(__file__).with_name("still.py")
 
-WHOLE = ("speaker-verification", "speech-separation", "super-resolution", "region-classification")
+WHOLE = (
+    "speaker-verification", "speech-separation", "super-resolution", "region-classification", "tile-classification",
+)  # fmt: skip
 """Apps that refuse --strategy fsdp."""
 
 

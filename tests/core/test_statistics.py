@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nearfar.core.statistics import FEWEST, bootstrap_interval, holm, paired_test
+from nearfar.core.statistics import FEWEST, bootstrap_interval, grouped_intervals, holm, paired_test
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():
@@ -57,3 +57,27 @@ def test_holm_multiplies_the_smallest_most_and_stays_in_order():
     np.testing.assert_allclose(holm([0.04, 0.01, math.nan, 0.03]), [0.06, 0.03, math.nan, 0.06])
     np.testing.assert_allclose(holm([0.9, 0.8]), [1, 1])
     assert holm([]).shape == (0,)
+
+
+def test_groups_are_drawn_whole():
+    values, groups = np.repeat(np.random.default_rng(0).random(8), 50), np.repeat(np.arange(8), 50)
+
+    def mean(count):
+        return (count * values).sum() / count.sum()
+
+    low, high = grouped_intervals(mean, groups, resamples=2000)
+    assert (float(low), float(high)) == pytest.approx(bootstrap_interval(values[::50]), abs=0.02)
+    alone = grouped_intervals(mean, np.arange(400), resamples=200)
+    assert alone[1] - alone[0] < (high - low) / 3
+    assert all(map(math.isnan, grouped_intervals(mean, groups // 2)))
+
+
+def test_draws_without_a_figure_are_made_again():
+    there = np.arange(8) == 0  # a draw of eight lacks it in a third of all
+
+    def share(count):
+        return np.array([1.0, np.nan if not count[there].sum() else 2.0])
+
+    low, high = grouped_intervals(share, np.arange(8), resamples=100)
+    assert low.tolist() == high.tolist() == [1, 2]
+    assert np.isnan(grouped_intervals(lambda count: np.nan, np.arange(8), resamples=20)).all()

@@ -417,6 +417,45 @@ def read_segmenter(path: Path) -> None:
     segmenter(Scan(path, rng().normal(size=(segmenter.in_channels, 32, 32)).astype("f4")))
 
 
+def make_tiles(folder: Path) -> list[str]:
+    files = {f"x.{ending}": encoded(kind) for kind, ending in (("PNG", "png"), ("JPEG", "jpg"), ("TIFF", "tif"))}
+    return write(folder, files)
+
+
+def read_histology_tile(path: Path) -> None:
+    from nearfar.medical.data.slides import is_slide
+    from nearfar.medical.data.tiles import read_tile
+
+    is_slide(path)
+    read_tile(path)
+
+
+def make_tile_tables(folder: Path) -> list[str]:
+    text = "file,class,slide,patient\na.png,one,s1,p1\nb.png,two,s2,p1\n"
+    return write(folder, {"t.csv": text.encode(), "u.csv": f"\ufeff{text}".encode()})
+
+
+def read_tile_table(path: Path) -> None:
+    from nearfar.medical.data.tiles import find_tiles
+
+    find_tiles(path)
+
+
+def make_tile_classifier(folder: Path) -> list[str]:
+    from nearfar.medical.histology.classifier import TileClassifier, TileRecipe, create_tile_network
+
+    network = create_tile_network("test_resnet", 2, 32)
+    TileClassifier(network, TileRecipe("test_resnet", size=32), ["a", "b"], (32, 32)).save(folder)
+    return ["tiles.json", "tiles.json", "model.safetensors"]
+
+
+def read_tile_classifier(path: Path) -> None:
+    from nearfar.medical.histology.classifier import TileClassifier
+
+    classifier = TileClassifier.load(path.parent)
+    classifier.probabilities([rng().integers(0, 255, (64, 64, 3), dtype=np.uint8)])
+
+
 def make_slide(folder: Path) -> list[str]:
     import tifffile
 
@@ -429,9 +468,9 @@ def make_slide(folder: Path) -> list[str]:
 
 
 def read_slide(path: Path) -> None:
-    from nearfar.medical.data.tiles import Slide
+    from nearfar.medical.data.slides import TiffSlide
 
-    with Slide(path) as slide:
+    with TiffSlide(path) as slide:
         list(slide.tiles(16))
 
 
@@ -875,6 +914,9 @@ TARGETS: dict[str, Target] = {
     "datasets": Target(make_datasets, read_dataset),
     "plans": Target(make_plans, read_plans),
     "segmenter": Target(make_segmenter, read_segmenter),
+    "tiles": Target(make_tiles, read_histology_tile),
+    "tile-tables": Target(make_tile_tables, read_tile_table),
+    "tile-classifier": Target(make_tile_classifier, read_tile_classifier),
     "slides": Target(make_slide, read_slide),
     "caffe": Target(make_caffe, read_caffe),
     "edf": Target(make_edf, read_eeg),

@@ -7,7 +7,15 @@ import pytest
 from tests.fuzz.engine import mutants
 from tests.fuzz.targets import TARGETS
 
-FEW = {"segmenter": 6, "language-model": 12, "decoder": 12, "speaker-system": 12, "fields": 15, "parquet": 10}
+FEW = {
+    "segmenter": 6,
+    "tile-classifier": 6,
+    "language-model": 12,
+    "decoder": 12,
+    "speaker-system": 12,
+    "fields": 15,
+    "parquet": 10,
+}
 """Mutants of the targets that take long, in the default run."""
 
 ROUNDS = 4

@@ -148,6 +148,19 @@ def test_layouts(tmp_path: Path, layout: str) -> None:
         assert labels.sum() == 6 + 4  # both masks
     if layout == "BraTS":
         assert collection.regions == {"whole tumour": (1, 2, 3), "tumour core": (1, 3)}
+        nested = collection.trained_on_regions(["enhancing tumour", "whole tumour", "tumour core"])
+        assert list(nested.regions.items()) == [
+            ("whole tumour", (1, 2, 3)), ("tumour core", (1, 3)), ("enhancing tumour", (3,)),
+        ]  # fmt: skip
+        assert (nested.order, nested.notes) == ((2, 1, 3), [])
+        (note,) = collection.trained_on_regions(["enhancing tumour"]).notes
+        assert note.startswith("necrotic core, oedema: in none of the regions")
+        for names, wrong in (
+            (["whole"], "region whole: unknown; the data declare necrotic core, .*, whole tumour, tumour core"),
+            (["oedema", "oedema"], "each is named once"), (["whole tumour", "enhancing tumour"], "2 do"),
+        ):  # fmt: skip
+            with pytest.raises(UserError, match=wrong):
+                collection.trained_on_regions(names)
 
 
 def test_volumes_with_a_channel_axis(tmp_path: Path) -> None:

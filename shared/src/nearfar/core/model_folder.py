@@ -29,6 +29,7 @@ KINDS = {
     "region classifier": "regions.json",
     "decoder": "decoder.json",
     "segmenter": "model.json",
+    "tile classifier": "tiles.json",
     "speaker model": "scoring.json",
     "separation model": "separator.json",
     "language model": "language_model.json",

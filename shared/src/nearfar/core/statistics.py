@@ -1,6 +1,7 @@
 """Intervals and paired tests over independent items: pictures, cases, subjects, speakers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,6 +40,34 @@ def bootstrap_interval(
         part[:] = values[generator.integers(len(values), size=(len(part), len(values)))].mean(-1)
     low, high = percentile_interval(means, level)
     return float(low), float(high)
+
+
+def grouped_intervals(
+    statistic: Callable[[NDArray[np.int64]], ArrayLike],
+    groups: Sequence[Any],
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[NDArray, NDArray]:
+    """Percentile bootstrap intervals of statistics of items that are independent in groups alone: tiles of slides.
+
+    Whole groups are drawn. `statistic` takes how often each item counts, (N,), and gives one number or several; a draw
+    for which one of them is not defined, NaN, is made again. NaN for fewer than `FEWEST` groups, or where almost no
+    draw has them all.
+    """
+    named, place = np.unique(np.asarray([str(group) for group in groups]), return_inverse=True)
+    nothing = np.full(np.shape(statistic(np.ones(len(place), np.int64))), np.nan)
+    if len(named) < FEWEST:
+        return nothing, nothing
+    generator, found = np.random.default_rng(seed), list[Any]()
+    for _ in range(10 * resamples):
+        drawn = np.bincount(generator.integers(len(named), size=len(named)), minlength=len(named))
+        value = np.asarray(statistic(drawn[place]), float)
+        if not np.isnan(value).any():
+            found.append(value)
+        if len(found) == resamples:
+            return percentile_interval(found, level)
+    return nothing, nothing
 
 
 def paired_test(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> dict[str, float]:

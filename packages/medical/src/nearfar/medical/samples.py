@@ -1,12 +1,17 @@
-"""Real scans that come with the dependencies: the MNI152 brain of nilearn's wheel, with its tissue maps."""
+"""Data that come with the dependencies: the MNI152 brain of nilearn's wheel, and textures as if of tissue."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+import tifffile
+from PIL import Image
 
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path, write_json
+from nearfar.medical.data.tiles import STAINS
 
 TISSUES = {1: "grey matter", 2: "white matter"}
 
@@ -43,3 +48,94 @@ def threshold_baseline(image: np.ndarray, train_image: np.ndarray, train_labels:
     """Tissue by intensity alone: the class whose mean in the training half is nearest, background included."""
     means = np.array([train_image[train_labels == k].mean() for k in range(int(train_labels.max()) + 1)])
     return np.abs(image[..., None] - means).argmin(-1).astype(np.uint8)
+
+
+TEXTURES = ("brick", "grass", "gravel")
+
+
+def _textures() -> dict[str, np.ndarray]:
+    """The darkness of scikit-image's three photographs, (512, 512) in 0.2..1.2."""
+    import skimage.data
+
+    return {name: 1.2 - np.asarray(getattr(skimage.data, name)(), np.float32) / 255 for name in TEXTURES}
+
+
+def _stained(darkness: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """(H, W, 3) uint8: `darkness` as densities of haematoxylin and eosin, of a mix and a strength drawn by chance."""
+    stains = np.asarray(STAINS[:2]) / np.linalg.norm(STAINS[:2], axis=1, keepdims=True)
+    share = draw.uniform(0.25, 0.75)
+    density = darkness[..., None] * (draw.uniform(0.7, 1.3) * np.array([share, 1 - share]) @ stains)
+    return (255 * np.exp(-density)).astype(np.uint8)
+
+
+def write_texture_tiles(folder: str | Path, size: int = 64) -> Path:
+    """Write tiles of three photographs of textures that scikit-image carries, as if of tissue, to `folder`.
+
+    brick, grass and gravel (512 x 512, grey) are the classes. The upper three quarters of each are cut into twelve
+    blocks of 128 pixels, the "slides", and each into nine tiles of `size`, half over one another. The darkness of a
+    block is given colours of haematoxylin and eosin in a mix of its own, so that colour does not tell the class. No
+    tissue is shown, and blocks of one photograph are more alike than slides of several patients: it is for trying the
+    tools.
+    """
+    folder = Path(folder)
+    for number, (name, darkness) in enumerate(_textures().items()):
+        for block in range(12):
+            picture = _stained(darkness, np.random.default_rng([number, block]))
+            top, left = 128 * (block // 4), 128 * (block % 4)
+            for place in range(9):
+                y, x = (top + (128 - size) // 2 * (place // 3), left + (128 - size) // 2 * (place % 3))
+                with atomic_path(folder / name / f"{name}{block:02d}_{place}.png") as temporary:
+                    Image.fromarray(picture[y : y + size, x : x + size]).save(temporary)
+    return folder
+
+
+def write_texture_slide(path: str | Path, side: int = 2048, seed: int = 0) -> Path:
+    """Write a pyramidal TIFF of glass with three round pieces, each of a texture of `write_texture_tiles`.
+
+    They show the lowest quarter of the photographs, of which no tile is cut, mirrored over and over, in one stain.
+    Memory is that of a row of the file's tiles.
+    """
+    draw = np.random.default_rng(seed)
+    shade = int(draw.integers(1 << 30))
+    strips = {n: _stained(dark[384:], np.random.default_rng(shade)) for n, dark in _textures().items()}
+    turn = draw.uniform(0, 2 * np.pi)
+    centres = [(0.5 + 0.27 * np.sin(turn + a), 0.5 + 0.27 * np.cos(turn + a)) for a in (0, 2.1, 4.2)]
+
+    def rows(top: int, number: int, step: int) -> np.ndarray:
+        part = np.full((number, side // step, 3), 243, np.uint8)
+        y = step * np.arange(top, top + number)
+        for (cy, cx), strip in zip(centres, strips.values(), strict=True):
+            near = np.abs(y / side - cy) < 0.2
+            first, last = (int((cx + sign * 0.2) * side / step) for sign in (-1, 1))
+            x = step * np.arange(max(0, first), min(last + 1, side // step))
+            inside = (y[near, None] / side - cy) ** 2 + (x / side - cx) ** 2 < 0.2**2
+            mirrored = strip[np.abs((y[near] + 127) % 254 - 127)][:, np.abs((x + 511) % 1022 - 511)]
+            window = part[near, x[0] // step : x[-1] // step + 1]
+            part[near, x[0] // step : x[-1] // step + 1] = np.where(inside[..., None], mirrored, window)
+        return part
+
+    def tiles(step: int) -> Iterator[np.ndarray]:
+        length = side // step
+        for top in range(0, length, 256):
+            row = rows(top, min(256, length - top), step)
+            for left in range(0, length, 256):
+                tile = np.full((256, 256, 3), 243, np.uint8)
+                piece = row[:, left : left + 256]
+                tile[: piece.shape[0], : piece.shape[1]] = piece
+                yield tile
+
+    levels = max(2, int(np.log2(side / 512)) + 1)
+    with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=True) as file:
+        common: dict[str, Any] = {
+            "tile": (256, 256),
+            "photometric": "rgb",
+            "compression": "zlib",
+            "dtype": np.uint8,
+            "compressionargs": {"level": 1},
+        }
+        about: dict[str, Any] = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER", "metadata": None}
+        file.write(tiles(1), shape=(side, side, 3), subifds=levels - 1, **common, **about)
+        for level in range(1, levels):
+            small = side // 2**level
+            file.write(tiles(2**level), shape=(small, small, 3), subfiletype=1, **common, metadata=None)
+    return Path(path)

@@ -264,7 +264,7 @@ def train_segmenter(
             callbacks=[_Said(say)],
             seed=recipe.seed,
             folder=folder / "run",
-            settings={**dataclasses.asdict(recipe), "cases": [c.name for c in train_cases]},
+            settings={**dataclasses.asdict(recipe), "cases": [c.name for c in train_cases], **trained},
             show_progress=show_progress,
             accumulate_grad_batches=recipe.accumulate,
             **trainer_options,

@@ -204,6 +204,13 @@ def train(
         str, typer.Option(help="Folds of the cross-validation split, by patient; `all`: train each of (5) folds.")
     ] = "5",
     fold: Annotated[int, typer.Option(help="The fold that is held out.")] = 0,
+    regions: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Region to train on, a union of labels as `inspect` lists them, or a label; they may overlap. Repeat. "
+            "(default: those of nnU-Net's dataset.json, else labels)"
+        ),
+    ] = None,
     calibrate: Annotated[
         float,
         typer.Option(help="With --folds all, share of the patients that no fold sees and the quality flag is set by."),
@@ -225,6 +232,8 @@ def train(
     (cross_validation.json), which labels keep their largest part alone, and what sets the quality flag.
     """
     collection = _collection(data, groups)
+    if regions:
+        collection = collection.trained_on_regions(regions)
     labelled = [case for case in collection.cases if case.label is not None and case.part != "test"]
     chosen = read_recipe(Recipe, recipe, settings or (), RECIPES)
     if not labelled:

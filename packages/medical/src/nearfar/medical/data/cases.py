@@ -1,14 +1,14 @@
 """Finding the cases of a folder: public data sets by their layout, any pair of image and label folders, loose scans."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from nearfar.core.errors import UserError
+from nearfar.core.errors import UserError, some
 from nearfar.core.files import write_json
 from nearfar.core.fingerprint import content_digest, data_digest
 from nearfar.core.leakage import Side, check_apart
@@ -58,6 +58,32 @@ class Collection:
     channels: int = 1
     channel_names: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+
+    def trained_on_regions(self, names: Sequence[str]) -> "Collection":
+        """The same with networks trained on regions, which may overlap: of `regions`, or labels by their names.
+
+        A region is painted with its one label that lies in no smaller region of them. Raises UserError for unknown
+        names, and where that is not one label.
+        """
+        known = {name: (value,) for value, name in self.labels.items() if value} | self.regions
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"region {some(unknown)}: unknown; the data declare {some(known, 20)}")
+        if len(set(names)) < len(names):
+            raise UserError(f"regions {', '.join(names)}: each is named once")
+        chosen = {name: known[name] for name in sorted(names, key=lambda name: -len(known[name]))}
+        order = []
+        for place, (name, values) in enumerate(chosen.items()):
+            inner = {value for smaller in list(chosen.values())[place + 1 :] for value in smaller}
+            if len(own := [value for value in values if value not in inner]) != 1:
+                raise UserError(
+                    f"region {name}: one of its labels ({', '.join(map(str, values))}) must lie in no smaller region, "
+                    f"to stand for it; {len(own)} do. Name others, or declare regions_class_order in dataset.json"
+                )
+            order += own
+        inside = {value for values in chosen.values() for value in values}
+        left = [name for value, name in self.labels.items() if value and value not in inside]
+        notes = [f"{some(left)}: in none of the regions, and background to the network"] if left else []
+        return replace(self, regions=chosen, order=tuple(order), notes=[*self.notes, *notes])
 
     def score(
         self, prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float], **options: Any

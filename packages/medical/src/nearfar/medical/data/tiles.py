@@ -1,77 +1,194 @@
-"""Histology: folders of tiles, splits by slide, whole slides in bounded memory, stains, from tiles to a slide."""
+"""Histology tiles: where they lie, splits by slide and patient, stains, from tiles to a slide."""
 
+import csv
+import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tifffile
 import torch
-from skimage.filters import threshold_otsu
+from PIL import Image
 from torch import Tensor
 
-from nearfar.core.errors import UserError
-from nearfar.core.reading import UNIFORM, reading
+from nearfar.core.errors import UserError, some
+from nearfar.core.reading import check_picture, reading
+
+log = logging.getLogger(__name__)
 
 READABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 AGGREGATIONS = ("mean", "vote", "max")
+BY_NAME = r"^([^_]+)_"
+"""The slide in a tile's name, where nothing else is said."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A labelled tile."""
+    """A labelled tile. `label` is empty where it has none, `patient` where that is not known apart from the slide."""
 
     path: Path
     label: str
     slide: str
+    patient: str = ""
+
+    @property
+    def group(self) -> str:
+        """What must not stand on both sides of a split: the patient, or else the slide."""
+        return self.patient or self.slide
 
 
-def find_tiles(folder: str | Path, slide_pattern: str = r"^([^_]+)_") -> list[Tile]:
-    """The tiles of `folder/<class>/<slide>_<anything>.png`, sorted by path.
+def find_tiles(source: str | Path, slides: str | None = None, patients: str | None = None) -> list[Tile]:
+    """The tiles of a folder with one folder per class, or of a CSV file of file, class, slide and, if known, patient.
 
-    `slide_pattern`: regular expression on the file's name whose one group is the slide or, better, the patient.
-    Raises UserError for a missing folder, fewer than two classes, or names that do not tell the slide.
+    Args:
+        slides: a regular expression on a tile's path below its class's folder whose one group is the slide, or a CSV
+            file of file (below `source`) and slide. By default the folder in the class's folder, or else what stands
+            before the first _ in the name.
+        patients: a regular expression on the slide's name whose one group is the patient, or a CSV file of slide and
+            patient.
+
+    Sorted by path. Raises UserError for what is missing, fewer than two classes, or names that do not tell the slide.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
-    tiles = []
-    for kind in sorted(p for p in root.iterdir() if p.is_dir()):
-        for path in sorted(p for p in kind.rglob("*") if p.suffix.lower() in READABLE):
-            match = re.search(slide_pattern, path.name)
-            if match is None:
-                raise UserError(f"{path}: its name does not tell the slide ({slide_pattern}); give another pattern")
-            tiles.append(Tile(path, kind.name, match[1]))
+    root = Path(source)
+    if root.is_file():
+        tiles = _listed(root)
+    else:
+        tiles = _in_folders(root, slides)
+    if patients is not None:
+        patient = _teller(patients, ("slide", "patient"), "slide")
+        tiles = [replace(tile, patient=patient(tile.slide)) for tile in tiles]
     if len({tile.label for tile in tiles}) < 2:
         raise UserError(f"{root}: holds tiles of {len({t.label for t in tiles})} classes; a folder per class is needed")
     return tiles
 
 
-def split_by_slide(tiles: Sequence[Tile], folds: int = 5, seed: int = 0) -> list[tuple[list[Tile], list[Tile]]]:
-    """Cross-validation: (training, validation) tiles of each fold, no slide on both sides, every class on both.
+def _in_folders(root: Path, slides: str | None) -> list[Tile]:
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    slide = None if slides is None else _teller(slides, ("file", "slide"), "tile")
+    tiles, silent = [], []
+    kinds = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    loose = [p.name for p in sorted(root.iterdir()) if p.suffix.lower() in READABLE]
+    for kind in kinds:
+        for path in sorted(p for p in kind.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            if path.suffix.lower() not in READABLE:
+                loose.append(path.relative_to(root).as_posix())
+                continue
+            inside = path.relative_to(kind)
+            if slide is not None:
+                listed = Path(slides or "").is_file()
+                tiles.append(Tile(path, kind.name, slide((path.relative_to(root) if listed else inside).as_posix())))
+            elif inside.parent != Path():
+                tiles.append(Tile(path, kind.name, inside.parent.as_posix()))
+            elif match := re.search(BY_NAME, path.name):
+                tiles.append(Tile(path, kind.name, match[1]))
+            else:
+                silent.append(path)
+    if silent:
+        raise UserError(
+            f"{silent[0]}: its name does not tell the slide ({BY_NAME}), nor those of {len(silent) - 1} others; give a "
+            "pattern, or a CSV file of file and slide"
+        )
+    if loose:
+        log.warning("%s: %s are no tiles in a class's folder, and are left out", root, some(loose))
+    return tiles
 
-    Slides are dealt out class by class, the largest first, to the fold that has least of their class.
+
+def _listed(table: Path) -> list[Tile]:
+    rows = read_table(table, ("file", "class", "slide"))
+    tiles = []
+    for number, row in enumerate(rows, start=2):
+        for name in ("file", "class", "slide"):
+            if not row[name]:
+                raise UserError(f"{table}, line {number}: has no {name}")
+        tiles.append(Tile(table.parent / row["file"], row["class"], row["slide"], row.get("patient") or ""))
+    if twice := len(tiles) - len({tile.path for tile in tiles}):
+        raise UserError(f"{table}: names {twice} files more than once")
+    return sorted(tiles, key=lambda tile: tile.path)
+
+
+def read_table(table: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file that has at least `columns`."""
+    with reading(table, "cannot be read as a CSV table"):
+        with table.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            rows = [{k: (v or "").strip() for k, v in row.items() if isinstance(k, str)} for row in reader]
+        names = reader.fieldnames or ()
+    if missing := [name for name in columns if name not in names]:
+        raise UserError(f"{table}: has no column {some(missing)}; it has {some(names)}")
+    return rows
+
+
+def _teller(text: str, columns: tuple[str, str], what: str) -> Callable[[str], str]:
+    """A function from a name to what a pattern, or a CSV file of two columns, says of it."""
+    if Path(text).is_file():
+        first, second = columns
+        known = {row[first]: row[second] for row in read_table(Path(text), columns)}
+
+        def look(name: str) -> str:
+            if not known.get(name):
+                raise UserError(f"{text}: names no {second} of the {what} {name}")
+            return known[name]
+
+        return look
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise UserError(f"{text}: is neither a file nor a regular expression ({error})") from error
+    if pattern.groups != 1:
+        raise UserError(f"{text}: has {pattern.groups} groups; one is needed, ( ) around what names the {columns[1]}")
+
+    def search(name: str) -> str:
+        found = pattern.search(name)
+        if found is None or not found[1]:
+            raise UserError(f"{name}: its name does not tell the {columns[1]} ({text}); give another pattern")
+        return found[1]
+
+    return search
+
+
+def table_of(tile: Tile) -> dict[str, str]:
+    """A tile's row in a table that `find_tiles` reads."""
+    return {"file": str(tile.path.absolute()), "class": tile.label, "slide": tile.slide, "patient": tile.patient}
+
+
+def read_tile(path: str | Path) -> np.ndarray:
+    """The pixels (height, width, 3) uint8 of a tile; transparency is laid on white. Raises UserError."""
+    with reading(path, "cannot be read as a tile"), Image.open(path) as picture:
+        check_picture(picture, path)
+        if picture.mode.startswith(("I", "F")):
+            raise UserError(f"{path}: has more than 8 bits a channel; tiles have 8")
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            layered = picture.convert("RGBA")
+            return np.asarray(Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB"))
+        return np.asarray(picture.convert("RGB"))
+
+
+def split_by_slide(tiles: Sequence[Tile], folds: int = 5, seed: int = 0) -> list[tuple[list[Tile], list[Tile]]]:
+    """Cross-validation: (training, validation) tiles of each fold, no slide or patient on both sides.
+
+    Patients (slides, where patients are not known) are dealt out class by class, the largest first, to the fold that
+    has least of their class. Every class has training tiles in all folds.
     """
-    slides: dict[str, list[Tile]] = {}
+    groups: dict[str, list[Tile]] = {}
     for tile in tiles:
-        slides.setdefault(tile.slide, []).append(tile)
-    if folds < 2 or folds > len(slides):
-        raise UserError(f"{folds} folds need at least 2 folds and as many slides; there are {len(slides)}")
+        groups.setdefault(tile.group, []).append(tile)
+    if folds < 2 or folds > len(groups):
+        raise UserError(f"{folds} folds need at least 2 folds and as many slides; there are {len(groups)}")
     labels = sorted({tile.label for tile in tiles})
-    order = sorted(slides)
+    order = sorted(groups)
     np.random.default_rng(seed).shuffle(order)
-    counts = {s: np.array([sum(t.label == label for t in slides[s]) for label in labels]) for s in order}
+    counts = {s: np.array([sum(t.label == label for t in groups[s]) for label in labels]) for s in order}
     rarity = np.sum(list(counts.values()), axis=0, dtype=float)
     order.sort(key=lambda s: -float((counts[s] / rarity).sum()))
     held: list[set[str]] = [set() for _ in range(folds)]
     filled = np.zeros((folds, len(labels)))
-    for slide in order:
-        fold = int((filled @ (counts[slide] / rarity) + 1e-9 * filled.sum(1)).argmin())
-        held[fold].add(slide)
-        filled[fold] += counts[slide]
-    parts = [([t for t in tiles if t.slide not in h], [t for t in tiles if t.slide in h]) for h in held]
+    for group in order:
+        fold = int((filled @ (counts[group] / rarity) + 1e-9 * filled.sum(1)).argmin())
+        held[fold].add(group)
+        filled[fold] += counts[group]
+    parts = [([t for t in tiles if t.group not in h], [t for t in tiles if t.group in h]) for h in held]
     for train, validation in parts:
         check_tile_split(train, validation)
         if missing := [name for name in labels if name not in {t.label for t in train}]:
@@ -80,10 +197,11 @@ def split_by_slide(tiles: Sequence[Tile], folds: int = 5, seed: int = 0) -> list
 
 
 def check_tile_split(train: Iterable[Tile], validation: Iterable[Tile]) -> None:
-    """Raise UserError where a slide has tiles on both sides."""
-    both = {t.slide for t in train} & {t.slide for t in validation}
-    if both:
-        raise UserError(f"slides on both sides of the split: {', '.join(sorted(both)[:5])}; split by slide")
+    """Raise UserError where a slide or a patient has tiles on both sides."""
+    train, validation = list(train), list(validation)
+    for what, of in (("slides", lambda t: t.slide), ("patients", lambda t: t.patient)):
+        if both := ({of(t) for t in train} & {of(t) for t in validation}) - {""}:
+            raise UserError(f"{what} on both sides of the split: {some(sorted(both))}; split by {what[:-1]}")
 
 
 def aggregate(probabilities: Tensor, how: str = "mean") -> Tensor:
@@ -113,103 +231,3 @@ def jitter_stains(tile: Tensor, strength: float = 0.05, generator: torch.Generat
     factor, shift = (strength * (2 * torch.rand(3, generator=generator).to(density) - 1) for _ in range(2))
     density = density * (1 + factor) + shift
     return torch.exp(-(density @ matrix)).clamp(0, 1).T.reshape(tile.shape)
-
-
-class Slide:
-    """A tiled, pyramidal TIFF, read piece by piece; memory is that of the pieces.
-
-    `levels`: (height, width) of each resolution, finest first. Raises UserError for a file that is no tiled pyramid.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        with reading(self.path, "cannot be read as a TIFF slide"):
-            self.file = tifffile.TiffFile(self.path)
-            every: list[Any] = list(self.file.series)
-            series = max(every, key=lambda s: s.pages[0].imagelength * s.pages[0].imagewidth)
-            self.pages: list[Any] = [level.pages[0] for level in series.levels]
-        if len(self.pages) < 2:
-            raise UserError(
-                f"{self.path}: has no pyramid; save it with smaller levels, for example with vips --pyramid"
-            )
-        if not all(page.is_tiled and page.samplesperpixel >= 3 for page in self.pages):
-            raise UserError(f"{self.path}: its levels must be tiled and in colour")
-        for level, page in enumerate(self.pages):
-            tiles = -(-page.imagelength // max(1, page.tilelength)) * -(-page.imagewidth // max(1, page.tilewidth))
-            if not tiles == len(page.dataoffsets) == len(page.databytecounts):
-                raise UserError(
-                    f"{self.path}: level {level} announces {tiles:,} tiles and holds {len(page.dataoffsets):,}; it is "
-                    "damaged, copy it again"
-                )
-            if page.tilelength * page.tilewidth > UNIFORM:
-                raise UserError(f"{self.path}: tiles of {page.tilelength} x {page.tilewidth} pixels are too large")
-        self.levels = [(page.imagelength, page.imagewidth) for page in self.pages]
-
-    def __enter__(self) -> "Slide":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.file.close()
-
-    def read(self, top: int, left: int, height: int, width: int, level: int = 0) -> np.ndarray:
-        """A region (height, width, 3) uint8 of a level, by the file's own tiles; white beyond its edge.
-
-        Raises UserError for a tile that cannot be decoded.
-        """
-        page = self.pages[level]
-        th, tw = page.tilelength, page.tilewidth
-        columns = -(-page.imagewidth // tw)
-        region = np.full((height, width, 3), 255, np.uint8)
-        rows = range(max(0, top) // th, -(-min(top + height, page.imagelength) // th))
-        for row in rows:
-            for column in range(max(0, left) // tw, -(-min(left + width, page.imagewidth) // tw)):
-                data = self._tile(page, row * columns + column, level)
-                if data is None:
-                    continue
-                y, x = row * th, column * tw
-                data = data[: page.imagelength - y, : page.imagewidth - x, :3]
-                y0, x0 = max(y, top), max(x, left)
-                y1, x1 = min(y + data.shape[0], top + height), min(x + data.shape[1], left + width)
-                if y1 > y0 and x1 > x0:
-                    region[y0 - top : y1 - top, x0 - left : x1 - left] = data[y0 - y : y1 - y, x0 - x : x1 - x]
-        return region
-
-    def _tile(self, page: Any, index: int, level: int) -> np.ndarray | None:
-        offset, size = page.dataoffsets[index], page.databytecounts[index]
-        if size == 0:  # left out by the scanner: glass
-            return None
-        with reading(self.path, f"tile {index} of level {level} is broken"):
-            handle = self.file.filehandle
-            handle.seek(offset)
-            data, _, shape = page.decode(handle.read(size), index, jpegtables=page.jpegtables)
-            if data is None:
-                raise ValueError("no data")
-            return np.asarray(data).reshape(shape)[0] if np.asarray(data).ndim == 4 else np.asarray(data)
-
-    def tissue(self, largest: int = 2048) -> tuple[np.ndarray, float]:
-        """A mask of tissue on a coarse level and how many finest pixels one of its pixels spans.
-
-        Tissue is where the saturation is above Otsu's threshold and above 0.05. Raises UserError where there is none.
-        """
-        level = next((i for i, s in enumerate(self.levels) if max(s) <= largest), len(self.levels) - 1)
-        small = self.read(0, 0, *self.levels[level], level).astype(np.float32)
-        high, low = small.max(-1), small.min(-1)
-        saturation = (high - low) / np.maximum(high, 1)
-        if saturation.max() < 0.05:
-            raise UserError(f"{self.path}: holds no tissue")
-        return saturation > max(0.05, float(threshold_otsu(saturation))), self.levels[0][0] / self.levels[level][0]
-
-    def tiles(self, size: int, least: float = 0.5) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(row, column, tile) of the grid of `size` pixels whose tissue covers at least the share `least` of it."""
-        mask, scale = self.tissue()
-        height, width = self.levels[0]
-        found = 0
-        for row in range(height // size):
-            for column in range(width // size):
-                y, x = int(row * size / scale), int(column * size / scale)
-                step = max(1, int(size / scale))
-                if mask[y : y + step, x : x + step].mean() >= least:
-                    found += 1
-                    yield row, column, self.read(row * size, column * size, size, size)
-        if not found:
-            raise UserError(f"{self.path}: no tile of {size} pixels has {100 * least:.0f} % tissue")

@@ -165,7 +165,7 @@ class DuoFormer(nn.Module):
         pretrained: load timm's weights of the backbone (from its cache or the network).
         frozen: no gradients for the backbone, and its batch norms stay in eval mode. The published training let their
             statistics move: `freeze_statistics=False` does.
-        identity: leaves both stacks out, so that the head reads the scale tokens' mean: for ablation.
+        identity: leaves both stacks out, so that the head reads the mean of all tokens: for ablation.
     """
 
     CARD = Card(
@@ -257,7 +257,7 @@ class DuoFormer(nn.Module):
         """What the head reads, (B, D)."""
         tokens, size = self.patch_tokens(x)
         b, p = tokens.shape[:2]
-        averages = self.scale_token == "mean" or not self.patch_attention
+        averages = self.scale_token == "mean" or not self.patch_attention or self.identity
         y = tokens.flatten(0, 1)
         for i, block in enumerate(self.blocks):
             y = block(y, first=i == len(self.blocks) - 1 and not averages)

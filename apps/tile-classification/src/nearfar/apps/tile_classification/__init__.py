@@ -1,0 +1,1 @@
+"""Classify histology tiles and whole slides."""
