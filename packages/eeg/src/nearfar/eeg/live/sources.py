@@ -161,7 +161,8 @@ class StreamSource:
         """Let all that has come wait, at least a chunk without samples."""
         notes: list[dict[str, Any]] = []
         if self._broken:
-            return self._return(notes)
+            self._return(notes)
+            return
         try:
             self._correct(notes)
             full = True
