@@ -101,8 +101,8 @@ def data_loader(
 
     `shuffle=True` is for training. Of several processes each gets its share: in training as many items each, so that up
     to one item less than there are processes, others in each epoch, stay out of it; else every item once (`Share`).
-    `batch_size` is that of one process. In `parts` epochs a training sees the data once (`Parts`), so that a run goes on
-    within a pass, to a part exactly. `options` go to DataLoader.
+    `batch_size` is that of one process. In `parts` epochs a training sees the data once (`Parts`), so that a run goes
+    on within a pass, to a part exactly. `options` go to DataLoader.
     """
     count = process_count()
     if not shuffle:
