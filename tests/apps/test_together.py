@@ -74,7 +74,7 @@ def test_two_processes_train_and_go_on_to_the_same(job: Job, tmp_path: Path) -> 
         assert running.poll() is None, (tmp_path / "messages.txt").read_text()
         time.sleep(0.02)
     os.kill(second_process(running), signal.SIGKILL)
-    assert running.wait(120) != 0
+    assert running.wait(60) != 0
     finish(command, tmp_path)
     first, second = made(tmp_path / "whole"), made(tmp_path / "killed")
     assert first, "nothing was made"
