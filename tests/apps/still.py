@@ -47,8 +47,8 @@ def train(module: Any, *words: Any, **options: Any) -> Any:
 
     def configure_optimizers(self: Any) -> Any:
         made = kind.configure_optimizers(self)
-        optimizers = made["optimizer"] if isinstance(made, dict) else made[0] if isinstance(made, tuple) else made
-        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+        several = made[0] if isinstance(made, tuple) else made if isinstance(made, list) else [made]
+        for optimizer in (one["optimizer"] if isinstance(one, dict) else one for one in several):
             for group in optimizer.param_groups:
                 if "eps" in group:
                     group["eps"] = 1e-3

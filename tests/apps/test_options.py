@@ -7,7 +7,6 @@ import pytest
 import typer
 
 from nearfar.core.cli import options
-from nearfar.core.cli.root import run
 
 SHARED = {
     f"--{name}": getattr(options, kind).__metadata__[0].help
@@ -40,11 +39,3 @@ def test_options_of_one_name_mean_the_same(name):
             shared |= {"--device", "--devices", "--num-nodes", "--strategy", "--precision"}
             assert shared <= set(given), command
             assert given["--output"].help == options.RunFolder.__metadata__[0].help
-
-
-@pytest.mark.parametrize(
-    "app", ["speaker-verification", "speech-separation", "super-resolution", "tile-classification"]
-)
-def test_models_that_are_not_shared_out_refuse_fsdp(app, tmp_path, capsys):
-    assert run([app, "train", str(tmp_path), "-o", str(tmp_path / "run"), "--strategy", "fsdp"])
-    assert "use ddp" in capsys.readouterr().err

@@ -125,24 +125,37 @@ def test_a_training_is_stopped_and_started_twice(job: Job, tmp_path: Path) -> No
     assert hidden(out) == []
 
 
-@pytest.mark.slow
-def test_a_killed_training_goes_on_to_the_same(job: Job, tmp_path: Path) -> None:
-    data, epochs = job.make(tmp_path / "data"), 4
-    whole = Command(job.train(data, tmp_path / "whole", epochs), tmp_path)
+def goes_on_to_the_same(job: Job, place: Path, epochs: int, *more: str) -> None:
+    data = job.make(place / "data")
+    whole = Command(job.train(data, place / "whole", epochs, *more), place)
     assert whole.wait() == 0, whole.said()
-    command = job.train(data, tmp_path / "killed", epochs)
-    killed = Command(command, tmp_path)
-    killed.wait_for(lambda: checkpoints(tmp_path / "killed"), "a checkpoint")
+    command = job.train(data, place / "killed", epochs, *more)
+    killed = Command(command, place)
+    killed.wait_for(lambda: checkpoints(place / "killed"), "a checkpoint")
     killed.process.kill()
     assert killed.wait() == -signal.SIGKILL
-    resumed = Command(command, tmp_path)
+    resumed = Command(command, place)
     assert resumed.wait() == 0, resumed.said()
-    first, second = made(tmp_path / "whole"), made(tmp_path / "killed")
+    first, second = made(place / "whole"), made(place / "killed")
     assert first
     assert first.keys() == second.keys()
     for name in first:
         assert first[name] == second[name], name
-    assert hidden(tmp_path / "killed") == []
+    assert hidden(place / "killed") == []
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_to_the_same(job: Job, tmp_path: Path) -> None:
+    goes_on_to_the_same(job, tmp_path, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["image-classification", "language-model"])
+def test_a_killed_training_goes_on_within_a_pass(name: str, tmp_path: Path) -> None:
+    """A single epoch of four parts: a checkpoint is of within it."""
+    goes_on_to_the_same(JOBS[name], tmp_path, 1, "--set", "parts=4", "--set", "batch_size=2")
+    rows = next((tmp_path / "killed").rglob("metrics.csv")).read_text().splitlines()
+    assert len(rows) == 1 + 4
 
 
 @pytest.mark.slow

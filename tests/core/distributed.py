@@ -68,8 +68,9 @@ def main(
     accumulate: int = 1,
 ) -> None:
     choose(strategy="fsdp" if fsdp else "ddp")
-    torch.manual_seed(1)
-    x, module = torch.randn(48, 1, 6), Small(dropout, bool(norm))
+    x = torch.randn(48, 1, 6, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(1 + process_rank())  # the model is that of the first process
+    module = Small(dropout, bool(norm))
     y = (x[:, 0, 0] * x[:, 0, 1] > 0).long()
     train(
         module,

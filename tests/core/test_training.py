@@ -88,6 +88,43 @@ def test_interrupted_run_ends_in_the_same_weights(tmp_path, stop):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+class Seen(Callback):
+    """The first numbers of the items of each epoch."""
+
+    def __init__(self):
+        self.items = {}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.items.setdefault(trainer.current_epoch, []).extend(batch[0][:, 0].tolist())
+
+
+def test_a_run_goes_on_within_a_pass_over_the_data(tmp_path):
+    """Two passes in three parts each: a pass holds no item twice, and the stopped run is that which was not."""
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(x, (x[:, 0] > 0).long())
+
+    def one(folder, *callbacks):
+        torch.manual_seed(0)
+        loaders = data_loader(data, 8, shuffle=True, seed=3, parts=3), data_loader(data, 50)
+        return (module := Classifier()), train(module, *loaders, epochs=6, seed=3, folder=folder, callbacks=callbacks)
+
+    whole, history = one(tmp_path / "whole", seen := Seen())
+    with pytest.raises(KeyboardInterrupt):
+        one(tmp_path / "cut", StopAt(1, 1))
+    resumed, again = one(tmp_path / "cut", later := Seen())
+    assert without_time(again) == without_time(history)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert sorted(later.items) == [1, 2, 3, 4, 5]
+    assert all(later.items[epoch] == seen.items[epoch] for epoch in later.items)
+    passes = [[n for epoch in range(3) for n in seen.items[3 * turn + epoch]] for turn in range(2)]
+    for items in passes:
+        assert len(items) == len(set(items)) == 48
+    assert passes[0] != passes[1]
+    with pytest.raises(UserError, match="50 training items are too few for 51 parts"):
+        data_loader(data, 8, shuffle=True, parts=51)
+
+
 def test_folder_and_memory_give_the_same_best_weights(tmp_path):
     (in_folder, history), (in_memory, _) = run(tmp_path / "run"), run(None)
     for name, value in in_folder.state_dict().items():

@@ -261,9 +261,11 @@ def test_lm_eval_scores_a_byte_model(tmp_path, monkeypatch):
     assert scores["own_text"]["bits_per_byte,none"] == pytest.approx(total / size / math.log(2), rel=1e-4)
 
 
-def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("epochs", "parts"), [(3, 1), (1, 3)])
+def test_an_interrupted_training_goes_on_to_the_same_weights(epochs, parts, tmp_path, monkeypatch):
     tokens = torch.from_numpy(texts.encode("a text of some words, again and again. " * 60, BYTES))
-    recipe = Recipe(mixers=["base-conv"], hidden_size=16, num_hidden_layers=1, context=32, epochs=3, warmup=5)
+    small = {"mixers": ["base-conv"], "hidden_size": 16, "num_hidden_layers": 1, "context": 32, "warmup": 5}
+    recipe = Recipe(epochs=epochs, parts=parts, **small)
     whole, history = train_language_model(recipe, tokens, BYTES, tmp_path / "a", device="cpu")
     step = LanguageModule.training_step
 
@@ -277,6 +279,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypat
         train_language_model(recipe, tokens, BYTES, tmp_path / "b", device="cpu")
     monkeypatch.undo()
     resumed, again = train_language_model(recipe, tokens, BYTES, tmp_path / "b", device="cpu")
+    assert len(history) == 3
     assert [row["train_loss"] for row in again] == [row["train_loss"] for row in history]
     for a, b in zip(whole.parameters(), resumed.parameters()):
         assert torch.equal(a, b)

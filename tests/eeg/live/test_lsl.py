@@ -12,7 +12,7 @@ from nearfar.core.errors import UserError
 from nearfar.eeg.decoder import Decoder
 from nearfar.eeg.live.session import Session, replay, run
 from nearfar.eeg.live.sinks import Outlet
-from nearfar.eeg.live.sources import StreamSource, find_streams
+from nearfar.eeg.live.sources import Continuity, StreamSource, find_streams
 from nearfar.eeg.models import baselines
 from nearfar.eeg.preprocessing import Preprocessing
 
@@ -182,13 +182,118 @@ def test_a_stream_that_returns_goes_on_in_the_first_order_after_a_gap(tmp_path):
     session = record(tmp_path, "back", lambda: [Sender("back", "back-id", names=NAMES[::-1])], seconds=2.0)
     events = [line["event"] for line in session.events()]
     assert {"lost", "returned", "order", "gap"} <= set(events), session.events()
-    assert events.index("lost") < events.index("returned") < events.index("order") < events.index("gap")
-    gap = next(line for line in session.events() if line["event"] == "gap")
+    last = len(events) - 1 - events[::-1].index("gap")  # one before it tells what the broken connection held
+    assert events.index("lost") < events.index("returned") < events.index("order") < last
+    gap = session.events()[last]
     assert 0.5 < gap["seconds"] < 60
     assert gap["lost"] == round(gap["seconds"] * 160)
     means = np.asarray(session.samples[gap["sample"] :]).mean(0)
     np.testing.assert_allclose(means / means[0], np.arange(1, 9), rtol=1e-4)
     assert "EDGE gap" in session.raw().annotations.description
+
+
+BURSTS = """
+import os, sys
+import numpy as np
+from nearfar.eeg.live.sources import lsl
+info = lsl().StreamInfo("bursts", "EEG", 2, 100.0, "float64", "bursts-id")
+info.set_channel_names(["C3", "C4"])
+info.set_channel_units("microvolts")
+outlet, sent = lsl().StreamOutlet(info), 0
+print("ready", flush=True)
+for line in sys.stdin:
+    if not (count := int(line)):
+        os._exit(0)
+    numbers = np.arange(sent, sent + count, dtype=float)
+    outlet.push_chunk(np.stack([numbers, numbers], 1), lsl().local_clock())
+    sent += count
+"""
+
+
+@pytest.fixture
+def bursts():
+    """A process that sends as many samples at once as it is told, their numbers, and a source that listens to it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BURSTS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        source = StreamSource("bursts", timeout=20, patience=4.0)
+        inlet = source._inlet
+
+        def send(count):
+            process.stdin.write(f"{count}\n")
+            process.stdin.flush()
+            until = time.monotonic() + 30
+            while inlet.samples_available < count and time.monotonic() < until:
+                time.sleep(0.01)
+            if not count:  # until liblsl knows that it has ended
+                process.wait(30)
+                time.sleep(2.0)
+
+        yield source, send
+        process.kill()
+
+
+def came(chunks):
+    return np.concatenate([chunk.samples[0] for chunk in chunks])
+
+
+@pytest.mark.ci
+def test_a_burst_that_was_read_in_part_outlives_its_sender(bursts):
+    """As mne-lsl's player sends one at the end of its recording: far more than is read at a time."""
+    source, send = bursts
+    send(20_000)
+    chunks = [source.read()]
+    assert chunks[0].samples.shape[1] == 4096
+    send(0)
+    while (chunk := source.read()) is not None:
+        chunks.append(chunk)
+    np.testing.assert_array_equal(came(chunks), np.arange(20_000))
+    assert sum(chunk.lost for chunk in chunks) == 0
+    assert [note["event"] for chunk in chunks for note in chunk.notes] == ["offset", "lost", "ended"]
+
+
+@pytest.mark.ci
+def test_what_a_broken_connection_held_is_counted(bursts, tmp_path, monkeypatch):
+    source, send = bursts
+    send(300)
+    read = source.read
+    lately = [read()]
+    monkeypatch.setattr(source, "read", lambda: lately.pop() if lately else read())
+    send(20_000)
+    send(0)
+    counts = run(source, tmp_path / "s")
+    assert (counts["samples"], counts["lost"], counts["gaps"]) == (300, 20_000, 1)
+    lost = [line for line in Session.read(tmp_path / "s").events() if line.get("lost")]
+    assert [(line["event"], line["lost"], line["sample"]) for line in lost] == [("gap", 20_000, 300)]
+
+
+@pytest.mark.ci
+def test_a_clock_that_does_not_answer_and_silence_lose_nothing(bursts, monkeypatch):
+    source, send = bursts
+    monkeypatch.setattr(source._inlet, "time_correction", lambda timeout: (_ for _ in ()).throw(TimeoutError))
+    send(100)
+    chunks = [source.read()]
+    assert "did not answer" in chunks[0].notes[0]["reason"]
+    source._heard -= 3.0  # so long nothing came
+    chunks.append(source.read())
+    send(20_000)
+    while sum(chunk.samples.shape[1] for chunk in chunks) < 20_100:
+        chunks.append(source.read())
+    np.testing.assert_array_equal(came(chunks), np.arange(20_100))
+    assert sum(chunk.lost for chunk in chunks) == 0
+    events = [note["event"] for chunk in chunks for note in chunk.notes if note["event"] != "offset"]
+    assert events == ["lost", "returned"]
+    source.close()
+
+
+def test_the_time_of_samples_that_are_known_to_be_lost_is_no_step():
+    watch = Continuity(100.0)
+    assert watch.push(np.arange(10) / 100, 0.1) == []
+    assert watch.push(np.zeros(0), 0.2, lost=200) == []
+    assert watch.push(2.1 + np.arange(10) / 100, 2.2, lost=0) == []
+    found = watch.push(7.2 + np.arange(10) / 100, 7.3, lost=100)
+    assert [(each["event"], each["lost"]) for each in found] == [("gap", 400)]
 
 
 @pytest.mark.parametrize("change", ["rate", "channels", "never"])

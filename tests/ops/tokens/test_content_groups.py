@@ -1,5 +1,10 @@
 """Attention inside groups of like tokens: the oracle sorts, pads and loops over groups."""
 
+import copy
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,3 +95,33 @@ def test_bad_arguments_are_named():
         ContentGroupAttention(6, 4, 3, 2, 4)
     with pytest.raises(ValueError, match="at least 1"):
         ContentGroupAttention(6, 4, 2, 0, 4)
+
+
+def test_two_that_share_a_batch_learn_the_centres_of_the_whole():
+    """`batch_sum` adds what two threads bring, as it would of two processes."""
+    torch.manual_seed(0)
+    whole = ContentGroupAttention(8, 8, 2, 3, 4).double().train()
+    x = torch.randn(4, 12, 8, dtype=torch.float64)
+    parts, meeting, brought = [copy.deepcopy(whole) for _ in range(2)], threading.Barrier(2, timeout=30), {}
+
+    def half(number):
+        turn = itertools.count()
+
+        def batch_sum(value):
+            brought[now := next(turn), number] = value
+            meeting.wait()
+            return brought[now, 0] + brought[now, 1]
+
+        parts[number].batch_sum = batch_sum
+        return [parts[number](x[2 * number : 2 * number + 2]) for _ in range(2)][-1]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = torch.cat(list(pool.map(half, range(2))))
+    wanted = [whole(x) for _ in range(2)][-1]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    torch.testing.assert_close(parts[1].centres, whole.centres, rtol=0, atol=1e-9)
+    for output in (found, wanted):
+        output.square().sum().backward()
+    for name, weight in whole.named_parameters():
+        both = sum(dict(part.named_parameters())[name].grad for part in parts)
+        torch.testing.assert_close(both, weight.grad, rtol=0, atol=1e-9, msg=name)

@@ -219,3 +219,5 @@ def test_bad_settings() -> None:
         Recipe(accumulate=0)
     with pytest.raises(ValueError, match="batch_size must be even"):
         Recipe(batch_size=3, mixup=0.2)
+    with pytest.raises(ValueError, match="repeats is 3 and parts 2"):
+        Recipe(repeats=3, parts=2)

@@ -105,10 +105,14 @@ class _SharedNorm(_BatchNorm):
 
 @contextmanager
 def shared_norms(module: nn.Module) -> Iterator[list[str]]:
-    """While the block runs, batch norms in `module` see the batch of all processes; yields the names of those that
-    cannot (their classes have a forward of their own) and see their own process's share."""
-    changed, alone = [], []
+    """While the block runs, batch norms in `module`, and other layers that sum over the batch with their `batch_sum`,
+    see the batch of all processes; yields the names of those that cannot (batch norms of classes that have a forward of
+    their own) and see their own process's share."""
+    changed, summing, alone = [], [], []
     for name, layer in module.named_modules() if process_count() > 1 else ():
+        if hasattr(layer, "batch_sum"):
+            layer.batch_sum = _Sum.apply
+            summing.append(layer)
         if isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm):
             if type(layer).forward is not _BatchNorm.forward:
                 alone.append(name)
@@ -120,6 +124,8 @@ def shared_norms(module: nn.Module) -> Iterator[list[str]]:
     finally:
         for layer, kind in changed:
             layer.__class__ = kind
+        for layer in summing:
+            del layer.batch_sum
 
 
 class Sharded(ModelParallelStrategy):
@@ -147,6 +153,8 @@ class Sharded(ModelParallelStrategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         module, mesh = self.lightning_module, self.device_mesh["data_parallel"]
         assert module is not None
+        for value in (*module.parameters(), *module.buffers()):  # the parts of one model: that of the first process
+            torch.distributed.broadcast(value.detach(), 0)
         if module.automatic_optimization:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
             for step in ("training_step", "validation_step"):

@@ -64,22 +64,54 @@ def seed_worker(seed: int, sampler: DistributedSampler, worker: int) -> None:
     seed_epoch(seed + 1 + worker, sampler.epoch)
 
 
+class Parts(DistributedSampler):
+    """A process's share of passes over the data, each in an order of its own, one of `parts` of it in an epoch.
+
+    Up to as many items as there are processes and parts, others in each pass, stay out of it.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, parts: int) -> None:
+        count, rank, _ = place()
+        super().__init__(dataset, count, rank, seed=seed, drop_last=count > 1)
+        self.parts = parts
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, size = self.epoch, len(self)
+        self.epoch = epoch // self.parts
+        order = list(super().__iter__())
+        self.epoch = epoch
+        at = epoch % self.parts * size
+        return iter(order[at : at + size])
+
+    def __len__(self) -> int:
+        return super().__len__() // self.parts
+
+
 def data_loader(
-    dataset: Dataset, batch_size: int, *, shuffle: bool = False, seed: int = 0, num_workers: int = 0, **options: Any
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    num_workers: int = 0,
+    parts: int = 1,
+    **options: Any,
 ) -> DataLoader:
     """A DataLoader whose order and workers' randomness follow from `seed` and the epoch alone.
 
     `shuffle=True` is for training. Of several processes each gets its share: in training as many items each, so that up
     to one item less than there are processes, others in each epoch, stay out of it; else every item once (`Share`).
-    `batch_size` is that of one process. `options` go to DataLoader.
+    `batch_size` is that of one process. In `parts` epochs a training sees the data once (`Parts`), so that a run goes
+    on within a pass, to a part exactly. `options` go to DataLoader.
     """
-    count, rank, _ = place()
+    count = process_count()
     if not shuffle:
         share = Share(dataset) if count > 1 else None
         return DataLoader(dataset, batch_size, sampler=share, num_workers=num_workers, **options)
-    if len(dataset) < count:  # type: ignore[arg-type]
-        raise UserError(f"{len(dataset)} training items are too few for {count} processes")  # type: ignore[arg-type]
-    sampler: DistributedSampler = DistributedSampler(dataset, count, rank, seed=seed, drop_last=count > 1)
+    if len(dataset) < count * parts:  # type: ignore[arg-type]
+        shares = " and ".join(f"{n} {what}" for n, what in ((count, "processes"), (parts, "parts")) if n > 1)
+        raise UserError(f"{len(dataset)} training items are too few for {shares}")  # type: ignore[arg-type]
+    sampler = Parts(dataset, seed, parts)
     # a generator of its own, else making the iterator would draw from the global one at a time of Lightning's choice
     return DataLoader(
         dataset,

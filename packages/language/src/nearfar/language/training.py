@@ -33,6 +33,8 @@ class Recipe:
         context: tokens per example.
         batch_size: examples per step.
         epochs: passes over the text; the weights of the one with the best validation loss are kept.
+        parts: of a pass. After each its state is saved and the validation loss taken, as after a whole one, so that a
+            pass of days goes on within.
         optimizer: "muon" for the matrices of the blocks (Jordan 2024; updates scaled to AdamW's size, as in Moonlight,
             arXiv 2502.16982) and AdamW for the rest, or "adamw" for all.
         learning_rate: the peak, after `warmup` steps; then a cosine down to a fiftieth. AdamW alone wants about a
@@ -55,6 +57,7 @@ class Recipe:
     context: int = 256
     batch_size: int = 8
     epochs: int = 5
+    parts: int = 1
     optimizer: str = "muon"
     learning_rate: float = 1e-2
     warmup: int = 50
@@ -65,8 +68,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.learning_rate = float(self.learning_rate)
-        if min(self.context, self.batch_size, self.epochs, self.warmup) < 1 or self.learning_rate <= 0:
-            raise ValueError("context, batch_size, epochs, warmup and learning_rate must be positive")
+        if min(self.context, self.batch_size, self.epochs, self.parts, self.warmup) < 1 or self.learning_rate <= 0:
+            raise ValueError("context, batch_size, epochs, parts, warmup and learning_rate must be positive")
         if self.optimizer not in ("muon", "adamw"):
             raise ValueError(f"optimizer={self.optimizer!r} must be muon or adamw")
         if not 0 < self.validation_share < 1:
@@ -196,7 +199,7 @@ def train_language_model(
 ) -> tuple[MixerForCausalLM, list[dict[str, float]]]:
     """Train in `folder/run` (an interrupted run goes on) and save model and tokenizer to `folder`.
 
-    Returns the model and one row of losses per epoch, with the training tokens per second.
+    Returns the model and one row of losses per epoch, or part of one, with the training tokens per second.
     """
     model = recipe.model(tokenizer)
     held_out = int(len(tokens) * recipe.validation_share)
@@ -208,15 +211,16 @@ def train_language_model(
             f"validation (share {recipe.validation_share:g}) as many again; use more text or a shorter context"
         )
     loaders = [
-        data_loader(part, recipe.batch_size, shuffle=shuffle, seed=recipe.seed)
+        data_loader(part, recipe.batch_size, shuffle=shuffle, seed=recipe.seed, parts=recipe.parts)
         for part, shuffle in zip(parts, (True, False))
     ]
-    module = LanguageModule(model, recipe, recipe.epochs * len(loaders[0]))
+    epochs = recipe.epochs * recipe.parts
+    module = LanguageModule(model, recipe, epochs * len(loaders[0]))
     history = train(
         module,
         loaders[0],
         loaders[1],
-        epochs=recipe.epochs,
+        epochs=epochs,
         monitor="validation_loss",
         mode="min",
         seed=recipe.seed,
@@ -231,5 +235,5 @@ def train_language_model(
     with writing(folder, "language model", about, TrainedOn.of(text_marks(tokens))) as place:
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
-    per_epoch = len(parts[0]) * recipe.context
+    per_epoch = len(parts[0]) // recipe.parts * recipe.context
     return model, [row | {"tokens_per_second": per_epoch / max(row["seconds"], 1e-9)} for row in history]

@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from nearfar.core.errors import UserError
 from nearfar.core.processes import PRECISIONS, STRATEGIES, check_nodes, choose, start_processes
 from nearfar.core.recipes import shipped_recipes
 
@@ -43,12 +42,6 @@ def _precision(name: str) -> str:
 def _strategy(name: str) -> str:
     choose(strategy=name)
     return name
-
-
-def _whole_model(name: str) -> str:
-    if name == "fsdp":
-        raise UserError("--strategy fsdp: this is not known to learn the same with its model shared out; use ddp")
-    return _strategy(name)
 
 
 def _nodes(number: int) -> int:
@@ -105,11 +98,6 @@ Strategy = Annotated[
         callback=_strategy,
     ),
 ]
-WholeModel = Annotated[
-    str,
-    typer.Option("--strategy", help=STRATEGY_HELP, callback=_whole_model),
-]
-"""`--strategy` of models that have not been seen to learn the same when they are shared out."""
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="A setting of the recipe, NAME=VALUE, e.g. epochs=50. Repeat for more."),

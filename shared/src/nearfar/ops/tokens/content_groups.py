@@ -1,11 +1,17 @@
 """Attention inside groups of tokens that are alike, and to a few centres of their content."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nearfar.ops.attention.patch_overlap import attend
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x
 
 
 class ContentGroupAttention(nn.Module):
@@ -28,7 +34,10 @@ class ContentGroupAttention(nn.Module):
     The centres are learned by spherical k-means, not by gradients: in training, `iterations` steps over all tokens of
     the batch start from the stored centres (the last step passes gradients on), and the stored ones move a share of
     1 - `momentum` towards the result. Before the first training step, means of consecutive chunks stand in for them.
+    Where several processes share a batch, `batch_sum` is to give its argument's sum over all of them.
     """
+
+    batch_sum: Callable[[Tensor], Tensor] = staticmethod(_alone)
 
     def __init__(
         self,
@@ -112,14 +121,17 @@ class ContentGroupAttention(nn.Module):
             tokens = F.normalize(x.detach().flatten(0, 1), dim=-1)
             centres = F.normalize(centres, dim=-1).to(x.dtype)
             for _ in range(self.iterations - 1):
-                centres = k_means_step(tokens, centres)
-        return k_means_step(F.normalize(x.flatten(0, 1), dim=-1), centres)
+                centres = k_means_step(tokens, centres, self.batch_sum)
+        return k_means_step(F.normalize(x.flatten(0, 1), dim=-1), centres, self.batch_sum)
 
     def chunk_means(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "m c"]:
         """Means of as many consecutive chunks of the tokens as there are centres, over the batch."""
         n, count = x.shape[1], len(self.centres)
         place = torch.arange(n + count - n % count, device=x.device) % (2 * n)
-        return x[:, torch.minimum(place, 2 * n - 1 - place)].unflatten(1, (count, -1)).mean((0, 2))
+        means = x[:, torch.minimum(place, 2 * n - 1 - place)].unflatten(1, (count, -1)).mean((0, 2))
+        if not self.training:
+            return means
+        return self.batch_sum(means * len(x)) / self.batch_sum(means.new_tensor(len(x)))
 
     @torch.no_grad()
     def follow(self, centres: Float[Tensor, "m c"]) -> None:
@@ -131,9 +143,11 @@ class ContentGroupAttention(nn.Module):
             self.initialized.fill_(True)
 
 
-def k_means_step(tokens: Float[Tensor, "n c"], centres: Float[Tensor, "m c"]) -> Float[Tensor, "m c"]:
+def k_means_step(
+    tokens: Float[Tensor, "n c"], centres: Float[Tensor, "m c"], batch_sum: Callable[[Tensor], Tensor] = _alone
+) -> Float[Tensor, "m c"]:
     """The unit vectors along the sums of the (unit) tokens nearest to each (unit) centre; an idle centre stays."""
     nearest = (tokens.detach() @ centres.mT).argmax(-1)
-    sums = torch.zeros_like(centres).index_add(0, nearest, tokens)
-    idle = torch.bincount(nearest, minlength=len(centres)) == 0
+    sums = batch_sum(torch.zeros_like(centres).index_add(0, nearest, tokens))
+    idle = batch_sum(torch.bincount(nearest, minlength=len(centres))) == 0
     return torch.where(idle[:, None], centres, F.normalize(sums, dim=-1))

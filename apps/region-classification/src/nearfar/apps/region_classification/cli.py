@@ -22,7 +22,7 @@ from nearfar.core.cli.options import (
     Precision,
     RunFolder,
     Settings,
-    WholeModel,
+    Strategy,
     recipe_option,
 )
 from nearfar.core.errors import UserError, some
@@ -62,7 +62,7 @@ def train_command(
     device: Device = "auto",
     devices: Devices = 1,
     nodes: Nodes = 1,
-    strategy: WholeModel = "ddp",
+    strategy: Strategy = "ddp",
     precision: Precision = "32-true",
     fresh: Fresh = False,
     as_json: Json = False,

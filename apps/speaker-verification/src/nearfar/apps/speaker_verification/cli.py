@@ -55,8 +55,8 @@ from nearfar.core.cli.options import (
     Precision,
     RunFolder,
     Settings,
+    Strategy,
     Timeout,
-    WholeModel,
     Workers,
     anywhere,
     recipe_option,
@@ -113,7 +113,7 @@ def train(
     device: Device = "auto",
     devices: Devices = 1,
     nodes: Nodes = 1,
-    strategy: WholeModel = "ddp",
+    strategy: Strategy = "ddp",
     precision: Precision = "32-true",
     fresh: Fresh = False,
 ) -> None:

@@ -34,8 +34,8 @@ from nearfar.core.cli.options import (
     RunFolder,
     Seed,
     Settings,
+    Strategy,
     Timeout,
-    WholeModel,
     Workers,
     anywhere,
     recipe_option,
@@ -356,7 +356,7 @@ def train(
     device: Device = "auto",
     devices: Devices = 1,
     nodes: Nodes = 1,
-    strategy: WholeModel = "ddp",
+    strategy: Strategy = "ddp",
     precision: Precision = "32-true",
     fresh: Fresh = False,
 ) -> None:

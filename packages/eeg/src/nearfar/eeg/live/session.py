@@ -331,7 +331,7 @@ def _run(source, folder, decoder_folder, every, rule, sinks, seconds, markers, s
                 recorder.log(event="gap", lost=chunk.lost, seconds=chunk.lost / source.rate, sample=recorder.count)
             for at, text in (*chunk.markers, *markers()):
                 recorder.log(marker=text, time=at)
-            breaks = [] if file else continuity.push(chunk.times, chunk.arrived)
+            breaks = [] if file else continuity.push(chunk.times, chunk.arrived, chunk.lost)
             bounds = [0, *(each["at"] for each in breaks), len(chunk.times)]
             for number, (start, end) in enumerate(pairwise(bounds)):
                 if number:

@@ -8,6 +8,7 @@ nearfar-eeg[boards].
 import functools
 import os
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -48,7 +49,7 @@ class Chunk:
     arrived: when they came, by that clock.
     markers: time and text of each.
     notes: what happened before the samples, each with `event` (lost, returned, order, edge ...).
-    lost: samples that the device itself says were lost before these.
+    lost: samples that are known to be lost before these: the device says so, or a connection that broke held them.
     """
 
     samples: np.ndarray
@@ -99,7 +100,8 @@ class StreamSource:
     """An LSL stream by its name, type or source id, and optionally one of markers.
 
     Where it stops, the stream is waited for, for `patience` seconds; it must return with the same channels, in whatever
-    order, and the same rate.
+    order, and the same rate. What has come waits here, however much it is, since liblsl gives nothing more of a
+    connection that broke; what came after the last `read` before that is counted as lost.
 
     Args:
         name, stype, source_id: at least one; they must name one stream.
@@ -140,6 +142,8 @@ class StreamSource:
         self.about = {"kind": "lsl", **self._wanted, "hostname": info.hostname}
         self._order: list[int] | None = None
         self._markers = None if markers is None else self._open(self._one({"name": markers}, timeout))
+        self._waiting: deque[Chunk] = deque()
+        self._broken = ""  # silent or lost, where the stream is waited for
         self._heard, self._asked, self._ended = self.clock(), False, False
         self._offset_at, self.offset = -np.inf, 0.0
 
@@ -148,40 +152,65 @@ class StreamSource:
         return float(self._library.local_clock())
 
     def read(self) -> Chunk | None:
-        """The samples of the last 10 ms or so."""
-        if self._ended:
-            return None
+        """The next samples that have come, at most 4096; where there are none, those of the next 10 ms or so."""
+        if not self._ended:
+            self._take()
+        return self._waiting.popleft() if self._waiting else None
+
+    def _take(self) -> None:
+        """Let all that has come wait, at least a chunk without samples."""
         notes: list[dict[str, Any]] = []
+        if self._broken:
+            self._return(notes)
+            return
         try:
-            if self.clock() - self._offset_at > 5:
-                self.offset = float(self._inlet.time_correction(timeout=2.0))
-                self._offset_at = self.clock()
-                notes.append({"event": "offset", "seconds": self.offset})
-            samples, times = self._inlet.pull_chunk(timeout=0.01, max_samples=4096)
-            if not len(times) and not self._asked and self.clock() - self._heard > min(3.0, self.patience / 2):
-                self._asked = True  # once: a connection may have died without a word
-                raise RuntimeError("no sample came for 3 s")
-        except (RuntimeError, TimeoutError) as error:
-            notes.append({"event": "lost", "reason": str(error)})
-            if not self._returned(notes):
-                return self._last(notes)
-            samples, times = np.zeros((0, len(self.ch_names)), np.float32), np.zeros(0)
-        arrived = self.clock()
-        if len(times):
-            self._heard, self._asked = arrived, False
-        elif arrived - self._heard > self.patience:
-            return self._last([*notes, {"event": "ended", "reason": f"no sample for {self.patience:g} s"}])
-        samples = np.array(samples.T)  # liblsl's buffer is used again
-        samples = samples if self._order is None else samples[self._order]
-        return Chunk(samples, np.array(times) + self.offset, arrived, self._read_markers(), tuple(notes))
+            self._correct(notes)
+            full = True
+            while full:
+                samples, times = self._inlet.pull_chunk(timeout=0.0 if self._waiting else 0.01, max_samples=4096)
+                full = len(times) == 4096
+                if len(times):
+                    self._heard, self._asked = self.clock(), False
+                    samples = np.array(samples.T)  # liblsl's buffer is used again
+                    self._put(samples if self._order is None else samples[self._order], times, notes)
+            silent = self.clock() - self._heard
+            if silent > self.patience:
+                self._end(notes, f"no sample for {self.patience:g} s")
+            elif silent > min(3.0, self.patience / 2) and not self._asked:
+                self._asked, self._broken = True, "silent"  # once: a connection may have died without a word
+                notes.append({"event": "lost", "reason": "no sample came for 3 s"})
+        except RuntimeError as error:
+            if not self._waiting:  # else that first: a connection that is lost stays so
+                self._broken = "lost"
+                notes.append({"event": "lost", "reason": str(error)})
+                self._put_none(notes, _held(self._inlet))
+        if notes or not self._waiting:
+            self._put_none(notes)
+
+    def _put_none(self, notes: list[dict[str, Any]], lost: int = 0) -> None:
+        self._put(np.zeros((len(self.ch_names), 0), np.float32), np.zeros(0), notes, lost)
+
+    def _put(self, samples: np.ndarray, times: np.ndarray, notes: list[dict[str, Any]], lost: int = 0) -> None:
+        """Let samples wait, and take the notes."""
+        markers = self._read_markers(notes)
+        self._waiting.append(Chunk(samples, times + self.offset, self.clock(), markers, tuple(notes), lost))
+        notes.clear()
+
+    def _correct(self, notes: list[dict[str, Any]]) -> None:
+        """Ask every 5 s how far the sender's clock is from this machine's."""
+        if self.clock() - self._offset_at <= 5:
+            return
+        told = {}
+        try:
+            self.offset = float(self._inlet.time_correction(timeout=2.0))
+        except TimeoutError:
+            told = {"reason": "the sender's clock did not answer within 2 s; what was known of it stands"}
+        self._offset_at = self.clock()
+        notes.append({"event": "offset", "seconds": self.offset} | told)
 
     def close(self) -> None:
         """Close the stream."""
         self._inlet.close_stream()
-
-    def _last(self, notes: list[dict[str, Any]]) -> Chunk:
-        self._ended = True
-        return Chunk(np.zeros((len(self.ch_names), 0)), np.zeros(0), self.clock(), (), tuple(notes))
 
     def _one(self, wanted: dict[str, str | None], timeout: float) -> Any:
         told = ", ".join(f"{key} {value}" for key, value in wanted.items() if value)
@@ -204,7 +233,8 @@ class StreamSource:
         inlet.open_stream(timeout=5.0)
         return inlet, inlet.get_sinfo(timeout=5.0)
 
-    def _returned(self, notes: list[dict[str, Any]]) -> bool:
+    def _return(self, notes: list[dict[str, Any]]) -> None:
+        """Wait for the stream."""
         until = self.clock() + self.patience
         while self.clock() < until:
             try:
@@ -216,6 +246,10 @@ class StreamSource:
                 if "choose one" in str(error):
                     raise
                 continue
+            if self._broken == "silent" and self._inlet.samples_available:  # no more; all that was sent came here
+                inlet.close_stream()
+                notes.append({"event": "returned", "source_id": info.source_id})
+                break
             names = [standard_name(name) for name in _channel_names(sinfo)]
             ours = [standard_name(name) for name in self.ch_names]
             if abs(info.sfreq - self.rate) > 1e-6 * self.rate or sorted(names) != sorted(ours):
@@ -229,17 +263,25 @@ class StreamSource:
             notes.append({"event": "returned", "source_id": info.source_id})
             if self._order is not None:
                 notes.append({"event": "order", "channels": names})
-            return True
-        notes.append({"event": "ended", "reason": f"it did not return within {self.patience:g} s"})
-        return False
+            break
+        else:
+            self._end(notes, f"it did not return within {self.patience:g} s")
+        self._broken = ""
+        self._put_none(notes)
 
-    def _read_markers(self) -> tuple[tuple[float, str], ...]:
+    def _end(self, notes: list[dict[str, Any]], reason: str) -> None:
+        notes.append({"event": "ended", "reason": reason})
+        self._ended = True
+
+    def _read_markers(self, notes: list[dict[str, Any]]) -> tuple[tuple[float, str], ...]:
         if self._markers is None:
             return ()
         inlet, sinfo = self._markers
         try:
             values, times = inlet.pull_chunk(timeout=0.0)
-        except RuntimeError:
+        except RuntimeError as error:
+            reason = f"{error} {_held(inlet)} markers that it held are lost; none will come"
+            notes.append({"event": "markers", "reason": reason})
             self._markers = None
             return ()
         if len(times) and isinstance(values, list):
@@ -252,6 +294,11 @@ class StreamSource:
             else:
                 texts = [" ".join(f"{value:g}" for value in row) for row in rows]
         return tuple((float(at) + self.offset, text) for at, text in zip(np.array(times), texts))
+
+
+def _held(inlet: Any) -> int:
+    """The samples that went with an inlet's lost connection; liblsl puts an empty one behind them."""
+    return max(0, inlet.samples_available - 1)
 
 
 def _channel_names(sinfo: Any) -> list[str]:
@@ -395,20 +442,24 @@ class Continuity:
     """Finds where the times of samples do not go on as the rate says.
 
     A step of more than `tolerance` seconds is a gap where as long has passed on this machine's clock, else a jump of
-    the sender's clock, at which no sample is missing.
+    the sender's clock, at which no sample is missing. The time of samples that are `lost` is no part of a step.
     """
 
     rate: float
     tolerance: float = 0.5
     _last: float | None = None
     _arrived: float = field(default=0.0)
+    _lost: int = field(default=0)
 
-    def push(self, times: np.ndarray, arrived: float) -> list[dict[str, Any]]:
+    def push(self, times: np.ndarray, arrived: float, lost: int = 0) -> list[dict[str, Any]]:
         """The breaks before samples of this chunk: `at` (index), `event` (gap or clock), `seconds`, `lost` samples."""
+        self._lost += lost
         if not len(times):
             return []
         before = np.concatenate([[times[0] - 1 / self.rate if self._last is None else self._last], times[:-1]])
         extra = times - before - 1 / self.rate
+        extra[0] -= 0.0 if self._last is None else self._lost / self.rate
+        self._lost = 0
         passed = arrived - self._arrived
         found = []
         for at in np.flatnonzero(np.abs(extra) > self.tolerance):

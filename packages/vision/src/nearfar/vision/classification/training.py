@@ -63,6 +63,8 @@ class Recipe:
     size: int = 224
     """Side of the training crop, and of the picture in evaluation."""
     epochs: int = 30
+    parts: int = 1
+    """Of an epoch: after each its state is saved and the validation pictures are scored, as after a whole one."""
     batch_size: int = 64
     accumulate: int = 1
     """Batches per step of the optimizer."""
@@ -147,11 +149,13 @@ class Recipe:
             value = getattr(self, field.name)
             if isinstance(value, str) != (field.type is str):
                 raise ValueError(f"{field.name} must be {'text' if field.type is str else 'a number'}, got {value!r}")
-        for name in ("size", "epochs", "batch_size", "accumulate"):
+        for name in ("size", "epochs", "parts", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.repeats and self.parts > 1:
+            raise ValueError(f"repeats is {self.repeats} and parts {self.parts}; repeats needs whole epochs (parts=1)")
         if self.clip_mode not in ("norm", "agc"):
             raise ValueError(f"clip_mode is {self.clip_mode!r}; allowed are norm and agc")
         if not 0 <= self.ema < 1:
@@ -231,7 +235,7 @@ class ClassifierModule(pl.LightningModule):
         model: nn.Module,
         recipe: Recipe,
         num_classes: int,
-        batches_per_epoch: int,
+        batches: int,
         teacher: nn.Module | None = None,
         weights: Tensor | None = None,
         multilabel: bool = False,
@@ -240,7 +244,7 @@ class ClassifierModule(pl.LightningModule):
         self.multilabel = multilabel
         self.register_buffer("weights", weights, persistent=False)
         self.model, self.recipe, self.num_classes = model, recipe, num_classes
-        self.batches, self.steps = batches_per_epoch, math.ceil(batches_per_epoch / recipe.accumulate)
+        self.batches, self.steps = (recipe.parts * n for n in (batches, math.ceil(batches / recipe.accumulate)))
         # a model that is shared out has its weights in parts and its buffers whole, which no one call averages
         options = {"decay": recipe.ema, "use_warmup": True, "foreach": not sharded()}
         self.average = ModelEmaV3(model, **options) if recipe.ema else None
@@ -276,11 +280,11 @@ class ClassifierModule(pl.LightningModule):
     def on_train_batch_start(self, _batch: Any, index: int) -> None:
         recipe = self.recipe
         if recipe.keep_rate is not None:
-            epoch = self.current_epoch + index / self.batches
+            epoch = self.current_epoch / recipe.parts + index / self.batches
             for model in (self.model, self.kept):
                 set_keep_rate(model, epoch, recipe.keep_rate, recipe.keep_warmup, recipe.keep_shrink)
         if recipe.reconstruction_epochs and index == 0:
-            train_predictors(self.model, self.current_epoch < recipe.reconstruction_epochs)
+            train_predictors(self.model, self.current_epoch < recipe.reconstruction_epochs * recipe.parts)
 
     def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
         x, target = batch
@@ -395,7 +399,7 @@ def train_classifier(
     show_progress: bool = False,
     **trainer_options: Any,
 ) -> tuple[Classifier, list[dict[str, float]]]:
-    """Train a classifier; returns it with its best weights and one row of metrics per epoch.
+    """Train a classifier; returns it with its best weights and one row of metrics per epoch, or part of one.
 
     `validation` chooses the epoch and must share no picture with `pictures`. `weights`: a checkpoint to start from, in
     a published layout for our models. `folder`: see `nearfar.core.training.train`; the classifier is saved there.
@@ -427,7 +431,7 @@ def train_classifier(
         module,
         loader,
         held,
-        epochs=recipe.epochs + recipe.cooldown_epochs,
+        epochs=(recipe.epochs + recipe.cooldown_epochs) * recipe.parts,
         monitor=monitor,
         seed=recipe.seed,
         folder=folder,
@@ -528,7 +532,7 @@ def loaders(
         sampler = RepeatAugSampler(data, world, rank, num_repeats=recipe.repeats, selected_round=0)
         loader = DataLoader(data, batch, sampler=sampler, **options)
     else:
-        loader = data_loader(data, batch, shuffle=True, seed=recipe.seed, **options)
+        loader = data_loader(data, batch, shuffle=True, seed=recipe.seed, parts=recipe.parts, **options)
     return loader, data_loader(held, batch, num_workers=num_workers)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from nearfar.core.checkpoints import load_state_dict
 from nearfar.core.errors import UserError
 from nearfar.core.fingerprint import content_digest
+from nearfar.core.processes import process_count
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.vision.restoration.adversarial import PerceptualLoss, UNetDiscriminator, logistic
 from nearfar.vision.restoration.degradation import Degradation, sharpened
@@ -29,9 +30,9 @@ from nearfar.vision.restoration.restorer import Restorer
 class Recipe:
     """Settings of a training: L1 loss, Adam with betas 0.9 and 0.99, patches flipped and turned.
 
-    An epoch is `steps` steps. `milestones`: steps at which the learning rate halves; without them it falls by a half
-    cosine. `average`: decay of the averaged weights that are kept, 0 for the last ones. `network`: constructor
-    arguments that take precedence over those of `model`.
+    An epoch is `steps` steps, each of `batch_size` patches in every process. `milestones`: steps at which the learning
+    rate halves; without them it falls by a half cosine. `average`: decay of the averaged weights that are kept, 0 for
+    the last ones. `network`: constructor arguments that take precedence over those of `model`.
 
     `degradation`: "bicubic", as the test sets were made, or "real", see `Degradation`. `sharpen`: learn from sharpened
     targets. `perceptual`: weight of the perceptual loss, which needs VGG19's weights. `adversarial`: weight of the
@@ -206,7 +207,8 @@ def train_restorer(
     model = create_restorer(recipe.model, **recipe.network)
     if weights is not None:
         start_from(model, weights)
-    patches = Patches(pictures, model.scale, recipe.patch_size, recipe.steps * recipe.batch_size)
+    number = recipe.steps * recipe.batch_size * process_count()
+    patches = Patches(pictures, model.scale, recipe.patch_size, number)
     if recipe.adversarial and recipe.patch_size * model.scale % 8:
         raise UserError(
             f"patch_size {recipe.patch_size} at scale {model.scale}: the discriminator takes multiples of 8"
