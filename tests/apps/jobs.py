@@ -239,7 +239,8 @@ JOBS = {
         ("--folds", "2"),
         lambda data, out: [
             ["medical-segmentation", "predict", str(data / "images"), "--model", str(out), "-o", str(out / "labels")],
-            ["medical-segmentation", "evaluate", str(out / "labels"), str(data), "-o", str(out / "scores")],
+            ["medical-segmentation", "evaluate", str(out / "labels"), str(data), "--held-out", "-o",
+             str(out / "scores")],
         ],
     ),
     "region-classification": Job(

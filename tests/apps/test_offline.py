@@ -67,12 +67,10 @@ def run_blocked(commands: list[list[str]], folder: Path) -> list[tuple[int, list
     return [(status, asked, process.stderr) for status, asked, *_ in rows]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "names",
-    [
-        pytest.param(QUICK, id="quick", marks=pytest.mark.ci),
-        *(pytest.param((n,), id=n, marks=pytest.mark.slow) for n in JOBS),
-    ],
+    [pytest.param(QUICK, id="quick"), *(pytest.param((n,), id=n) for n in JOBS if n not in QUICK)],
 )
 def test_training_and_use_ask_for_no_connection(names, tmp_path):
     commands = []
