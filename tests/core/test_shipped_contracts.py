@@ -49,10 +49,13 @@ def mutants(value: Any) -> list[Any]:
     if isinstance(value, int | float):
         return [1 if value == -1 else 2 * value + 1]
     if isinstance(value, list):
-        swapped = [[*value[:i], mutants(value[i])[0], *value[i + 1 :]] for i in {0, len(value) - 1} if value]
-        return [*swapped, value[:-1]]
+        ends = {0, len(value) - 1} if value else ()
+        # 1, since a dilation beyond the map is as good as another
+        least = lambda inner: [1] if isinstance(inner, int) and inner > 1 else mutants(inner)[:1]  # noqa: E731
+        swapped = [[*value[:i], other, *value[i + 1 :]] for i in ends for other in least(value[i])]
+        return [*swapped, *([value[:-1]] if value else [])]
     if isinstance(value, dict):
-        return [{**value, name: mutants(inner)[0]} for name, inner in value.items()]
+        return [{**value, name: other} for name, inner in value.items() for other in mutants(inner)[:1]]
     if isinstance(value, str):  # another text, and another eps in it; sentences may stand
         prose, eps = len(value.split()) >= 4, re.sub(r"\beps \S+", "eps 0.1", value)
         return [*([] if prose else ["mutated"]), *([eps] if eps != value else [])]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nearfar.core.checkpoints import loaded
 from nearfar.core.contracts import Contract
 from nearfar.core.errors import UserError
+from nearfar.language.configuration import MixerConfig
 from nearfar.language.contracts.tcnca import Logits
 from nearfar.language.layouts import attention_residuals as layout
 from nearfar.language.layouts.attention_residuals import CARD as CARD
@@ -27,6 +28,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     settings, state = contract.settings, contract.state()
     if any(name.startswith("model.layers.") for name in state):
         model = MixerForCausalLM.translated(layout, state, settings)
+        require_model(contract, model.config)
         run = re.findall(r"\d+", str(settings.get("run", "")))
         return Logits(model, prefill=int(run[0]) if run else None)
     if "query" in state:
@@ -52,6 +54,38 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
         ours = layout.below(layout.layer_state({f"mlp.{n}": v for n, v in mlp.items()}), "state_mixer.")
         return loaded(build(choice, STATE_MIXERS, "mixer", dim=dim), ours)
     raise UserError(f"{contract.path}: no operator of attention residuals has the tensors {', '.join(list(state)[:6])}")
+
+
+def require_model(contract: Contract, config: MixerConfig) -> None:
+    """Hold the settings of a whole model against what its tensors tell."""
+    first = {choice["type"]: choice for choice in reversed([*config.mixers, *config.state_mixer])}
+    rotary, latent, kda = (first.get(kind, {}) for kind in ("rotary-attention", "latent-attention", "kda"))
+    glu, experts = first.get("glu", {}), first.get("experts", {})
+    block = None if isinstance(config.residual, str) else config.residual["block_size"]
+    contract.require(
+        vocab=config.vocab_size,
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        sublayers=2 * config.num_hidden_layers,
+        heads=(rotary or latent).get("num_heads"),
+        kv_heads=rotary.get("num_kv_heads"),
+        head_dim=rotary.get("head_dim"),
+        intermediate=glu.get("hidden"),
+        dense_intermediate=glu.get("hidden"),
+        moe_intermediate=experts.get("hidden"),
+        experts=experts.get("num_experts"),
+        shared_experts=experts.get("shared"),
+        kv_lora_rank=latent.get("rank"),
+        qk_nope_head_dim=latent.get("head_dim"),
+        qk_rope_head_dim=latent.get("shared_dim"),
+        v_head_dim=latent.get("value_dim"),
+        kda_heads=kda.get("num_heads"),
+        kda_head_dim=kda.get("head_dim"),
+        conv_kernel=kda.get("conv_size"),
+        attnres_block_size_in_sublayers=block,
+    )
+    mode = "none.*" if block is None else "full" if block == 1 else "block"
+    contract.require_text(mode=mode, mlp="SwiGLU.*", rope=r"half-split, base [\d.]+")
 
 
 def require_mixer(contract: Contract, choice: Mapping[str, Any], dim: int) -> None:

@@ -5,6 +5,7 @@ of its first release (separate convolutions, numbered experts), and with the nam
 """
 
 import re
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any
 
@@ -201,7 +202,7 @@ def translate(
         vocab_size=vocabulary,
         hidden_size=dim,
         num_hidden_layers=number,
-        mixers=[mixer(below(layer, "self_attn."), {"rmsnorm_eps": eps} | dict(settings)) for layer in own],
+        mixers=[mixer(below(layer, "self_attn."), ChainMap({"rmsnorm_eps": eps}, settings)) for layer in own],
         state_mixer=[state_mixer(below(layer, "mlp."), settings) for layer in own],
         residual=residual,
         norm="rmsnorm",

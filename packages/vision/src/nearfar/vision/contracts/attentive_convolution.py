@@ -86,6 +86,8 @@ def sit_contract(contract: Contract, activation: str | None) -> Callable[..., An
         "hybrid": "hybrid|attention in blocks 1,3.*atconv in.* 2,4.*",
     }
     contract.require_text(token_mixer=mixed[found["mixer"]])
+    if found["mixer"] == "atconv":
+        contract.document("heads")  # only attention has any
     contract.require(
         latent_size=contract.inputs[0]["shape"][-1],
         patch=found["patch_size"],

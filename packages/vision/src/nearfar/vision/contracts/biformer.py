@@ -44,6 +44,8 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     if "regions_per_side" in settings:
         given["regions"] = settings["regions_per_side"]
     if "topk" in settings:
+        if strange := [k for k in settings["topk"] if isinstance(k, str) and k != "full attention"]:
+            raise UserError(f"{contract.path}: topk has {strange}; a stage has a number or full attention")
         given["topks"] = [k if isinstance(k, int) and k > 0 else 0 for k in settings["topk"]]
     if "heads" in settings:
         given["num_heads"] = settings["heads"]

@@ -134,8 +134,9 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
     aggregations = set(ordered(3))
     if "aggregation" in settings and set(settings["aggregation"]) != aggregations:
         raise UserError(f"{contract.path}: aggregation is {settings['aggregation']}; its outputs have {aggregations}")
-    if "virtual_identity" in settings and set(settings["virtual_identity"]) - set(ordered(2)):
-        raise UserError(f"{contract.path}: virtual_identity names more than its outputs have")
+    if "virtual_identity" in settings and set(settings["virtual_identity"]) != (identities := set(ordered(2))):
+        told = settings["virtual_identity"]
+        raise UserError(f"{contract.path}: virtual_identity is {told}; its outputs have {identities}")
     if "output_keys" in settings:
         keys = settings["output_keys"]
         listed = [str(key).removeprefix("out.") for key in (keys if isinstance(keys, list) else [])]
