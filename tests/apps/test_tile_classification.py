@@ -156,6 +156,12 @@ def test_slides_and_tiles_go_on_past_what_is_bad(data: Path, model: Path, tmp_pa
     with pytest.raises(BatchError, match="6 of 8 failed"):
         call(*command)
     assert (out / "good_heatmap.png").stat().st_mtime_ns == written, "what is done is not done again"
+    (slides / "good.tif").write_bytes(cut[: end - 10])
+    with pytest.raises(BatchError, match=r"good\.tif: "):
+        call("predict", model, slides / "good.tif", slides / "broken.tif", "-o", out, "--device", "cpu")
+    with (out / "slides.csv").open(newline="") as stream:
+        assert [Path(r["slide"]).name for r in csv.DictReader(stream)] == ["broken.tif"], "no older answer is told"
+    write_slide(slides / "good.tif", pixels, **known)
     answers = json.loads(call("predict", model, slides / "scale.tif", "-o", out / "s", "--mpp", 0.5, "--json"))
     assert [answers["slides"][0][k] for k in ("tiles", "broken")] == [8, 0]
     (bounded,) = json.loads(call("predict", model, slides / "good.tif", "-o", out / "m", "--memory", "300M", "--json"))[
@@ -258,6 +264,11 @@ def test_comparison_says_who_wins(data: Path, tmp_path: Path) -> None:
     assert best["items"] == other["items"] == 48
     assert found["paired"][0]["items"] == 16
     assert best["network"] in (tmp_path / "index.html").read_text()
+    with pytest.raises(UserError, match="settings are for network=duoformer, which is not among"):
+        call(
+            *("compare", data, "-o", tmp_path / "no", "--network", "resnet10t", "--network", "test_resnet"),
+            *("--set", "network=duoformer", "--set", settings),
+        )
 
 
 @pytest.mark.slow

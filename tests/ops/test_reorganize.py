@@ -1,10 +1,12 @@
 """Token reorganization: the oracle goes over tokens; the trail puts every token back."""
 
+import inspect
 import math
 
 import pytest
 import torch
 
+from nearfar.ops.common.ranking import ranked
 from nearfar.ops.tokens.reorganize import TokenTrail, keep_count, received_scores, reorganize, summary_scores
 
 
@@ -83,3 +85,42 @@ def test_all_kept_is_the_same_tensor():
     assert y is x
     assert kept.tolist() == [[0, 1, 2, 3]] * 2
     assert rest.shape == (2, 0)
+
+
+def test_equal_entries_keep_their_order_exported_or_not():
+    x = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0, 1.0]]).repeat(2, 1)
+    want = torch.tensor([[1, 2, 4, 3, 0, 5]]).repeat(2, 1)
+    assert torch.equal(ranked(x), want)
+
+    class Ranked(torch.nn.Module):
+        def forward(self, x):
+            return ranked(x)
+
+    program = torch.export.export(Ranked(), (x,))
+    assert "topk" in str(program.graph)
+    distinct = torch.rand(2, 6)
+    assert torch.equal(program.module()(distinct), ranked(distinct))
+
+
+def test_counts_of_a_free_number_of_tokens():
+    """While exporting in whole numbers, equal to those of float64 or refused."""
+    count = inspect.unwrap(keep_count)  # the run-time checks know no symbolic sizes
+
+    class Kept(torch.nn.Module):
+        def __init__(self, keep):
+            super().__init__()
+            self.keep = keep
+
+        def forward(self, x):
+            return x[:, : count(self.keep, x.shape[1])]
+
+    def exported(keep):
+        return torch.export.export(
+            Kept(keep), (torch.rand(1, 50),), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},), strict=False
+        ).module()
+
+    program = exported(0.7)
+    for n in (10, 49, 180, 196):
+        assert program(torch.rand(1, n)).shape[1] == keep_count(0.7, n)
+    with pytest.raises(ValueError, match=r"keep is 0\.07: rounding makes its counts irregular"):
+        exported(0.07)

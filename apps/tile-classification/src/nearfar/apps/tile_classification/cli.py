@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -252,6 +253,9 @@ def predict(
     options = {"how": aggregate, "least": tissue, "tile": tile, "mpp": mpp}
     kept = KeptRows(output / "tiles.csv", of_model, device=device)
 
+    def made_from(path: Path, base: Path) -> MadeFrom:
+        return MadeFrom(base.with_name(f"{base.name}.json"), [path], of_model, **options)
+
     def tiles_of(some_jobs: Sequence[tuple[Path, Path]]) -> list[list[float]]:
         if any(is_slide(path) for path, _ in some_jobs):
             raise UserError("slides are done one by one")
@@ -268,7 +272,7 @@ def predict(
             return tiles_of([job])[0]
         if bases[base] > 1:
             raise UserError(f"{path}: another input has its name; give each an output of its own")
-        made = MadeFrom(base.with_name(f"{base.name}.json"), [path], of_model, **options)
+        made = made_from(path, base)
         if made.done() and all(file.exists() for file in slide_files(base)):
             row = read_json(made.target, "a slide's answer")
         else:
@@ -305,15 +309,15 @@ def predict(
         write_csv(output / "tiles.csv", tile_rows)
     slide_rows = []
     for path, base in jobs:
-        target = base.with_name(f"{base.name}.json")
-        if (
-            path not in known
-            and target.exists()
-            and (row := read_json(target, "a slide's answer"))["slide"] == str(path)
-        ):
-            seen = mark(once().trained_on.seen([content_digest(path)], [base.name]))
-            row = {name: value for name, value in row.items() if name not in ("note", "first broken")}
-            slide_rows.append(row | {"marked": seen, "heat map": str(slide_files(base)[1])})
+        if path in known or bases[base] > 1 or not is_slide(path):
+            continue
+        made = made_from(path, base)
+        with suppress(UserError):  # another's answer, or one changed by hand: among the failures
+            if made.done():  # an older answer of another model or slide is none
+                row = read_json(made.target, "a slide's answer")
+                row = {name: value for name, value in row.items() if name not in ("note", "first broken")}
+                seen = mark(once().trained_on.seen([content_digest(path)], [base.name]))
+                slide_rows.append(row | {"marked": seen, "heat map": str(slide_files(base)[1])})
     if slide_rows:
         write_csv(output / "slides.csv", slide_rows)
     if as_json:

@@ -30,18 +30,20 @@ def compare_networks(
     """Train each network of the recipe, in all folds, and score every tile by the model that has not seen its slide.
 
     Returns a row of scores per network, the best balanced accuracy of tiles first, and a row per other network of its
-    difference to that one: of the share of a slide's tiles that are named rightly, paired over the slides, with p
-    corrected by Holm. All see as many tiles in as many steps; seconds are told and not made equal. `networks` are names
-    of `create_tile_network`; the recipe's `settings` go to those of its own network's kind alone. Writes
-    comparison.csv and comparison.json to `folder`, and the models to folders in it.
+    difference to that one: of the share of a slide's tiles that are named rightly, paired over the slides (patients,
+    where they are known), with p corrected by Holm. All see as many tiles in as many steps; seconds are told and not
+    made equal. `networks` are names of `create_tile_network`; the recipe's `settings` go to its own network alone,
+    which must be one of them. Writes comparison.csv and comparison.json to `folder`, and the models to folders in it.
     """
     if len(set(networks)) < 2 or len(set(networks)) < len(networks):
         raise UserError(f"to compare are at least two networks, each once; got {', '.join(networks) or 'none'}")
+    if recipe.settings and recipe.network not in networks:
+        raise UserError(f"settings are for network={recipe.network}, which is not among {', '.join(networks)}")
     folder, classes = Path(folder), sorted({tile.label for tile in tiles})
     parts = split_by_slide(tiles, folds, recipe.seed)
     place = {tile.path: i for i, tile in enumerate(tiles)}
     rows, right = [], {}
-    slides = sorted({tile.slide for tile in tiles})
+    groups = sorted({tile.group for tile in tiles})
     for name in networks:
         scores, seconds, parameters = np.full((len(tiles), len(classes)), np.nan), 0.0, 0
         own = dataclasses.replace(recipe, network=name, settings=recipe.settings if name == recipe.network else {})
@@ -59,7 +61,7 @@ def compare_networks(
         row = {"network": name, "parameters (M)": parameters / 1e6, "training (s)": seconds, **of_tiles}
         rows.append(row | ({"slide accuracy": of_slides[0]["accuracy"]} if of_slides else {}))
         hit = scores.argmax(1) == [classes.index(tile.label) for tile in tiles]
-        right[name] = [np.mean([h for h, tile in zip(hit, tiles, strict=True) if tile.slide == s]) for s in slides]
+        right[name] = [np.mean([h for h, tile in zip(hit, tiles, strict=True) if tile.group == g]) for g in groups]
     rows.sort(key=lambda row: -row["balanced"])
     best = rows[0]["network"]
     paired = [
