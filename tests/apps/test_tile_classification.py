@@ -182,6 +182,9 @@ def test_whole_slides_with_labels_are_scored(model: Path, tmp_path: Path) -> Non
     (tmp_path / "slides.csv").write_text("\n".join(lines))
     (row,) = json.loads(call("evaluate", model, tmp_path / "slides.csv", "--memory", "400M", "--json"))
     assert (row["of"], row["items"], row["accuracy"], row["AUC"]) == ("slides", 7, 1, 1)
+    (tmp_path / "labels.csv").write_text("slide,class\nw0,across\n")
+    with pytest.raises(UserError, match="--slide-labels: the files of"):
+        call("evaluate", model, tmp_path / "slides.csv", "--slide-labels", tmp_path / "labels.csv")
     Image.fromarray(np.full((64, 128, 3), 243, np.uint8)).save(tmp_path / "w6.tif")
     with pytest.raises(UserError, match="names 6 slides and 1 tiles"):
         call("evaluate", model, tmp_path / "slides.csv")
@@ -231,6 +234,15 @@ def test_tables_patients_and_unreadable_tiles(data: Path, model: Path, tmp_path:
     other.write_text("\n".join(lines) + "\n")
     rows = json.loads(call("evaluate", model, other, "--json"))
     assert rows[0]["accuracy"] == 1
+    twice = tmp_path / "twice.csv"
+    twice.write_text("slide,class\nnew0,across\nnew0,down\n")
+    with pytest.raises(UserError, match=r"twice\.csv: slide new0 has class across and down"):
+        call("evaluate", model, other, "--slide-labels", twice)
+    with pytest.raises(UserError, match="are for whole slides"):
+        call("evaluate", model, other, "--mpp", 0.5)
+    twice.write_text("slide,patient\nnew0,a\nnew0,b\n")
+    with pytest.raises(UserError, match=r"twice\.csv: slide new0 has patient a and b"):
+        call("evaluate", model, data, "--patients", twice)
     (tmp_path / "0.png").write_bytes(b"")
     with pytest.raises(BatchError, match=r"1 of 12 failed:\s+.*0\.png: cannot be read as a tile"):
         call("evaluate", model, other, "-o", tmp_path / "scores")

@@ -40,7 +40,7 @@ from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
 from nearfar.core.workers import Once
 from nearfar.medical.data.slides import OTHERS, TIFFS, is_slide, open_slide
-from nearfar.medical.data.tiles import READABLE, find_tiles, read_table, read_tile, split_by_slide, table_of
+from nearfar.medical.data.tiles import READABLE, find_tiles, read_pairs, read_tile, split_by_slide, table_of
 from nearfar.medical.histology import RECIPES
 from nearfar.medical.histology.classifier import TileClassifier, TileRecipe, network_names
 from nearfar.medical.histology.comparison import compare_networks, verdict
@@ -412,9 +412,11 @@ def evaluate(
         tiles = left
     labels = None
     if slide_labels is not None:
-        labels = {row["slide"]: row["class"] for row in read_table(slide_labels, ("slide", "class"))}
+        labels = read_pairs(slide_labels, ("slide", "class"))
     wholes = [is_slide(tile.path) for tile in tiles]
     if all(wholes):
+        if labels is not None:
+            raise UserError(f"--slide-labels: the files of {data} are slides, each with its class there")
         scores, failures = classify_slides(
             trained, tiles, lambda slides: track(slides, "classifying"), how=aggregate, least=tissue, tile=tile,
             mpp=mpp, device=device, batch=batch_for(trained, None if memory is None else parse_memory(memory), device),
@@ -423,6 +425,8 @@ def evaluate(
     elif any(wholes):
         raise UserError(f"{data}: names {sum(wholes)} slides and {len(tiles) - sum(wholes)} tiles; score them apart")
     else:
+        if tile is not None or mpp is not None or memory is not None:
+            raise UserError(f"--tile, --mpp and --memory are for whole slides; {data} names tiles")
         scores, failures = classify_tiles(trained, tiles, device, track=lambda starts: track(starts, "classifying"))
         rows, note = score_tiles(scores, tiles, trained.classes, aggregate, labels)
     marked = mark([tile.slide in seen for tile in tiles])

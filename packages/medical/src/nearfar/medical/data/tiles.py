@@ -120,15 +120,24 @@ def read_table(table: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
+def read_pairs(table: Path, columns: tuple[str, str]) -> dict[str, str]:
+    """What the second column of a CSV file says of the first. Raises UserError where it says two things of one."""
+    first, second = columns
+    pairs: dict[str, str] = {}
+    for row in read_table(table, columns):
+        if pairs.setdefault(row[first], row[second]) != row[second]:
+            raise UserError(f"{table}: {first} {row[first]} has {second} {pairs[row[first]]} and {row[second]}")
+    return pairs
+
+
 def _teller(text: str, columns: tuple[str, str], what: str) -> Callable[[str], str]:
     """A function from a name to what a pattern, or a CSV file of two columns, says of it."""
     if Path(text).is_file():
-        first, second = columns
-        known = {row[first]: row[second] for row in read_table(Path(text), columns)}
+        known = read_pairs(Path(text), columns)
 
         def look(name: str) -> str:
             if not known.get(name):
-                raise UserError(f"{text}: names no {second} of the {what} {name}")
+                raise UserError(f"{text}: names no {columns[1]} of the {what} {name}")
             return known[name]
 
         return look
