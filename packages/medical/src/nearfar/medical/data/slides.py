@@ -2,6 +2,7 @@
 
 import io
 import re
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property
@@ -33,7 +34,7 @@ ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 """A JPEG segment that says: three channels are red, green, blue."""
 
 
-class Slide:
+class Slide(ABC):
     """A slide of several resolutions, read piece by piece; memory is that of the pieces.
 
     `levels`: (height, width) of each resolution, finest first. `mpp`: microns per pixel of the finest, None where the
@@ -50,16 +51,16 @@ class Slide:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    @abstractmethod
     def close(self) -> None:
         """Close the file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, top: int, left: int, height: int, width: int, level: int = 0) -> np.ndarray:
         """A region (height, width, 3) uint8 of a level, in its own pixels; white beyond its edge.
 
         Raises UserError for a part that cannot be decoded.
         """
-        raise NotImplementedError
 
     def thumbnail(self, largest: int = 2048) -> np.ndarray:
         """The whole slide with at most `largest` pixels a side, by the finest level that fits and can be read.
