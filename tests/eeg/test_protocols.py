@@ -72,8 +72,12 @@ def options_of(name, shape):
     return {"folds": min(3, shape["subjects"])} if name in ("subject-folds", "within-session") else {}
 
 
+FORWARD = {"successive-runs", "first-run"}
+"""Protocols that never test the first run, and learn from single ones."""
+
+
 @settings(deadline=None, max_examples=15)
-@given(sizes, st.sampled_from(sorted(PROTOCOLS)), st.booleans())
+@given(sizes, st.sampled_from(sorted(set(PROTOCOLS) - FORWARD)), st.booleans())
 def test_every_trial_is_tested_once_and_nothing_leaks(shape, name, published):
     metadata, y = table(**shape)
     splits = list(PROTOCOLS[name](metadata, y, seed=1, published=published, **options_of(name, shape)))
@@ -178,6 +182,27 @@ def test_fine_tuning_starts_from_other_subjects_and_can_have_few_trials(folds):
         )
         tuning = np.concatenate([split.train, split.validation])
         assert np.bincount(y[tuning]).tolist() == [4, 4]
+
+
+@settings(deadline=None, max_examples=5)
+@given(sizes, st.sampled_from(sorted(FORWARD)), st.booleans(), st.integers(1, 2))
+def test_a_run_is_decoded_by_what_came_before_it(shape, name, published, calibration):
+    metadata, y = table(**shape)
+    place = metadata["session"].astype(int).to_numpy() * 2 + metadata["run"].astype(int).to_numpy() - 8
+    subject = metadata["subject"].to_numpy()
+    splits = list(PROTOCOLS[name](metadata, y, published=published, calibration=calibration))
+    assert sorted(np.concatenate([split.test for split in splits])) == list(np.flatnonzero(place >= calibration))
+    for split in splits:
+        check_split(split, metadata, trial_seconds=SECONDS)
+        assert (set(subject[split.test]), len(set(place[split.test]))) == ({subject[split.test[0]]}, 1)
+        number, whole = place[split.test[0]], split.joined()
+        learnt = whole.train if published else np.concatenate([whole.train, whole.validation])
+        upto = number if name == "successive-runs" else calibration
+        assert set(learnt) == set(np.flatnonzero((subject == subject[split.test[0]]) & (place < upto)))
+        assert len(learnt) == len(set(learnt))
+        assert split.continues == (split.start is not None) == (name == "successive-runs" and number > calibration)
+        if split.start is not None:
+            assert place[split.start.train].max() < calibration <= place[split.train].min()
 
 
 def test_protocols_that_need_more_subjects_or_sessions_say_so():
@@ -439,6 +464,21 @@ def test_fine_tuning_pretrains_once_per_subject_and_tunes_a_copy():
     assert [kind for kind, *_ in Spy.log] == ["fit", "test"] * 6  # no tuning: the subject's own trials alone
     subject = metadata["subject"].to_numpy()
     assert all(len(set(subject[rows])) == 1 for _, rows, _ in Spy.log)
+
+
+def test_successive_runs_tune_or_fit_on_all_that_came_before():
+    metadata, y = table(subjects=1)  # two sessions of two runs
+    Spy.log = []
+    evaluate({"spy": lambda seed: SelectingSpy()}, numbered(y, metadata), y, metadata, "successive-runs", sfreq=10)
+    assert [kind for kind, *_ in Spy.log] == ["fit", "test", "fit", "tune", "test", "tune", "test"]
+    Spy.log = []
+    run = evaluate({"spy": lambda seed: Spy()}, numbered(y, metadata), y, metadata, "successive-runs", sfreq=10)
+    assert [kind for kind, *_ in Spy.log] == ["fit", "test"] * 3
+    assert [len(rows) for kind, rows, _ in Spy.log if kind == "fit"] == [10, 20, 30]
+    assert run.rows["session"].tolist() == ["0", "1"]
+    metadata, y = table(subjects=1, sessions=1, runs=1)
+    with pytest.raises(UserError, match="one run"):
+        evaluate({"spy": lambda seed: Spy()}, numbered(y, metadata), y, metadata, "successive-runs", sfreq=10)
 
 
 @pytest.fixture(scope="module")

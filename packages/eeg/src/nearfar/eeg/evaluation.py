@@ -116,8 +116,8 @@ def evaluate(
     An estimator has `fit(X, y)` and `predict_proba(X)`, as in scikit-learn. One with `uses_validation = True` is fitted
     with `fit(X, y, X_val=..., y_val=...)` (and `monitor=(X_test, y_test)` under a published protocol); others do not
     select anything and are fitted on training and validation trials together. In a fine-tuning protocol an estimator
-    with `fine_tune`, called like `fit`, is first fitted on the other subjects; one without sees the subject's own
-    trials only.
+    with `fine_tune`, called like `fit`, is first fitted on the split's start (other subjects, or the subject's first
+    runs); one without sees the subject's own trials only, all that the split allows.
 
     A fit that raises counts as chance (accuracy 1 / classes, kappa 0) and is told in `failure`, as is a subject that
     the protocol cannot test; if an estimator fails everywhere, its last error is raised.
@@ -152,7 +152,7 @@ def evaluate(
         (repeat, split) for repeat, seed in enumerate(seeds) for split in protocol(metadata, y, seed=seed, **options)
     ]
     if not splits:
-        raise UserError("the protocol finds nothing to test: every subject has one session only")
+        raise UserError("the protocol finds nothing to test: every subject has one session only, or one run")
     digests, treated, seconds = trial_digests(X), treatments(X, metadata), X.shape[-1] / sfreq
     for _, split in splits:
         check_split(split, metadata, trial_seconds=seconds, digests=digests, treated=treated, fitted=fitted)
@@ -226,7 +226,8 @@ class _Fits:
         """`probabilities` of the test trials, `seconds`, and the training `history` (may be empty)."""
         if self.folder is None:
             return self.fit(name, split, seed)
-        digest = hashlib.blake2b(f"{self.codes[name]} {seed} {split.published}".encode(), digest_size=16)
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(f"{self.codes[name]} {seed} {split.published} {split.continues}".encode())
         for stage in (split, split.start):
             for rows in () if stage is None else (stage.train, stage.validation, stage.test):
                 digest.update(f"{len(rows)} ".encode() + b"".join(self.contents[row] for row in rows))
@@ -251,6 +252,8 @@ class _Fits:
                 self.learn(estimator, "fit", split.start, X)
                 self.started[name] = (key, estimator)
             estimator, method = copy.deepcopy(self.started[name][1]), "fine_tune"
+        elif split.continues:
+            split = split.joined()
         self.learn(estimator, method, split, X)
         given = np.asarray(estimator.predict_proba(X[split.test]), float)
         known = np.asarray(getattr(estimator, "classes_", np.arange(self.n_classes)), int)
@@ -341,5 +344,5 @@ def _missed_rows(rows: pd.DataFrame, subjects: Sequence[Any], n_classes: int) ->
         "sma20": float("nan"),
         "seconds": 0.0,
     }
-    blank |= {"failure": "not tested: the protocol needs another session of this subject"}
+    blank |= {"failure": "not tested: the protocol needs another session or run of this subject"}
     return models.merge(pd.DataFrame({"subject": list(subjects)}), how="cross").assign(**blank)[rows.columns]

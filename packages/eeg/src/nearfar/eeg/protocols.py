@@ -10,7 +10,8 @@ every result row from them, are named `published ... (test-set selection)`.
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class Split:
         apart: metadata columns whose combined values may not stand on both sides; empty where only trials must differ.
         unit: metadata columns whose combined values make one row of the results.
         start: for fine-tuning, the split that the model to be tuned is trained on.
+        continues: `start` holds the subject's own earlier trials: what cannot be tuned is fitted on both.
     """
 
     protocol: str
@@ -45,6 +47,15 @@ class Split:
     apart: tuple[str, ...]
     unit: tuple[str, ...]
     start: "Split | None" = None
+    continues: bool = False
+
+    def joined(self) -> "Split":
+        """Its start and itself as one split, for an estimator that cannot be tuned."""
+        if self.start is None:
+            return self
+        train = np.concatenate([self.start.train, self.train])
+        validation = self.validation if self.published else np.concatenate([self.start.validation, self.validation])
+        return replace(self, train=train, validation=validation, start=None)
 
     @property
     def published(self) -> bool:
@@ -190,12 +201,55 @@ def fine_tuned(
             yield Split(name, own.held_out, own.train, own.validation, own.test, apart, apart, start)
 
 
+def successive_runs(
+    metadata: pd.DataFrame,
+    y: np.ndarray,
+    *,
+    seed: int = 0,
+    calibration: int = 1,
+    adapt: bool = True,
+    validation: float = 0.2,
+    published: bool = False,
+) -> Iterator[Split]:
+    """Each run of a subject by a model of the runs before it, as a laboratory goes on from run to run.
+
+    The model of the first runs decodes the next one; before each later run it is adapted to those that were decoded
+    since, whose classes are known by then. A model that cannot be tuned is fitted anew on all runs so far.
+
+    Args:
+        calibration: so many first runs train the model and are not tested.
+        adapt: without it, the model of the first runs decodes all later ones.
+        validation: share of the trials of each class, the latest.
+        seed: changes nothing here.
+    """
+    name = _name("successive-runs" if adapt else "first-run", published)
+    apart, unit = ("subject", "session", "run"), ("subject", "session")
+    for (subject,), rows in _groups(metadata, "subject"):
+        rows = _in_time(metadata, rows)
+        keys = metadata[["session", "run"]].iloc[rows]
+        order = keys.groupby(["session", "run"], sort=False).ngroup().to_numpy()
+        runs = [rows[order == number] for number in range(order.max() + 1)]
+        first = np.concatenate(runs[:calibration])
+        for number in range(calibration, len(runs)):
+            test, since = runs[number], runs[calibration:number] if adapt else []
+            session, run = metadata[["session", "run"]].iloc[test[0]]
+            held_out = f"subject {subject}, session {session}, run {run}"
+            stages: list[Split] = []
+            for learn in (first, np.concatenate(since)) if since else (first,):
+                parts = (learn, test) if published else _latest(metadata, y, learn, validation)
+                start = stages[0] if stages else None
+                stages.append(Split(name, held_out, *parts, test, apart, unit, start, start is not None))
+            yield stages[-1]
+
+
 PROTOCOLS: dict[str, Callable[..., Iterator[Split]]] = {
     "within-session": within_session,
     "cross-session": cross_session,
     "leave-one-subject-out": leave_one_subject_out,
     "subject-folds": subject_folds,
     "fine-tuned": fine_tuned,
+    "successive-runs": successive_runs,
+    "first-run": partial(successive_runs, adapt=False),
 }
 
 
