@@ -170,6 +170,33 @@ class PictureTester:
         """Multiply-accumulates that the published order of computation needs and ours does not."""
         return 0
 
+    @pytest.mark.slow
+    def test_shapes_and_gradients_of_every_variant(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Maps are as `feature_info` tells, a pooled vector as wide as told, and the loss reaches every parameter."""
+        without_shape_checks(monkeypatch)
+        for name in self.variants():
+            size = VARIANTS[name].weights[0].size
+            with torch.device("meta"):
+                x = torch.empty(2, VARIANTS[name].settings.get("in_chans", 3), size, size)
+                model = timm.create_model(name)
+                outputs = model(x)
+                sum(y.sum() for y in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+                left = [key for key, parameter in model.named_parameters() if parameter.grad is None]
+                assert all(self.untouched(key) or key.startswith("aux_head.") for key in left), (name, left)
+                with torch.no_grad():
+                    pyramid = timm.create_model(name, features_only=True).eval()
+                    told = list(zip(pyramid.feature_info.channels(), pyramid.feature_info.reduction()))
+                    self.check_maps(pyramid(x), told, size)
+                    final, levels = model.eval().forward_intermediates(x)
+                    assert final.shape == model.forward_features(x).shape
+                    self.check_maps(levels, [(info["num_chs"], info["reduction"]) for info in model.feature_info], size)
+                    model.reset_classifier(0)
+                    assert model(x).shape == (2, model.head_hidden_size)
+
+    def check_maps(self, maps: Sequence[torch.Tensor], told: Sequence[tuple[int, int]], size: int) -> None:
+        for feature, (channels, stride) in zip(maps, told, strict=True):
+            assert feature.shape == (2, channels, -(-size // stride), -(-size // stride))
+
     @torch.no_grad()
     def test_any_input(self) -> None:
         for channels in (1, 5):
