@@ -40,6 +40,11 @@ class OneSize(nn.Module):
         return self.fc(x.mean((2, 3))) * (1 + x.shape[3] // 100)
 
 
+class Mean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(2)
+
+
 def test_onnx_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.vision.base import without_shape_checks
 
@@ -71,6 +76,16 @@ def test_program_of_torch_export_and_refusals(tmp_path: Path) -> None:
         export_classifier(classifier(), tmp_path / "model.tflite")
     with pytest.raises(UserError, match="8 bits"):
         export_classifier(classifier(), path, calibration=noise())
+
+
+@pytest.mark.ci
+def test_a_map_of_one_cell_does_not_fix_the_size(tmp_path: Path) -> None:
+    """64 x 96 pixels make one cell of 64, which a tracer takes for a constant."""
+    coarse = nn.Sequential(nn.AvgPool2d(64), nn.Conv2d(3, 3, 1), nn.Flatten(2), Mean())
+    rows = export_classifier(classifier(coarse), tmp_path / "model.onnx")
+    assert {row["height"] for row in rows} == {64, 128}
+    with pytest.raises(UserError, match="64 x 96 pixels.*--fixed"):
+        export_classifier(classifier(coarse), tmp_path / "model.pt2")
 
 
 def test_a_file_that_would_differ_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,8 @@ class OffsetBiasAttention(nn.Module):
     def spread_table(self, height: int, width: int) -> Float[Tensor, "h n n"]:
         side = math.isqrt(self.attention_biases.shape[1])
         table = self.attention_biases.reshape(self.num_heads, side, side)
-        if (height, width) != (side, side):
+        # a traced graph serves all sizes; to the same size this changes nothing
+        if torch.compiler.is_compiling() or (height, width) != (side, side):
             table = F.interpolate(table[None], size=(height, width), mode="bicubic", align_corners=False)[0]
         rows, columns = (torch.arange(n, device=table.device) for n in (height, width))
         rows, columns = (rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()

@@ -82,11 +82,32 @@ def export_classifier(
         more = "" if fixed else f"; --fixed exports it for pictures of {classifier.size} pixels alone"
         return UserError(f"{classifier.name}: its exported form {reason}{more}")
 
-    sample = torch.rand(2, 3, *sizes[0]) * 255
+    # a tracer takes an axis of one cell, or one window, for a constant: where a small picture has one, a larger may do
+    samples = sizes[:1] if fixed else [sizes[0], tuple(320 + side for side in sizes[0])]
+    for sample in samples:
+        try:
+            return _write(classifier, path, deployed, sample, sizes, fixed, calibration, refuse)
+        except UserError as error:
+            refusal = error
+    raise refusal
+
+
+def _write(
+    classifier: Classifier,
+    path: Path,
+    deployed: Deployed,
+    sample: tuple[int, int],
+    sizes: Sequence[tuple[int, int]],
+    fixed: bool,
+    calibration: Pictures | None,
+    refuse: Callable[[str], UserError],
+) -> list[dict[str, Any]]:
+    """`export_classifier`, traced at one size."""
     axes = {0: torch.export.Dim.DYNAMIC} | ({} if fixed else {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC})
     try:
         with torch.no_grad():
-            program = torch.export.export(deployed, (sample,), dynamic_shapes=(axes,), strict=False)
+            images = torch.rand(2, 3, *sample) * 255
+            program = torch.export.export(deployed, (images,), dynamic_shapes=(axes,), strict=False)
     except Exception as error:  # torch.export raises whatever the model or the tracer does
         raise refuse(f"cannot be traced: {_line(error)}") from error
     with atomic_path(path) as place:
