@@ -84,7 +84,7 @@ def test_a_map_of_one_cell_does_not_fix_the_size(tmp_path: Path) -> None:
     coarse = nn.Sequential(nn.AvgPool2d(64), nn.Conv2d(3, 3, 1), nn.Flatten(2), Mean())
     rows = export_classifier(classifier(coarse), tmp_path / "model.onnx")
     assert {row["height"] for row in rows} == {64, 128}
-    with pytest.raises(UserError, match="64 x 96 pixels.*--fixed"):
+    with pytest.raises(UserError, match=r"64 x 96 pixels.*--fixed"):
         export_classifier(classifier(coarse), tmp_path / "model.pt2")
 
 
