@@ -20,7 +20,7 @@ from nearfar.core.plots import new_figure, style
 from nearfar.core.report import Report
 from nearfar.vision.classification.classifier import Classifier, evaluation_transform
 from nearfar.vision.explain.checks import class_sensitivity, completeness, judge, randomization, ranks
-from nearfar.vision.explain.methods import METHODS, Explanation, explain, methods_for
+from nearfar.vision.explain.methods import AT_LAYERS, METHODS, Explanation, explain, methods_for
 
 DEFAULT = ("normgrad", "selective_normgrad", "grad_cam", "linear_approximation", "gradient", "relevance")
 
@@ -73,7 +73,7 @@ def explain_pictures(
         panels, made = [], []
         try:
             for one in chosen:
-                layers = layer if takes_layers(one) else None
+                layers = layer if one in AT_LAYERS else None
                 explained = explain(network, x, wanted, one, layers=layers)
                 verdict = judge(network, x, explained.maps, explained.target, steps=steps)
                 made.append((one, explained, verdict))
@@ -89,7 +89,7 @@ def explain_pictures(
                 "layers": " ".join(explained.layers),
             }  # fmt: skip
             if check:
-                row |= checked(network, x, explained, layer if takes_layers(one) else None)
+                row |= checked(network, x, explained, layer if one in AT_LAYERS else None)
             rows.append(row)
             scores[one].append(row["score"])
             panels.append((one, explained.maps[0].cpu(), row))
@@ -125,10 +125,6 @@ def class_of(trained: Classifier, target: str | None) -> int | None:
     if target.isdecimal() and int(target) < len(trained.classes):
         return int(target)
     raise UserError(f"--target {target}: is none of the {len(trained.classes)} classes: {some(trained.classes)}")
-
-
-def takes_layers(method: str) -> bool:
-    return hasattr(METHODS[method], "keywords") and "take" in METHODS[method].keywords
 
 
 def choose_methods(asked: Sequence[str] | None, network: torch.nn.Module, x: Tensor) -> tuple[list[str], list[str]]:

@@ -16,8 +16,45 @@ from torch.utils.data import TensorDataset
 
 from nearfar.core.statistics import bootstrap_interval
 from nearfar.core.training import data_loader, train
+from nearfar.vision.data.regions import MEAN, STD
+from nearfar.vision.models.rvernet import RegionPooling, RveRNet, Single
 
 DISTILLATIONS = ("none", "soft", "hard", "deit")
+
+POOLED = "pooled"
+"""Name, in the place of the second backbone, of `RegionPooling`."""
+
+Network = RveRNet | Single | RegionPooling
+
+Teacher = Callable[[Tensor, Tensor], Tensor]
+"""(views, views) -> logits or log-probabilities of the student's classes."""
+
+
+class Taught(nn.Module):
+    """A trained network as a teacher of `columns`: those of its classes that the student has, in its order."""
+
+    def __init__(self, network: Network, columns: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.columns = network.eval().requires_grad_(False), list(columns)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.network(first, second)[:, self.columns]
+
+
+def build_network(roi: str, extra: str, classes: int, distilled: bool = False) -> Network:
+    """The network of a recipe's names."""
+    if extra == "none":
+        return Single(roi, classes, distilled)
+    if extra == POOLED:
+        return RegionPooling(roi, classes, distilled=distilled)
+    return RveRNet(roi, extra, classes, distilled=distilled)
+
+
+def normalizations(network: Network) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+    """Mean and deviation of each backbone's own pictures, ImageNet's where it does not tell."""
+    backbones = [network.roi, network.extra] if isinstance(network, RveRNet) else [network.backbone]
+    known = [getattr(backbone, "pretrained_cfg", None) or {} for backbone in backbones]
+    return [(tuple(k.get("mean", MEAN)), tuple(k.get("std", STD))) for k in known]
 
 
 @dataclass(frozen=True)
@@ -85,9 +122,11 @@ def warm_ramp(rate: float, steps: int, share: float = 0.1) -> Callable[[int], fl
 class RegionRecipe:
     """Settings of a training.
 
-    `roi`, `extra`: backbones of the region and of its surroundings (mnet, vit, deit, deit-dist, mixer, or timm's);
-    extra "none" is the region alone. `size`: pixels of a view. `published`: views as released, not normalized and each
-    mirrored by itself.
+    `roi`, `extra`: backbones of the region and of its surroundings: mnet, vit, deit, deit-dist, mixer, a name of
+    timm's, or `hub:NAME`, timm's with its weights. Extra "none" is the region alone; "pooled" is one backbone, `roi`,
+    that sees the whole picture once. `size`: pixels of a view. `published`: views as released, not normalized and each
+    mirrored by itself. `distillation`, `teacher_weight`, `temperature`: what is learned from a teacher, see
+    `Distillation`.
     """
 
     roi: str = "mnet"
@@ -97,7 +136,14 @@ class RegionRecipe:
     batch_size: int = 50
     learning_rate: float = 1e-4
     published: bool = False
+    distillation: str = "none"
+    teacher_weight: float = 0.5
+    temperature: float = 3.0
     seed: int = 0
+
+    @property
+    def taught(self) -> Distillation:
+        return Distillation(self.distillation, self.teacher_weight, self.temperature)
 
     def __post_init__(self) -> None:
         for name, least in (("size", 16), ("epochs", 1), ("batch_size", 1)):
@@ -105,6 +151,14 @@ class RegionRecipe:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if self.published and self.extra == POOLED:
+            raise ValueError("published is true and extra pooled; the published code has no such network")
+        if self.distillation not in DISTILLATIONS:
+            raise ValueError(f"distillation is {self.distillation!r}; one of {', '.join(DISTILLATIONS)}")
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(f"teacher_weight is {self.teacher_weight}; it must be between 0 and 1")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0")
 
 
 class RegionModule(pl.LightningModule):
@@ -118,23 +172,26 @@ class RegionModule(pl.LightningModule):
         paired: bool,
         flip: float,
         distillation: Distillation,
-        teacher: Callable[[Tensor, Tensor], Tensor] | None,
+        teacher: Teacher | None,
     ) -> None:
         super().__init__()
         self.model, self.rate, self.steps = model, learning_rate, steps
         self.paired, self.flip, self.distillation = paired, flip, distillation
         self.taught_by = [teacher]  # in a list, so that it is no part of what is saved
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], _index: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], _index: int) -> Tensor:
+        """`batch`: both views, those that the teacher sees where they are others, labels."""
         *views, labels = batch
         chance = (torch.rand(2, len(labels)) < self.flip).to(labels.device)
         mirrored = (chance[0], chance[0] if self.paired else chance[1])
-        views = [torch.where(m[:, None, None, None], view.flip(-1), view) for view, m in zip(views, mirrored)]
+        views = [torch.where(mirrored[i % 2][:, None, None, None], v.flip(-1), v) for i, v in enumerate(views)]
         taught = None
         if (teacher := self.taught_by[0]) is not None:
+            if isinstance(teacher, nn.Module):
+                teacher.to(labels.device)
             with torch.no_grad():
-                taught = teacher(*views)
-        loss = self.distillation.loss(self.model(*views), labels, taught)
+                taught = teacher(*views[-2:])
+        loss = self.distillation.loss(self.model(*views[:2]), labels, taught)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
 
@@ -157,14 +214,16 @@ def train_regions(
     paired: bool = True,
     flip: float = 0.5,
     distillation: Distillation | None = None,
-    teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
+    teacher: Teacher | None = None,
+    teacher_inputs: tuple[Tensor, Tensor] | None = None,
     folder: str | Path | None = None,
     device: str = "cpu",
     **options: Any,
 ) -> list[float]:
     """Train on pairs of tensors held in memory, (views, views) or (pictures, masks): the loss of every epoch.
 
-    Views are mirrored together, unless `paired` is False, as published. All randomness follows from the seed.
+    Views are mirrored together, unless `paired` is False, as published. All randomness follows from the seed. A
+    `teacher` sees what its student sees, mirrored alike, or `teacher_inputs` of its own size and normalization.
     `folder` and `options`: see `nearfar.core.training.train`; an interrupted run goes on in its folder.
     """
     learn = distillation or Distillation()
@@ -172,7 +231,9 @@ def train_regions(
         raise ValueError(f"distillation is {learn.kind!r}, teacher is {teacher}; one needs the other")
     if not len(labels):
         raise ValueError("there is nothing to learn from")
-    loader = data_loader(TensorDataset(*inputs, labels), batch_size, shuffle=True, seed=seed)
+    if teacher is None and teacher_inputs is not None:
+        raise ValueError("teacher_inputs are given without a teacher")
+    loader = data_loader(TensorDataset(*inputs, *(teacher_inputs or ()), labels), batch_size, shuffle=True, seed=seed)
     module = RegionModule(model, learning_rate, epochs * len(loader), paired, flip, learn, teacher)
     history = train(module, loader, epochs=epochs, seed=seed, folder=folder, device=device, **options)
     model.cpu().eval()

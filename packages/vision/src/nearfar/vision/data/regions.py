@@ -11,14 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw
 from torch import Tensor
 
 from nearfar.core.errors import UserError, some
+from nearfar.core.reading import reading
 from nearfar.vision.data.images import is_picture, read_picture
 
 Mask = NDArray[np.bool_]
 """(H, W)."""
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, of pixels in [0, 1]."""
 
 GREY = 125
 """The published value of padding."""
@@ -91,22 +95,28 @@ def id_regions(
     """Regions of a folder of pictures and one of PNG files of the same names, whose values are categories' numbers.
 
     `ignore`: numbers that are no category, such as the background. UserError for a picture without mask, a mask of
-    another size, and a number that `categories` does not name.
+    another size or without regions, a number that `categories` does not name, and pictures that share one mask.
     """
     found: list[Region] = []
     files = sorted(p for p in pictures.iterdir() if is_picture(Path(p.name)))
     if not files:
         raise UserError(f"{pictures}: no pictures there")
+    stems = [p.stem for p in files]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise UserError(f"{pictures}: has several pictures called {some(twice)}; their masks cannot be told apart")
     for path in files:
         place = masks / f"{path.stem}.png"
         if not place.is_file():
             raise UserError(f"{place}: is missing; {path.name} needs a mask of its own")
         ids = read_ids(place)
-        with Image.open(path) as picture:
-            size = picture.size
+        with reading(path, "cannot be read as a picture"), Image.open(path) as picture:
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # read_picture turns it upright
+            size = picture.size[::-1] if turned else picture.size
         if ids.shape != size[::-1]:
             raise UserError(f"{place}: has {ids.shape[1]} x {ids.shape[0]} pixels, the picture {size[0]} x {size[1]}")
         numbers = [int(n) for n in np.unique(ids) if n not in ignore]
+        if not numbers:
+            raise UserError(f"{place}: is empty; leave {path.name} out, or mark a region in it")
         if unknown := [n for n in numbers if n not in categories]:
             raise UserError(f"{place}: holds {some(unknown)}, which no category has; known are {some(categories)}")
         for number in numbers:
@@ -118,7 +128,7 @@ def _of_number(path: Path, number: int) -> Mask:
     return read_ids(path) == number
 
 
-def _itself(mask: Mask) -> Mask:
+def itself(mask: Mask) -> Mask:
     return mask
 
 
@@ -174,7 +184,7 @@ def coco_regions(pictures: Path, annotations: Path) -> list[Region]:
                     mask |= polygon_mask(shape, size)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{annotations}: {names[category]} in {path.name}: {error}") from error
-        found.append(Region(path.stem, names[category], _reader(path), partial(_itself, mask)))
+        found.append(Region(path.stem, names[category], _reader(path), partial(itself, mask)))
     return found
 
 
@@ -259,15 +269,18 @@ class Views:
     Args:
         size: pixels.
         mean, std: normalization; the published code has none.
+        extra_mean, extra_std: those of the surroundings, where the second backbone has its own.
         flip: probability of mirroring, in training.
         paired: mirror both views or none; the published code draws for each, so half of its pairs do not fit.
     """
 
     size: int = 224
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
     flip: float = 0.5
     paired: bool = True
+    extra_mean: tuple[float, ...] | None = None
+    extra_std: tuple[float, ...] | None = None
 
     @classmethod
     def published(cls, size: int = 224) -> "Views":
@@ -281,12 +294,18 @@ class Views:
         chances = [False, False] if generator is None else (generator.random(2) < self.flip).tolist()
         if self.paired:
             chances[1] = chances[0]
-        return tuple(self.tensor(v, f) for v, f in zip((roi, extra), chances, strict=True))  # type: ignore[return-value]
+        return self.tensor(roi, chances[0]), self.tensor(extra, chances[1], True)
 
-    def tensor(self, picture: Image.Image, flip: bool = False) -> Tensor:
+    def whole(self, picture: Image.Image, mask: Mask) -> tuple[Tensor, Tensor]:
+        """The picture (3, size, size) and the region's share of every pixel (1, size, size), for one pass over both."""
+        share = resize_and_pad(Image.fromarray(mask.astype(np.uint8) * 255), self.size, 0)
+        return self.tensor(picture), torch.from_numpy(np.asarray(share).astype(np.float32)[None] / 255)
+
+    def tensor(self, picture: Image.Image, flip: bool = False, extra: bool = False) -> Tensor:
         pixels = np.asarray(resize_and_pad(picture, self.size)).astype(np.float32) / 255
         pixels = pixels[:, ::-1] if flip else pixels
-        x = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        mean, std = (self.mean, self.std) if not extra else (self.extra_mean or self.mean, self.extra_std or self.std)
+        x = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))
 
 

@@ -35,7 +35,6 @@ from nearfar.vision.explain.gradients import (
     smooth,
     weights_of,
 )
-from nearfar.vision.explain.normgrad import METHODS as IDENTITIES
 from nearfar.vision.explain.normgrad import combine, layer_maps, stepped_weights
 from nearfar.vision.explain.relevance import relevance
 
@@ -111,34 +110,58 @@ class Explanation:
 Method = Callable[..., tuple[Tensor, dict[str, Any]]]
 
 
+def answered(model: nn.Module, images: Tensor, target: Target) -> dict[str, Any]:
+    """The explained classes and their logits, by one forward pass."""
+    weights = weights_of(model)
+    with evaluating(model), torch.no_grad():
+        logits = logits_of(call(model, as_images(images, weights), weights), model)
+    classes = classes_of(logits, target)
+    return {"target": classes, "scores": logit(logits, classes)}
+
+
+def of_pass(found: Pass) -> dict[str, Any]:
+    """The same of a pass that was made anyway."""
+    assert found.target is not None
+    return {"target": found.target, "scores": logit(found.output, found.target)}
+
+
 def by_layers(
-    model: nn.Module, images: Tensor, target: Tensor, layers: Sequence[str] | None, *, number: int,
-    take: Callable[[Pass, nn.Module, list[str]], dict[str, Tensor]], score: Score = logit, step: float = 0.0,
+    model: nn.Module, images: Tensor, target: Target, layers: Sequence[str] | None, *, number: int,
+    identity: str, aggregation: str = "sum", score: Score = logit, step: float = 0.0, negate: bool = False,
     combination: str = "product", weights: str | Sequence[float] = "uniform",
 ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
     """The combined maps of given or chosen layers; `step` is that of meta-saliency, one for each picture."""
+    said: dict[str, Any] = {}
     if step:
+        said = answered(model, images, target)
         ones = []
         for i in range(len(images)):
-            moved = stepped_weights(model, images[i : i + 1], target[i : i + 1], step)
-            ones.append(_at_layers(model, images[i : i + 1], target[i : i + 1], layers, number, score, moved))
+            here, classes = images[i : i + 1], said["target"][i : i + 1]
+            moved = stepped_weights(model, here, classes, step, negate=negate)
+            ones.append(_at_layers(model, here, classes, layers, number, score, moved))
             layers = ones[0][1]
     else:
+        if negate:
+            raise ValueError("negate is True, step is 0; it turns meta-saliency's step around")
         ones = [_at_layers(model, images, target, layers, number, score, None)]
     maps = []
     for found, names in ones:
-        taken = take(found, model, list(names))
+        said = said or of_pass(found)
+        if identity == "grad_cam":
+            taken = {name: grad_cam(found, model, name) for name in names}
+        else:
+            taken = layer_maps(found, model, names, identity, aggregation)
         size = images.shape[2:]
         if len(taken) == 1:
             maps.append(resize(next(iter(taken.values())), size))
             continue
         features = {name: on_grid(found.layers[name].output, size, prefix_tokens(model)) for name in names}
         maps.append(combine(taken, size, combination, weights, features))
-    return torch.cat(maps), {"layers": list(ones[0][1])}
+    return torch.cat(maps), {"layers": list(ones[0][1]), **said}
 
 
 def _at_layers(
-    model: nn.Module, images: Tensor, target: Tensor, layers: Sequence[str] | None, number: int, score: Score,
+    model: nn.Module, images: Tensor, target: Target, layers: Sequence[str] | None, number: int, score: Score,
     weights: Weights | None,
 ) -> tuple[Pass, list[str]]:  # fmt: skip
     if layers is not None:
@@ -146,6 +169,7 @@ def _at_layers(
     own = weights_of(model) if weights is None else weights
     known = candidate_layers(model, as_images(images[:1], own), own)
     if not known:
+        answered(model, images[:1], None)  # says what is no classifier
         raise UserError(f"{type(model).__name__}: no layer of it gives a grid over the picture; name one with layers=")
     found = gradients(model, images, target, list(known), score=score, weights=own)
     chosen = choose_layers(found.layers, images.shape[2:], prefix_tokens(model), number)
@@ -153,33 +177,26 @@ def _at_layers(
     return found, chosen
 
 
-def take_identity(identity: str, aggregation: str) -> Callable[[Pass, nn.Module, list[str]], dict[str, Tensor]]:
-    return lambda found, model, names: layer_maps(found, model, names, identity, aggregation)
-
-
-def take_grad_cam(found: Pass, model: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    return {name: grad_cam(found, model, name) for name in names}
-
-
 def at_pixels(
-    model: nn.Module, images: Tensor, target: Tensor, layers: Sequence[str] | None, *, kind: str
+    model: nn.Module, images: Tensor, target: Target, layers: Sequence[str] | None, *, kind: str
 ) -> tuple[Tensor, dict[str, Any]]:
     """Maps of the gradient at the pixels: its largest size over colours; the sum of its product with the picture."""
     _no_layers(layers)
     if kind == "guided_backpropagation":
         with guided(model):
-            point: Point = gradients(model, images, target).images
+            found = gradients(model, images, target)
     else:
-        point = gradients(model, images, target).images
+        found = gradients(model, images, target)
+    point: Point = found.images
     gradient = point.gradient if point.gradient is not None else torch.zeros_like(point.output)
     if kind == "gradient_x_input":
         parts = gradient * point.output
-        return parts.sum(1, keepdim=True), {"attributions": parts}
-    return gradient.abs().amax(1, keepdim=True), {}
+        return parts.sum(1, keepdim=True), {"attributions": parts, **of_pass(found)}
+    return gradient.abs().amax(1, keepdim=True), of_pass(found)
 
 
 def by_integrated_gradients(
-    model: nn.Module, images: Tensor, target: Tensor, layers: Sequence[str] | None, *, steps: int = 32
+    model: nn.Module, images: Tensor, target: Target, layers: Sequence[str] | None, *, steps: int = 32
 ) -> tuple[Tensor, dict[str, Any]]:
     """Gradients on the way from zeros (the mean colour) to the picture (Sundararajan et al. 2017), by captum."""
     _no_layers(layers)
@@ -187,36 +204,40 @@ def by_integrated_gradients(
         from captum.attr import IntegratedGradients
     except ImportError as error:
         raise UserError("integrated_gradients: needs captum; pip install 'nearfar-vision[explain]'") from error
-    weights = weights_of(model)
+    weights, said = weights_of(model), answered(model, images, target)
     with evaluating(model):
         explained = IntegratedGradients(lambda x: call(model, x, weights))
         parts = explained.attribute(
-            as_images(images, weights), target=target, n_steps=steps, internal_batch_size=max(8, len(images))
-        )
-    return parts.detach().sum(1, keepdim=True), {"attributions": parts.detach()}
+            as_images(images, weights), target=said["target"], n_steps=steps,
+            internal_batch_size=max(8, len(images)),
+        )  # fmt: skip
+    return parts.detach().sum(1, keepdim=True), {"attributions": parts.detach(), **said}
 
 
 def by_rollout(
-    model: nn.Module, images: Tensor, target: Tensor, layers: Sequence[str] | None
+    model: nn.Module, images: Tensor, target: Target, layers: Sequence[str] | None
 ) -> tuple[Tensor, dict[str, Any]]:
     _no_layers(layers)
-    return resize(attention_rollout(model, images), images.shape[2:]), {}
+    said = answered(model, images, target)
+    return resize(attention_rollout(model, images), images.shape[2:]), said
 
 
 def by_relevance(
-    model: nn.Module, images: Tensor, target: Tensor, layers: Sequence[str] | None, *, rules: str = "epsilon_plus"
+    model: nn.Module, images: Tensor, target: Target, layers: Sequence[str] | None, *, rules: str = "epsilon_plus"
 ) -> tuple[Tensor, dict[str, Any]]:
     _no_layers(layers)
     found = relevance(model, images, target, rules)
-    return found.pixels.sum(1, keepdim=True), {"attributions": found.pixels, "absorbed": found.absorbed}
+    extra = {"attributions": found.pixels, "absorbed": found.absorbed, "target": found.target, "scores": found.score}
+    return found.pixels.sum(1, keepdim=True), extra
 
 
 def by_salient_relevance(
-    model: nn.Module, images: Tensor, target: Tensor, layers: Sequence[str] | None, *, rules: str = "epsilon_plus",
+    model: nn.Module, images: Tensor, target: Target, layers: Sequence[str] | None, *, rules: str = "epsilon_plus",
     parameters: ContextAware | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
     _no_layers(layers)
-    return salient_relevance(model, images, target, rules, parameters), {}
+    said = answered(model, images, target)
+    return salient_relevance(model, images, said["target"], rules, parameters), said
 
 
 def _no_layers(layers: Sequence[str] | None) -> None:
@@ -225,14 +246,12 @@ def _no_layers(layers: Sequence[str] | None) -> None:
 
 
 METHODS: dict[str, Method] = {
-    "normgrad": partial(by_layers, number=3, take=take_identity(*IDENTITIES["normgrad"])),
-    "selective_normgrad": partial(by_layers, number=3, take=take_identity(*IDENTITIES["selective_normgrad"])),
-    "meta_normgrad": partial(by_layers, number=3, take=take_identity(*IDENTITIES["normgrad"]), step=0.0025),
-    "linear_approximation": partial(by_layers, number=1, take=take_identity(*IDENTITIES["linear_approximation"])),
-    "contrast": partial(
-        by_layers, number=1, take=take_identity(*IDENTITIES["linear_approximation"]), score=contrast
-    ),
-    "grad_cam": partial(by_layers, number=1, take=take_grad_cam),
+    "normgrad": partial(by_layers, number=3, identity="conv1x1", aggregation="norm"),
+    "selective_normgrad": partial(by_layers, number=3, identity="scaling", aggregation="filter_norm"),
+    "meta_normgrad": partial(by_layers, number=3, identity="conv1x1", aggregation="norm", step=0.0025),
+    "linear_approximation": partial(by_layers, number=1, identity="scaling", aggregation="sum"),
+    "contrast": partial(by_layers, number=1, identity="scaling", aggregation="sum", score=contrast),
+    "grad_cam": partial(by_layers, number=1, identity="grad_cam"),
     "gradient": partial(at_pixels, kind="gradient"),
     "gradient_x_input": partial(at_pixels, kind="gradient_x_input"),
     "guided_backpropagation": partial(at_pixels, kind="guided_backpropagation"),
@@ -242,6 +261,9 @@ METHODS: dict[str, Method] = {
     "salient_relevance": by_salient_relevance,
 }  # fmt: skip
 """Every method by name. `contrast` is the linear approximation of what speaks for the class and not the next one."""
+
+AT_LAYERS = tuple(name for name, method in METHODS.items() if "identity" in getattr(method, "keywords", {}))
+"""Those whose maps are taken at layers."""
 
 
 def explain(
@@ -263,30 +285,27 @@ def explain(
 
     The model is in evaluation mode meanwhile and is not changed; half precision is computed in single. Memory is
     that of one forward and backward pass of the batch and of three copies of the layers in question (for relevance, of
-    one picture); NormGrad costs one such pass and one forward pass of one picture.
+    one picture). NormGrad costs one such pass, and one forward pass of one picture where layers are to be chosen; after
+    a step of meta-saliency a second pass and one more forward pass.
 
     Args:
         target: a class for all, one for each, or None for what the model answers.
         method: one of `METHODS`.
         layers: names of modules to take the maps at.
         sigma: Gaussian smoothing of the maps, as a share of the longer side.
-        settings: of the method: `step`, `combination`, `weights` of those at layers, `steps` of integrated gradients,
-            `rules` of relevance, `parameters` of salient relevance.
+        settings: of the method: `identity` (see `normgrad.identity_map`; `own` for the layers' own weights),
+            `aggregation`, `step` and `negate` of meta-saliency, `combination` and `weights` of those at layers; `steps`
+            of integrated gradients; `rules` of relevance; `rules` and `parameters` of salient relevance.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; one of {', '.join(METHODS)}")
     if images.ndim != 4:
         raise ValueError(f"images is {tuple(images.shape)}; needs (B, C, H, W)")
-    weights = weights_of(model)
-    with evaluating(model), torch.no_grad():
-        logits = logits_of(call(model, as_images(images, weights), weights), model)
-    classes = classes_of(logits, target)
-    images = as_images(images, weights)
-    maps, extra = METHODS[method](model, images, classes, layers, **settings)
+    maps, extra = METHODS[method](model, as_images(images, weights_of(model)), target, layers, **settings)
     maps = smooth(maps, sigma)[:, 0]
     if not is_finite(maps):
         raise UserError(f"{method}: the map is not finite; the model's gradients overflow")
-    return Explanation(method, maps, classes, logits.gather(1, classes[:, None])[:, 0], **extra)
+    return Explanation(method, maps, **extra)
 
 
 def methods_for(model: nn.Module, images: Tensor) -> dict[str, str]:

@@ -16,11 +16,16 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from timm.layers import LayerNorm
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Checkpoint, load_state_dict, read, rename
 from nearfar.core.errors import CheckpointError, UserError
+from nearfar.core.hub import HUB, unreachable
+
+Answer = Tensor | tuple[Tensor, Tensor]
+"""Log-probabilities (B, classes); in training those of both classifiers, where there is one for a teacher."""
 
 FEATURES = 1000
 """Classes of the backbones' own classifiers, which the published network keeps."""
@@ -50,18 +55,37 @@ PARAMS = {"mnet": 3_504_872, "vit": 86_567_656, "deit": 86_567_656, "deit-dist":
 """Parameters of the backbones, classifier included."""
 
 
-def create_backbone(name: str, pretrained: bool = False) -> nn.Module:
-    """A backbone by its published name, or any classifier of timm's with its own classes.
-
-    `pretrained` fetches timm's weights, for timm's names alone.
-    """
+def create_backbone(name: str) -> nn.Module:
+    """A backbone by its published name, any classifier of timm's with its own classes, or `hub:NAME`: one of timm's
+    with the weights that timm fetches."""
     if name in BACKBONES:
-        if pretrained:
-            raise UserError(f"{name}: the published names have no weights here; give a name of timm's, or load a file")
         return BACKBONES[name]()
-    if not timm.is_model(name):
-        raise UserError(f"{name}: no backbone; one of {', '.join(BACKBONES)}, or a name of timm's")
-    return timm.create_model(name, pretrained=pretrained)
+    plain = name.removeprefix(HUB)
+    if not timm.is_model(plain.partition(".")[0]):
+        raise UserError(f"{name}: no backbone; one of {', '.join(BACKBONES)}, a name of timm's, or hub: before it")
+    try:
+        return timm.create_model(plain, pretrained=name.startswith(HUB))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{name}: its weights cannot be had ({unreachable(name, True, error)})") from error
+
+
+def two_answers(backbone: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a backbone says from its class token and from its distillation token, where it has one as timm's distilled
+    transformers do; of any other its one answer twice."""
+    if isinstance(backbone, VisionTransformerDistilled):
+        tokens = backbone.forward_features(x)
+        return backbone.head(tokens[:, 0]), backbone.head_dist(tokens[:, 1])
+    answer = backbone(x)
+    return answer, answer
+
+
+def log_probabilities(own: Tensor, taught: Tensor | None, training: bool) -> Answer:
+    """Of a classifier; with a second one, which a teacher teaches, of both in training, and of their mean in use."""
+    if taught is None:
+        return F.log_softmax(own, 1)
+    if training:
+        return F.log_softmax(own, 1), F.log_softmax(taught, 1)
+    return F.log_softmax((own + taught) / 2, 1)
 
 
 class RveRNet(nn.Module):
@@ -74,6 +98,8 @@ class RveRNet(nn.Module):
         num_classes: classes.
         hidden: width of the layer between.
         frozen: backbones that do not learn, of `roi` and `extra`.
+        distilled: a second classifier for a teacher's answers, as DeiT has it: on the backbones' distillation tokens
+            where they have them. Both answer in training, their mean in use.
     """
 
     CARD = Card(
@@ -91,6 +117,7 @@ class RveRNet(nn.Module):
         num_classes: int = 103,
         hidden: int = 640,
         frozen: tuple[str, ...] = (),
+        distilled: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 1 or hidden < 1 or set(frozen) - {"roi", "extra"}:
@@ -103,20 +130,31 @@ class RveRNet(nn.Module):
         widths = [width_of(self.roi), width_of(self.extra)]
         self.fc1 = nn.Linear(sum(widths), hidden)
         self.fc2 = nn.Linear(hidden, num_classes)
+        self.distilled = distilled
+        if distilled:
+            self.fc1_dist = nn.Linear(sum(widths), hidden)
+            self.fc2_dist = nn.Linear(hidden, num_classes)
         for name in frozen:
             getattr(self, name).requires_grad_(False)
 
     def forward_features(self, roi: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
         """The two backbones' answers."""
-        if roi.shape != extra.shape:
-            raise ValueError(f"the views are {tuple(roi.shape)} and {tuple(extra.shape)}; they must agree")
+        check_views(roi, extra)
         return self.roi(roi), self.extra(extra)
 
     def forward_head(self, roi: Tensor, extra: Tensor) -> Tensor:
         return F.log_softmax(self.fc2(F.relu(self.fc1(torch.cat((roi, extra), 1)))), dim=1)
 
-    def forward(self, roi: Tensor, extra: Tensor) -> Tensor:
-        return self.forward_head(*self.forward_features(roi, extra))
+    def forward(self, roi: Tensor, extra: Tensor) -> Answer:
+        if not self.distilled:
+            return self.forward_head(*self.forward_features(roi, extra))
+        check_views(roi, extra)
+        own, taught = (
+            torch.cat(parts, 1)
+            for parts in zip(two_answers(self.roi, roi), two_answers(self.extra, extra), strict=True)
+        )
+        taught = self.fc2_dist(F.relu(self.fc1_dist(taught)))
+        return log_probabilities(self.fc2(F.relu(self.fc1(own))), taught, self.training)
 
     @classmethod
     def from_published(cls, source: Checkpoint, roi: str | None = None, extra: str | None = None) -> "RveRNet":
@@ -151,17 +189,31 @@ class RveRNet(nn.Module):
         return model.eval()
 
 
-class Single(nn.Module):
-    """The published baseline: one backbone on the region alone, and a linear layer. Log-probabilities (B, classes)."""
+def check_views(roi: Tensor, extra: Tensor) -> None:
+    if roi.shape != extra.shape:
+        raise ValueError(f"the views are {tuple(roi.shape)} and {tuple(extra.shape)}; they must agree")
 
-    def __init__(self, backbone: str | nn.Module = "deit-dist", num_classes: int = 103) -> None:
+
+class Single(nn.Module):
+    """The published baseline: one backbone on the region alone, and a linear layer. Log-probabilities (B, classes).
+
+    `distilled`: as `RveRNet` has it.
+    """
+
+    def __init__(
+        self, backbone: str | nn.Module = "deit-dist", num_classes: int = 103, distilled: bool = False
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
         self.fc = nn.Linear(width_of(self.backbone), num_classes)
+        self.fc_dist = nn.Linear(width_of(self.backbone), num_classes) if distilled else None
 
-    def forward(self, roi: Tensor, extra: Tensor | None = None) -> Tensor:
-        return F.log_softmax(self.fc(self.backbone(roi)), dim=1)
+    def forward(self, roi: Tensor, extra: Tensor | None = None) -> Answer:
+        if self.fc_dist is None:
+            return F.log_softmax(self.fc(self.backbone(roi)), dim=1)
+        own, taught = two_answers(self.backbone, roi)
+        return log_probabilities(self.fc(own), self.fc_dist(taught), self.training)
 
 
 class RegionPooling(nn.Module):
@@ -171,27 +223,42 @@ class RegionPooling(nn.Module):
     `RveRNet` takes two.
 
     Args:
-        backbone: a name of timm's whose features are a map (B, C, h, w), (B, h, w, C) or tokens (B, N, C); or a module
-            with `forward_features`.
+        backbone: see `create_backbone`, one of timm's whose features are a map (B, C, h, w), (B, h, w, C) or tokens
+            (B, N, C); or a module with `forward_features` and `num_features`.
+        distilled: a second classifier for a teacher's answers; both answer in training, their mean in use.
     """
 
-    def __init__(self, backbone: str | nn.Module, num_classes: int, hidden: int = 640) -> None:
+    def __init__(self, backbone: str | nn.Module, num_classes: int, hidden: int = 640, distilled: bool = False) -> None:
         super().__init__()
         self.num_classes = num_classes
-        made = timm.create_model(backbone, num_classes=0) if isinstance(backbone, str) else backbone
+        made = create_backbone(backbone) if isinstance(backbone, str) else backbone
+        if not hasattr(made, "forward_features") or not hasattr(made, "num_features"):
+            raise UserError(f"{backbone}: gives no features that can be pooled; take a name of timm's")
+        if isinstance(backbone, str):
+            made.reset_classifier(0)
         self.backbone = made
         self.fc1 = nn.Linear(2 * made.num_features, hidden)
         self.fc2 = nn.Linear(hidden, num_classes)
+        self.fc2_dist = nn.Linear(hidden, num_classes) if distilled else None
 
-    def forward(self, picture: Tensor, mask: Tensor) -> Tensor:
-        from nearfar.vision.explain.gradients import on_grid, prefix_tokens
+    def forward(self, picture: Tensor, mask: Tensor) -> Answer:
+        from nearfar.vision.explain.gradients import grid_of, on_grid, prefix_tokens
 
         if mask.shape != (len(picture), 1, *picture.shape[2:]):
             raise ValueError(f"mask is {tuple(mask.shape)} for pictures {tuple(picture.shape)}; needs (B, 1, H, W)")
-        features = on_grid(self.backbone.forward_features(picture), picture.shape[2:], prefix_tokens(self.backbone))
+        features, size = self.backbone.forward_features(picture), picture.shape[2:]
+        if grid_of(features, size, prefix_tokens(self.backbone)) is None:
+            raise UserError(
+                f"{type(self.backbone).__name__}: gives {tuple(features.shape[1:])} of {tuple(size)} pixels, no grid "
+                "to pool on; take larger pictures, or another backbone"
+            )
+        features = on_grid(features, size, prefix_tokens(self.backbone))
         inside = F.adaptive_avg_pool2d(mask, features.shape[2:])
         pooled = [(features * share).sum((2, 3)) / share.sum((2, 3)).clamp(min=1e-6) for share in (inside, 1 - inside)]
-        return F.log_softmax(self.fc2(F.relu(self.fc1(torch.cat(pooled, 1)))), dim=1)
+        hidden = F.relu(self.fc1(torch.cat(pooled, 1)))
+        return log_probabilities(
+            self.fc2(hidden), None if self.fc2_dist is None else self.fc2_dist(hidden), self.training
+        )
 
 
 def width_of(backbone: nn.Module) -> int:
