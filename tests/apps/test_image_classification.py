@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -213,6 +214,17 @@ def test_small_network_beats_the_pixels_on_photographs(shared_data: Callable[[st
     assert rows[1]["accuracy"] >= rows[0]["accuracy"]
 
 
+def masks_of(pictures: list[Path], folder: Path) -> Path:
+    """A folder of masks with a square object in the middle."""
+    (folder / "masks").mkdir()
+    for path in pictures:
+        with Image.open(path) as picture:
+            mask = np.zeros(picture.size[::-1], np.uint8)
+        mask[4:-4, 4:-4] = 1
+        Image.fromarray(mask).save(folder / "masks" / f"{path.stem}.png")
+    return folder / "masks"
+
+
 def test_explain(data: Path, tmp_path: Path) -> None:
     """A table with a verdict on each map, a page, and what cannot be explained."""
     torch.manual_seed(0)
@@ -241,6 +253,16 @@ def test_explain(data: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             call("explain", tmp_path / "run", pictures[0], "-o", tmp_path / "bad", *option)
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text("picture,left,top,right,bottom\n" + "".join(f"{p.name},1,1,31,31\n" for p in pictures))
+    for place in (boxes, masks_of(pictures, tmp_path)):
+        given = ["--method", "gradient", "--steps", 4, "-o", tmp_path / "pointed", "--masks", place, "--tolerance", 0]
+        rows = json.loads(call("explain", tmp_path / "run", *pictures, *given, "--json"))
+        assert all(0 < row["inside"] <= 1 and 0 < row["by chance"] <= 1 for row in rows)
+        assert rows[0]["insertion"] - rows[0]["deletion"] == pytest.approx(rows[0]["score"])
+    boxes.write_text("picture,left,top,right,bottom\nother.png,1,1,9,9\n")
+    with pytest.raises(UserError, match=r"boxes\.csv: .*is empty; there is no object to point at"):
+        call("explain", tmp_path / "run", pictures[0], "-o", tmp_path / "bad", "--masks", boxes)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     with pytest.raises(BatchError, match=r"broken\.png"):

@@ -24,7 +24,10 @@ from nearfar.vision.explain.checks import (
     ranks,
 )
 from nearfar.vision.explain.context_aware import ContextAware
+from nearfar.vision.explain.gradients import gradients, resize
 from nearfar.vision.explain.methods import METHODS, attention_rollout, explain, methods_for
+from nearfar.vision.explain.normgrad import AGGREGATIONS, identity_map, layer_map
+from nearfar.vision.explain.planted import cue_network, cues, planted_evidence
 from nearfar.vision.models.rvernet import RveRNet
 from tests.vision.base import randomize
 
@@ -184,66 +187,64 @@ def test_ranks_share_ties() -> None:
         ranks({"a": [float("nan")]})
 
 
-def cues(number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise with a small pattern at a random place, whose kind is the class: pictures, classes, masks."""
-    generator = torch.Generator().manual_seed(seed)
-    x = 0.3 * torch.randn(number, 3, 32, 32, generator=generator)
-    y = torch.randint(2, (number,), generator=generator)
-    masks = torch.zeros(number, 32, 32)
-    stripes = torch.tensor([1.0, 1, -1, -1]).repeat(2)
-    for i in range(number):
-        row, column = torch.randint(0, 25, (2,), generator=generator).tolist()
-        pattern = stripes[:, None].expand(8, 8) if y[i] else stripes.expand(8, 8)
-        x[i, :, row : row + 8, column : column + 8] += 1.5 * pattern
-        masks[i, row : row + 8, column : column + 8] = 1
-    return x, y, masks
-
-
-def small_net(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(16, 2),
-    )  # fmt: skip
-
-
-def trained(seed: int) -> nn.Module:
-    net = small_net(seed)
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    x, y, _ = cues(512, seed)
-    for _ in range(8):
-        for part in torch.randperm(len(x)).split(32):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x[part]), y[part]).backward()
-            optimizer.step()
-    return net.eval()
-
-
 def test_planted_evidence_is_found_and_lost_with_the_weights() -> None:
-    """NormGrad and salient relevance point at the cue that the classes hang on; shuffled models do not."""
-    net = trained(0)
-    x, y, masks = cues(48, 100)
-    with torch.no_grad():
-        assert (net(x).argmax(1) == y).double().mean() > 0.9
-    chance = float(masks.mean())
-    settings = {"parameters": ContextAware(longer_side=32, neighbours=16)}
-    for method, extra in (("normgrad", {"layers": ["4"]}), ("salient_relevance", settings)):
-        maps = explain(net, x, y, method, **extra).maps
-        hit = pointing(maps, masks, 3).double().mean()
-        assert hit > chance + 0.4, (method, float(hit), chance)
-    verdict = judge(net, x[:8], explain(net, x[:8], y[:8], "selective_normgrad", layers=["1"]).maps, y[:8], steps=16)
-    assert verdict.score.shape == (8,)
-    assert (verdict.score > verdict.random).double().mean() >= 0.5
+    """NormGrad and salient relevance point at the cue that the classes hang on; the same weights in disorder do not."""
+    methods = ("normgrad", "salient_relevance")
+    accuracy, rows = planted_evidence(0, methods, 64)
+    assert accuracy > 0.9
+    found = {row["method"]: row for row in rows}
+    chance = max(found[name]["trained"] for name in ("noise", "edges"))
+    for name in methods:
+        assert found[name]["trained"] > chance + 0.25, (name, found)
+        assert found[name]["shuffled"] < found[name]["trained"] - 0.25, (name, found)
+
+
+def test_maps_are_judged() -> None:
+    net = cue_network(0, pictures=0)
+    x, y, _ = cues(4, 100)
+    verdict = judge(net, x, explain(net, x, y).maps, y, steps=8)
+    assert verdict.score.shape == (4,)
+    torch.testing.assert_close(verdict.beats_random, verdict.score > verdict.random)
 
     def maps_of(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
         return explain(model, images, target, "gradient_x_input").maps
 
-    rows = randomization(net, x[:8], y[:8], maps_of, groups=3)
+    rows = randomization(net, x, y, maps_of, groups=3)
     assert len(rows) == 3
     assert rows[-1]["correlation"] < 0.6
-    assert float(class_sensitivity(net, x[:8], maps_of).mean()) < 0.9
-    same = class_sensitivity(net, x[:8], lambda model, images, target: edges(images))
+    assert float(class_sensitivity(net, x, maps_of).mean()) < 0.9
+    same = class_sensitivity(net, x, lambda model, images, target: edges(images))
     np.testing.assert_allclose(same, 1)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("identity", ["bias", "scaling", "conv3x3", "depthwise3x3", "own"])
+def test_every_virtual_identity_by_name(identity: str, aggregation: str) -> None:
+    """As the functions of NormGrad give them; `own` is of the layers' own weights."""
+    net = cue_network(1, pictures=0)
+    x, y, _ = cues(2, 1)
+    found = explain(net, x, y, layers=["3"], identity=identity, aggregation=aggregation)
+    point = gradients(net, x, y, ["3"]).layers["3"]
+    if identity == "own":
+        want = layer_map(net[3], point.input, point.gradient, aggregation)
+    else:
+        want = identity_map(point.output, point.gradient, identity, aggregation)
+    torch.testing.assert_close(found.maps, resize(want, (40, 40))[:, 0])
+    torch.testing.assert_close(found.scores, net(x).gather(1, y[:, None])[:, 0].detach())
+
+
+def test_settings_that_fit_nothing() -> None:
+    net = cue_network(1, pictures=0)
+    x, y, _ = cues(1, 1)
+    for settings, message in (
+        ({"identity": "conv2x2"}, "identity is 'conv2x2'"),
+        ({"aggregation": "mean"}, "aggregation is 'mean'"),
+        ({"negate": True}, "turns meta-saliency's step around"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            explain(net, x, y, **settings)
+    there, away = (explain(net, x, y, "meta_normgrad", step=0.5, negate=n).maps for n in (False, True))
+    assert not torch.equal(there, away)
 
 
 def test_a_network_of_two_views_is_explained_view_by_view() -> None:

@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from nearfar.core.errors import CheckpointError, UserError
@@ -19,6 +18,7 @@ from nearfar.vision.classification.regions import (
     train_regions,
     warm_ramp,
 )
+from nearfar.vision.data.plates import AMBIGUOUS, plates
 from nearfar.vision.data.regions import (
     Views,
     coco_regions,
@@ -300,26 +300,6 @@ def test_scores() -> None:
         score_regions(scores, torch.tensor([0, 1, 2, 3, 3, 1]), ambiguous=(9,))
 
 
-def plates(number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """scikit-learn's handwritten digits, two a picture: the region is the left one. Pictures, masks of it, classes.
-
-    Classes 0 and 1 are an 8 beside a 1 and beside a 4, which only the context tells apart; 2 and 3 are a 0 and a 6
-    beside either, which it does not help with.
-    """
-    data, generator = load_digits(), np.random.default_rng(seed)
-    half = [np.flatnonzero(data.target == d)[seed % 2 :: 2] for d in range(10)]  # even and odd seeds share no digit
-    pictures, labels = np.zeros((number, 3, 16, 32), np.float32), generator.integers(4, size=number)
-    for i, label in enumerate(labels):
-        own = (8, 8, 0, 6)[label]
-        beside = (1, 4)[label] if label < 2 else generator.choice([1, 4])
-        for digit, left in ((own, 0), (beside, 16)):
-            shape = np.kron(data.images[generator.choice(half[digit])] / 16, np.ones((2, 2)))
-            pictures[i, :, :, left : left + 16] = shape
-    masks = np.zeros((number, 1, 16, 32), np.float32)
-    masks[..., :16] = 1
-    return torch.from_numpy(pictures), torch.from_numpy(masks), torch.from_numpy(labels)
-
-
 class Tiny(nn.Module):
     """A small backbone with a map of features."""
 
@@ -353,7 +333,7 @@ def compared(seed: int) -> dict[str, dict[str, float]]:
         torch.manual_seed(seed)
         model = make()
         train_regions(model, inputs, y, epochs=8, learning_rate=3e-3, seed=seed, flip=0.0)
-        rows[name] = score_regions(answers(model, test), ty, (0, 1))
+        rows[name] = score_regions(answers(model, test), ty, AMBIGUOUS)
         clear = ty > 1
         rows[name]["clear accuracy"] = float((answers(model, test).argmax(1) == ty)[clear].double().mean())
     return rows

@@ -91,7 +91,7 @@ class Maps(nn.Module):
                 return layer_maps(found, self.model, [layer], "own", "norm")[layer]
             if method == "norm_grad_selective_proper":
                 return layer_maps(found, self.model, [layer], "own", "filter_norm")[layer]
-            return layer_maps(found, self.model, [layer], *METHODS[NAMES[method]])[layer]
+            return layer_maps(found, self.model, [layer], **METHODS[NAMES[method]])[layer]
 
         def grid_map(layer: str, kind: str, aggregation: str) -> Tensor:
             point = at(layer).layers[layer]

@@ -1,6 +1,7 @@
 """Masks of regions from boxes and points: by a SAM of transformers whose weights are at hand, or by `grabcut`."""
 
 import csv
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from nearfar.core.errors import UserError, some
 from nearfar.core.hub import from_hub, unreachable
 from nearfar.core.reading import reading
 from nearfar.vision.data.images import is_picture, read_picture
-from nearfar.vision.data.regions import Mask, Region, grabcut, itself
+from nearfar.vision.data.regions import Mask, Region, grabcut, itself, read_ids
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
@@ -186,6 +187,44 @@ def prompted_regions(
         except (UserError, ValueError) as error:
             raise UserError(f"{table}: {prompt.category} in {prompt.name}: {error}") from error
         found.append(Region(path.stem, prompt.category, partial(read_picture, path), partial(itself, mask)))
+    return found
+
+
+def object_masks(pictures: Sequence[Path], masks: Path) -> list[Mask]:
+    """Where the object is in every picture, for tests of where maps point: of a folder of PNG files named like the
+    pictures, whose values are 0 elsewhere, or of a table with a row `picture, left, top, right, bottom` for every box.
+
+    UserError for a picture without one, or one of another size or empty.
+    """
+    names = [path.name if masks.is_file() else path.stem for path in pictures]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{masks}: several pictures are called {some(twice)}; explain them in turn")
+    boxes: dict[str, list[Prompt]] = {}
+    if masks.is_file():
+        for prompt in read_prompts(masks):
+            if prompt.box is None or prompt.points:
+                raise UserError(f"{masks}: {prompt.name} has points; a box says where the object is")
+            boxes.setdefault(prompt.name, []).append(prompt)
+    found = []
+    for path, name in zip(pictures, names, strict=True):
+        width, height = read_picture(path).size
+        if masks.is_file():
+            mask = np.zeros((height, width), bool)
+            for prompt in boxes.get(name, []):
+                _check_inside(f"{masks}: {name}", prompt, (width, height))
+                left, top, right, bottom = prompt.box or (0, 0, 0, 0)
+                mask[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)] = True
+            place = f"{masks}: {name}"
+        else:
+            place = str(masks / f"{name}.png")
+            if not Path(place).is_file():
+                raise UserError(f"{place}: is missing; {path.name} needs a mask of its own")
+            mask = read_ids(Path(place)) != 0
+        if mask.shape != (height, width):
+            raise UserError(f"{place}: has {mask.shape[1]} x {mask.shape[0]} pixels, the picture {width} x {height}")
+        if not mask.any():
+            raise UserError(f"{place}: is empty; there is no object to point at")
+        found.append(mask)
     return found
 
 

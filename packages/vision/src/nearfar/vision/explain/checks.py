@@ -217,6 +217,8 @@ class Verdict:
     """
 
     score: Tensor
+    insertion: Tensor
+    deletion: Tensor
     random: Tensor
     """The best of the random maps."""
     edges: Tensor
@@ -235,12 +237,17 @@ def judge(
 ) -> Verdict:
     """Hold maps against `number` random ones and against the picture's edges, by insertion and deletion."""
 
-    def score(m: Tensor) -> Tensor:
+    def areas(m: Tensor) -> tuple[Tensor, Tensor]:
         curves = insertion_deletion(model, images, m, target, steps)
-        return curves.insertion_area - curves.deletion_area
+        return curves.insertion_area, curves.deletion_area
 
+    def score(m: Tensor) -> Tensor:
+        insertion, deletion = areas(m)
+        return insertion - deletion
+
+    insertion, deletion = areas(maps)
     noise = torch.stack([score(m) for m in random_maps(images, number, seed)]).amax(0)
-    return Verdict(score(maps), noise, score(edges(images)))
+    return Verdict(insertion - deletion, insertion, deletion, noise, score(edges(images)))
 
 
 def ranks(scores: Mapping[str, Sequence[float]], seed: int = 0) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ from nearfar.vision.explain.gradients import (
     smooth,
     weights_of,
 )
+from nearfar.vision.explain.normgrad import METHODS as IDENTITIES
 from nearfar.vision.explain.normgrad import combine, layer_maps, stepped_weights
 from nearfar.vision.explain.relevance import relevance
 
@@ -246,11 +247,11 @@ def _no_layers(layers: Sequence[str] | None) -> None:
 
 
 METHODS: dict[str, Method] = {
-    "normgrad": partial(by_layers, number=3, identity="conv1x1", aggregation="norm"),
-    "selective_normgrad": partial(by_layers, number=3, identity="scaling", aggregation="filter_norm"),
-    "meta_normgrad": partial(by_layers, number=3, identity="conv1x1", aggregation="norm", step=0.0025),
-    "linear_approximation": partial(by_layers, number=1, identity="scaling", aggregation="sum"),
-    "contrast": partial(by_layers, number=1, identity="scaling", aggregation="sum", score=contrast),
+    "normgrad": partial(by_layers, number=3, **IDENTITIES["normgrad"]),
+    "selective_normgrad": partial(by_layers, number=3, **IDENTITIES["selective_normgrad"]),
+    "meta_normgrad": partial(by_layers, number=3, **IDENTITIES["normgrad"], step=0.0025),
+    "linear_approximation": partial(by_layers, number=1, **IDENTITIES["linear_approximation"]),
+    "contrast": partial(by_layers, number=1, **IDENTITIES["linear_approximation"], score=contrast),
     "grad_cam": partial(by_layers, number=1, identity="grad_cam"),
     "gradient": partial(at_pixels, kind="gradient"),
     "gradient_x_input": partial(at_pixels, kind="gradient_x_input"),

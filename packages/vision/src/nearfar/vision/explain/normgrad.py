@@ -45,9 +45,9 @@ CARD = Card(
 AGGREGATIONS = ("sum", "norm", "filter_norm", "max")
 
 METHODS = {
-    "normgrad": ("conv1x1", "norm"),
-    "selective_normgrad": ("scaling", "filter_norm"),
-    "linear_approximation": ("scaling", "sum"),
+    "normgrad": {"identity": "conv1x1", "aggregation": "norm"},
+    "selective_normgrad": {"identity": "scaling", "aggregation": "filter_norm"},
+    "linear_approximation": {"identity": "scaling", "aggregation": "sum"},
 }
 """Name -> virtual identity and aggregation of what the paper compares."""
 

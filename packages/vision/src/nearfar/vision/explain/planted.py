@@ -49,7 +49,7 @@ def cues(number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cue_network(seed: int, pictures: int = 512, epochs: int = 10) -> nn.Module:
-    """A small network that has learned the two classes."""
+    """A small network that has learned the two classes of this many pictures; of none, one with fresh weights."""
     torch.manual_seed(seed)
     net = nn.Sequential(
         nn.Conv2d(3, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
@@ -57,7 +57,7 @@ def cue_network(seed: int, pictures: int = 512, epochs: int = 10) -> nn.Module:
     )  # fmt: skip
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     x, y, _ = cues(pictures, 2 * seed)
-    for _ in range(epochs):
+    for _ in range(epochs if pictures else 0):
         for part in torch.randperm(len(x)).split(32):
             optimizer.zero_grad()
             F.cross_entropy(net(x[part]), y[part]).backward()
@@ -83,7 +83,7 @@ def planted_evidence(
     The first two rows are maps that know nothing of a model: smooth noise and the picture's edges.
     """
     net = cue_network(seed)
-    networks = {"trained": net, "shuffled": shuffled(net, seed), "fresh": cue_network(seed + 1000, epochs=0)}
+    networks = {"trained": net, "shuffled": shuffled(net, seed), "fresh": cue_network(seed + 1000, pictures=0)}
     x, y, masks = cues(pictures, 2 * seed + 1)  # odd seeds are those of pictures that no network learns from
     with torch.no_grad():
         accuracy = float((net(x).argmax(1) == y).double().mean())
