@@ -64,7 +64,7 @@ def explanations(report: Report, trained: Classifier, pictures: Pictures) -> Non
     ]  # fmt: skip
     report.section("Where its answers come from")
     report.text(
-        f"{trained.name} on four digits. A map is held against three maps of smooth noise and against the picture's own "
+        f"{trained.name} on four digits. A map is held against three maps of smooth noise and the picture's own "
         "edges, by how fast the answer comes and goes with the pixels that it ranks first."
     )
     panels = [

@@ -77,7 +77,8 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Tensor:
     The product over layers of (A + 1) / 2, A the mean of the heads (Abnar and Zuidema 2020). It does not depend on the
     class. Every layer has to attend from all tokens to all; UserError for models of another kind.
     """
-    maps = [weights.float() for weights in attention_maps(model, images).values()]
+    dtype = next((p.dtype for p in model.parameters()), images.dtype)  # half precision stays: nothing is differentiated
+    maps = [weights.float() for weights in attention_maps(model, images.to(dtype)).values()]
     name = type(model).__name__
     square = [m for m in maps if m.ndim == 4 and len(m) == len(images) and m.shape[2] == m.shape[3]]
     if not maps or len(square) != len(maps) or len({m.shape[2] for m in maps}) > 1:
