@@ -94,6 +94,18 @@ def test_networks_that_change_their_activations_in_place_and_half_precision() ->
     assert next(model.parameters()).dtype == torch.float16
 
 
+@pytest.mark.parametrize("method", ["normgrad", "gradient", "attention_rollout", "relevance", "integrated_gradients"])
+def test_half_precision_of_a_transformer(method: str) -> None:
+    torch.manual_seed(0)
+    model = randomize(timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, num_classes=5))
+    x = torch.randn(1, 3, 64, 64)
+    want = explain(model, x, 1, method).maps
+    got = explain(model.half(), x.half(), 1, method).maps
+    assert got.dtype == torch.float32
+    assert float(rank_correlation(got, want)) > 0.9
+    assert next(model.parameters()).dtype == torch.float16
+
+
 class Detector(nn.Module):
     def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
         return [{"boxes": x.new_zeros(0, 4)} for _ in x]

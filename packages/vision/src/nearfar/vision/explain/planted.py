@@ -2,8 +2,8 @@
 
 Every picture is noise with four patches of one size and contrast at random places. One is the cue, stripes that run
 across or down, which are the two classes; three are distractors, the same in both: diagonal stripes, a chequerboard
-and stripes of two widths. A map that shows edges, or that shows contrast whatever the model, finds the cue one time in
-four at best.
+and wider diagonals. A map that shows edges, or that shows contrast whatever the model, finds the cue about one time in
+four.
 """
 
 import copy
