@@ -104,7 +104,7 @@ def conservation(name: str, size: int) -> dict[str, object]:
 def main(
     network: Annotated[list[str] | None, typer.Option(help="Repeat. timm's name, or torchvision:NAME.")] = None,
     only: Annotated[str, typer.Option(help="cost, conservation, or both.")] = "both",
-    batch: int = 2,
+    batch: int = 1,
     size: int = 224,
     repeats: int = 3,
     threads: int = 1,

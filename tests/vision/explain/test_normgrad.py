@@ -7,6 +7,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from timm.layers import BatchNormAct2d, Conv2dSame, GroupNormAct
+from timm.layers.std_conv import StdConv2dSame
 from torch import Tensor, nn
 
 from nearfar.core.contracts import Contract
@@ -106,8 +108,34 @@ def test_linear_layers_and_norms(aggregation: str) -> None:
     batch.running_mean.normal_()
     want = aggregated((image - batch.running_mean.reshape(-1, 1, 1)) * (1 + batch.eps) ** -0.5 * g, aggregation)
     torch.testing.assert_close(layer_map(batch, image, g, aggregation), want, rtol=1e-9, atol=1e-9)
-    with pytest.raises(ValueError, match="GELU: has no weight"):
+    with pytest.raises(ValueError, match="GELU: has no weight that"):
         layer_map(nn.GELU(), image, g)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_layers_of_timm_s_own(aggregation: str) -> None:
+    """Padding by the picture's size, as TensorFlow has it, and norms with an activation: what autograd sees."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    for layer in (Conv2dSame(4, 6, 3, 2, groups=2), StdConv2dSame(4, 6, 3, 2)):
+        layer = layer.double()
+        g = torch.randn_like(layer(x))
+        if isinstance(layer, Conv2dSame):
+            want = by_autograd(layer, x, g)
+        else:  # of the standardized weight, not of what it is made from
+            plain = Conv2dSame(4, 6, 3, 2).double()
+            want = by_autograd(plain, x, g)
+        torch.testing.assert_close(
+            layer_map(layer, x, g, aggregation), aggregated(want, aggregation), rtol=1e-9, atol=1e-9
+        )
+    for norm in (BatchNormAct2d(4).double().eval(), GroupNormAct(4, 2).double()):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        g = torch.randn_like(x)
+        want = by_autograd(norm, x, g)
+        torch.testing.assert_close(
+            layer_map(norm, x, g, aggregation), aggregated(want, aggregation), rtol=1e-9, atol=1e-9
+        )
 
 
 def test_three_dimensions_and_one() -> None:

@@ -6,6 +6,7 @@ at a layer's output x, or of the layer that is there. Second, those numbers to o
 positive part, or their maximum.
 """
 
+import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -141,11 +143,15 @@ def identity_map(x: Tensor, g: Tensor, identity: str = "conv1x1", aggregation: s
     return convolution_map(x, g, aggregation, k, padding=k // 2, groups=channels if match[1] == "depthwise" else 1)
 
 
+FILLS = {"weight": torch.ones_like, "bias": torch.zeros_like}
+
+
 def layer_map(layer: nn.Module, x: Tensor, g: Tensor, aggregation: str = "norm") -> Tensor:
     """The map of a layer's own weight from its input x and the gradient g at its output, at the output's grid.
 
     Convolutions (any kernel, stride, padding, dilation, groups; 1, 2 or 3 axes), nn.Linear on the last axis, and norms
-    with a weight for each channel, whose input is the normalized one. (B, 1, *S'), or (B, 1, N) of tokens.
+    with a weight for each channel, whose input is the normalized one, timm's kinds with their own padding or with an
+    activation inside too. (B, 1, *S'), or (B, 1, N) of tokens.
     """
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         padding: Any = layer.padding
@@ -154,6 +160,8 @@ def layer_map(layer: nn.Module, x: Tensor, g: Tensor, aggregation: str = "norm")
             x, padding = F.pad(x, [p for n in reversed(total) for p in (n // 2, n - n // 2)]), 0
         elif padding == "valid":
             padding = 0
+        elif isinstance(layer, Conv2dSame) or getattr(layer, "same_pad", False):  # timm's, by the picture's size
+            x, padding = pad_same(x, list(layer.kernel_size), list(layer.stride), list(layer.dilation)), 0
         elif layer.padding_mode != "zeros":
             x, padding = F.pad(x, [p for n in reversed(padding) for p in (n, n)], mode=layer.padding_mode), 0
         return convolution_map(
@@ -162,11 +170,17 @@ def layer_map(layer: nn.Module, x: Tensor, g: Tensor, aggregation: str = "norm")
     if isinstance(layer, nn.Linear):
         return convolution_map(x.movedim(-1, 1), g.movedim(-1, 1), aggregation)
     weight = getattr(layer, "weight", None)
-    if weight is None or weight.ndim != 1:
-        raise ValueError(f"{type(layer).__name__}: has no weight of a kind that maps are made of")
-    plain = {
-        name: torch.ones_like(p) if name == "weight" else torch.zeros_like(p) for name, p in layer.named_parameters()
-    }
+    if not isinstance(weight, Tensor) or weight.ndim != 1:
+        raise ValueError(
+            f"{type(layer).__name__}: has no weight that maps are made of; name a layer that has"
+        )
+    if isinstance(getattr(layer, "act", None), nn.Module):  # timm's norms with an activation: g before that
+        layer, act = copy.copy(layer), layer.act
+        layer._modules = {name: nn.Identity() for name in layer._modules}
+        with torch.enable_grad():
+            z = layer(x).detach().requires_grad_()
+            (g,) = torch.autograd.grad(act(z.clone()), z, g)
+    plain = {name: fill(t) for name, fill in FILLS.items() if isinstance(t := getattr(layer, name, None), Tensor)}
     normalized = functional_call(layer, plain, (x,))
     if isinstance(layer, nn.LayerNorm) and (x.ndim == 3 or x.shape[1] != weight.numel()):
         normalized, g = normalized.movedim(-1, 1), g.movedim(-1, 1)
