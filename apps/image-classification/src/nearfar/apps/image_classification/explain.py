@@ -26,9 +26,9 @@ from nearfar.vision.explain.checks import (
     class_sensitivity,
     completeness,
     energy_inside,
+    hit_zone,
     judge,
     pointing,
-    random_maps,
     randomization,
     ranks,
 )
@@ -69,7 +69,7 @@ def explain_pictures(
 
     A map's score is the area under insertion less that under deletion. It beats chance where it is above five maps of
     smooth noise, and edges where it is above the picture's own edges. With `--masks` it also says whether the map's
-    highest pixel lies on the object, what share of the map does, and how many of 200 maps of noise point there.
+    highest pixel lies on the object, what share of the map does, and what share of the picture counts as a hit.
     """
     trained = open_classifier(classifier, model)
     wanted = class_of(trained, target)
@@ -114,8 +114,7 @@ def explain_pictures(
             if seen is not None:
                 maps = explained.maps.cpu()
                 row |= {"hits": bool(pointing(maps, seen, tolerance)), "inside": float(energy_inside(maps, seen))}
-                row["by chance"] = float(pointing(random_maps(x.cpu(), 200)[:, 0], seen.expand(200, -1, -1), tolerance)
-                                         .double().mean())  # fmt: skip
+                row["by chance"] = float(hit_zone(seen, tolerance).double().mean())
             if check:
                 row |= checked(network, x, explained, layer if one in AT_LAYERS else None)
             rows.append(row)
@@ -142,9 +141,7 @@ def explain_pictures(
             said = f"{one}: beats noise and edges on {beaten} of {len(mine)} pictures"
             if objects is not None and mine:
                 chance = sum(row["by chance"] for row in mine)
-                said += (
-                    f", points at the object on {sum(row['hits'] for row in mine)}, where noise does on {chance:.1f}"
-                )
+                said += f", points at the object on {sum(row['hits'] for row in mine)}, {chance:.1f} by chance"
             console.print(said, soft_wrap=True)
         console.print(f"Page: {output / 'page.html'}", soft_wrap=True)
     raise_failures(failures, len(pictures) + len(failures))

@@ -171,9 +171,7 @@ def layer_map(layer: nn.Module, x: Tensor, g: Tensor, aggregation: str = "norm")
         return convolution_map(x.movedim(-1, 1), g.movedim(-1, 1), aggregation)
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 1:
-        raise ValueError(
-            f"{type(layer).__name__}: has no weight that maps are made of; name a layer that has"
-        )
+        raise ValueError(f"{type(layer).__name__}: has no weight that maps are made of; name a layer that has")
     if isinstance(getattr(layer, "act", None), nn.Module):  # timm's norms with an activation: g before that
         layer, act = copy.copy(layer), layer.act
         layer._modules = {name: nn.Identity() for name in layer._modules}
