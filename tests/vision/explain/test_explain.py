@@ -28,6 +28,7 @@ from nearfar.vision.explain.gradients import gradients, resize
 from nearfar.vision.explain.methods import METHODS, attention_rollout, explain, methods_for
 from nearfar.vision.explain.normgrad import AGGREGATIONS, identity_map, layer_map
 from nearfar.vision.explain.planted import cue_network, cues, planted_evidence
+from nearfar.vision.explain.relevance import relevance
 from nearfar.vision.models.rvernet import RveRNet
 from tests.vision.base import randomize
 
@@ -75,6 +76,37 @@ def test_transformers_and_hybrids(name: str, settings: dict) -> None:
     assert found.maps.shape == (2, size, size)
     assert found.layers
     assert (found.maps.flatten(1).std(1) > 0).all()
+
+
+OTHERS = [
+    "resnet10t", "regnety_002", "mobilenetv3_small_050", "efficientnet_b0", "pvt_v2_b0", "levit_128s",
+    "edgenext_xx_small", "mobilevit_xxs", "poolformerv2_s12", "fastvit_t8", "efficientformer_l1",
+    "xcit_nano_12_p16_224", "crossvit_tiny_240", "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224",
+    "cait_xxs24_224", "tnt_s_patch16_224", "coat_lite_tiny", "maxvit_nano_rw_256", "nest_tiny",
+    "coatnet_nano_rw_224", "visformer_tiny", "densenet121", "inception_next_tiny", "gcvit_xxtiny",
+    "twins_svt_small", "hgnetv2_b0", "repvgg_a0", "ghostnet_100", "davit_tiny", "focalnet_tiny_srf",
+    "mvitv2_tiny", "swinv2_cr_tiny_ns_224", "torchvision:googlenet", "torchvision:shufflenet_v2_x0_5",
+    "torchvision:mnasnet0_5", "torchvision:vit_b_32", "torchvision:swin_t", "torchvision:densenet121",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_families_of_timm_and_torchvision(name: str) -> None:
+    """Layers are found, maps say something, and relevance adds up, with random weights."""
+    torch.manual_seed(0)
+    place, _, own = name.rpartition(":")
+    model = (torchvision.models.get_model(own) if place else timm.create_model(own)).eval()
+    size = 224 if place else model.pretrained_cfg["input_size"][-1]
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(0.2 * torch.randn_like(p))
+    x = torch.randn(1, 3, size, size)
+    found = explain(model, x)
+    assert found.layers
+    assert found.maps.std() > 0
+    assert float(relevance(model, x).lost) < 0.01
 
 
 def test_networks_that_change_their_activations_in_place_and_half_precision() -> None:
