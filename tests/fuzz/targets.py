@@ -197,6 +197,40 @@ def read_label_map(path: Path) -> None:
     read(path.parent.parent, str(path.with_suffix(".png")), 5)
 
 
+def make_regions(folder: Path) -> list[str]:
+    ids = np.zeros((16, 16), np.uint8)
+    ids[2:8, 3:9], ids[9:14, 9:14] = 1, 2
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(ids).save(stream, "PNG")
+    square = {"image_id": 1, "category_id": 1, "segmentation": [[2, 2, 8, 2, 8, 8.5, 2, 8]]}
+    runs = {"image_id": 1, "category_id": 1, "segmentation": {"size": [16, 16], "counts": [40, 5, 211]}}
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 16, "width": 16}],
+        "categories": [{"id": 1, "name": "rice"}],
+        "annotations": [{"id": i, **one} for i, one in enumerate((square, runs))],
+    }
+    table = b"picture,category,left,top,right,bottom,x,y,inside\na.png,rice,2,2,8,8,,,\na.png,rice,,,,,4,4,1\n"
+    files = {"p/a.png": encoded("PNG"), "m/a.png": stream.getvalue(), "c.json": as_json(coco), "t.csv": table}
+    write(folder, files)
+    return ["m/a.png", "c.json", "c.json", "t.csv"]
+
+
+def read_regions(path: Path) -> None:
+    from nearfar.vision.data.prompts import prompted_regions
+    from nearfar.vision.data.regions import coco_regions, cut_out, id_regions
+
+    if path.suffix == ".png":
+        found = id_regions(path.parent.parent / "p", path.parent, {1: "rice", 2: "soup"})
+    elif path.suffix == ".json":
+        found = coco_regions(path.parent / "p", path)
+    else:
+        found = prompted_regions(path.parent / "p", path, lambda picture, _: np.ones(picture.size[::-1], bool))
+    for region in found:
+        cut_out(region.picture(), region.mask(), str(path))
+
+
 def make_classifier(folder: Path) -> list[str]:
     from nearfar.vision.classification.classifier import LINEAR, Classifier, create_model
 
@@ -903,6 +937,7 @@ TARGETS: dict[str, Target] = {
     "archives": Target(make_archives, read_archive),
     "parquet": Target(make_parquet, read_parquet),
     "label-maps": Target(make_label_maps, read_label_map),
+    "regions": Target(make_regions, read_regions),
     "classifier": Target(make_classifier, read_classifier),
     "backbone": Target(make_backbone, read_classifier),
     "fields": Target(make_fields, read_fields),

@@ -242,8 +242,41 @@ def test_masks_from_files(tmp_path: Path) -> None:
     place.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"rice in a\.png: its mask is for"):
         coco_regions(pictures, place)
+    first, second = content["annotations"]
+    for annotations, image, message in (
+        ([{**first, "segmentation": {"size": [20, 30], "counts": [600]}}], {}, r"rice in a\.png: its mask is empty"),
+        ([second], {"width": 31}, r"a\.png has 30 x 20 pixels, its annotations are for 31 x 20"),
+        ([second], {"file_name": "z.png"}, r"names .*z\.png, which is missing"),
+        ([{**second, "category_id": 9}], {}, "names a picture or category that is not listed"),
+        ([{**second, "segmentation": [[1, 2, 3, 4, 1e9, 5]]}], {}, r"a polygon reaches 1e\+09"),
+        ([7], {}, "cannot be read as COCO annotations"),
+    ):
+        images = [{**content["images"][0], **image}]
+        place.write_text(json.dumps({**content, "annotations": annotations, "images": images}))
+        with pytest.raises(UserError, match=message):
+            coco_regions(pictures, place)
     with pytest.raises(ValueError, match="three pairs"):
         polygon_mask([[1, 2, 3, 4]], (5, 5))
+
+
+def test_masks_of_pictures_that_are_turned_upright(tmp_path: Path) -> None:
+    """A photograph of a camera held upright is stored lying; its mask is drawn on what is seen."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    for folder in ("p", "m"):
+        (tmp_path / folder).mkdir()
+    picture.save(tmp_path / "p" / "a.png", exif=exif)
+    ids = np.zeros((30, 20), np.uint8)
+    ids[3:9, 4:8] = 1
+    Image.fromarray(ids).save(tmp_path / "m" / "a.png")
+    (region,) = id_regions(tmp_path / "p", tmp_path / "m", {1: "rice"})
+    roi, _ = cut_out(region.picture(), region.mask())
+    assert np.asarray(roi).any(2)[ids == 1].any()
+    picture.save(tmp_path / "p" / "a.bmp")
+    with pytest.raises(UserError, match="several pictures called a; their masks cannot be told apart"):
+        id_regions(tmp_path / "p", tmp_path / "m", {1: "rice"})
 
 
 def test_an_object_in_a_box_without_weights() -> None:

@@ -141,11 +141,13 @@ def read_prompts(table: Path) -> list[Prompt]:
             if any(row.get(key) for key in ("left", "top", "right", "bottom")):
                 if box is not None:
                     raise ValueError(f"{name} has a second box of {category}; name the second region otherwise")
-                box = _numbers(row, "left", "top", "right", "bottom")
+                left, top, right, bottom = _numbers(row, "left", "top", "right", "bottom")
+                box = left, top, right, bottom
             if any(row.get(key) for key in ("x", "y")):
                 if (inside := row.get("inside") or "1") not in ("0", "1"):
                     raise ValueError(f"inside is {inside!r}; 1 or 0")
-                points = (*points, (*_numbers(row, "x", "y"), inside == "1"))
+                x, y = _numbers(row, "x", "y")
+                points = (*points, (x, y, inside == "1"))
             if (box, points) == (before.box, before.points):
                 raise ValueError("has neither a box nor a point")
         except ValueError as error:

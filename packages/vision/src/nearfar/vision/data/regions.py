@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageDraw
 from torch import Tensor
 
 from nearfar.core.errors import UserError, some
-from nearfar.core.reading import reading
+from nearfar.core.reading import check_picture, reading, reason
 from nearfar.vision.data.images import is_picture, read_picture
 
 Mask = NDArray[np.bool_]
@@ -31,7 +31,7 @@ GREY = 125
 def decode_rle(counts: Sequence[int] | str, size: Sequence[int]) -> Mask:
     """COCO's run lengths, plain or compressed, of a picture of `size` (height, width): runs of zeros and ones in turn,
     column by column. ValueError where they do not fill the picture."""
-    runs = _uncompressed(counts) if isinstance(counts, str) else list(counts)
+    runs = _uncompressed(counts) if isinstance(counts, str) else [int(n) for n in counts]
     height, width = size
     if sum(runs) != height * width or min(runs, default=0) < 0:
         raise ValueError(f"its runs cover {sum(runs)} pixels of {height} x {width}")
@@ -75,7 +75,10 @@ def polygon_mask(polygons: Sequence[Sequence[float]], size: Sequence[int]) -> Ma
     for points in polygons:
         if len(points) < 6 or len(points) % 2:
             raise ValueError(f"a polygon has {len(points)} numbers; needs at least three pairs")
-        draw.polygon([float(p) for p in points], fill=1)
+        values = [float(p) for p in points]
+        if not all(abs(v) <= 10 * max(size) for v in values):
+            raise ValueError(f"a polygon reaches {max(values, key=abs):g} in a picture of {size[1]} x {size[0]} pixels")
+        draw.polygon(values, fill=1)
     return np.asarray(picture, bool)
 
 
@@ -109,9 +112,7 @@ def id_regions(
         if not place.is_file():
             raise UserError(f"{place}: is missing; {path.name} needs a mask of its own")
         ids = read_ids(place)
-        with reading(path, "cannot be read as a picture"), Image.open(path) as picture:
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # read_picture turns it upright
-            size = picture.size[::-1] if turned else picture.size
+        size = size_of(path)
         if ids.shape != size[::-1]:
             raise UserError(f"{place}: has {ids.shape[1]} x {ids.shape[0]} pixels, the picture {size[0]} x {size[1]}")
         numbers = [int(n) for n in np.unique(ids) if n not in ignore]
@@ -134,13 +135,11 @@ def itself(mask: Mask) -> Mask:
 
 def read_ids(path: Path) -> NDArray[np.int64]:
     """The numbers (H, W) of a PNG of one channel, or with a palette."""
-    try:
-        with Image.open(path) as picture:
-            if picture.mode not in ("L", "P", "1", "I", "I;16"):
-                raise UserError(f"{path}: has mode {picture.mode}; a mask has one channel of numbers")
-            return np.asarray(picture).astype(np.int64)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a mask ({error})") from error
+    with reading(path, "cannot be read as a mask"), Image.open(path) as picture:
+        if picture.mode not in ("L", "P", "1", "I", "I;16"):
+            raise UserError(f"{path}: has mode {picture.mode}; a mask has one channel of numbers")
+        check_picture(picture, path)
+        return np.asarray(picture).astype(np.int64)
 
 
 def _reader(path: Path) -> Callable[[], Image.Image]:
@@ -152,40 +151,50 @@ def coco_regions(pictures: Path, annotations: Path) -> list[Region]:
 
     UserError for a picture that is not there, and for masks that do not fit or are empty.
     """
-    try:
-        content = json.loads(annotations.read_text(encoding="utf-8"))
-        names = {c["id"]: c["name"] for c in content["categories"]}
-        files = {i["id"]: i for i in content["images"]}
-        entries = content["annotations"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{annotations}: cannot be read as COCO annotations ({error!r})") from error
-    grouped: dict[tuple[Any, Any], list[Any]] = {}
-    for entry in entries:
-        if entry.get("image_id") not in files or entry.get("category_id") not in names:
-            raise UserError(
-                f"{annotations}: annotation {entry.get('id')} names a picture or category that is not listed"
-            )
-        grouped.setdefault((entry["image_id"], entry["category_id"]), []).append(entry)
     found = []
-    for (image, category), members in grouped.items():
-        record = files[image]
-        path, size = pictures / record["file_name"], (record["height"], record["width"])
-        if not path.is_file():
-            raise UserError(f"{path}: is missing; {annotations.name} names it")
-        try:
+    with reading(annotations, "cannot be read as COCO annotations"):
+        content = json.loads(annotations.read_text(encoding="utf-8"))
+        names = {c["id"]: str(c["name"]) for c in content["categories"]}
+        files = {i["id"]: i for i in content["images"]}
+        grouped: dict[tuple[Any, Any], list[Any]] = {}
+        for entry in content["annotations"]:
+            if entry.get("image_id") not in files or entry.get("category_id") not in names:
+                raise UserError(f"annotation {entry.get('id')} names a picture or category that is not listed")
+            grouped.setdefault((entry["image_id"], entry["category_id"]), []).append(entry)
+        for (image, category), members in grouped.items():
+            record = files[image]
+            path = pictures / str(record["file_name"])
+            if not path.is_file():
+                raise UserError(f"names {path}, which is missing")
+            width, height = size_of(path)
+            size = height, width
+            if (record["height"], record["width"]) != size:
+                said = f"{record['width']} x {record['height']}"
+                raise UserError(f"{path.name} has {width} x {height} pixels, its annotations are for {said}")
             mask = np.zeros(size, bool)
-            for entry in members:
-                shape = entry["segmentation"]
-                if isinstance(shape, dict):
-                    if tuple(shape["size"]) != size:
+            try:
+                for entry in members:
+                    shape = entry["segmentation"]
+                    if not isinstance(shape, dict):
+                        mask |= polygon_mask(shape, size)
+                    elif tuple(shape["size"]) != size:
                         raise ValueError(f"its mask is for {shape['size']}, the picture {list(size)}")
-                    mask |= decode_rle(shape["counts"], size)
-                else:
-                    mask |= polygon_mask(shape, size)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{annotations}: {names[category]} in {path.name}: {error}") from error
-        found.append(Region(path.stem, names[category], _reader(path), partial(itself, mask)))
+                    else:
+                        mask |= decode_rle(shape["counts"], size)
+                if not mask.any():
+                    raise ValueError("its mask is empty")
+            except (ValueError, KeyError, TypeError) as error:
+                why = error if type(error) is ValueError else reason(error)
+                raise UserError(f"{names[category]} in {path.name}: {why}") from error
+            found.append(Region(path.stem, names[category], _reader(path), partial(itself, mask)))
     return found
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of a picture as `read_picture` gives it, upright."""
+    with reading(path, "cannot be read as a picture"), Image.open(path) as picture:
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return picture.size[::-1] if turned else picture.size
 
 
 def view_regions(root: Path) -> list[tuple[str, str, Path, Path]]:

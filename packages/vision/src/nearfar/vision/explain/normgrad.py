@@ -46,7 +46,7 @@ CARD = Card(
 
 AGGREGATIONS = ("sum", "norm", "filter_norm", "max")
 
-METHODS = {
+METHODS: dict[str, Any] = {
     "normgrad": {"identity": "conv1x1", "aggregation": "norm"},
     "selective_normgrad": {"identity": "scaling", "aggregation": "filter_norm"},
     "linear_approximation": {"identity": "scaling", "aggregation": "sum"},
@@ -172,8 +172,9 @@ def layer_map(layer: nn.Module, x: Tensor, g: Tensor, aggregation: str = "norm")
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 1:
         raise ValueError(f"{type(layer).__name__}: has no weight that maps are made of; name a layer that has")
-    if isinstance(getattr(layer, "act", None), nn.Module):  # timm's norms with an activation: g before that
-        layer, act = copy.copy(layer), layer.act
+    act = getattr(layer, "act", None)
+    if isinstance(act, nn.Module):  # timm's norms with an activation: g before that
+        layer = copy.copy(layer)
         layer._modules = {name: nn.Identity() for name in layer._modules}
         with torch.enable_grad():
             z = layer(x).detach().requires_grad_()
