@@ -102,6 +102,8 @@ def test_families_of_timm_and_torchvision(name: str) -> None:
         for p in model.parameters():
             if p.ndim == 1:
                 p.add_(0.2 * torch.randn_like(p))
+            elif not p.any():  # torchvision's transformers begin with a classifier of zeros
+                nn.init.normal_(p, std=0.02)
     x = torch.randn(1, 3, size, size)
     found = explain(model, x)
     assert found.layers

@@ -126,6 +126,29 @@ def test_any_two_backbones_and_views_that_agree() -> None:
         pooled(roi, masks[..., :32])
 
 
+def test_a_second_classifier_reads_the_distillation_token() -> None:
+    def deit() -> nn.Module:
+        settings = {"depth": 2, "img_size": 32, "embed_dim": 24, "num_heads": 2, "num_classes": 6}
+        return timm.create_model("deit_tiny_distilled_patch16_224", **settings)
+
+    torch.manual_seed(0)
+    views = torch.randn(2, 2, 3, 32, 32)
+    for model in (RveRNet(deit(), deit(), 4, 16, distilled=True), Single(deit(), 4, distilled=True)):
+        own, taught = randomize(model).train()(*views)
+        assert not torch.allclose(own, taught)
+        torch.testing.assert_close(model.eval()(*views), ((own + taught) / 2).log_softmax(1))
+        backbone = model.roi if isinstance(model, RveRNet) else model.backbone
+        heads = [backbone.head.weight, backbone.head_dist.weight]
+        own, taught = model.train()(*views)
+        for answer, (read, unread) in ((own, heads), (taught, heads[::-1])):
+            found = torch.autograd.grad(answer[:, 0].sum(), (read, unread), retain_graph=True, allow_unused=True)
+            assert found[0].any()
+            assert found[1] is None
+    pooled = randomize(RegionPooling(timm.create_model("resnet10t", num_classes=0), 4, 16, distilled=True)).train()
+    own, taught = pooled(torch.randn(2, 3, 64, 64), torch.ones(2, 1, 64, 64))
+    assert own.shape == taught.shape == (2, 4)
+
+
 def test_views_are_the_published_pixels() -> None:
     generator = np.random.default_rng(0)
     picture = Image.fromarray(generator.integers(0, 256, (31, 50, 3), dtype=np.uint8))

@@ -324,7 +324,10 @@ def choose_layers(points: Mapping[str, Point], size: Sequence[int], prefix: int,
     grids = {name: grid for name, p in points.items() if (grid := grid_of(p.output, size, prefix))}
     alive = {name: shape for name, shape in grids.items() if informative(points[name], size, prefix)}
     if not alive:
-        raise UserError("explain: no layer with a grid over the picture has a gradient; name one with layers=")
+        raise UserError(
+            "explain: no layer with a grid over the picture has a gradient; name one with layers= (nothing has where the "
+            "classifier's last layer is zero, as in some fresh networks)"
+        )
     last = {shape: name for name, shape in alive.items()}
     if len(last) == 1:
         names = list(alive)
