@@ -325,8 +325,8 @@ def choose_layers(points: Mapping[str, Point], size: Sequence[int], prefix: int,
     alive = {name: shape for name, shape in grids.items() if informative(points[name], size, prefix)}
     if not alive:
         raise UserError(
-            "explain: no layer with a grid over the picture has a gradient; name one with layers= (nothing has where the "
-            "classifier's last layer is zero, as in some fresh networks)"
+            "explain: no layer with a grid over the picture has a gradient; name one with layers= (nothing has where "
+            "the last layer is zero, as in some fresh networks)"
         )
     last = {shape: name for name, shape in alive.items()}
     if len(last) == 1:
