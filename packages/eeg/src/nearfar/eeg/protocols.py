@@ -224,6 +224,10 @@ def successive_runs(
     """
     name = _name("successive-runs" if adapt else "first-run", published)
     apart, unit = ("subject", "session", "run"), ("subject", "session")
+
+    def parts(learn: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return (learn, test) if published else _latest(metadata, y, learn, validation)
+
     for (subject,), rows in _groups(metadata, "subject"):
         rows = _in_time(metadata, rows)
         keys = metadata[["session", "run"]].iloc[rows]
@@ -234,12 +238,12 @@ def successive_runs(
             test, since = runs[number], runs[calibration:number] if adapt else []
             session, run = metadata[["session", "run"]].iloc[test[0]]
             held_out = f"subject {subject}, session {session}, run {run}"
-            stages: list[Split] = []
-            for learn in (first, np.concatenate(since)) if since else (first,):
-                parts = (learn, test) if published else _latest(metadata, y, learn, validation)
-                start = stages[0] if stages else None
-                stages.append(Split(name, held_out, *parts, test, apart, unit, start, start is not None))
-            yield stages[-1]
+            train, chosen = parts(first, test)
+            split = Split(name, held_out, train, chosen, test, apart, unit)
+            if since:
+                train, chosen = parts(np.concatenate(since), test)
+                split = Split(name, held_out, train, chosen, test, apart, unit, split, continues=True)
+            yield split
 
 
 PROTOCOLS: dict[str, Callable[..., Iterator[Split]]] = {

@@ -5,8 +5,10 @@ The file takes pictures as they are, RGB values from 0 to 255, and gives class p
 cropping and averaging over views stay outside.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,24 +85,23 @@ def export_classifier(
         return UserError(f"{classifier.name}: its exported form {reason}{more}")
 
     # a tracer takes an axis of one cell, or one window, for a constant: where a small picture has one, a larger may do
-    samples = sizes[:1] if fixed else [sizes[0], tuple(320 + side for side in sizes[0])]
-    for sample in samples:
-        try:
-            return _write(classifier, path, deployed, sample, sizes, fixed, calibration, refuse)
-        except UserError as error:
-            refusal = error
-    raise refusal
+    write = partial(_write, classifier, path, deployed, sizes, fixed, calibration, refuse)
+    if fixed:
+        return write(sizes[0])
+    with contextlib.suppress(UserError):
+        return write(sizes[0])
+    return write((320 + sizes[0][0], 320 + sizes[0][1]))
 
 
 def _write(
     classifier: Classifier,
     path: Path,
     deployed: Deployed,
-    sample: tuple[int, int],
     sizes: Sequence[tuple[int, int]],
     fixed: bool,
     calibration: Pictures | None,
     refuse: Callable[[str], UserError],
+    sample: tuple[int, int],
 ) -> list[dict[str, Any]]:
     """`export_classifier`, traced at one size."""
     axes = {0: torch.export.Dim.DYNAMIC} | ({} if fixed else {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC})
