@@ -234,6 +234,58 @@ def test_recipes_make_patches_and_schedules(name: str) -> None:
     assert _Module(segmenter, 100, None).configure_optimizers()
 
 
+@pytest.mark.ci
+def test_comparison_has_ablations_equal_steps_and_paired_tests(brain: Path, tmp_path: Path, capsys) -> None:
+    narrow = "{dims_per_level: [4, 8], depths: [1, 1], decoder_depths: [1, 1], d_state: 1}"
+    (tmp_path / "narrow.yaml").write_text(f"network: vmunet\nsettings: {narrow}\nlearning_rate: 1e-2\nepochs: 9\n")
+    settings = ("epochs=2", "patches_per_epoch=32", "roi=[32,64]", "settings={features: [4, 4, 8, 8, 8, 4]}")
+    words = [word for one in settings for word in ("--set", one)]
+    call = (
+        "compare",
+        brain,
+        "-o",
+        tmp_path / "out",
+        "--recipe",
+        "brain",
+        "--network",
+        tmp_path / "narrow.yaml",
+        *words,
+    )
+    run(*call, "--slabs", 8, "--device", "cpu")
+    found = json.loads((tmp_path / "out/comparison.json").read_text())
+    assert {row["network"] for row in found["networks"]} == {"brain", "narrow", "narrow-identity"}
+    assert found["budget"]["epochs"] == 2
+    pairs = [(row["network"], row["against"]) for row in found["paired"]]
+    assert pairs == [("narrow", "brain"), ("narrow-identity", "brain"), ("narrow", "narrow-identity")]
+    assert len({row["items"] for row in [*found["networks"], *found["paired"]]}) == 1
+    for name in ("brain", "narrow", "narrow-identity"):
+        records = [json.loads((tmp_path / f"out/{name}/fold_{k}/run/run.json").read_text()) for k in (0, 1)]
+        assert all(len(record["history"]) == 2 for record in records)
+        assert sorted(case for record in records for case in record["settings"]["cases"]) == ["left", "right"]
+        assert records[0]["settings"]["settings"].get("scan", True) is (name != "narrow-identity")
+    best = found["networks"][0]["network"]
+    assert f"{best} is best" in (tmp_path / "out/index.html").read_text()
+    capsys.readouterr()
+    run(*call, "--device", "cpu", "--json")  # by patient: two are too few; nothing is trained again
+    again = json.loads(capsys.readouterr().out)
+    assert [row["Dice"] for row in again["networks"]] == [row["Dice"] for row in found["networks"]]
+    assert all(row["low"] is None or np.isnan(row["low"]) for row in again["networks"])
+    assert "too few" in again["verdict"]
+
+
+def test_comparison_refuses(brain: Path, tmp_path: Path) -> None:
+    for other, message in (("brain", "compared with itself"), ("nothing-there", "nothing-there")):
+        with pytest.raises(UserError, match=message):
+            run("compare", brain, "-o", tmp_path, "--recipe", "brain", "--network", other)
+    with pytest.raises(UserError, match=r"roi is \[48, 112\]; vmunet takes multiples of \[32, 32\]: \[64, 128\]"):
+        run("train", brain, "-o", tmp_path, "--recipe", "vmunet-small", "--set", "roi=[48,112]", "--set", "resize=null")
+    enc = "settings={features: [4, 8], patch_size: [4, 4]}"
+    with pytest.raises(UserError, match=r"roi is \[8, 8\]; this umamba_enc takes \[4, 4\] alone"):
+        run(
+            *("train", brain, "-o", tmp_path, "--set", "network=umamba_enc", "--set", enc, "--set", "roi=[8,8]"),
+        )
+
+
 def test_a_batch_goes_on_past_bad_scans(brain: Path, model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "scans"
     folder.mkdir()

@@ -24,12 +24,14 @@ from nearfar.medical.data.tiles import (
     check_tile_split,
     find_tiles,
     jitter_stains,
+    read_tile,
     split_by_slide,
 )
 from nearfar.medical.histology import RECIPES
 from nearfar.medical.histology.classifier import TileRecipe, create_tile_network, start_from
 from nearfar.medical.histology.scores import score, score_tiles
 from nearfar.medical.histology.training import Tiles, augmented, class_weights
+from nearfar.medical.samples import write_tissue_tiles
 
 
 def test_find_tiles(tmp_path):
@@ -348,3 +350,17 @@ def test_training_starts_from_a_published_duoformer(tmp_path):
         assert {n for n, v in network.state_dict().items() if not torch.equal(v, published[n])} == fresh
     with pytest.raises(UserError, match=r"(?s)published\.safetensors: .*missing blocks\.1"):
         start_from(create_tile_network("duoformer", 4, 32, settings | {"depth": 2}), tmp_path / "published.safetensors")
+
+
+def test_tissue_tiles_hold_the_same_colours_whatever_their_class(tmp_path):
+    tiles = find_tiles(write_tissue_tiles(tmp_path))
+    assert {tile.label for tile in tiles} == {"stained", "unstained"}
+    assert len({tile.slide for tile in tiles}) == 36
+    pixels = [np.sort(read_tile(tile.path).reshape(-1, 3), 0) for tile in tiles]
+    assert pixels[0].shape == (48 * 48, 3)
+    for other in pixels[1:]:
+        np.testing.assert_array_equal(other, pixels[0])
+    for kind in ("stained", "unstained"):
+        assert len({tile.slide for tile in tiles if tile.label == kind}) >= 12
+    with pytest.raises(ValueError, match="size is 8"):
+        write_tissue_tiles(tmp_path, 8)

@@ -82,13 +82,21 @@ class Segmenter:
     ) -> "Segmenter":
         """A segmenter with fresh weights, or with fetched ones where the recipe asks for them and `fetch` is set.
 
-        Class k of the network is the k-th label value, or output k the k-th of `regions`.
+        Class k of the network is the k-th label value, or output k the k-th of `regions`. Raises UserError for a `roi`
+        that the network cannot take.
         """
         classes = 1 + len([v for v in labels if v])
         if recipe.binary and (classes != 2 or regions):
             raise UserError(f"loss {recipe.loss} is for one label, the data have {classes - 1}")
         outputs = len(regions) if regions else 1 if recipe.binary else classes
         network = create_network(recipe.network, outputs, in_channels, len(recipe.roi), recipe.settings, fetch=fetch)
+        several = getattr(network, "size_multiple", 1)
+        several = (several,) * len(recipe.roi) if isinstance(several, int) else several
+        if any(n % m for n, m in zip(recipe.roi, several, strict=True)):
+            fits = [-(-n // m) * m for n, m in zip(recipe.roi, several, strict=True)]
+            raise UserError(f"roi is {list(recipe.roi)}; {recipe.network} takes multiples of {list(several)}: {fits}")
+        if getattr(network, "fixed", False) and network.patch_size != recipe.roi:
+            raise UserError(f"roi is {list(recipe.roi)}; this {recipe.network} takes {list(network.patch_size)} alone")
         return cls(network, labels, recipe, in_channels, regions=regions, order=order)
 
     def __call__(

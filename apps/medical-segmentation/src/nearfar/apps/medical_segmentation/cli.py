@@ -39,9 +39,11 @@ from nearfar.core.made_from import MadeFrom, mark_beside, model_digest
 from nearfar.core.memory import parse_memory
 from nearfar.core.model_folder import TrainedOn, mark
 from nearfar.core.reading import read_json
-from nearfar.core.recipes import read_recipe
+from nearfar.core.recipes import read_recipe, shipped_recipes
+from nearfar.core.report import Report
 from nearfar.medical import doctor, metrics
 from nearfar.medical.bundle import write_bundle
+from nearfar.medical.comparison import compare_networks, verdict, with_ablations
 from nearfar.medical.data.cases import Case, Collection, case_digest, check_split, make_splits
 from nearfar.medical.data.dicom import segment_code
 from nearfar.medical.data.layouts import find_cases, grouped, is_series, read_splits, stem
@@ -658,6 +660,75 @@ def evaluate(
         console.print(table(_short(summary), f"convention {said}"))
         console.print(f"page: {page}", soft_wrap=True, highlight=False)
     raise_failures(failures, len(labelled))
+
+
+@app.command()
+def compare(
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table, the page and the models.")],
+    network: Annotated[
+        list[str],
+        typer.Option(
+            help=f"Recipe that lends its network, settings and learning rate: {', '.join(shipped_recipes(RECIPES))}, "
+            "or a YAML file. Repeat."
+        ),
+    ],
+    recipe: Annotated[str, recipe_option(RECIPES)] = "small",
+    settings: Settings = None,
+    groups: Groups = None,
+    folds: Annotated[
+        int,
+        typer.Option(
+            help="Parts of the patients; every case is scored by a model that has not seen its patient.", min=2
+        ),
+    ] = 2,
+    slabs: Annotated[
+        int,
+        typer.Option(
+            help="Slabs of each case, along its longest axis, for intervals and tests over them where there are few "
+            "patients; they tell nothing of other patients.",
+            min=1,
+        ),
+    ] = 1,
+    device: Device = "auto",
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Train networks on the same cases, folds and number of steps, with their ablations, and say who wins.
+
+    The recipe's own network is the one that each is tested against. All else, patches, steps, loss, schedule, is the
+    recipe's. A network with scans is trained without them, too (NAME-identity).
+    """
+    collection = _collection(data, groups)
+    cases = [case for case in collection.cases if case.label is not None and case.part != "test"]
+    if not cases:
+        raise UserError(f"{data}: no labelled cases to train on")
+    first = Path(recipe).stem
+    others = {Path(name).stem: read_recipe(Recipe, name, folder=RECIPES) for name in network}
+    jobs = with_ablations(first, read_recipe(Recipe, recipe, settings or (), RECIPES), others)
+    rows, paired = compare_networks(
+        collection, cases, jobs, output, folds=folds, slabs=slabs, device=device, fresh=fresh, track=track
+    )
+    told = verdict(rows, paired, first)
+    brief = []
+    for row in rows:
+        low, high = row["low"], row["high"]
+        over = {"by slab": row["by item"]} if slabs > 1 else {}
+        interval = "-" if np.isnan(low) else f"{low:.3f} to {high:.3f}"
+        brief.append({k: v for k, v in row.items() if k not in ("by item", "low", "high", "items")} | over)
+        brief[-1]["95 %"] = interval
+    what = f"{rows[0]['items']} {'slabs' if slabs > 1 else 'patients'}"
+    about = f"Dice, intervals over {what}; each network against the recipe's, and against itself without scans"
+    Report(f"Networks on {data.name}").text(told).table(brief).table(paired, f"{about}; p by Holm.").write(
+        output / "index.html"
+    )
+    if as_json:
+        show_json({"networks": rows, "paired": paired, "verdict": told})
+        return
+    console.print(table(brief, f"every case, by the model that has not seen its patient; intervals over {what}"))
+    console.print(table(paired, f"Dice, paired over {what}"))
+    console.print(told, soft_wrap=True, highlight=False)
+    console.print(f"page: {output / 'index.html'}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -47,7 +47,7 @@ from nearfar.medical.histology.comparison import compare_networks, verdict
 from nearfar.medical.histology.scores import classify_tiles, confusion, score_slides, score_tiles, short
 from nearfar.medical.histology.slides import batch_for, classify_slide, classify_slides, slide_files, write_answer
 from nearfar.medical.histology.training import check_sides_apart, readable_tiles, train_tiles
-from nearfar.medical.samples import write_texture_slide, write_texture_tiles
+from nearfar.medical.samples import write_texture_slide, write_texture_tiles, write_tissue_tiles
 
 app = typer.Typer(
     help="Classify histology: `train` on tiles, `predict` on tiles and whole slides with a heat map, `evaluate` by "
@@ -93,11 +93,19 @@ RecipeOption = Annotated[str, recipe_option(RECIPES)]
 def sample(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tiles/ and slide.tif.")],
     side: Annotated[int, typer.Option(help="Pixels a side of the slide.", min=1024)] = 2048,
+    tissue: Annotated[
+        bool, typer.Option("--tissue", help="Tiles of real tissue, one section of colon, and no slide.")
+    ] = False,
 ) -> None:
     """Write tiles and a slide to try the tools with: textures in the colours of stained tissue, and no tissue.
 
     scikit-image carries the three photographs; nothing is downloaded. The slide shows parts that no tile is cut from.
+    --tissue: tiles of an immunohistochemical section of colon that it carries, too; whether DAB stains a tile's centre
+    is to be told by the haematoxylin alone.
     """
+    if tissue:
+        console.print(str(write_tissue_tiles(output / "tiles")), soft_wrap=True, highlight=False)
+        return
     write_texture_tiles(output / "tiles")
     write_texture_slide(output / "slide.tif", side)
     console.print(f"{output / 'tiles'}, {output / 'slide.tif'}", soft_wrap=True, highlight=False)
