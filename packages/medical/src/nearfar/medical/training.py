@@ -146,7 +146,12 @@ class _Module(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         images, labels = batch
-        outputs = self.network(images)
+        try:
+            outputs = self.network(images)
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "Wrong input shape" not in str(error):  # segmentation_models_pytorch
+                raise
+            raise UserError(f"{self.recipe.network} cannot take roi {list(self.recipe.roi)}: {error}") from error
         if isinstance(outputs, Tensor) and outputs.ndim == labels.ndim + 2:  # MONAI's deep supervision stacks heads
             outputs = list(outputs.unbind(1))
         loss = self.loss(outputs, labels)
