@@ -148,9 +148,7 @@ class _Module(pl.LightningModule):
         images, labels = batch
         try:
             outputs = self.network(images)
-        except (ValueError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "Wrong input shape" not in str(error):  # segmentation_models_pytorch
-                raise
+        except ValueError as error:
             raise UserError(f"{self.recipe.network} cannot take roi {list(self.recipe.roi)}: {error}") from error
         if isinstance(outputs, Tensor) and outputs.ndim == labels.ndim + 2:  # MONAI's deep supervision stacks heads
             outputs = list(outputs.unbind(1))
