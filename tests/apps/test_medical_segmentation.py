@@ -277,13 +277,15 @@ def test_comparison_refuses(brain: Path, tmp_path: Path) -> None:
     for other, message in (("brain", "compared with itself"), ("nothing-there", "nothing-there")):
         with pytest.raises(UserError, match=message):
             run("compare", brain, "-o", tmp_path, "--recipe", "brain", "--network", other)
+    with pytest.raises(UserError, match="vessels: each is compared once"):
+        run("compare", brain, "-o", tmp_path, "--network", "vessels", "--network", "vessels.yaml")
     with pytest.raises(UserError, match=r"roi is \[48, 112\]; vmunet takes multiples of \[32, 32\]: \[64, 128\]"):
         run("train", brain, "-o", tmp_path, "--recipe", "vmunet-small", "--set", "roi=[48,112]", "--set", "resize=null")
     enc = "settings={features: [4, 8], patch_size: [4, 4]}"
     with pytest.raises(UserError, match=r"roi is \[8, 8\]; this umamba_enc takes \[4, 4\] alone"):
         run("train", brain, "-o", tmp_path, "--set", "network=umamba_enc", "--set", enc, "--set", "roi=[8,8]")
     seg = "settings={features: [4, 8, 8, 8], hidden: 8, slices: [48, 8, 4, 2]}"
-    with pytest.raises(UserError, match="cannot take roi .*48 slices do not divide"):
+    with pytest.raises(UserError, match=r"cannot take roi .*48 slices do not divide"):
         run("train", brain, "-o", tmp_path, "--set", "network=segmamba", "--set", seg, "--set", "roi=[32,32,32]")
 
 

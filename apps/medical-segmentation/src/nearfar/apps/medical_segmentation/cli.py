@@ -703,12 +703,16 @@ def compare(
     cases = [case for case in collection.cases if case.label is not None and case.part != "test"]
     if not cases:
         raise UserError(f"{data}: no labelled cases to train on")
-    first = Path(recipe).stem
-    others = {Path(name).stem: read_recipe(Recipe, name, folder=RECIPES) for name in network}
+    _note(collection.notes)
+    first, names = Path(recipe).stem, [Path(name).stem for name in network]
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise UserError(f"--network {', '.join(twice)}: each is compared once")
+    others = {own: read_recipe(Recipe, name, folder=RECIPES) for own, name in zip(names, network, strict=True)}
     jobs = with_ablations(first, read_recipe(Recipe, recipe, settings or (), RECIPES), others)
     rows, paired = compare_networks(
-        collection, cases, jobs, output, folds=folds, slabs=slabs, device=device, fresh=fresh, track=track
-    )
+        collection, cases, jobs, output, folds=folds, slabs=slabs, device=device, fresh=fresh, track=track,
+        say=lambda text: _note([text]),
+    )  # fmt: skip
     told = verdict(rows, paired, first)
     brief = []
     for row in rows:
