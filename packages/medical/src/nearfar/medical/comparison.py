@@ -71,7 +71,7 @@ def compare_networks(
     if len(budgets) > 1:
         raise ValueError("the recipes differ in epochs, patches, batch or roi: their budgets are not equal")
     folder, splits = Path(folder), make_splits(cases, folds, next(iter(recipes.values())).seed)
-    rows, means = [], dict[str, dict[str, np.ndarray]]()
+    rows, means = list[dict[str, Any]](), dict[str, dict[str, np.ndarray]]()
     for name, recipe in recipes.items():
         whole, items, seconds, parameters = list[dict[str, Any]](), dict[str, list[float]](), 0.0, 0
         for number, split in enumerate(track(splits, name)):
@@ -95,7 +95,7 @@ def compare_networks(
                     items.setdefault(item, []).append(float(np.mean(there)) if there else np.nan)
         means[name] = {item: np.array(scores) for item, scores in items.items()}
         summary = summarize(whole)
-        row = {"network": name, "parameters (M)": parameters / 1e6, "training (s)": round(seconds, 1)}
+        row: dict[str, Any] = {"network": name, "parameters (M)": parameters / 1e6, "training (s)": round(seconds, 1)}
         rows.append(row | {r["label"]: r["dice"] for r in summary[:-1]} | {"Dice": summary[-1]["dice"]})
     values = _by_item(means)
     for row in rows:
@@ -105,7 +105,9 @@ def compare_networks(
     first, *others = recipes
     pairs = [(name, first) for name in others if name != first + IDENTITY]
     pairs += [(name, name + IDENTITY) for name in recipes if name + IDENTITY in recipes]
-    paired = [{"network": one, "against": other, **paired_test(values[one], values[other])} for one, other in pairs]
+    paired: list[dict[str, Any]] = [
+        {"network": one, "against": other, **paired_test(values[one], values[other])} for one, other in pairs
+    ]
     for row, p in zip(paired, holm([row["p"] for row in paired]), strict=True):
         row["p"] = float(p)
     rows.sort(key=lambda row: -row["Dice"])

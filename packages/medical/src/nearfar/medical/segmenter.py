@@ -95,8 +95,9 @@ class Segmenter:
         if any(n % m for n, m in zip(recipe.roi, several, strict=True)):
             fits = [-(-n // m) * m for n, m in zip(recipe.roi, several, strict=True)]
             raise UserError(f"roi is {list(recipe.roi)}; {recipe.network} takes multiples of {list(several)}: {fits}")
-        if getattr(network, "fixed", False) and network.patch_size != recipe.roi:
-            raise UserError(f"roi is {list(recipe.roi)}; this {recipe.network} takes {list(network.patch_size)} alone")
+        alone: Any = getattr(network, "patch_size", None) if getattr(network, "fixed", False) else None
+        if alone is not None and alone != recipe.roi:
+            raise UserError(f"roi is {list(recipe.roi)}; this {recipe.network} takes {list(alone)} alone")
         return cls(network, labels, recipe, in_channels, regions=regions, order=order)
 
     def __call__(
