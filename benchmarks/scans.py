@@ -1,7 +1,7 @@
 """The selective scan and the networks on it, beside their plain PyTorch forms, transformers and mambapy, in one run.
 
     python benchmarks/scans.py scan       # B 1, D 192, N 16, L 3136: time and memory, forward and training step
-    python benchmarks/scans.py growth     # time against length, 1k to 64k, and the exponent of the upper half
+    python benchmarks/scans.py growth     # time against length, 1k to 64k, and its exponent
     python benchmarks/scans.py models     # Vim-tiny at 224 and VMamba-T forward, with the plain scan in its place
 
 One thread; the shortest of several runs of processor time counts, so that other work on the machine disturbs little.
@@ -10,7 +10,6 @@ Memory is the rise of a forked process's resident size (Linux). mambapy takes pa
 
 import argparse
 import importlib
-import math
 import os
 import resource
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,9 @@ def loop_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     decay = torch.exp(torch.einsum("bne,es->bnes", dt, A))
     push = torch.einsum("bne,bns,bne->bnes", dt, B, u)
     h, rows = torch.zeros_like(push[:, 0]), []
-    for t in range(u.shape[1]):
-        h = decay[:, t] * h + push[:, t]
-        rows.append(torch.einsum("bes,bs->be", h, C[:, t]))
+    for a, x, c in zip(decay.unbind(1), push.unbind(1), C.unbind(1)):  # slices would each fill a gradient of full size
+        h = a * h + x
+        rows.append(torch.einsum("bes,bs->be", h, c))
     return torch.stack(rows, 1)
 
 
@@ -119,24 +119,23 @@ def scan() -> None:
         leaves = [t.clone().requires_grad_() for t in given]
         step = lambda f=form, leaves=leaves: f(*leaves).sum().backward()  # noqa: E731
         print(
-            f"{name:14}{forward:12.1f}{memory:8.1f}{best(step, 2):10.1f}{peak_memory(step):8.1f}{error:10.1e}",
+            f"{name:14}{forward:12.1f}{memory:8.1f}{best(step, 1):10.1f}{peak_memory(step):8.1f}{error:10.1e}",
             flush=True,
         )
 
 
 def growth() -> None:
-    lengths, times = [1024 * 2**i for i in range(7)], []
+    lengths, times = [1024 * 2**i for i in range(7)], {"forward": list[float](), "step": list[float]()}
     for length in lengths:
         given = inputs(length)
+        leaves = [t.clone().requires_grad_() for t in given]
         with torch.no_grad():
-            times.append(best(lambda g=given: selective_scan(*g)))
-        print(f"L {length:6d}  {times[-1]:9.1f} ms", flush=True)
-    for name, start in (("all", 0), ("upper half", 3)):
-        x = [math.log(n) for n in lengths[start:]]
-        y = [math.log(t) for t in times[start:]]
-        mx, my = sum(x) / len(x), sum(y) / len(y)
-        slope = sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x)
-        print(f"exponent, {name}: {slope:.3f}")
+            times["forward"].append(best(lambda g=given: selective_scan(*g)))
+        times["step"].append(best(lambda g=leaves: selective_scan(*g)[0].sum().backward()))
+        print(f"L {length:6d}  forward {times['forward'][-1]:9.1f} ms  step {times['step'][-1]:9.1f} ms", flush=True)
+    for what, taken in times.items():
+        slope = np.polyfit(np.log(lengths), np.log(taken), 1)[0]
+        print(f"{what} grows as L to the power {slope:.3f}")
 
 
 def models() -> None:
