@@ -1,11 +1,13 @@
 """The selective scan and the networks on it, beside their plain PyTorch forms, transformers and mambapy, in one run.
 
     python benchmarks/scans.py scan       # B 1, D 192, N 16, L 3136: time and memory, forward and training step
+                                          # (that of transformers, the last row, takes minutes)
     python benchmarks/scans.py growth     # time against length, 1k to 64k, and its exponent
     python benchmarks/scans.py models     # Vim-tiny at 224 and VMamba-T forward, with the plain scan in its place
 
 One thread; the shortest of several runs of processor time counts, so that other work on the machine disturbs little.
-Memory is the rise of a forked process's resident size (Linux). mambapy takes part where it is installed.
+Memory is the rise of a forked process's resident size (Linux). mambapy takes part where it is installed
+(`uv run --with mambapy`).
 """
 
 import argparse
@@ -92,15 +94,6 @@ def scan() -> None:
     given = inputs(3136)
     forms: dict[str, Callable[..., Tensor]] = {"loop": loop_scan, "ours": lambda *a: selective_scan(*a)[0]}
     try:
-        from transformers.models.mamba.modeling_mamba import mamba_selective_scan
-
-        swap = lambda t: t.mT.contiguous()  # noqa: E731
-        forms["transformers"] = lambda u, dt, A, B, C: swap(
-            mamba_selective_scan(swap(u), swap(dt), A, swap(B), swap(C), return_last_state=True)[0]
-        )
-    except ImportError:
-        print("transformers: has no mamba_selective_scan")
-    try:
         pscan = importlib.import_module("mambapy.pscan").pscan
 
         def parallel(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -110,18 +103,25 @@ def scan() -> None:
         forms["mambapy"] = parallel
     except ImportError:
         print("mambapy: not installed")
+    try:
+        from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+
+        swap = lambda t: t.mT.contiguous()  # noqa: E731
+        forms["transformers"] = lambda u, dt, A, B, C: swap(
+            mamba_selective_scan(swap(u), swap(dt), A, swap(B), swap(C), return_last_state=True)[0]
+        )
+    except ImportError:
+        print("transformers: has no mamba_selective_scan")
     want = loop_scan(*given)
-    print(f"{'form':14}{'forward ms':>12}{'MB':>8}{'step ms':>10}{'MB':>8}{'error':>10}")
+    print(f"{'form':14}{'error':>10}{'forward ms':>12}{'MB':>8}{'step ms':>10}{'MB':>8}")
     for name, form in forms.items():
         with torch.no_grad():
             error = float((form(*given) - want).norm() / want.norm())
             forward, memory = best(lambda f=form: f(*given)), peak_memory(lambda f=form: f(*given))
+        print(f"{name:14}{error:10.1e}{forward:12.1f}{memory:8.1f}", end="", flush=True)
         leaves = [t.clone().requires_grad_() for t in given]
         step = lambda f=form, leaves=leaves: f(*leaves).sum().backward()  # noqa: E731
-        print(
-            f"{name:14}{forward:12.1f}{memory:8.1f}{best(step, 1):10.1f}{peak_memory(step):8.1f}{error:10.1e}",
-            flush=True,
-        )
+        print(f"{best(step, 1):10.1f}{peak_memory(step):8.1f}", flush=True)
 
 
 def growth() -> None:
