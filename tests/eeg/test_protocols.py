@@ -470,15 +470,53 @@ def test_successive_runs_tune_or_fit_on_all_that_came_before():
     metadata, y = table(subjects=1)  # two sessions of two runs
     Spy.log = []
     evaluate({"spy": lambda seed: SelectingSpy()}, numbered(y, metadata), y, metadata, "successive-runs", sfreq=10)
-    assert [kind for kind, *_ in Spy.log] == ["fit", "test", "fit", "tune", "test", "tune", "test"]
+    assert [kind for kind, *_ in Spy.log] == ["fit", "test", "tune", "test", "tune", "test"]  # the first one starts all
+    Spy.log = []
+    evaluate({"spy": lambda seed: SelectingSpy()}, numbered(y, metadata), y, metadata, "first-run", sfreq=10)
+    assert [kind for kind, *_ in Spy.log] == ["fit", "test", "test", "test"]
     Spy.log = []
     run = evaluate({"spy": lambda seed: Spy()}, numbered(y, metadata), y, metadata, "successive-runs", sfreq=10)
     assert [kind for kind, *_ in Spy.log] == ["fit", "test"] * 3
     assert [len(rows) for kind, rows, _ in Spy.log if kind == "fit"] == [10, 20, 30]
     assert run.rows["session"].tolist() == ["0", "1"]
+    with pytest.raises(ValueError, match="calibration is 0"):
+        next(protocols.successive_runs(metadata, y, calibration=0))
     metadata, y = table(subjects=1, sessions=1, runs=1)
     with pytest.raises(UserError, match="one run"):
         evaluate({"spy": lambda seed: Spy()}, numbered(y, metadata), y, metadata, "successive-runs", sfreq=10)
+
+
+class Tuned(LogisticRegression):
+    """Tuned by fitting anew on old and new trials."""
+
+    def fit(self, X, y):
+        self.seen_ = log_power(X), y
+        return super().fit(*self.seen_)
+
+    def fine_tune(self, X, y):
+        return super().fit(np.concatenate([self.seen_[0], log_power(X)]), np.concatenate([self.seen_[1], y]))
+
+    def predict_proba(self, X):
+        return super().predict_proba(log_power(X))
+
+
+def test_aligned_successive_runs_go_on_to_the_same_answers(tmp_path):
+    """Each split aligns the first run's trials anew, so a model of another split's is no start."""
+    metadata, y = table(subjects=1, sessions=1, trials=48, runs=4)
+    X = signals(y, metadata)
+
+    def run():
+        return evaluate(
+            {"tuned": lambda seed: Tuned()}, X, y, metadata, "successive-runs", sfreq=10, alignment=True,
+            cache_dir=tmp_path,
+        ).predictions  # fmt: skip
+
+    whole = run()
+    fits = sorted(tmp_path.glob("*.npz"))
+    assert len(fits) == 3
+    for fit in fits:
+        fit.unlink()
+        pd.testing.assert_frame_equal(run(), whole)
 
 
 @pytest.fixture(scope="module")

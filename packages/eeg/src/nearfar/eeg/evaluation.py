@@ -212,7 +212,8 @@ class _Fits:
         self.estimators, self.X, self.y, self.metadata = estimators, X, y, metadata
         self.n_classes, self.alignment = n_classes, alignment
         self.folder = None if cache_dir is None else Path(cache_dir)
-        self.started: dict[str, tuple[Any, Any]] = {}  # of each model, the last starting model of fine-tuning
+        self.tunes = {name: hasattr(make(0), "fine_tune") for name, make in estimators.items()}
+        self.last: dict[str, tuple[Any, Any]] = {}  # of each model what it learnt from last, and itself
         self.aligned: tuple[Split, np.ndarray] | None = None  # the last split's trials
         if self.folder is not None:
             told = metadata[list(COLUMNS)].itertuples(index=False, name=None)
@@ -244,17 +245,11 @@ class _Fits:
         """Fit on what the split allows, then touch the test trials once."""
         X = self.trials(split)
         begin = time.perf_counter()
-        estimator, method = self.estimators[name](seed), "fit"
-        if split.start is not None and hasattr(estimator, "fine_tune"):
-            key = (seed, split.start.train.tobytes(), split.start.validation.tobytes())
-            if self.started.get(name, (None, None))[0] != key:
-                self.started.pop(name, None)  # free the one that is no longer needed
-                self.learn(estimator, "fit", split.start, X)
-                self.started[name] = (key, estimator)
-            estimator, method = copy.deepcopy(self.started[name][1]), "fine_tune"
-        elif split.continues:
-            split = split.joined()
-        self.learn(estimator, method, split, X)
+        if split.start is not None and self.tunes[name]:
+            estimator = copy.deepcopy(self.fitted(name, split.start, seed, X))
+            self.learn(estimator, "fine_tune", split, X)
+        else:
+            estimator = self.fitted(name, split.joined() if split.continues else split, seed, X)
         given = np.asarray(estimator.predict_proba(X[split.test]), float)
         known = np.asarray(getattr(estimator, "classes_", np.arange(self.n_classes)), int)
         if given.shape != (len(split.test), len(known)):
@@ -263,6 +258,18 @@ class _Fits:
         probabilities[:, known] = given
         curve = [dict(epoch) for epoch in getattr(estimator, "history_", [])]
         return {"probabilities": probabilities, "seconds": time.perf_counter() - begin, "history": curve}
+
+    def fitted(self, name: str, split: Split, seed: int, X: np.ndarray) -> Any:
+        """An estimator fitted on a split; the last of its name where that learnt from the same, equally aligned."""
+        rows = np.concatenate([split.train, split.validation])
+        aligned = trial_digests(X[rows]) if self.alignment else ()
+        key = (seed, split.train.tobytes(), split.validation.tobytes(), *aligned)
+        if self.last.get(name, (None, None))[0] != key:
+            self.last.pop(name, None)  # free the one that is no longer needed
+            estimator = self.estimators[name](seed)
+            self.learn(estimator, "fit", split, X)
+            self.last[name] = (key, estimator)
+        return self.last[name][1]
 
     def learn(self, estimator: Any, method: str, split: Split, X: np.ndarray) -> None:
         train, selecting = split.train, dict[str, Any]()

@@ -55,7 +55,7 @@ class Split:
             return self
         train = np.concatenate([self.start.train, self.train])
         validation = self.validation if self.published else np.concatenate([self.start.validation, self.validation])
-        return replace(self, train=train, validation=validation, start=None)
+        return replace(self, train=train, validation=validation, start=None, continues=False)
 
     @property
     def published(self) -> bool:
@@ -222,6 +222,8 @@ def successive_runs(
         validation: share of the trials of each class, the latest.
         seed: changes nothing here.
     """
+    if calibration < 1:
+        raise ValueError(f"calibration is {calibration}; at least one run must train the model")
     name = _name("successive-runs" if adapt else "first-run", published)
     apart, unit = ("subject", "session", "run"), ("subject", "session")
 
