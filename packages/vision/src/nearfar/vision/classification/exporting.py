@@ -8,7 +8,6 @@ cropping and averaging over views stay outside.
 import contextlib
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,47 +83,38 @@ def export_classifier(
         more = "" if fixed else f"; --fixed exports it for pictures of {classifier.size} pixels alone"
         return UserError(f"{classifier.name}: its exported form {reason}{more}")
 
-    # a tracer takes an axis of one cell, or one window, for a constant: where a small picture has one, a larger may do
-    write = partial(_write, classifier, path, deployed, sizes, fixed, calibration, refuse)
-    if fixed:
-        return write(sizes[0])
-    with contextlib.suppress(UserError):
-        return write(sizes[0])
-    return write((320 + sizes[0][0], 320 + sizes[0][1]))
-
-
-def _write(
-    classifier: Classifier,
-    path: Path,
-    deployed: Deployed,
-    sizes: Sequence[tuple[int, int]],
-    fixed: bool,
-    calibration: Pictures | None,
-    refuse: Callable[[str], UserError],
-    sample: tuple[int, int],
-) -> list[dict[str, Any]]:
-    """`export_classifier`, traced at one size."""
     axes = {0: torch.export.Dim.DYNAMIC} | ({} if fixed else {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC})
-    try:
-        with torch.no_grad():
-            images = torch.rand(2, 3, *sample) * 255
-            program = torch.export.export(deployed, (images,), dynamic_shapes=(axes,), strict=False)
-    except Exception as error:  # torch.export raises whatever the model or the tracer does
-        raise refuse(f"cannot be traced: {_line(error)}") from error
-    with atomic_path(path) as place:
-        told = metadata(classifier, not fixed)
-        if path.suffix == ".pt2":
-            try:
-                torch.export.save(program, place, extra_files={"classifier.json": json.dumps(told)})
-            except Exception as error:  # the serializer's own kinds
-                raise refuse(f"cannot be written: {_line(error)}") from error
-        else:
-            _write_onnx(program, place, told, refuse)
-        rows = [difference(deployed, runner(place), size, refuse) for size in sizes]
-        if calibration is not None:
-            _quantize(place, calibration, told, pixels_for(classifier.size, classifier))
-            rows = check(classifier, place, calibration)
-    return rows
+    told = metadata(classifier, not fixed)
+
+    def write(height: int, width: int) -> list[dict[str, Any]]:
+        """Trace with pictures of one size, and try the file at all of `sizes`."""
+        try:
+            with torch.no_grad():
+                images = torch.rand(2, 3, height, width) * 255
+                program = torch.export.export(deployed, (images,), dynamic_shapes=(axes,), strict=False)
+        except Exception as error:  # torch.export raises whatever the model or the tracer does
+            raise refuse(f"cannot be traced: {_line(error)}") from error
+        with atomic_path(path) as place:
+            if path.suffix == ".pt2":
+                try:
+                    torch.export.save(program, place, extra_files={"classifier.json": json.dumps(told)})
+                except Exception as error:  # the serializer's own kinds
+                    raise refuse(f"cannot be written: {_line(error)}") from error
+            else:
+                _write_onnx(program, place, told, refuse)
+            rows = [difference(deployed, runner(place), size, refuse) for size in sizes]
+            if calibration is not None:
+                _quantize(place, calibration, told, pixels_for(classifier.size, classifier))
+                rows = check(classifier, place, calibration)
+        return rows
+
+    height, width = sizes[0]
+    if not fixed:
+        # a tracer takes an axis of one cell, or one window, for a constant: a larger picture has more of them
+        with contextlib.suppress(UserError):
+            return write(height, width)
+        height, width = height + 320, width + 320
+    return write(height, width)
 
 
 def trial_sizes(classifier: Classifier) -> list[tuple[int, int]]:
