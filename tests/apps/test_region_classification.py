@@ -1,6 +1,7 @@
 """The region-classification app from its command line, on coloured discs beside squares."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,14 @@ def test_students_of_a_teacher(data: tuple[Path, Path, Path], tmp_path: Path) ->
         call("train", pictures, masks, "--names", names, "-o", student, "--teacher", teacher, *taught, *cpu)
         (row,) = json.loads(call("evaluate", student, pictures, masks, "--names", turned, "--json"))
         assert row["accuracy"] > 0.8, (kind, row)
+    few = tmp_path / "few"
+    few.mkdir()
+    for i in range(4):
+        shutil.copy(pictures / f"{i}.png", few)
+    quick = ["--set", "epochs=1", "--set", "distillation=soft", *words_of([*small[:1], "size=32", "extra=none"])]
+    call("train", few, masks, "--names", names, "-o", tmp_path / "q", "--teacher", teacher, *quick, *cpu)
+    (row,) = json.loads(call("evaluate", tmp_path / "q", pictures, masks, "--names", turned, "--json"))
+    assert row["marked"] == "16 of 16 regions seen in training"  # its teacher's are among them
     with pytest.raises(UserError, match="no grid to pool on; take larger pictures"):
         call("train", pictures, masks, "--names", names, "-o", tmp_path / "n", *cpu,
              *words_of([*small, "size=32", "extra=pooled"]))  # fmt: skip

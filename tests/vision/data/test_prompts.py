@@ -121,7 +121,9 @@ def test_boxes_of_a_table_by_colour(tmp_path: Path) -> None:
     disc_region, _ = prompted_regions(tmp_path, table, in_boxes)
     found = disc_region.mask()
     assert (found & mask).sum() / (found | mask).sum() > 0.85
-    table.write_text("picture,left,top,right,bottom\na.png,14,5,46,36\na.png,10,5,50,36\n")
+    table.write_text(
+        "\ufeffpicture,left,top,right,bottom\r\na.png,14,5,46,36\r\na.png,10,5,50,36\r\n"
+    )  # a spreadsheet's
     assert [p.category for p in read_prompts(table)] == ["1", "2"]
 
 
@@ -130,6 +132,8 @@ def test_boxes_of_a_table_by_colour(tmp_path: Path) -> None:
     [
         ("picture,left\na.png,3\n", "needs the columns picture and left"),
         ("picture,x,y,colour\na.png,3,4,red\n", "has the columns colour"),
+        ("picture,x,y,x\na.png,3,4,5\n", "has the columns x twice"),
+        ("picture,x,y\na.png,3,4\na.png,3,4,5\n", "row 3 has more cells"),
         ("picture,x,y\n", "has no rows"),
         ("picture,x,y\na.png,three,4\n", "row 2: x is 'three', no number"),
         ("picture,x,y\na.png,nan,4\n", "row 2: x, y are"),

@@ -43,7 +43,7 @@ from nearfar.vision.classification.regions import (
     score_regions,
     train_regions,
 )
-from nearfar.vision.data.prompts import Sam, all_named, in_boxes, prompted_regions
+from nearfar.vision.data.prompts import Sam, in_boxes, prompted_regions
 from nearfar.vision.data.regions import Region, Views, coco_regions, cut_out, id_regions, permuted, translocated
 
 app = typer.Typer(
@@ -119,17 +119,18 @@ def train_command(
     record |= {name: list(getattr(views, name) or ()) for name in NORMALIZATION}
     inputs = load_views(regions, views, chosen.extra)
     learning: dict[str, Any] = {}
-    made_from = {}
+    made_from, seen = {}, TrainedOn.of(digests(regions))
     if teacher is not None:
         learning = taught_by(teacher, classes, regions, chosen)
         made_from = {"teacher": file_digest(teacher / "model.safetensors")}
+        seen |= trained_on(teacher)  # what it tells of, its student knows, too
     labels = torch.tensor([classes.index(region.category) for region in regions])
     losses = train_regions(
         model, inputs, labels, epochs=chosen.epochs, batch_size=chosen.batch_size, learning_rate=chosen.learning_rate,
         seed=chosen.seed, paired=views.paired, flip=views.flip, folder=output, settings=asdict(chosen), device=device,
         fresh=fresh, show_progress=messages.is_terminal, data=made_from, **learning,
     )  # fmt: skip
-    with writing(output, KIND, record, TrainedOn.of(digests(regions))) as place:
+    with writing(output, KIND, record, seen) as place:
         save_state_dict(model, place / "model.safetensors")
     show([{"regions": len(regions), "classes": len(classes), "loss": losses[-1], "folder": str(output)}], as_json)
 
@@ -216,10 +217,10 @@ def open_regions(
     if names is not None and masks.is_file():
         raise UserError(f"--names {names}: is for a folder of masks; {masks} names its categories itself")
     if table:
-        if named and not all_named(masks):
-            raise UserError(f"{masks}: has no column category, which says what each region is")
         segment = in_boxes if sam is None else Sam(sam, "cpu" if device == "auto" else device)
-        return prompted_regions(pictures, masks, segment, lambda prompts: track(list(prompts), "cutting out"))
+        return prompted_regions(
+            pictures, masks, segment, lambda prompts: track(list(prompts), "cutting out"), named=named
+        )
     if masks.is_file():
         regions = coco_regions(pictures, masks)
     elif names is None:
@@ -259,16 +260,16 @@ def load_views(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a network sees of every region: both views, or the picture and the region's place in it. `disturb`: a name
     of `DISTURBANCES`, the same for both."""
+    if extra == POOLED and disturb is not None:
+        raise UserError(f"--disturb {disturb}: is for networks of two views; this one sees whole pictures")
     pairs = []
     for i, region in enumerate(track(list(regions), "cutting out")):
-        mask, name = region.mask(), f"{region.name}, {region.category}"
+        picture, mask = region.picture(), region.mask()
         if mask.all():
             raise UserError(f"{region.name}: {region.category} is the whole picture; nothing surrounds it")
-        both = cut_out(region.picture(), mask, name)
+        both = cut_out(picture, mask, f"{region.name}, {region.category}")  # which refuses a mask that does not fit
         if extra == POOLED:
-            if disturb is not None:
-                raise UserError(f"--disturb {disturb}: is for networks of two views; this one sees whole pictures")
-            pairs.append(views.whole(region.picture(), mask))
+            pairs.append(views.whole(picture, mask))
         elif disturb is None:
             pairs.append(views(*both))
         else:

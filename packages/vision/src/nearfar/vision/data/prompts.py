@@ -99,26 +99,31 @@ class Sam:
         return mask
 
 
-def all_named(table: Path) -> bool:
-    """Whether a table says of its regions what they are."""
-    with reading(table, "cannot be read as a table of boxes or points"), table.open(newline="", encoding="utf-8") as f:
-        return "category" in [name.strip() for name in next(csv.reader(f), ())]
-
-
 COLUMNS = ("picture", "category", "left", "top", "right", "bottom", "x", "y", "inside")
 
 
-def read_prompts(table: Path) -> list[Prompt]:
+def read_prompts(table: Path, named: bool = False) -> list[Prompt]:
     """Boxes and points of a CSV table: one row each, with the columns `picture` (a file's name), `category`, and
     `left, top, right, bottom` or `x, y` and, 0 for a point beside the region, `inside`.
 
-    Rows of one picture and category make one prompt of a box, points or both. Without the column `category` every row
-    is a region of its own, called by its number in the picture. UserError names the row that is wrong.
+    Rows of one picture and category make one prompt of a box, points or both. Without the column `category`, which
+    `named` asks for, every row is a region of its own, called by its number in the picture. UserError names the row
+    that is wrong.
     """
-    with reading(table, "cannot be read as a table of boxes or points"), table.open(newline="", encoding="utf-8") as f:
+    with (
+        reading(table, "cannot be read as a table of boxes or points"),
+        table.open(newline="", encoding="utf-8-sig") as f,
+    ):
         reader = csv.DictReader(f)
         columns = [name.strip() for name in reader.fieldnames or ()]
-        rows = [{key.strip(): (value or "").strip() for key, value in row.items() if key} for row in reader]
+        lines = list(reader)
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise UserError(f"{table}: has the columns {some(twice)} twice")
+    if longer := [number for number, row in enumerate(lines, start=2) if None in row]:
+        raise UserError(f"{table}: row {longer[0]} has more cells than there are columns")
+    rows = [{key.strip(): (value or "").strip() for key, value in row.items()} for row in lines]
+    if named and "category" not in columns:
+        raise UserError(f"{table}: has no column category, which says what each region is")
     if unknown := [name for name in columns if name not in COLUMNS]:
         raise UserError(f"{table}: has the columns {some(unknown)}; known are {', '.join(COLUMNS)}")
     if "picture" not in columns or not (
@@ -169,13 +174,18 @@ def _numbers(row: dict[str, str], *names: str) -> tuple[float, ...]:
 
 
 def prompted_regions(
-    pictures: Path, table: Path, segment: Segment, progress: Callable[[Sequence[Prompt]], Iterable[Prompt]] = iter
+    pictures: Path,
+    table: Path,
+    segment: Segment,
+    progress: Callable[[Sequence[Prompt]], Iterable[Prompt]] = iter,
+    *,
+    named: bool = False,
 ) -> list[Region]:
     """The regions of a table of boxes and points (see `read_prompts`), cut out by `segment`, `in_boxes` or a `Sam`.
 
     UserError for a picture that is not there, boxes and points outside it, and places where there is nothing.
     """
-    prompts = read_prompts(table)
+    prompts = read_prompts(table, named)
     files = {p.name: p for p in sorted(pictures.iterdir()) if is_picture(Path(p.name))}
     if missing := sorted({p.name for p in prompts} - set(files)):
         raise UserError(f"{table}: names {some(missing)}, which {pictures} does not have")
