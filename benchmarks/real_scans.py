@@ -20,7 +20,7 @@ import torch
 from scipy import ndimage
 from skimage.filters import frangi
 
-from nearfar.apps.medical_segmentation.cli import RECIPES
+from nearfar.apps.medical_segmentation.common import RECIPES
 from nearfar.core.recipes import read_recipe
 from nearfar.medical.data.cases import Case, Collection, make_splits
 from nearfar.medical.data.layouts import find_cases
