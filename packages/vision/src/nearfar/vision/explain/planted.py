@@ -2,8 +2,7 @@
 
 Every picture is noise with four patches of one size and contrast at random places. One is the cue, stripes that run
 across or down, which are the two classes; three are distractors, the same in both: diagonal stripes, a chequerboard
-and wider diagonals. A map that shows edges, or that shows contrast whatever the model, finds the cue about one time in
-four.
+and wider diagonals. A map that shows where a patch is, whatever the model, finds the cue at most one time in four.
 """
 
 import copy
