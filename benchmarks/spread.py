@@ -25,6 +25,9 @@ PICTURE_MODELS = [
     *("linear", "test_resnet", "small-nearfar_convnext_atto", "small-hornet_tiny_7x7", "small-attnet_xxs"),
     *("small-overlock_xt", "small-transxnet_t", "small-lsnet_t"),
 ]
+TISSUE_NETWORKS = [
+    *("duoformer_small", "duoformer_small-identity", "resnet10t+vit_small", "resnet10t", "convnext_atto"),
+]
 VOICES = ["--layout", r"(\d_)?(?P<speaker>[^/_]+)[/_].+", "--same", "en-f=es-f"]
 
 
@@ -113,6 +116,50 @@ def brain(data: Path, output: Path, seed: int) -> dict[str, float]:
     return {f"Dice, {row['label']}": row["dice"] for row in read_json(model / "validation.json")}
 
 
+def tiles(data: Path, output: Path, seed: int, tissue: bool = False) -> dict[str, float]:
+    sample = output / "sample"
+    if not (sample / "tiles").exists():
+        nearfar("tile-classification", "sample", "-o", sample, *(["--tissue"] if tissue else []))
+    more = ["--set", "fit=resize", "--set", "batch_size=16"] if tissue else []
+    for name in TISSUE_NETWORKS if tissue else []:
+        more += ["--network", name]
+    nearfar(
+        *("tile-classification", "compare", sample / "tiles", "-o", output / str(seed), "--set", "epochs=8"),
+        *("--folds", 2, "--device", "cpu", "--set", f"seed={seed}", *more),
+    )
+    rows = read_json(output / str(seed) / "comparison.json")["networks"]
+    return {f"balanced accuracy, {row['network']}": row["balanced"] for row in rows}
+
+
+def tissue(data: Path, output: Path, seed: int) -> dict[str, float]:
+    return tiles(data, output, seed, tissue=True)
+
+
+def scans_compared(scans: Path, output: Path, seed: int, *words: object) -> dict[str, float]:
+    nearfar(
+        *("medical-segmentation", "compare", scans, "-o", output / str(seed), "--network", "vmunet-small"),
+        *("--network", "umamba-small", "--device", "cpu", "--set", f"seed={seed}", *words),
+    )
+    rows = read_json(output / str(seed) / "comparison.json")["networks"]
+    return {f"Dice, {row['network']}": row["Dice"] for row in rows}
+
+
+def brain_compared(data: Path, output: Path, seed: int) -> dict[str, float]:
+    from nearfar.medical.samples import write_brain
+
+    scans = output / "brain"
+    if not scans.exists():
+        write_brain(scans, resolution=4)
+    return scans_compared(
+        *(scans, output, seed, "--recipe", "brain", "--set", "roi=[32,64]", "--set", "epochs=8", "--slabs", 12)
+    )
+
+
+def vessels_compared(data: Path, output: Path, seed: int) -> dict[str, float]:
+    words = ("--recipe", "vessels", "--set", "roi=[64,64]", "--set", "epochs=8")
+    return scans_compared(data / "chasedb1", output, seed, *words)
+
+
 def pictures(data: Path, output: Path, seed: int) -> dict[str, float]:
     zipped = data / "cifar10" / "cifar10-12k-imagefolder.zip"
     nearfar(
@@ -148,6 +195,10 @@ JOBS: dict[str, Callable[[Path, Path, int], dict[str, float]]] = {
     "motor-imagery": motor_imagery,
     "separation": separation,
     "brain": brain,
+    "brain-compared": brain_compared,
+    "vessels-compared": vessels_compared,
+    "tiles": tiles,
+    "tissue": tissue,
     "pictures": pictures,
     "text": text,
 }
