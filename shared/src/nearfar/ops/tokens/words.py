@@ -1,5 +1,8 @@
 """Tokens inside tokens: small "words" within every patch, and what the patches ("sentences") take from them."""
 
+import math
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -97,12 +100,13 @@ class WordMerging(nn.Module):
         self.conv = CONVOLUTIONS[dims](dim, out_dim, 3, 2, padding=1)
 
     def forward(self, x: Float[Tensor, "n m c"], size: tuple[int, ...]) -> Float[Tensor, "p m e"]:
-        dims = self.dims
-        x = self.norm(x).unflatten(1, (self.words,) * dims).unflatten(0, (-1, *size))
-        if any(n % 2 for n in size):
-            x = F.pad(x, (0, 0) * (dims + 1) + tuple(p for n in reversed(size) for p in (0, n % 2)))
-        for axis in range(dims):
-            x = x.unflatten(1 + 2 * axis, (-1, 2))
+        dims, halves = self.dims, [(n - 1) // 2 + 1 for n in size]  # as the strided convolution of sentences counts
+        x = self.norm(x).unflatten(1, (self.words,) * dims).unflatten(0, (len(x) // math.prod(size), *size))
+        odd = [2 * half - n for half, n in zip(halves, size, strict=True)]
+        if torch.compiler.is_compiling() or any(odd):  # a graph serves odd and even
+            x = F.pad(x, (0, 0) * (dims + 1) + tuple(p for n in reversed(odd) for p in (0, n)))
+        for axis, half in enumerate(halves):
+            x = x.unflatten(1 + 2 * axis, (half, 2))
         # (b, s1, 2, s2, 2, ..., w1, w2, ..., c) to groups of sentences, then their words side by side
         groups = range(1, 2 * dims, 2)
         sides = [i for axis in range(dims) for i in (2 + 2 * axis, 1 + 2 * dims + axis)]

@@ -469,6 +469,9 @@ class PyramidTNT(TokenModel):
         return 64
 
     def embed(self, x: Tensor) -> State:
+        if torch.compiler.is_compiling():  # cuts nothing: the sizes become 8 times a number, which graphs can divide
+            height, width = (n // 8 * 8 for n in x.shape[-2:])
+            x = x[..., :height, :width]
         words, maps = whole(self.patch_embed, x)
         size = maps.shape[-2:]
         return whole(self.pos_embed, maps.flatten(2).mT, size), size, words + self.word_pos
