@@ -9,7 +9,7 @@ import torch
 from nearfar.core.checkpoints import loaded
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.medical.models.duoformer import DuoFormer, ScaleBlock
-from nearfar.medical.models.segmamba import SegMamba
+from nearfar.medical.models.segmamba import SegMamba, slabs
 from nearfar.medical.models.umamba import UMamba, plan_recipe, read_plans
 from nearfar.medical.models.vmunet import VMUNet
 from nearfar.medical.networks import create_network
@@ -166,6 +166,28 @@ def test_segmamba_slices():
     with pytest.raises(ValueError, match="multiples of 16"):
         derived(torch.randn(1, 2, 32, 24, 16))
     assert SegMamba(3, 2, 2, **TINY_SEG).eval()(torch.randn(1, 2, 32, 48)).shape == (1, 3, 32, 48)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_segmamba_convolves_slabs_as_the_whole(kernel: int) -> None:
+    conv = torch.nn.Conv3d(2, 3, kernel, padding=kernel // 2, bias=False)
+    for n in (16, 33, 50, 64):
+        x = torch.randn(2, 2, n, 5, 6)
+        with torch.no_grad():
+            torch.testing.assert_close(slabs(conv, x), conv(x), rtol=1e-5, atol=1e-6)
+
+
+def test_segmamba_is_its_own_residual_blocks() -> None:
+    """The blocks' own forward gives what ours does, in inference and with gradients."""
+    model, x = SegMamba(3, 2, 2, **TINY_SEG).eval(), torch.randn(1, 2, 64, 96)
+    with torch.no_grad():
+        skips = [encode(m) for encode, m in zip(model.encoder, [x, *model.features(x)])]
+        y = skips.pop()
+        for up in model.decoder:
+            y = up(y, skips.pop())
+        want = model.head(model.last(y))
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

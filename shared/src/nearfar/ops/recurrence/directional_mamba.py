@@ -63,16 +63,14 @@ class DirectionalScan(nn.Module):
         else:
             projected = torch.einsum("bnke,kpe->bnkp", u, self.x_proj)
         r, B, C = projected.split(self.widths, -1)
-        dt = torch.einsum("bnkr,ker->bnke", r, self.dt_proj)
         A = -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
         y, _ = selective_scan(
             u if u.dim() == 3 else u.flatten(2),
-            dt.flatten(2),
+            (torch.einsum("bnkr,ker->bnke", r, self.dt_proj) + self.dt_bias).flatten(2),
             A.flatten(0, 1),
             B,
             C,
             D=self.D.flatten(),
-            dt_bias=self.dt_bias.flatten(),
             softplus=True,
             order=order,
         )
@@ -130,8 +128,8 @@ class DirectionalMamba(nn.Module):
         order = scan_order(self.directions, size or x.shape[1:2], slices=slices, device=x.device)
         k, n = order.shape
         # every direction in its own order, for the convolution
-        u = x[:, order.T.reshape(-1)].unflatten(1, (n, k)).flatten(2)
-        y = F.silu(self.conv(u)).unflatten(-1, (k, -1))
+        y = x[:, order.T.reshape(-1)].unflatten(1, (n, k)).flatten(2)
+        y = F.silu(self.conv(y)).unflatten(-1, (k, -1))
         if self.scan is not None:
             y = self.scan(y, None)
         back = invert(order) * k + torch.arange(k, device=x.device)[:, None]

@@ -258,7 +258,7 @@ def selective_scan(
             y, h = scan(x, step, A, B, C, state, order)
             y, h = y.flatten(2), h.transpose(-1, -2).flatten(1, 2)
     if D is not None:
-        y = y + D * (u if u.shape[-1] == e else u.repeat(1, 1, groups))
+        y = torch.addcmul(y, D, u if u.shape[-1] == e else u.repeat(1, 1, groups))
     if z is not None:
         y = y * F.silu(z)
     return y.to(u.dtype), h

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrUpBlock
+from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetResBlock, UnetrUpBlock
 from torch import Tensor, nn
 
 from nearfar.core.cards import Card
@@ -29,6 +30,33 @@ class TriMambaBlock(nn.Module):
     def forward(self, x: Tensor, slices: int) -> Tensor:
         y = self.mamba(self.norm(x.flatten(2).mT), slices=slices)
         return x + y.mT.reshape(x.shape)
+
+
+SLAB = 16
+
+
+def residual(block: UnetResBlock, x: Tensor) -> Tensor:
+    """MONAI's residual block, which lets go of what it has read: a map of 48 x 128^3 numbers is 400 MB."""
+    y = slabs(block.conv1.conv, x)
+    side = slabs(block.conv3.conv, x) if hasattr(block, "conv3") else x
+    del x
+    side = block.norm3(side) if hasattr(block, "norm3") else side
+    y = block.norm2(slabs(block.conv2.conv, block.lrelu(block.norm1(y))))
+    y += side
+    return block.lrelu(y)
+
+
+def slabs(conv: Any, x: Tensor) -> Tensor:
+    """`conv(x)`; on a CPU without gradients slab by slab, as the library copies what it reads to another layout."""
+    n, edge = x.shape[2], conv.kernel_size[0] // 2
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if torch.is_grad_enabled() or traced or x.device.type != "cpu" or n <= 2 * SLAB:
+        return conv(x)
+    out = x.new_empty(len(x), conv.out_channels, *x.shape[2:])
+    for a in range(0, n, SLAB):
+        first = max(0, a - edge)
+        out[:, :, a : a + SLAB] = conv(x[:, :, first : a + SLAB + edge])[:, :, a - first :][:, :, :SLAB]
+    return out
 
 
 class SegMamba(nn.Module):
@@ -129,11 +157,11 @@ class SegMamba(nn.Module):
             raise ValueError(f"the image is {tuple(x.shape[2:])}; its axes must be multiples of {self.size_multiple}")
         if max(x.shape[2:]) < 32:
             raise ValueError(f"the image is {tuple(x.shape[2:])}; one axis must be at least 32 for the instance norms")
-        skips = [encode(m) for encode, m in zip(self.encoder, [x, *self.features(x)])]
+        skips = [residual(encode.layer, m) for encode, m in zip(self.encoder, [x, *self.features(x)])]
         y = skips.pop()
         for up in self.decoder:
-            y = up(y, skips.pop())
-        return self.head(self.last(y))
+            y = residual(up.conv_block, torch.cat((up.transp_conv(y), skips.pop()), 1))
+        return self.head(residual(self.last.layer, y))
 
     @classmethod
     def from_published(cls, source: Checkpoint, **settings: Any) -> "SegMamba":
