@@ -5,7 +5,7 @@ No weights were released; training starts from those of DeiT-S or LV-ViT-S, whic
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from nearfar.vision.models.tokens import (
     pair,
     split_positions,
 )
+from nearfar.vision.tracing import is_traced
 
 
 class ConvStem(nn.Module):
@@ -71,8 +72,10 @@ class SparseBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.skip_lambda = skip_lambda
 
-    def forward(self, x: Tensor, active: Tensor | None, dense: bool) -> tuple[Tensor, Connectivity, Tensor]:
-        y, found, scores = self.attn(self.norm1(x), active, dense)
+    def forward(
+        self, x: Tensor, active: Tensor | None, dense: bool, present: Tensor | None = None
+    ) -> tuple[Tensor, Connectivity, Tensor]:
+        y, found, scores = self.attn(self.norm1(x), active, dense, present)
         x = x + self.drop_path(y) / self.skip_lambda
         return x + self.drop_path(self.mlp(self.norm2(x))) / self.skip_lambda, found, scores
 
@@ -203,15 +206,47 @@ class Sparsifiner(TokenModel):
     def embed(self, x: Tensor) -> State:
         return *super().embed(x), None, []
 
+    def kept_at(self, index: int) -> int:
+        """How many patches are left after block `index`, where it prunes; 0 where it does not."""
+        if index not in self.prune_at or self.token_keep_rate == 1:
+            return 0
+        return keep_count(self.token_keep_rate ** (self.prune_at.index(index) + 1), math.prod(self.grid(self.img_size)))
+
+    def forward_blocks(
+        self, state: State, take: Collection[int] = (), last: int | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, tuple[int, int]]]]:
+        """As in `TokenModel`, without the patches that pruning has removed, which are zeros in the end.
+
+        The published form, which `details` and exported programs have, keeps them as zeros throughout: the same numbers.
+        """
+        tokens, size = state[:2]
+        if self.token_keep_rate == 1 or is_traced(tokens) or torch.compiler.is_exporting():
+            return super().forward_blocks(state, take, last)
+        present, taken = None, []
+
+        def on_grid() -> Tensor:
+            if present is None:
+                return tokens
+            place = present[..., None].expand(-1, -1, tokens.shape[2])
+            return tokens.new_zeros(len(tokens), 1 + math.prod(size), tokens.shape[2]).scatter(1, place, tokens)
+
+        for i in range(len(self.layers) if last is None else last + 1):
+            tokens, _, scores = self.run(self.blocks[i], tokens, None, self.dense, present)
+            if 0 < (count := self.kept_at(i)) < scores.shape[1]:
+                kept = F.pad(1 + ranked(scores)[:, :count].sort(1).values, (1, 0))
+                tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+                present = kept if present is None else present.gather(1, kept)
+            if i in take:
+                taken.append((on_grid(), size))
+        return on_grid(), taken
+
     def apply_block(self, index: int, state: State) -> State:
         tokens, size, active, told = state
         tokens, found, scores = self.run(self.blocks[index], tokens, active, self.dense)
-        if index in self.prune_at and self.token_keep_rate < 1:
-            rate = self.token_keep_rate ** (self.prune_at.index(index) + 1)
+        if count := self.kept_at(index):
             if active is not None:
                 scores = scores.masked_fill(~active, float("-inf"))
-            order = ranked(scores)[:, : keep_count(rate, scores.shape[1])]
-            active = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
+            active = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ranked(scores)[:, :count], True)
         if active is not None:
             tokens = tokens * F.pad(active, (1, 0), value=True)[..., None]
         return tokens, size, active, [*told, found]
