@@ -86,11 +86,17 @@ class ConnectivityPredictor(nn.Module):
 
         `present`: q and k hold these tokens alone, the summary token and those that pruning has left, by their places.
         """
+        if present is None and q.shape[2] != self.num_tokens:
+            raise ValueError(f"the input has {q.shape[2]} tokens; this predictor is for {self.num_tokens}")
+        # pairs are picked by comparing sums that nearly tie: no autocast, and float32 at least
+        with torch.autocast(q.device.type, enabled=False):
+            return self.connect(q, k, active, reconstruct, present)
+
+    def connect(
+        self, q: Tensor, k: Tensor, active: Tensor | None, reconstruct: bool, present: Tensor | None
+    ) -> Connectivity:
         heads, n = q.shape[1], q.shape[2]
-        if present is None and n != self.num_tokens:
-            raise ValueError(f"the input has {n} tokens; this predictor is for {self.num_tokens}")
-        # pairs are picked by comparing sums that nearly tie: in float64 the choice is the same on any processor
-        precise = torch.float32 if q.device.type == "mps" else torch.float64
+        precise = torch.promote_types(q.dtype, torch.float32)
         reduce, basis = self.reduce.to(precise), self.effective_basis(reconstruct).to(precise)
         if present is not None:
             reduce, basis = reduce[present][:, None], basis.T[present].mT[:, None]
@@ -192,7 +198,7 @@ class PredictedSparseAttention(nn.Module):
         scores = summary.softmax(-1).mean(1)[:, 0, 1 : x.shape[1]]
         if mask is not None and (gone or not torch.compiler.is_exporting()):
             # torch turns a mask of truths into one of numbers in three times the time
-            mask = (mask.to(q.dtype) - 1) * torch.finfo(q.dtype).max
+            mask = mask.to(q.dtype).sub_(1).mul_(torch.finfo(q.dtype).max)
             if gone:
                 mask[:, :, 0, -1] = math.log(gone)
         y = F.scaled_dot_product_attention(q, k, v, mask)

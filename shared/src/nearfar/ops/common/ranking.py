@@ -24,19 +24,21 @@ def largest_mask(x: Float[Tensor, "*b n"], count: int) -> Bool[Tensor, "*b n"]:
         raise ValueError(f"count is {count}; rows have {x.shape[-1]} entries")
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.zeros_like(x, dtype=torch.bool).scatter(-1, ranked(x)[..., :count], True)
-    least = smallest_of_largest(x.detach(), count)
-    mask = x >= least
-    if int(mask.sum()) * x.shape[-1] == count * x.numel():
-        return mask
+    if count == x.shape[-1]:
+        return torch.ones_like(x, dtype=torch.bool)
+    least, next_largest = at_the_edge(x.detach(), count)
+    if not (least == next_largest).any():
+        return x >= least
     more, same = x > least, x == least  # equal ones, more than there is room for
     return more | (same & (same.cumsum(-1) <= count - more.sum(-1, keepdim=True)))
 
 
-def smallest_of_largest(x: Float[Tensor, "*b n"], count: int) -> Float[Tensor, "*b 1"]:
-    """The `count`-th largest entry of each row."""
+def at_the_edge(x: Float[Tensor, "*b n"], count: int) -> tuple[Float[Tensor, "*b 1"], Float[Tensor, "*b 1"]]:
+    """The `count`-th largest entry of each row, and the next one."""
     work = x.contiguous().clone()
     try:
         work.numpy().partition(-count)
     except (RuntimeError, TypeError):  # no NumPy, or a type that it has not
-        return x.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    return work[..., -count, None]
+        largest = x.topk(count + 1, dim=-1).values
+        return largest[..., -2, None], largest[..., -1, None]
+    return work[..., -count, None], work[..., :-count].amax(-1, keepdim=True)

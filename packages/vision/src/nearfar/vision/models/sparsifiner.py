@@ -215,12 +215,13 @@ class Sparsifiner(TokenModel):
     def forward_blocks(
         self, state: State, take: Collection[int] = (), last: int | None = None
     ) -> tuple[Tensor, list[tuple[Tensor, tuple[int, int]]]]:
-        """As in `TokenModel`, without the patches that pruning has removed, which are zeros in the end.
+        """As in `TokenModel`, without the patches that pruning has removed, which are zeros in the end, and keeping
+        nothing of what the predictors say.
 
         The published form, which `details` and exported programs have, keeps them as zeros throughout: the same numbers.
         """
         tokens, size = state[:2]
-        if self.token_keep_rate == 1 or is_traced(tokens) or torch.compiler.is_exporting():
+        if is_traced(tokens) or torch.compiler.is_exporting():
             return super().forward_blocks(state, take, last)
         present, taken = None, []
 
