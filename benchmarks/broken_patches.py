@@ -3,10 +3,10 @@
     uv run python benchmarks/broken_patches.py cifar10.zip OUTPUT [--seeds 0 1 2] [--epochs 3]
 
 Every command of the app that it runs is printed: for each seed four trainings (a small DeiT and a small ResNet, each
-with and without `patch_mixing`) and one `robustness` of the four on the test pictures. Then, over the seeds: accuracy and
-what 30 % of replaced patches cost, with and without Patch Mixing; fooling rates of adversarial patches, made for each
-model and tried on all; and the transformers' attention at several temperatures. Called again, finished work is not
-repeated. About an hour of one core.
+with and without `patch_mixing`) and one `robustness` of the four on the test pictures. Then, over the seeds: accuracy
+and what 30 % of replaced patches cost, with and without Patch Mixing; fooling rates of adversarial patches, made for
+each model and tried on all; and the transformers' attention at several temperatures. Called again, finished work is not
+repeated. About half an hour of one core's processor time.
 """
 
 import argparse
@@ -27,6 +27,7 @@ MODELS = {"DeiT": ("small-evit_deit_tiny", ["keep_rate=1"]), "ResNet": ("test_re
 CORRUPTIONS = ("gaussian_noise", "defocus_blur", "fog", "jpeg_compression")
 """One of each family."""
 SHARE = 0.3
+TEMPERATURES = (1, 1.3, 2)
 
 
 def nearfar(*words: object, where: Path) -> None:
@@ -42,6 +43,8 @@ def one_seed(data: Path, folder: Path, seed: int, epochs: int) -> dict[str, Any]
     for name, (model, own) in MODELS.items():
         for mixed in (False, True):
             names.append(name + mixed * ", mixed")
+            if (folder / names[-1] / "classifier.json").exists():
+                continue
             settings = ["size=32", f"epochs={epochs}", "warmup_epochs=1", f"seed={seed}", *own]
             settings += ["patch_mixing=0.5"] * mixed
             words = [word for setting in settings for word in ("--set", setting)]
@@ -52,8 +55,10 @@ def one_seed(data: Path, folder: Path, seed: int, epochs: int) -> dict[str, Any]
             )
     nearfar(
         *("image-classification", "robustness", *names, data, "-o", "broken", "--split", "test", "--patch", 8),
-        *("--device", "cpu", "--steps", 30),
+        *("--device", "cpu", "--steps", 20, "--attacked", 60, "--seeds", 2),
         *(word for kind in CORRUPTIONS for word in ("--corruption", kind)),
+        *(word for share in (0, SHARE) for word in ("--share", share)),
+        *(word for temperature in TEMPERATURES for word in ("--temperature", temperature)),
         where=folder,
     )
     return json.loads((folder / "broken" / "results.json").read_text(encoding="utf-8"))
