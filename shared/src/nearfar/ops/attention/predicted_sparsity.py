@@ -89,7 +89,7 @@ class ConnectivityPredictor(nn.Module):
         if present is None and q.shape[2] != self.num_tokens:
             raise ValueError(f"the input has {q.shape[2]} tokens; this predictor is for {self.num_tokens}")
         # pairs are picked by comparing sums that nearly tie: no autocast, and float32 at least
-        with torch.autocast(q.device.type, enabled=False):
+        with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
             return self.connect(q, k, active, reconstruct, present)
 
     def connect(
@@ -146,7 +146,7 @@ class ConnectivityPredictor(nn.Module):
     def effective_basis(self, reconstruct: bool = False) -> Float[Tensor, "r n"]:
         """W: the basis without signs and small entries, or as it is while attention is reconstructed."""
         basis = self.basis.T
-        return basis if reconstruct else basis.abs() * (basis.abs() > self.threshold)
+        return basis if reconstruct else F.hardshrink(basis.abs(), self.threshold)
 
 
 class PredictedSparseAttention(nn.Module):
