@@ -345,7 +345,7 @@ def test_robustness(data: Path, two_models: tuple[Path, Path], tmp_path: Path) -
         call("robustness", two_models[1], data, "--split", "test", "-o", tmp_path / "y", "--patch", 8, "--count", 17)
     with pytest.raises(UserError, match="offset is -1"):
         call("robustness", two_models[1], data, "-o", tmp_path / "y", "--offset", -1)
-    with pytest.raises(UserError, match="share 1.5 is outside"):
+    with pytest.raises(UserError, match=r"share 1\.5 is outside"):
         call("robustness", two_models[1], data, "-o", tmp_path / "y", "--share", 1.5)
     with pytest.raises(UserError, match="corruption 'rain' is unknown"):
         call("robustness", two_models[1], data, "-o", tmp_path / "y", "--corruption", "rain")
