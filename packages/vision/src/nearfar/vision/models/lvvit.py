@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nearfar.vision.models.pyramid import linear
 from nearfar.vision.models.tokens import PatchEmbed, TokenModel
 
-LVVIT_SMALL = {
+LVVIT_SMALL: dict[str, Any] = {
     "depth": 16,
     "mlp_ratio": 3.0,
     "qkv_bias": False,
@@ -63,6 +63,8 @@ class LVViTModel(TokenModel):
     """A token model that may have `aux_head`: half its largest value over the patches is added to the logits."""
 
     CLASSIFIERS = ("head.fc", "aux_head")
+
+    aux_head: nn.Module | None
 
     @classmethod
     def classifiers(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:

@@ -177,7 +177,8 @@ class Sparsifiner(LVViTModel):
         tokens, size = state[:2]
         if is_traced(tokens) or torch.compiler.is_exporting():
             return super().forward_blocks(state, take, last)
-        present, taken = None, []
+        present: Tensor | None = None
+        taken: list[tuple[Tensor, tuple[int, int]]] = []
 
         def on_grid() -> Tensor:
             if present is None:
