@@ -341,6 +341,12 @@ def test_robustness(data: Path, two_models: tuple[Path, Path], tmp_path: Path) -
         assert row["pictures"] <= 4
     with pytest.raises(UserError, match="32 x 32 are smaller than a patch of 64"):
         call("robustness", two_models[1], data, "--split", "test", "-o", tmp_path / "y", "--patch", 64)
+    with pytest.raises(UserError, match="17 patches were asked for; pictures have 16"):
+        call("robustness", two_models[1], data, "--split", "test", "-o", tmp_path / "y", "--patch", 8, "--count", 17)
+    with pytest.raises(UserError, match="offset is -1"):
+        call("robustness", two_models[1], data, "-o", tmp_path / "y", "--offset", -1)
+    with pytest.raises(UserError, match=r"share 1\.5 is outside"):
+        call("robustness", two_models[1], data, "-o", tmp_path / "y", "--share", 1.5)
     with pytest.raises(UserError, match="corruption 'rain' is unknown"):
         call("robustness", two_models[1], data, "-o", tmp_path / "y", "--corruption", "rain")
 

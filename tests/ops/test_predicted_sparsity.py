@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nearfar.ops.attention.predicted_sparsity import ConnectivityPredictor, PredictedSparseAttention
+from nearfar.ops.common.ranking import largest_mask, ranked
 
 
 def make(tokens=9, **settings):
@@ -71,6 +72,18 @@ def test_ties_go_to_the_lowest_index():
     mask = predictor(torch.randn(1, 2, 9, 4).double(), torch.randn(1, 2, 9, 4).double()).mask
     assert mask[0, :, 1:, :4].all()
     assert not mask[0, :, 1:, 4:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_largest_of_each_row_and_of_equal_ones_the_first(dtype):
+    for values in (torch.randint(0, 4, (2, 7, 30)), torch.randn(2, 7, 30), torch.zeros(2, 7, 30)):
+        x = values.to(dtype)
+        x[0, 0, :20] = -torch.inf
+        for count in (1, 5, 29, 30):
+            wanted = torch.zeros_like(x, dtype=torch.bool).scatter(-1, ranked(x)[..., :count], True)
+            assert torch.equal(largest_mask(x, count), wanted)
+    with pytest.raises(ValueError, match="rows have 30"):
+        largest_mask(x, 31)
 
 
 def test_reconstruction_trains_the_predictor():

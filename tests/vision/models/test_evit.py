@@ -23,7 +23,9 @@ def test_published_sizes() -> None:
     with torch.device("meta"):
         assert sum(p.numel() for p in timm.create_model("sparsifiner_deit_small").parameters()) == 22_251_880
         lv_vit = sum(p.numel() for p in timm.create_model("sparsifiner_lvvit_small").parameters())
+        plain = sum(p.numel() for p in timm.create_model("evit_lvvit_small").parameters())
     assert abs(lv_vit / 1e6 - 26.42) < 0.02
+    assert abs(plain / 1e6 - 26.15) < 0.05
 
 
 @torch.no_grad()
@@ -140,3 +142,47 @@ def test_sparsifiner_is_the_dense_model_when_it_keeps_all() -> None:
     close(Sparsifiner.from_published(conv.state_dict(), num_heads=2)(x), conv(x), 1e-6)
     with pytest.raises(ValueError, match="64 x 64"):
         sparse(torch.randn(1, 3, 96, 96))
+
+
+@torch.no_grad()
+def test_lv_vit_takes_the_switch() -> None:
+    sizes = {"dim": 64, "depth": 4, "num_heads": 2, "img_size": 64, "num_classes": 5, "qkv_bias": False}
+    sizes |= {"stem": "conv", "aux_head": True, "skip_lambda": 2.0, "eps": 1e-5}
+    sparse = randomize(Sparsifiner(**sizes, dense=True))
+    state = {name: value for name, value in sparse.state_dict().items() if "predictor" not in name}
+    model, x = (
+        EViT.from_published(state, num_heads=2, reduce_at=(1, 2), keep_rate=1.0, fuse=True),
+        torch.randn(2, 3, 64, 64),
+    )
+    close(model(x), sparse(x), 1e-5)
+    model.keep_rate = 0.5
+    tokens, trail = model.trail(x)
+    assert (tokens.shape[1], trail.dense(tokens[:, 1:]).shape[1]) == (7, 16)
+    logits = model.head.fc(tokens[:, 0]) + 0.5 * model.aux_head(tokens[:, 1:]).amax(1)
+    close(model(x), logits, 1e-6)
+    assert model.reset_classifier(3) is None
+    assert model(x).shape == (2, 3)
+
+
+def test_pruned_tokens_are_left_out_and_the_numbers_stay() -> None:
+    sizes = {"dim": 64, "depth": 5, "num_heads": 2, "img_size": 64, "num_classes": 5, "keep_rate": 0.3}
+    model = randomize(Sparsifiner(**sizes, token_keep_rate=0.6, prune_at=(0, 1, 3))).double()
+    x, seen = torch.randn(3, 3, 64, 64).double().requires_grad_(), []
+    masked, _, active = model.details(x)
+    handles = [
+        block.register_forward_hook(lambda _m, given, _y: seen.append(given[0].shape[1])) for block in model.blocks
+    ]
+    left_out = model.forward_features(x)
+    for handle in handles:
+        handle.remove()
+    assert seen == [17, 11, 7, 7, 5], "truly fewer tokens"
+    assert active.sum(1).tolist() == [4] * 3
+    close(left_out, masked, 1e-9)
+    for a, b in zip(
+        torch.autograd.grad(masked.square().sum(), (x, model.blocks[0].attn.qkv.weight)),
+        torch.autograd.grad(left_out.square().sum(), (x, model.blocks[0].attn.qkv.weight)),
+        strict=True,
+    ):
+        close(a, b, 1e-9)
+    maps = model.forward_intermediates(x, indices=[3], intermediates_only=True)
+    assert ((maps[0].flatten(2) == 0).all(1).sum(1) == 12).all(), "the others are zeros on the grid"

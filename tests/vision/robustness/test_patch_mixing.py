@@ -50,25 +50,48 @@ def test_occlusion_curves() -> None:
         occlusion_curve(brightest_quarter, x, labels, "drop", [(0.1, 5)])
 
 
-def test_rise_finds_where_the_class_is() -> None:
-    x, labels = pictures()
-    maps = rise(brightest_quarter, x[:2], labels[:2], masks=400)
-    assert maps.shape == (2, 32, 32)
-    assert maps[0, :, :16].mean() > 1.005 * maps[0, :, 16:].mean()
-    assert maps[1, :, 16:].mean() > 1.005 * maps[1, :, :16].mean()
-    contrast = rise(brightest_quarter, x[:2], labels[:2], contrast=1 - labels[:2], masks=400)
-    assert contrast.sum((1, 2)).tolist() == pytest.approx([1, 1], rel=1e-4)
+def test_measures_of_maps() -> None:
     mask = torch.zeros(2, 1, 32, 32, dtype=torch.bool)
-    mask[:, :, :, 16:] = True  # out of context for the first, the object for the second
-    first, second = patch_selectivity(contrast, mask).tolist()
-    assert first > 0 > second
-    even = patch_selectivity(torch.ones(2, 32, 32), mask)
-    assert even.tolist() == pytest.approx([0, 0])
+    mask[:, :, :, 16:] = True
+    assert patch_selectivity(torch.ones(2, 32, 32), mask).tolist() == pytest.approx([0, 0])
     assert patch_selectivity(torch.zeros(2, 32, 32), mask).isnan().all()
+    x, labels = pictures()
+    contrast = rise(brightest_quarter, x[:2], labels[:2], contrast=1 - labels[:2], masks=50)
+    assert contrast.sum((1, 2)).tolist() == pytest.approx([1, 1], rel=1e-4)
     same, again = (
         rise(brightest_quarter, x[:1], labels[:1], masks=50, generator=torch.Generator().manual_seed(5)) for _ in "ab"
     )
     assert torch.equal(same, again)
+
+
+def cue_counter(x: torch.Tensor) -> torch.Tensor:
+    """A classifier of three classes: a red cue at one corner speaks for the first, a green one at the other for the
+    second, and the rest of the picture says nothing."""
+    red, green = x[:, 0, 4:12, 4:12].mean((1, 2)), x[:, 1, 20:28, 20:28].mean((1, 2))
+    return torch.stack((8 * red, 8 * green, torch.full_like(red, 2.0)), 1)
+
+
+def test_rise_finds_a_planted_cue_and_the_contrast_tells_two_classes_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, 3, 32, 32, generator=generator).expand(2, -1, -1, -1).clone()
+    x[:, 0, 4:12, 4:12], x[:, 1, 20:28, 20:28] = 1, 1  # both cues in one picture
+    both, classes = [(8, 8), (24, 24)], torch.tensor([0, 1])
+    maps = rise(cue_counter, x, classes, masks=1500, cells=4)
+    for i, found in enumerate(maps):
+        row, column = divmod(int(found.argmax()), 32)
+        assert max(abs(row - both[i][0]), abs(column - both[i][1])) <= 5, "the maximum is on the class's own cue"
+    contrast = rise(cue_counter, x, classes, contrast=1 - classes, masks=1500, cells=4)
+    own, other = contrast[0, :16, :16].sum(), contrast[0, 16:, 16:].sum()
+    assert own > 0.5
+    assert other < 0.02, "what speaks for the other class is gone"
+    assert contrast[1, 16:, 16:].sum() > 0.5
+    shuffled = rise(lambda part: cue_counter(part.roll(13, 3)), x[:1], classes[:1], masks=1500, cells=4)
+    assert int(shuffled[0].argmax()) % 32 > 20, "a classifier that looks elsewhere has its map elsewhere"
+    mask = torch.zeros(2, 1, 32, 32, dtype=torch.bool)
+    mask[:, :, 20:28, 20:28] = True
+    selectivity = patch_selectivity(contrast, mask)
+    assert selectivity[0] > 0.9
+    assert selectivity[1] < -2
 
 
 def tar(path: Path, names: list[str], mode: str) -> None:

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nearfar.ops.common.heads import check_heads, from_heads
-from nearfar.ops.common.ranking import ranked
+from nearfar.ops.common.ranking import largest_mask
 from nearfar.ops.tokens.mixer_gate import resize_tokens
 
 
@@ -80,31 +80,47 @@ class ConnectivityPredictor(nn.Module):
         k: Float[Tensor, "b h n d"],
         active: Bool[Tensor, "b m"] | None = None,
         reconstruct: bool = False,
+        present: Int[Tensor, "b n"] | None = None,
     ) -> Connectivity:
-        """`active`: the tokens that pruning has left; the others are zeros in both factors and picked by none."""
+        """`active`: the tokens that pruning has left; the others are zeros in both factors and picked by none.
+
+        `present`: q and k hold these tokens alone, the summary token and those that pruning has left, by their places.
+        """
+        if present is None and q.shape[2] != self.num_tokens:
+            raise ValueError(f"the input has {q.shape[2]} tokens; this predictor is for {self.num_tokens}")
+        # pairs are picked by comparing sums that nearly tie: no autocast, and float32 at least
+        with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
+            return self.connect(q, k, active, reconstruct, present)
+
+    def connect(
+        self, q: Tensor, k: Tensor, active: Tensor | None, reconstruct: bool, present: Tensor | None
+    ) -> Connectivity:
         heads, n = q.shape[1], q.shape[2]
-        if n != self.num_tokens:
-            raise ValueError(f"the input has {n} tokens; this predictor is for {self.num_tokens}")
-        # pairs are picked by comparing sums that nearly tie: in float64 the choice is the same on any processor
-        precise = torch.float32 if q.device.type == "mps" else torch.float64
-        reduced_q, reduced_k = (
-            F.linear(t.to(precise), m.weight.to(precise), m.bias.to(precise)) for t, m in ((q, self.q), (k, self.k))
-        )
+        precise = torch.promote_types(q.dtype, torch.float32)
+        reduce, basis = self.reduce.to(precise), self.effective_basis(reconstruct).to(precise)
+        if present is not None:
+            reduce, basis = reduce[present][:, None], basis.T[present].mT[:, None]
+        q, k, dtype = q[:, :, 1:].to(precise), k.to(precise), q.dtype
+        budget = min(n, math.ceil(self.keep_rate * self.num_tokens))
         if active is not None:
             seen = F.pad(active, (1, 0), value=True)
-            reduced_q, reduced_k = (t * seen[:, None, :, None] for t in (reduced_q, reduced_k))
-        g = (reduced_q[:, :, 1:] @ (reduced_k.mT @ self.reduce.to(precise)) * heads**-0.5).softmax(-1)
-        if not reconstruct and self.coefficients < g.shape[-1]:
-            top = self.largest(g, self.coefficients)
-            g = torch.zeros_like(g).scatter(-1, top, g.gather(-1, top))
-        a = g @ self.effective_basis(reconstruct).to(precise)
-        ranked, budget = a.detach(), math.ceil(self.keep_rate * n)
-        if active is not None:
-            ranked = ranked.masked_fill(~seen[:, None, None], float("-inf"))
+            k, reduce = k * seen[:, None, :, None], reduce * seen[:, None, :, None]
             budget = min(budget, int(seen.sum(1).min()))
-        picked = self.largest(ranked, budget)
-        mask = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, picked, True)
-        return Connectivity(g.to(q.dtype), a.to(q.dtype), F.pad(mask, (0, 0, 1, 0), value=True))
+        # (W_q q + b_q) ((W_k k + b_k)^T P) without the reduced queries and keys of every token
+        w_q, w_k, b_q, b_k = (t.to(precise) for t in (self.q.weight, self.k.weight, self.q.bias, self.k.bias))
+        low = w_k @ (k.mT @ reduce) + b_k[:, None] * reduce.sum(-2, keepdim=True)
+        logits = (q @ (w_q.T @ low) + (b_q @ low)[..., None, :]) * heads**-0.5
+        if active is not None:
+            logits = logits * active[:, None, :, None]
+        g = logits.softmax(-1)
+        if not reconstruct and self.coefficients < g.shape[-1]:
+            g = g * self.largest(g, self.coefficients)
+        a = g @ basis
+        ranked = a.detach()
+        if active is not None:
+            ranked = torch.where(seen[:, None, None], ranked, float("-inf"))
+        mask = F.pad(self.largest(ranked, budget), (0, 0, 1, 0), value=True)
+        return Connectivity(g.to(dtype), a.to(dtype), mask)
 
     @torch.no_grad()
     def resize(self, before: Sequence[int], after: Sequence[int]) -> None:
@@ -121,23 +137,24 @@ class ConnectivityPredictor(nn.Module):
             self.basis = self.reduce
         self.num_tokens = len(self.reduce)
 
-    def largest(self, x: Float[Tensor, "*b n"], count: int) -> Tensor:
-        """Indices of the `count` largest entries of each row; of equal ones the first, or torch's own choice."""
+    def largest(self, x: Float[Tensor, "*b n"], count: int) -> Bool[Tensor, "*b n"]:
+        """Where the `count` largest entries of each row are; of equal ones the first, or torch's own choice."""
         if self.stable:
-            return ranked(x)[..., :count]
-        return x.topk(count, dim=-1).indices
+            return largest_mask(x.detach(), count)
+        return torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.topk(count, dim=-1).indices, True)
 
     def effective_basis(self, reconstruct: bool = False) -> Float[Tensor, "r n"]:
         """W: the basis without signs and small entries, or as it is while attention is reconstructed."""
         basis = self.basis.T
-        return basis if reconstruct else basis.abs() * (basis.abs() > self.threshold)
+        return basis if reconstruct else F.hardshrink(basis.abs(), self.threshold)
 
 
 class PredictedSparseAttention(nn.Module):
     """W_o softmax over the kept pairs (q k^T / sqrt(d)) v, the pairs picked by a `ConnectivityPredictor` per head.
 
-    (B, N, C) to the same. A dense kernel with a mask: at the few hundred tokens of these models it is faster than
-    gathering keys, and the numbers are the same. The released code makes all N x N products too. Cost O(N^2 C).
+    (B, N, C) to the same. A dense kernel with a mask, since gathering each query's keys moves more than it saves: the
+    released code makes all N x N products too. What is truly left out are the tokens that pruning has removed, with
+    `present`: the numbers are those of the masked form. Cost O(N^2 C).
     """
 
     def __init__(self, dim: int, num_heads: int, predictor: ConnectivityPredictor, *, qkv_bias: bool = True) -> None:
@@ -158,18 +175,33 @@ class PredictedSparseAttention(nn.Module):
         return tuple(qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0))
 
     def forward(
-        self, x: Float[Tensor, "b n c"], active: Bool[Tensor, "b m"] | None = None, dense: bool = False
+        self,
+        x: Float[Tensor, "b n c"],
+        active: Bool[Tensor, "b m"] | None = None,
+        dense: bool = False,
+        present: Int[Tensor, "b n"] | None = None,
     ) -> tuple[Float[Tensor, "b n c"], Connectivity, Float[Tensor, "b m"]]:
         """The output, what the predictor said, and the mean attention of the summary token to the others.
 
         dense: all pairs, for the phase in which the predictor learns (its approximation is then the dense one).
+        present: x holds these tokens alone, by their places, the summary token first. It still attends to the others,
+        whose keys and values are zero, in the published form: a key of zero stands for them all.
         """
         q, k, v = self.heads(x, active)
-        found = self.predictor(q, k, active, dense)
-        mask = None if dense else found.mask
+        found = self.predictor(q, k, active, dense, present)
+        mask, gone = None if dense else found.mask, 0 if present is None else self.predictor.num_tokens - x.shape[1]
+        summary = (q[:, :, :1] @ k.mT) * q.shape[-1] ** -0.5
+        if gone:
+            k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
+            summary = F.pad(summary, (0, 1), value=math.log(gone))
+            mask = F.pad(torch.ones_like(found.mask) if mask is None else mask, (0, 1))
+        scores = summary.softmax(-1).mean(1)[:, 0, 1 : x.shape[1]]
+        if mask is not None and (gone or not torch.compiler.is_exporting()):
+            # torch turns a mask of truths into one of numbers in three times the time
+            mask = mask.to(q.dtype).sub_(1).mul_(torch.finfo(q.dtype).max)
+            if gone:
+                mask[:, :, 0, -1] = math.log(gone)
         y = F.scaled_dot_product_attention(q, k, v, mask)
-        logits = (q[:, :, :1] @ k.mT) * q.shape[-1] ** -0.5
-        scores = logits.softmax(-1).mean(1)[:, 0, 1:]
         return self.proj(from_heads(y)), found, scores
 
     def attention_map(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b h n n"]:

@@ -31,6 +31,9 @@ def robustness(
         list[str] | None, typer.Option(help="Corruption of ImageNet-C. Repeat. Default: all 15.")
     ] = None,
     severity: Annotated[list[int] | None, typer.Option(help="1 to 5. Repeat. Default: 5.")] = None,
+    share: Annotated[
+        list[float] | None, typer.Option(help="Share of patches replaced or dropped. Repeat. Default: 0 to 0.9.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of the attack.")] = 100,
     attacked: Annotated[int, typer.Option(help="Pictures that are attacked, at most.")] = 100,
     temperature: Annotated[
@@ -50,7 +53,7 @@ def robustness(
     from nearfar.vision.robustness.assessment import Assessment, Plan, draw_corruptions
     from nearfar.vision.robustness.parts import Parts
 
-    given = {"kinds": corruption, "severities": severity, "temperatures": temperature}
+    given = {"kinds": corruption, "severities": severity, "shares": share, "temperatures": temperature}
     options = {name: tuple(values) for name, values in given.items() if values}
     try:
         plan = Plan(

@@ -44,6 +44,17 @@ class Details(nn.Module):
         return outputs
 
 
+class InDouble(nn.Module):
+    """Logits alone, in float64 for the same reason."""
+
+    def __init__(self, model: Sparsifiner) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.double()(x.double())
+
+
 class OneAttention(nn.Module):
     """An attention with what its predictor said."""
 
@@ -97,7 +108,7 @@ def build_contract(contract: Contract) -> Callable[..., Any]:
             // model.blocks[0].attn.predictor.q.out_features,
         )
         contract.document("backbone", *IN_WORDS)
-        return Details(model) if contract.outputs[0]["name"] != "out" else model
+        return InDouble(model) if contract.outputs[0]["name"] == "out" else Details(model)
     state = rename(state, [(r"attn\.", "blocks.0.attn.")])
     state = rename(Sparsifiner.published_state(state), [(r"blocks\.0\.attn\.", "")])
     dim, bias = len(state["proj.bias"]), "qkv.bias" in state

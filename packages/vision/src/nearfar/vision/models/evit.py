@@ -21,15 +21,14 @@ from nearfar.core.errors import UserError
 from nearfar.ops.attention.self_attention import SelfAttention
 from nearfar.ops.common.heads import from_heads
 from nearfar.ops.tokens.reorganize import TokenTrail, keep_count, received_scores, reorganize, summary_scores
-from nearfar.vision.models.pyramid import drop_path_rates
+from nearfar.vision.models.lvvit import LVVIT_SMALL, LVViTModel, make_stem, stem_settings
+from nearfar.vision.models.pyramid import drop_path_rates, linear
 from nearfar.vision.models.registry import Variant, Weights, register
 from nearfar.vision.models.tokens import (
     Block,
-    PatchEmbed,
     Positions,
     State,
     TokenHead,
-    TokenModel,
     init_linear,
     pair,
     split_positions,
@@ -56,13 +55,13 @@ class ReorganisingBlock(Block):
         """Tokens after the block, indices kept and left, and the patches as they were before."""
         q, k, v = self.attn.heads(self.norm1(x))
         y = self.attn.proj(from_heads(F.scaled_dot_product_attention(q, k, v)))
-        before = x = x + self.drop_path(y)
+        before = x = x + self.branch(y)
         x, kept, rest = reorganize(x, summary_scores(q, k), keep_count(keep, x.shape[1] - 1), fuse=fuse)
-        return x + self.drop_path(self.mlp(self.norm2(x))), kept, rest, before[:, 1:]
+        return self.add_mlp(x), kept, rest, before[:, 1:]
 
 
-class EViT(TokenModel):
-    """DeiT with token reorganization in some blocks.
+class EViT(LVViTModel):
+    """DeiT, or LV-ViT, with token reorganization in some blocks.
 
     Input (B, in_chans, H, W) with sides that are multiples of the patch. Feature maps are whole: fused tokens fill the
     places of their members, dropped ones keep the value that they had last.
@@ -75,6 +74,7 @@ class EViT(TokenModel):
             `reduce_at`. `model.keep_rate = 0.5` changes it at any time; 1 is the plain transformer.
         reduce_at: the blocks that reorganize, from 0.
         fuse: join the tokens that are not kept into one, weighted by their scores, instead of dropping them.
+        stem, aux_head, skip_lambda, eps: of LV-ViT, as in `Sparsifiner`; its second head sees the tokens that are left.
         drop_path_rate, drop_rate, global_pool, dynamic_img_pad: as in `ConViT`.
     """
 
@@ -105,6 +105,10 @@ class EViT(TokenModel):
         fuse: bool = True,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        stem: str = "patch",
+        aux_head: bool = False,
+        skip_lambda: float = 1.0,
+        eps: float = 1e-6,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         global_pool: str = "token",
@@ -115,17 +119,21 @@ class EViT(TokenModel):
         if any(not 0 <= i < depth for i in self.reduce_at):
             raise ValueError(f"reduce_at is {self.reduce_at}; the model has blocks 0 to {depth - 1}")
         self.keep_rate = keep_rate
-        self.patch_embed = PatchEmbed(in_chans, dim, patch_size)
+        self.patch_embed = make_stem(stem, in_chans, dim, patch_size)
         self.pos_embed = Positions(dim, tuple(n // patch_size for n in pair(img_size)), 1, antialias=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.dynamic_img_pad = dynamic_img_pad
         (rates,) = drop_path_rates(drop_path_rate, (depth,))
         self.blocks = nn.ModuleList(
-            ReorganisingBlock(dim, SelfAttention(dim, num_heads, qkv_bias=qkv_bias), mlp_ratio, rate) for rate in rates
+            ReorganisingBlock(
+                dim, SelfAttention(dim, num_heads, qkv_bias=qkv_bias), mlp_ratio, rate, eps=eps, skip_lambda=skip_lambda
+            )
+            for rate in rates
         )
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=eps)
         self.head = TokenHead(dim, num_classes, global_pool=global_pool, drop_rate=drop_rate, num_heads=num_heads)
+        self.aux_head = linear(dim, num_classes) if aux_head else None
         self.finish(num_classes, in_chans, img_size, patch_size, [dim] * depth)
         self.apply(init_linear)
 
@@ -181,14 +189,15 @@ class EViT(TokenModel):
 
     @classmethod
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
+        dim, in_chans, patch, found = stem_settings(state)
         _, height, width, _ = state["pos_embed.grid"].shape
-        return {
+        depth = count(state, r"blocks\.(\d+)\.")
+        return found | {
             "dim": dim,
-            "depth": count(state, r"blocks\.(\d+)\."),
+            "depth": depth,
             # shapes do not tell: published sizes have heads of 64 channels and reduce in blocks 3, 6 and 9 of 12
             "num_heads": {192: 3, 384: 6, 768: 12}.get(dim),
-            "reduce_at": (3, 6, 9) if count(state, r"blocks\.(\d+)\.") == 12 else None,
+            "reduce_at": {12: (3, 6, 9), 16: (4, 8, 12)}.get(depth),
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": in_chans,
             "img_size": patch * height if height == width else (patch * height, patch * width),
@@ -299,6 +308,8 @@ EVITS = {
     "evit_deit_tiny": _size("tiny", 192, 3, 5.72, None),
     "evit_deit_small": _size("small", 384, 6, 22.05, 3.0),
     "evit_deit_base": _size("base", 768, 12, 86.57, 11.6),
+    # never released: it reduces after as many quarters of its blocks as DeiT does
+    "evit_lvvit_small": Variant(LVVIT_SMALL | {"reduce_at": (4, 8, 12)}, 26.2, None),
 }
 
 register(EViT, EVITS)

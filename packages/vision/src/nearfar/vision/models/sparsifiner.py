@@ -5,7 +5,7 @@ No weights were released; training starts from those of DeiT-S or LV-ViT-S, whic
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,69 +15,34 @@ from torch import Tensor, nn
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.predicted_sparsity import Connectivity, ConnectivityPredictor, PredictedSparseAttention
-from nearfar.ops.common.layers import DropPath
 from nearfar.ops.common.ranking import ranked
 from nearfar.ops.tokens.reorganize import keep_count
+from nearfar.vision.models.lvvit import LVVIT_SMALL, LVViTModel, make_stem, stem_settings
 from nearfar.vision.models.pyramid import drop_path_rates, linear
 from nearfar.vision.models.registry import Variant, register
 from nearfar.vision.models.tokens import (
-    Mlp,
-    PatchEmbed,
+    Block,
     Positions,
     State,
     TokenHead,
-    TokenModel,
     init_linear,
     pair,
     split_positions,
 )
+from nearfar.vision.tracing import is_traced
 
 
-class ConvStem(nn.Module):
-    """LV-ViT's patches: three convolutions at half the resolution, then patches of half the size."""
+class SparseBlock(Block):
+    """A block whose attention is over predicted pairs; it tells what its predictor said, and the class attention."""
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int = 16, hidden: int = 64) -> None:
-        super().__init__()
-        for i, (channels, size, stride) in enumerate(((in_chans, 7, 2), (hidden, 3, 1), (hidden, 3, 1)), 1):
-            conv = nn.Conv2d(channels, hidden, size, stride, size // 2, bias=False)
-            setattr(self, f"conv{i}", conv)
-            setattr(self, f"bn{i}", nn.BatchNorm2d(hidden))
-        self.proj = nn.Conv2d(hidden, dim, patch_size // 2, patch_size // 2)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        x = self.proj(F.relu(self.bn3(self.conv3(x))))
-        return x.flatten(2).mT, tuple(x.shape[-2:])
+    def forward(
+        self, x: Tensor, active: Tensor | None, dense: bool, present: Tensor | None = None
+    ) -> tuple[Tensor, Connectivity, Tensor]:
+        y, found, scores = self.attn(self.norm1(x), active, dense, present)
+        return self.add_mlp(x + self.branch(y)), found, scores
 
 
-class SparseBlock(nn.Module):
-    """x + attn(LN(x)) / s, then x + mlp(LN(x)) / s, the attention over predicted pairs."""
-
-    def __init__(
-        self,
-        dim: int,
-        attn: PredictedSparseAttention,
-        mlp_ratio: float,
-        drop_path: float,
-        eps: float,
-        skip_lambda: float,
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
-        self.skip_lambda = skip_lambda
-
-    def forward(self, x: Tensor, active: Tensor | None, dense: bool) -> tuple[Tensor, Connectivity, Tensor]:
-        y, found, scores = self.attn(self.norm1(x), active, dense)
-        x = x + self.drop_path(y) / self.skip_lambda
-        return x + self.drop_path(self.mlp(self.norm2(x))) / self.skip_lambda, found, scores
-
-
-class Sparsifiner(TokenModel):
+class Sparsifiner(LVViTModel):
     """DeiT-S or LV-ViT-S with predicted sparse attention in every block.
 
     Input (B, in_chans, H, W) of the size that the model is built for: the predictors know its number of tokens.
@@ -109,8 +74,6 @@ class Sparsifiner(TokenModel):
         (r"(blocks\.\d+\.attn\.)mask_predictor\.proj_n$", r"\1predictor.reduce"),
         (r"(blocks\.\d+\.attn\.)mask_predictor\.proj_back_n$", r"\1predictor.basis"),
     )
-
-    CLASSIFIERS = ("head.fc", "aux_head")
 
     def __init__(
         self,
@@ -146,11 +109,9 @@ class Sparsifiner(TokenModel):
     ) -> None:
         super().__init__()
         self.dynamic_img_pad = dynamic_img_pad
-        if stem not in ("patch", "conv"):
-            raise ValueError(f"stem is {stem!r}; allowed are 'patch' and 'conv'")
         keep_count(token_keep_rate, 1)
         self.token_keep_rate, self.prune_at, self.dense = token_keep_rate, tuple(prune_at), dense
-        self.patch_embed = (PatchEmbed if stem == "patch" else ConvStem)(in_chans, dim, patch_size)
+        self.patch_embed = make_stem(stem, in_chans, dim, patch_size)
         grid = tuple(n // patch_size for n in pair(img_size))
         self.pos_embed = Positions(dim, grid, 1)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -171,16 +132,12 @@ class Sparsifiner(TokenModel):
                 stable=stable,
             )
             attn = PredictedSparseAttention(dim, num_heads, predictor, qkv_bias=qkv_bias)
-            self.blocks.append(SparseBlock(dim, attn, mlp_ratio, rate, eps, skip_lambda))
+            self.blocks.append(SparseBlock(dim, attn, mlp_ratio, rate, eps=eps, skip_lambda=skip_lambda))
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.head = TokenHead(dim, num_classes, global_pool=global_pool, drop_rate=drop_rate, num_heads=num_heads)
         self.aux_head = linear(dim, num_classes) if aux_head else None
         self.finish(num_classes, in_chans, img_size, patch_size, [dim] * depth)
         self.apply(init_linear)
-
-    @classmethod
-    def classifiers(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        return cls.CLASSIFIERS if settings.get("aux_head") else cls.CLASSIFIERS[:1]
 
     def check_input(self, x: Tensor) -> None:
         super().check_input(x)
@@ -203,15 +160,49 @@ class Sparsifiner(TokenModel):
     def embed(self, x: Tensor) -> State:
         return *super().embed(x), None, []
 
+    def kept_at(self, index: int) -> int:
+        """How many patches are left after block `index`, where it prunes; 0 where it does not."""
+        if index not in self.prune_at or self.token_keep_rate == 1:
+            return 0
+        return keep_count(self.token_keep_rate ** (self.prune_at.index(index) + 1), math.prod(self.grid(self.img_size)))
+
+    def forward_blocks(
+        self, state: State, take: Collection[int] = (), last: int | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, tuple[int, int]]]]:
+        """As in `TokenModel`, without the patches that pruning has removed, which are zeros in the end, and keeping
+        nothing of what the predictors say.
+
+        The published form, which `details` and exported programs have, keeps them as zeros: the same numbers.
+        """
+        tokens, size = state[:2]
+        if is_traced(tokens) or torch.compiler.is_exporting():
+            return super().forward_blocks(state, take, last)
+        present: Tensor | None = None
+        taken: list[tuple[Tensor, tuple[int, int]]] = []
+
+        def on_grid() -> Tensor:
+            if present is None:
+                return tokens
+            place = present[..., None].expand(-1, -1, tokens.shape[2])
+            return tokens.new_zeros(len(tokens), 1 + math.prod(size), tokens.shape[2]).scatter(1, place, tokens)
+
+        for i in range(len(self.layers) if last is None else last + 1):
+            tokens, _, scores = self.run(self.blocks[i], tokens, None, self.dense, present)
+            if 0 < (count := self.kept_at(i)) < scores.shape[1]:
+                kept = F.pad(1 + ranked(scores)[:, :count].sort(1).values, (1, 0))
+                tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+                present = kept if present is None else present.gather(1, kept)
+            if i in take:
+                taken.append((on_grid(), size))
+        return on_grid(), taken
+
     def apply_block(self, index: int, state: State) -> State:
         tokens, size, active, told = state
         tokens, found, scores = self.run(self.blocks[index], tokens, active, self.dense)
-        if index in self.prune_at and self.token_keep_rate < 1:
-            rate = self.token_keep_rate ** (self.prune_at.index(index) + 1)
+        if count := self.kept_at(index):
             if active is not None:
                 scores = scores.masked_fill(~active, float("-inf"))
-            order = ranked(scores)[:, : keep_count(rate, scores.shape[1])]
-            active = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
+            active = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ranked(scores)[:, :count], True)
         if active is not None:
             tokens = tokens * F.pad(active, (1, 0), value=True)[..., None]
         return tokens, size, active, [*told, found]
@@ -223,28 +214,15 @@ class Sparsifiner(TokenModel):
             state = self.apply_block(i, state)
         return self.conclude(state[0]), state[3], state[2]
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        y = super().forward_head(x, pre_logits)
-        if self.aux_head is None or pre_logits or self.num_classes == 0:
-            return y
-        return y + 0.5 * self.aux_head(x[:, 1:]).amax(1)
-
-    def reset_heads(self, num_classes: int, global_pool: str | None) -> None:
-        super().reset_heads(num_classes, global_pool)
-        if self.aux_head is not None:
-            self.aux_head = linear(self.embed_dim, num_classes).to(self.norm.weight)
-
     @classmethod
     def published_state(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return split_positions(super().published_state(state), "pos_embed", 1)
 
     @classmethod
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
-        conv = "patch_embed.conv1.weight" in state
-        patch, in_chans = (2 * patch, state["patch_embed.conv1.weight"].shape[1]) if conv else (patch, in_chans)
+        dim, in_chans, patch, found = stem_settings(state)
         _, height, width, _ = state["pos_embed.grid"].shape
-        found = {
+        found |= {
             "dim": dim,
             "depth": count(state, r"blocks\.(\d+)\."),
             "num_classes": len(state.get("head.fc.bias", ())),
@@ -253,12 +231,8 @@ class Sparsifiner(TokenModel):
             "patch_size": patch,
             "mlp_ratio": ratio(len(state["blocks.0.mlp.fc1.bias"]), dim),
             "qkv_bias": "blocks.0.attn.qkv.bias" in state,
-            "stem": "conv" if conv else "patch",
-            "aux_head": "aux_head.weight" in state,
             "num_heads": dim // 64 or 1,
         }
-        if conv:  # what shapes do not tell of LV-ViT
-            found |= {"skip_lambda": 2.0, "eps": 1e-5}
         predictor = "blocks.0.attn.predictor."
         if f"{predictor}q.weight" in state:
             reduced, head_dim = state[f"{predictor}q.weight"].shape
@@ -282,19 +256,7 @@ def same(reduce: Tensor, basis: Tensor | None) -> bool:
 SPARSIFINERS = {
     "sparsifiner_deit_small": Variant({}, 22.25, None),
     "sparsifiner_deit_small_token07": Variant({"token_keep_rate": 0.7}, 22.25, None),
-    "sparsifiner_lvvit_small": Variant(
-        {
-            "depth": 16,
-            "mlp_ratio": 3.0,
-            "qkv_bias": False,
-            "stem": "conv",
-            "aux_head": True,
-            "skip_lambda": 2.0,
-            "eps": 1e-5,
-        },
-        26.42,
-        None,
-    ),
+    "sparsifiner_lvvit_small": Variant(LVVIT_SMALL, 26.42, None),
 }
 
 register(Sparsifiner, SPARSIFINERS)

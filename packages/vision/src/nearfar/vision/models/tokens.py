@@ -144,7 +144,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + DP(attn(LN(x))), then x + DP(mlp(LN(x))); `attn` maps tokens to tokens.
+    """x + DP(attn(LN(x))) / s, then x + DP(mlp(LN(x))) / s; `attn` maps tokens to tokens, s is `skip_lambda`.
 
     With `on_grid` it maps a grid (B, C, h, w) to itself and `forward` takes the tokens' grid (h, w) too.
     """
@@ -158,9 +158,10 @@ class Block(nn.Module):
         *,
         eps: float = 1e-6,
         on_grid: bool = False,
+        skip_lambda: float = 1.0,
     ) -> None:
         super().__init__()
-        self.on_grid = on_grid
+        self.on_grid, self.skip_lambda = on_grid, skip_lambda
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=eps)
@@ -170,8 +171,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         normed = self.norm1(x)
         y = self.attn(normed.mT.unflatten(2, size)).flatten(2).mT if self.on_grid else self.attn(normed)
-        x = x + self.drop_path(y)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.add_mlp(x + self.branch(y))
+
+    def branch(self, y: Tensor) -> Tensor:
+        """What a branch's result adds."""
+        y = self.drop_path(y)
+        return y if self.skip_lambda == 1 else y / self.skip_lambda
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        return x + self.branch(self.mlp(self.norm2(x)))
 
 
 def init_linear(module: nn.Module) -> None:

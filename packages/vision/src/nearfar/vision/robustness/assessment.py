@@ -61,6 +61,8 @@ class Plan:
         for name in ("patch", "count", "side", "steps", "attacked", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.offset < 0:
+            raise ValueError(f"offset is {self.offset}; it must be at least 0")
 
 
 def pixels(pictures: Pictures, classifier: Classifier) -> Tensor:
@@ -106,6 +108,8 @@ class Assessment:
             self.grid = check_grid(self.size, plan.patch)
         except ValueError as error:
             raise UserError(f"{error}; choose another patch") from error
+        if plan.count > (number := math.prod(self.grid)):
+            raise UserError(f"{plan.count} patches were asked for; pictures have {number} of {plan.patch} pixels")
         if min(self.size) < plan.patch * plan.side + plan.offset:
             raise UserError(
                 f"squares of {plan.side} x {plan.patch} pixels, {plan.offset} off, do not fit into {self.size[0]}"
