@@ -13,6 +13,7 @@ import pydicom.misc
 from nearfar.core.errors import UserError, some
 from nearfar.core.reading import read_json, reading
 from nearfar.medical.data.cases import Case, Collection
+from nearfar.medical.data.groups import teller
 from nearfar.medical.data.scans import NIFTI, NRRD, PICTURES
 
 
@@ -197,32 +198,12 @@ def _by_patient(found: Collection) -> Collection:
 
 
 def grouped(found: Collection, groups: str) -> Collection:
-    """The collection with patients by a CSV file of cases and patients, or by a pattern whose group is the patient.
+    """The collection with patients by a table of cases and patients, or by a pattern whose group is the patient.
 
     Raises UserError where a case has no patient.
     """
-    names = [case.name for case in found.cases]
-    if (path := Path(groups)).is_file():
-        with reading(path, "cannot be read as a table of cases and patients", "write case,patient on each line"):
-            rows = [
-                re.split(r"[,;\t]", line.strip())
-                for line in path.read_text(encoding="utf-8-sig").splitlines()
-                if line.strip()
-            ]
-            if any(len(row) < 2 for row in rows):
-                raise ValueError("a line has no second column")
-            patients = {row[0].strip().strip('"'): row[1].strip().strip('"') for row in rows}
-    else:
-        try:
-            pattern = re.compile(groups)
-        except re.error as error:
-            raise UserError(f"--groups {groups}: is no file and no pattern ({error})") from error
-        if pattern.groups != 1:
-            raise UserError(f"--groups {groups}: is no file, and as a pattern it must have one group, the patient")
-        patients = {name: match[1] for name in names if (match := pattern.search(name)) and match[1]}
-    if missing := [name for name in names if not patients.get(name)]:
-        raise UserError(f"--groups {groups}: tells no patient of {', '.join(missing[:5])}")
-    cases = [replace(case, group=patients[case.name]) for case in found.cases]
+    patient = teller(groups, ("case", "patient"), "case")
+    cases = [replace(case, group=patient(case.name)) for case in found.cases]
     return replace(found, cases=cases, notes=[n for n in found.notes if "--groups" not in n])
 
 
