@@ -210,24 +210,24 @@ def train_folds(
     seen = {name for split in splits for name in (*split["train"], *split["validation"])}
     if both := [case.name for case in calibration if case.name in seen]:
         raise ValueError(f"{', '.join(both[:5])}: calibrate, so no fold may hold them")
-    folds, maps = [], {}
+    folds = []
+    plain, cut = list[dict[str, Any]](), list[dict[str, Any]]()
+
+    def keep(case: Case, found: np.ndarray) -> None:
+        scan, truth = collection.read(case)
+        assert truth is not None
+        for rows, labels in ((plain, found), (cut, largest_part(found, [v for v in collection.labels if v]))):
+            rows += [{"case": case.name, **row} for row in collection.score(labels, truth, scan.spacing)]
+
     for k, split in enumerate(splits):
         say(f"fold {k + 1} of {len(splits)}")
         held = [cases[name] for name in split["validation"]]
         trained = [cases[name] for name in split["train"]]
         segmenter, _ = train_segmenter(
-            collection, recipe, folder / f"fold_{k}", train_cases=trained, validation_cases=held, say=say, **options
-        )
+            collection, recipe, folder / f"fold_{k}", train_cases=trained, validation_cases=held, say=say, keep=keep,
+            **options,
+        )  # fmt: skip
         folds.append(segmenter)
-        for case in held:
-            maps[case.name] = segmenter(collection.scan(case))
-    plain, cut = list[dict[str, Any]](), list[dict[str, Any]]()
-    for name, found in maps.items():
-        scan, truth = collection.read(cases[name])
-        if truth is not None:
-            values = [v for v in collection.labels if v]
-            for rows, labels in ((plain, found), (cut, largest_part(found, values))):
-                rows += [{"case": name, **row} for row in collection.score(labels, truth, scan.spacing)]
     largest = []
     for value, label in collection.labels.items():
         before, after = ([r["dice"] for r in rows if r["label"] == label] for rows in (plain, cut))
