@@ -55,7 +55,7 @@ def test_the_second_stage_of_a_cascade_is_refused_by_name(tmp_path: Path) -> Non
     (tmp_path / "plans.json").write_text(json.dumps(plans))
     assert read_plan_file(tmp_path / "plans.json", "3d_lowres")["network"] == "nnunet_plain"
     for read in (read_plan_file, lambda *given: plan_recipe(*given, "bottleneck")):
-        with pytest.raises(UserError, match="3d_cascade_fullres is the second stage of a cascade.*3d_lowres"):
+        with pytest.raises(UserError, match=r"3d_cascade_fullres is the second stage of a cascade.*3d_lowres"):
             read(tmp_path / "plans.json", "3d_cascade_fullres")
     trained = torch.load(HERE / "plain/fold_0/checkpoint_final.pth", weights_only=False)
     for name in [name for name in trained["network_weights"] if ".stages.0.0.convs.0." in name]:
@@ -65,7 +65,7 @@ def test_the_second_stage_of_a_cascade_is_refused_by_name(tmp_path: Path) -> Non
     (tmp_path / "fold_0").mkdir()
     torch.save(trained, tmp_path / "fold_0/checkpoint_final.pth")
     (tmp_path / "dataset.json").write_bytes((HERE / "plain/dataset.json").read_bytes())
-    with pytest.raises(UserError, match="takes 3 channels, plans.json has 1; a network of a cascade"):
+    with pytest.raises(UserError, match=r"takes 3 channels, plans\.json has 1; a network of a cascade"):
         read_results(tmp_path)
 
 
