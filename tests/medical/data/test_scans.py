@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import struct
 from pathlib import Path
 
 import highdicom
@@ -250,3 +251,27 @@ def test_grids_are_compared_by_their_corners(tmp_path: Path) -> None:
         else:
             with pytest.raises(UserError, match=r"0\.(3|299) voxels at the corners"):
                 read_labels(tmp_path / "b.nii.gz", scan)
+
+
+def test_what_headers_leave_open_is_said(tmp_path: Path) -> None:
+    """Sizes of 0, unknown units, voxels that cannot be millimetres, NRRD without a space: a note for each."""
+    data = RNG.random((4, 5, 6)).astype(np.float32)
+
+    def notes(name: str, side: float = 1.0, **edits: tuple[int, str, float]) -> str:
+        image = nib.Nifti1Image(data, np.diag([side, side, side, 1]))
+        nib.save(image, tmp_path / name)
+        stored = bytearray((tmp_path / name).read_bytes())
+        for place, kind, value in edits.values():
+            struct.pack_into(f"<{kind}", stored, place, value)
+        (tmp_path / name).write_bytes(bytes(stored))
+        return " ".join(read_scan(tmp_path / name).notes)
+
+    qform, sform = (252, "h", 1), (254, "h", 0)
+    assert notes("plain.nii") == ""
+    assert "voxel sizes of 1 x 1 x 0; 0 is taken as 1" in notes("zero.nii", q=qform, s=sform, side_z=(88, "f", 0.0))
+    assert "unknown code 7; taken as mm" in notes("unit.nii", unit=(123, "B", 7))
+    assert "if that is in meters" in notes("small.nii", 0.0008)
+    assert "if that is in microns" in notes("large.nii", 800.0)
+    nrrd.write(str(tmp_path / "bare.nrrd"), data)
+    said = read_scan(tmp_path / "bare.nrrd").notes
+    assert ["no space" in said[0], "no voxel sizes" in said[1]] == [True, True]
