@@ -178,8 +178,9 @@ def train(
         if quality := ensemble.quality:
             caught = "-" if quality["caught"] is None else f"{quality['caught']:.0%}"
             console.print(
-                f"quality flag: of {quality['cases']} cases that no fold saw {quality['bad_cases']} are bad (Dice to "
-                f"{quality['bad']:.3f}); {caught} of them are caught, with {quality['false_alarms']} false alarms",
+                f"quality flag: of {quality['cases']} cases that no fold saw, and {quality['copies']} blurred or noisy "
+                f"copies, {quality['bad_cases']} are bad (Dice to {quality['bad']:.3f}); {caught} of them are caught, "
+                f"with {quality['false_alarms']} false alarms; the Dice is off by {quality['error']:.3f} in the mean",
                 soft_wrap=True, highlight=False,
             )  # fmt: skip
         console.print(f"model: {output}", soft_wrap=True, highlight=False)
