@@ -17,6 +17,7 @@ from nearfar.core.errors import UserError
 from nearfar.medical.data.scans import (
     Scan,
     read_about,
+    read_header,
     read_labels,
     read_scan,
     resize_labels,
@@ -157,6 +158,28 @@ def test_pictures(tmp_path: Path) -> None:
         read_labels(tmp_path / "photo.png")
     Image.fromarray(color[..., 0]).save(tmp_path / "gray.tif")
     assert read_scan(tmp_path / "gray.tif").image.shape == (1, 7, 9)
+
+
+def test_what_of_a_picture_is_not_read_is_said(tmp_path: Path) -> None:
+    gray = RNG.integers(0, 255, (20, 24), dtype=np.uint8)
+    page = Image.fromarray(gray)
+    page.save(tmp_path / "stack.tif", save_all=True, append_images=[page] * 2)
+    for read in (read_scan, read_header, read_labels):
+        with pytest.raises(UserError, match="holds 3 pictures"):
+            read(tmp_path / "stack.tif")
+    veiled = Image.fromarray(np.stack([gray, np.full_like(gray, 255)], -1), "LA")
+    veiled.save(tmp_path / "gray.png")
+    scan = read_scan(tmp_path / "gray.png")
+    assert (scan.image.shape, scan.notes) == ((1, 20, 24), [])
+    np.testing.assert_array_equal(scan.image[0], gray)
+    veiled.putalpha(100)
+    veiled.save(tmp_path / "veiled.png")
+    assert "transparent" in read_scan(tmp_path / "veiled.png").notes[0]
+    exif = page.getexif()
+    exif[0x0112] = 6
+    page.save(tmp_path / "turned.jpg", exif=exif)
+    for read in (read_scan, read_header):
+        assert "EXIF orientation (6) is not applied" in read(tmp_path / "turned.jpg").notes[0]
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

@@ -53,6 +53,9 @@ NRRD = (".nrrd", ".nhdr")
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
 
+EXIF_ORIENTATION = 0x0112
+"""Tag of a picture that says how it is to be turned to be shown."""
+
 UNITS = {"meter": 1000.0, "micron": 0.001}
 """Millimetres in the units of length of NIfTI, where they are others."""
 
@@ -96,8 +99,9 @@ def _read(path: Path, channels: int = 1, exact: bool = False, data: bool = True)
     elif path.suffix.lower() in NRRD:
         scan = _read_nrrd(path, data)
     elif path.suffix.lower() in PICTURES:
-        pixels = _picture(path, "RGB", data)
-        scan = Scan(path, np.moveaxis(pixels, -1, 0).astype(np.float32) if data else np.moveaxis(pixels, -1, 0))
+        notes: list[str] = []
+        pixels = np.moveaxis(_picture(path, "RGB", data, notes), -1, 0)
+        scan = Scan(path, pixels.astype(np.float32) if data else pixels, notes=notes)
     else:
         raise UserError(f"{path}: not a format that is read here ({', '.join(NIFTI + NRRD + PICTURES)}, DICOM folder)")
     if not scan.image.size:
@@ -433,14 +437,29 @@ def _nrrd_header(like: Scan) -> dict[str, Any]:
     }
 
 
-def _picture(path: Path, mode: str | None = None, read: bool = True) -> np.ndarray:
+def _picture(path: Path, mode: str | None = None, read: bool = True, notes: list[str] | None = None) -> np.ndarray:
+    """The pixels (height, width, channels), of one channel where it is gray; as they are stored without `mode`.
+
+    `notes` get what of the file is not in them. Raises UserError where it holds several pictures.
+    """
     with reading(path, "damaged or no picture"), Image.open(path) as picture:
         check_picture(picture, path)
-        gray = picture.mode in ("L", "I", "I;16", "F", "1")
+        number = getattr(picture, "n_frames", 1)
+        if notes is not None and number > 1 and picture.format == "MPO":
+            notes.append(f"a camera's file of {number} pictures (MPO); the first is read")
+        elif number > 1:
+            raise UserError(f"{path}: holds {number} pictures; split it, or write the stack as one volume (NIfTI)")
+        gray = picture.mode in ("L", "LA", "I", "I;16", "F", "1")
+        turn = picture.getexif().get(EXIF_ORIENTATION, 1)
+        if notes is not None and turn != 1:
+            notes.append(f"its EXIF orientation ({turn}) is not applied; pixels are as stored, as its label map's are")
         if not read:
             return no_image((picture.height, picture.width, 1 if gray else 3))
+        opaque = picture.getchannel("A").getextrema()[0] if "A" in picture.getbands() else 255
+        if notes is not None and (opaque < 255 or "transparency" in picture.info):
+            notes.append("some of its pixels are transparent; their colours are taken as they are stored")
         if mode is not None and gray:
-            return np.asarray(picture, dtype=np.float32)[..., None]
+            return np.asarray(picture.getchannel("L") if picture.mode == "LA" else picture, dtype=np.float32)[..., None]
         return np.asarray(picture.convert(mode) if mode else picture)
 
 
