@@ -239,7 +239,7 @@ def plan(
     if factor > 1:
         why = "pixels" if found.pictures else why
         why += f", {factor:g} times as coarse, so that a patch covers more of an image; every label keeps a Dice of "
-        why += f"{KEPT:g} on the way there and back"
+        why += f"{KEPT:g} at least on the way there and back"
     if found.pictures and factor == 1:
         decide("spacing", None, "pictures have none")
     else:
