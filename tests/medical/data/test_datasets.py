@@ -348,6 +348,9 @@ def test_patients_and_splits_are_given(tmp_path: Path) -> None:
     path = tmp_path / "splits_final.json"
     path.write_text(json.dumps([{"train": ["a_1"], "val": ["a_2"]}]))
     assert read_splits(path, found.cases) == [{"train": ["a_1"], "validation": ["a_2"]}]
+    assert read_splits(path, found.cases, ["a_2"]) == [{"train": ["a_1"], "validation": []}]
+    with pytest.raises(UserError, match="fold 0 has no training cases without those kept apart"):
+        read_splits(path, found.cases, ["a_1"])
     path.write_text(json.dumps([{"train": ["a_1"], "val": ["b"]}]))
     with pytest.raises(UserError, match="names cases that are not there: b"):
         read_splits(path, found.cases)

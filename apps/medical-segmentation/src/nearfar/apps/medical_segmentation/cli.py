@@ -160,12 +160,8 @@ def train(
     labelled = [case for case in labelled if case not in apart]
     given = splits_file or (data / "splits_final.json" if (data / "splits_final.json").is_file() else None)
     if given is not None:
-        splits = read_splits(given, [*labelled, *apart])
+        splits = read_splits(given, [*labelled, *apart], [case.name for case in apart])
         if apart:
-            out = {case.name for case in apart}
-            splits = [{side: [n for n in names if n not in out] for side, names in s.items()} for s in splits]
-            if not all(split["train"] for split in splits):
-                raise UserError(f"--calibrate {calibrate}: leaves a fold of {given} without training cases; take less")
             say_notes([f"{len(apart)} cases set the quality flag, and are taken out of the folds of {given}"])
         named = {name for split in splits[fold : fold + 1] for side in split.values() for name in side}
         left = len({case.name for case in labelled} - named)

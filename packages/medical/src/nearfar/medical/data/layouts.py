@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,10 +207,10 @@ def grouped(found: Collection, groups: str) -> Collection:
     return replace(found, cases=cases, notes=[n for n in found.notes if "--groups" not in n])
 
 
-def read_splits(path: Path, cases: list[Case]) -> list[dict[str, list[str]]]:
+def read_splits(path: Path, cases: list[Case], apart: Iterable[str] = ()) -> list[dict[str, list[str]]]:
     """Splits as nnU-Net's `splits_final.json` has them: a list of `train` and `val` (or `validation`) names.
 
-    Raises UserError for names that are not there.
+    Without those that are kept `apart`. Raises UserError for names that are not there.
     """
     with reading(path, "cannot be read as splits", "write [{train: [...], val: [...]}, ...]"):
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -227,6 +227,12 @@ def read_splits(path: Path, cases: list[Case]) -> list[dict[str, list[str]]]:
     for number, split in enumerate(splits):
         if unknown := sorted({*split["train"], *split["validation"]} - known):
             raise UserError(f"{path}: fold {number} names cases that are not there: {', '.join(unknown[:5])}")
+    apart = set(apart)
+    splits = [{side: [name for name in names if name not in apart] for side, names in s.items()} for s in splits]
+    if empty := [number for number, split in enumerate(splits) if not split["train"]]:
+        raise UserError(
+            f"{path}: fold {empty[0]} has no training cases without those kept apart ({some(sorted(apart))})"
+        )
     return splits
 
 
