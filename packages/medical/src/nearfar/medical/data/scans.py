@@ -288,7 +288,7 @@ def _nifti_affine(path: Path, file: Any) -> tuple[np.ndarray, list[str]]:
     notes: list[str] = []
     if not hasattr(header, "get_qform") or len(shape) < 3:
         return np.array(file.affine, float), notes
-    with ImageOpener(path) as stream:  # as it is stored; nibabel mends what it loads
+    with ImageOpener(str(path)) as stream:  # as it is stored; nibabel mends what it loads
         sides = type(header).from_fileobj(stream, check=False)["pixdim"][1:4]
     forms = {}
     for name in ("sform", "qform"):
@@ -455,8 +455,10 @@ def _picture(path: Path, mode: str | None = None, read: bool = True, notes: list
             notes.append(f"its EXIF orientation ({turn}) is not applied; pixels are as stored, as its label map's are")
         if not read:
             return no_image((picture.height, picture.width, 1 if gray else 3))
-        opaque = picture.getchannel("A").getextrema()[0] if "A" in picture.getbands() else 255
-        if notes is not None and (opaque < 255 or "transparency" in picture.info):
+        veiled = "transparency" in picture.info
+        if "A" in picture.getbands():
+            veiled |= bool((np.asarray(picture.getchannel("A")) < 255).any())
+        if notes is not None and veiled:
             notes.append("some of its pixels are transparent; their colours are taken as they are stored")
         if mode is not None and gray:
             return np.asarray(picture.getchannel("L") if picture.mode == "LA" else picture, dtype=np.float32)[..., None]
