@@ -449,7 +449,9 @@ def _picture(path: Path, mode: str | None = None, read: bool = True, notes: list
             notes.append(f"a camera's file of {number} pictures (MPO); the first is read")
         elif number > 1:
             raise UserError(f"{path}: holds {number} pictures; split it, or write the stack as one volume (NIfTI)")
-        gray = picture.mode in ("L", "LA", "I", "I;16", "F", "1")
+        gray = picture.mode in ("L", "LA", "1") or picture.mode[0] in "IF"  # I;16, I;16B ...
+        if notes is not None and not gray and any(";16" in str(tile) for tile in picture.tile):
+            notes.append("its colours have 16 bits and are read as 8")
         turn = picture.getexif().get(EXIF_ORIENTATION, 1)
         if notes is not None and turn != 1:
             notes.append(f"its EXIF orientation ({turn}) is not applied; pixels are as stored, as its label map's are")
