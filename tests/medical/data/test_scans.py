@@ -298,3 +298,13 @@ def test_what_headers_leave_open_is_said(tmp_path: Path) -> None:
     nrrd.write(str(tmp_path / "bare.nrrd"), data)
     said = read_scan(tmp_path / "bare.nrrd").notes
     assert ["no space" in said[0], "no voxel sizes" in said[1]] == [True, True]
+    header = {"space": "RAS", "space directions": np.diag([0.1, 0.1, 0.3]), "space origin": np.ones(3)}
+    nrrd.write(str(tmp_path / "cm.nrrd"), data, header | {"space units": ["cm"] * 3})
+    scan = read_scan(tmp_path / "cm.nrrd")
+    assert scan.spacing == pytest.approx((1, 1, 3))
+    assert scan.notes == ["it declares cm as unit; converted to mm"]
+    write_labels(tmp_path / "labels.nrrd", np.ones(data.shape, int), scan)
+    assert read_labels(tmp_path / "labels.nrrd", scan).all()
+    nrrd.write(str(tmp_path / "odd.nrrd"), data, header | {"space units": ["cm", "mm", "s"]})
+    with pytest.raises(UserError, match="space units are cm, mm, s"):
+        read_scan(tmp_path / "odd.nrrd")

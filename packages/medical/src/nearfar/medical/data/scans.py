@@ -59,6 +59,10 @@ EXIF_ORIENTATION = 0x0112
 UNITS = {"meter": 1000.0, "micron": 0.001}
 """Millimetres in the units of length of NIfTI, where they are others."""
 
+NRRD_UNITS = {"mm": 1.0, "millimeter": 1.0, "cm": 10.0, "m": 1000.0, "meter": 1000.0, "um": 0.001, "\u00b5m": 0.001,
+              "micron": 0.001, "": 1.0}  # fmt: skip
+"""Millimetres in the space units of NRRD."""
+
 LEAST_SIDE, LARGEST_SIDE = 0.02, 50.0
 """Millimetres below or above which the sides of a voxel are thought to be in another unit."""
 
@@ -409,6 +413,15 @@ def _read_nrrd(path: Path, read: bool = True) -> Scan:
     if space not in flips or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path}: its space {space!r} or its directions cannot be placed in a patient")
     affine = np.diag([*flips[space], 1.0]) @ affine
+    units = {str(unit).strip().lower() for unit in header.get("space units", ())} or {"mm"}
+    factor = NRRD_UNITS.get(next(iter(units))) if len(units) == 1 else None
+    if factor is None:
+        raise UserError(
+            f"{path}: its space units are {', '.join(sorted(units))}; mm, cm, m or um is read, for all axes"
+        )
+    if factor != 1:
+        affine = np.diag([factor, factor, factor, 1.0]) @ affine
+        notes.append(f"it declares {units.pop()} as unit; converted to mm")
     return Scan(path, data[None], affine, "nrrd", header, notes)
 
 
