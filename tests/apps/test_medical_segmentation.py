@@ -336,7 +336,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 def test_planned_folds_from_the_command_line(brain: Path, tmp_path: Path, capsys) -> None:
     """plan, train --folds all, predict with probabilities and a page, on a brain of 4 mm."""
-    run("plan", brain, "-o", tmp_path / "plan.yaml", "--minutes", "0.05")
+    run("plan", brain, "-o", tmp_path / "plan.yaml", "--minutes", "0.05", "--axes", "3")
     assert "median of the voxel sides" in (tmp_path / "plan.yaml").read_text()
     sets = ("epochs=1", "patches_per_epoch=4", "roi=[16,16,16]", "settings={features: [4, 8], strides: [1, 2]}")
     run("train", brain, "-o", tmp_path / "m", "--recipe", tmp_path / "plan.yaml", "--folds", "all", "--device", "cpu",

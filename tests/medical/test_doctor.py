@@ -69,3 +69,13 @@ def test_the_page(data: Path, tmp_path: Path, capsys) -> None:
     assert "nearfar medical-segmentation mend" in page
     assert "Histograms" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize(("side", "unit"), [(0.0008, "meter"), (800.0, "micron")])
+def test_sizes_in_another_unit_are_found_and_mended(tmp_path: Path, side: float, unit: str) -> None:
+    values = np.random.default_rng(0).normal(100, 20, (12, 12, 12)).astype(np.float32)
+    nib.save(nib.Nifti1Image(values, np.diag([side, side, side, 1])), tmp_path / "a.nii.gz")
+    (finding,) = examine(find_cases(tmp_path))[1]
+    assert f"--unit={unit}" in finding.mend
+    run(*shlex.split(finding.mend)[2:])
+    assert read_scan(tmp_path / "mended_a.nii.gz").spacing == pytest.approx((0.8,) * 3)

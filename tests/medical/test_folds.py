@@ -10,7 +10,7 @@ import pytest
 from nearfar.core.errors import UserError
 from nearfar.medical.data.cases import make_splits
 from nearfar.medical.data.layouts import find_cases
-from nearfar.medical.folds import FoldEnsemble, agreement, calibrate, largest_part, load, train_folds
+from nearfar.medical.folds import FoldEnsemble, agreement, calibrate, degraded, largest_part, load, train_folds
 from nearfar.medical.recipe import Recipe
 
 
@@ -48,6 +48,21 @@ def test_calibration_is_measured_on_cases_left_out() -> None:
     assert useless["caught"] < 0.5
     assert useless["error"] > 0.1
     assert calibrate(rows[:3]) == {}
+    copies = [{**row, "copy": "noise"} for row in rows[3:]]
+    assert calibrate([*rows[:3], *copies]) == {}  # copies are no cases
+    twins = [{"agreement": {"a": a}, "dice": {"a": d}, "patient": p} for a, d, p in
+             [(0.5, 0.2, "x"), (0.5, 0.2, "x"), (0.5, 0.8, "y"), (0.5, 0.8, "z"), (0.5, 0.8, "w")]]  # fmt: skip
+    assert calibrate(twins, 0.5)["caught"] == 0  # the other scan of the patient does not tell
+
+
+def test_degraded_copies_are_blurred_and_noisy() -> None:
+    image = np.random.default_rng(0).normal(10, 3, (2, 24, 20)).astype(np.float32)
+    copies = dict(degraded(image, side=2))
+    assert [name.split()[0] for name in copies] == ["blur", "blur", "noise", "noise"]
+    stds = [copy.std() / image.std() for copy in copies.values()]
+    assert stds[1] < stds[0] < 0.5
+    assert 1.05 < stds[2] < stds[3] == pytest.approx(np.sqrt(1 + 1.5**2), rel=0.1)
+    assert all(copy.dtype == np.float32 and copy.shape == image.shape for copy in copies.values())
 
 
 def test_folds_are_trained_joined_and_watched(tmp_path: Path) -> None:
@@ -72,6 +87,7 @@ def test_folds_are_trained_joined_and_watched(tmp_path: Path) -> None:
     np.testing.assert_array_equal(labels, ensemble(scan, memory=2**28))
     assert 0 <= quality["mean"] <= 1
     assert {"flag", "agreement", "calibration"} <= set(quality)
+    assert (quality["calibration"]["cases"], quality["calibration"]["copies"]) == (4, 16)
     shares = np.load(tmp_path / "p.npy")
     np.testing.assert_allclose(shares.sum(0), 1, atol=1e-5)
     if not again.largest:

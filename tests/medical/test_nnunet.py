@@ -1,5 +1,6 @@
 """Models that nnunetv2 2.8.1 itself trained (six steps, narrow; without their optimizer's state), read and run."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from nearfar.core.errors import CheckpointError, UserError
 from nearfar.medical.bundle import write_bundle
 from nearfar.medical.data.scans import read_scan
 from nearfar.medical.models.nnunet import NNUNet
-from nearfar.medical.nnunet import axes_order, read_checkpoint, read_results
+from nearfar.medical.models.umamba import plan_recipe
+from nearfar.medical.nnunet import axes_order, read_checkpoint, read_plan_file, read_results
 from nearfar.medical.segmenter import Segmenter
 
 HERE = Path(__file__).parent / "data" / "nnunet"
@@ -39,6 +41,31 @@ def test_pickles_and_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="checkpoint_final"):
         read_checkpoint(tmp_path / "checkpoint_final.pth")
     with pytest.raises(UserError, match=r"plans\.json"):
+        read_results(tmp_path)
+
+
+def test_the_second_stage_of_a_cascade_is_refused_by_name(tmp_path: Path) -> None:
+    """Of a low-resolution plan the first stage is read like any other; a network that takes labels is told apart."""
+    plans = json.loads((HERE / "plain/plans.json").read_text())
+    low = plans["configurations"]["3d_fullres"] | {"next_stage": "3d_cascade_fullres"}
+    plans["configurations"] |= {
+        "3d_lowres": low,
+        "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+    }
+    (tmp_path / "plans.json").write_text(json.dumps(plans))
+    assert read_plan_file(tmp_path / "plans.json", "3d_lowres")["network"] == "nnunet_plain"
+    for read in (read_plan_file, lambda *given: plan_recipe(*given, "bottleneck")):
+        with pytest.raises(UserError, match=r"3d_cascade_fullres is the second stage of a cascade.*3d_lowres"):
+            read(tmp_path / "plans.json", "3d_cascade_fullres")
+    trained = torch.load(HERE / "plain/fold_0/checkpoint_final.pth", weights_only=False)
+    for name in [name for name in trained["network_weights"] if ".stages.0.0.convs.0." in name]:
+        weight = trained["network_weights"][name]
+        if weight.ndim == 5:
+            trained["network_weights"][name] = weight.repeat(1, 3, 1, 1, 1)
+    (tmp_path / "fold_0").mkdir()
+    torch.save(trained, tmp_path / "fold_0/checkpoint_final.pth")
+    (tmp_path / "dataset.json").write_bytes((HERE / "plain/dataset.json").read_bytes())
+    with pytest.raises(UserError, match=r"takes 3 channels, plans\.json has 1; a network of a cascade"):
         read_results(tmp_path)
 
 

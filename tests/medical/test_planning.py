@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nearfar.core.recipes import read_recipe
 from nearfar.medical import samples
 from nearfar.medical.data.layouts import find_cases
 from nearfar.medical.planning import map_values, plan, target_spacing, topology, write_plan
+from nearfar.medical.preparation import Preparation
 from nearfar.medical.recipe import Recipe
 
 HERE = Path(__file__).parent / "data" / "nnunet"
@@ -53,10 +55,37 @@ def test_a_plan_is_a_recipe_with_reasons(tmp_path: Path) -> None:
     assert "median of the voxel sides" in text
     read = read_recipe(Recipe, str(tmp_path / "plan.yaml"))
     assert read.network == "nnunet_plain"
-    assert read.spacing == (8.0, 8.0, 8.0)
+    assert read.spacing == (8.0, 8.0)  # too few minutes for three axes: slices
+    assert "slices: in 0.2 minutes 2000 steps" in " ".join(text.replace("#", "").split())
+    assert max(read.settings["features"]) <= 4 * read.settings["features"][0]
     assert read.epochs * read.patches_per_epoch / read.batch_size >= 20
     large, _, _ = plan(collection, collection.cases, memory=8 * 2**30)
     assert large["settings"]["features"][0] == 32
     assert (large["epochs"], large["optimizer"]) == (1000, "sgd")
     flat, _, _ = plan(collection, collection.cases, dims=2, kind="resenc")
     assert len(flat["roi"]) == len(flat["spacing"]) == 2
+
+
+def test_few_minutes_make_large_pictures_coarser_while_labels_keep_their_dice(tmp_path: Path) -> None:
+    """Discs stay what they are at half the size; lines one pixel wide do not, so those pictures stay fine."""
+    y, x = np.mgrid[:480, :480]
+    shapes = {"discs": (y - 240) ** 2 + (x - 200) ** 2 < 120**2, "lines": (x % 40 == 0) & (y % 3 > 0)}
+    for name, mask in shapes.items():
+        for i in range(2):
+            for kind, values in (("images", np.where(mask, 200, 50 + i)), ("masks", 255 * mask)):
+                (tmp_path / name / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values.astype(np.uint8)).save(tmp_path / name / kind / f"p{i}.png")
+        collection = find_cases(tmp_path / name)
+        recipe, reasons, _ = plan(collection, collection.cases, minutes=0.02)
+        if name == "discs":
+            assert recipe["spacing"][0] > 1
+            assert "times as coarse" in reasons["spacing"]
+            preparation = Preparation.of(Recipe(**recipe))
+            scan, labels = collection.read(collection.cases[0])
+            assert labels is not None
+            assert preparation.size(scan) == tuple(round(480 / side) for side in recipe["spacing"])
+            scores = np.stack([1.0 - preparation.labels(labels, scan), preparation.labels(labels, scan)])
+            found = np.argmax(list(preparation.scores_back(scores, scan)), 0)
+            assert (found != labels).mean() < 0.02
+        else:
+            assert recipe["spacing"] is None

@@ -330,12 +330,27 @@ def test_patients_and_splits_are_given(tmp_path: Path) -> None:
     (tmp_path / "groups.csv").write_text("case,patient\na_1,x\na_2,x\n")
     assert {c.group for c in grouped(found, str(tmp_path / "groups.csv")).cases} == {"x"}
     assert {c.group for c in grouped(found, r"^(\w)_").cases} == {"a"}
-    for wrong, reason in (("(", "no pattern"), ("a", "one group"), ("(b)", "no patient of a_1")):
+    (tmp_path / "any.csv").write_text('"a_1"; x\na_2;y\n')
+    assert [c.group for c in grouped(found, str(tmp_path / "any.csv")).cases] == ["x", "y"]
+    wrongs = [("(", "nor a regular expression"), ("a", "one is needed"), ("(b)", "a_1: its name does not tell")]
+    for text, reason in (
+        ("case,age,patient\na_1,4,x\n", "names no patient of the case a_2; it names a_1"),
+        ("name,age,who\na_1,4,x\n", "must have the columns case and patient"),
+        ("a_1,x\na_2,y\na_1,z\n", "case a_1 has patient x and z"),
+        ("", "it is empty"),
+    ):
+        path = tmp_path / f"{len(wrongs)}.csv"
+        path.write_text(text)
+        wrongs.append((str(path), reason))
+    for wrong, reason in wrongs:
         with pytest.raises(UserError, match=reason):
             grouped(found, wrong)
     path = tmp_path / "splits_final.json"
     path.write_text(json.dumps([{"train": ["a_1"], "val": ["a_2"]}]))
     assert read_splits(path, found.cases) == [{"train": ["a_1"], "validation": ["a_2"]}]
+    assert read_splits(path, found.cases, ["a_2"]) == [{"train": ["a_1"], "validation": []}]
+    with pytest.raises(UserError, match="fold 0 has no training cases without those kept apart"):
+        read_splits(path, found.cases, ["a_1"])
     path.write_text(json.dumps([{"train": ["a_1"], "val": ["b"]}]))
     with pytest.raises(UserError, match="names cases that are not there: b"):
         read_splits(path, found.cases)

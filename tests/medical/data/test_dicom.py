@@ -13,7 +13,7 @@ from pydicom.uid import EnhancedCTImageStorage, JPEG2000Lossless, JPEGLosslessSV
 
 from nearfar.core.errors import UserError
 from nearfar.medical.data import dicom
-from nearfar.medical.data.dicom import segment_code
+from nearfar.medical.data.dicom import read_series, segment_code
 from nearfar.medical.data.scans import read_scan, write_dicom_seg
 
 VOLUME = np.random.default_rng(0).integers(-1000, 1000, (40, 36, 4))  # (x, y, z)
@@ -164,3 +164,36 @@ def test_small_jitter_is_said(series: Path) -> None:
     scan = read_scan(series)
     assert scan.shape == VOLUME.shape
     assert any("taken as even" in note for note in scan.notes)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "reason"),
+    [
+        ("SOPInstanceUID", "1.2.3", "is the same object as"),
+        ("PhotometricInterpretation", "MONOCHROME1", "differ in which values are bright"),
+        ("PhotometricInterpretation", "PALETTE COLOR", "holds colours"),
+        ("RescaleSlope", None, "differ in whether values are rescaled"),
+        ("ImageOrientationPatient", [1, 0, 0, 0.5, 0.8, 0], "not of two directions at right angles"),
+        ("PixelSpacing", [0.7, 0], "pixels are 0.7 x 0 mm"),
+    ],
+)
+def test_slices_that_do_not_belong_together_are_named(series: Path, attribute: str, value, reason: str) -> None:
+    def change(item: Dataset, number: int) -> None:
+        if attribute == "SOPInstanceUID" and number in (1, 3):
+            item.SOPInstanceUID = item.file_meta.MediaStorageSOPInstanceUID = value
+        elif attribute != "SOPInstanceUID" and number == 2:
+            delattr(item, attribute) if value is None else setattr(item, attribute, value)
+
+    edited(series, change)
+    for data in (True, False):
+        with pytest.raises(UserError, match=reason):
+            read_series(series, data)
+
+
+def test_a_series_without_modality_has_that_of_its_class(series: Path) -> None:
+    def change(item: Dataset, _: int) -> None:
+        item.PhotometricInterpretation = "MONOCHROME1"
+        del item.Modality
+
+    edited(series, change)
+    np.testing.assert_array_equal(read_scan(series).image[0], VOLUME)

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import struct
 from pathlib import Path
 
 import highdicom
@@ -16,6 +17,7 @@ from nearfar.core.errors import UserError
 from nearfar.medical.data.scans import (
     Scan,
     read_about,
+    read_header,
     read_labels,
     read_scan,
     resize_labels,
@@ -158,6 +160,28 @@ def test_pictures(tmp_path: Path) -> None:
     assert read_scan(tmp_path / "gray.tif").image.shape == (1, 7, 9)
 
 
+def test_what_of_a_picture_is_not_read_is_said(tmp_path: Path) -> None:
+    gray = RNG.integers(0, 255, (20, 24), dtype=np.uint8)
+    page = Image.fromarray(gray)
+    page.save(tmp_path / "stack.tif", save_all=True, append_images=[page] * 2)
+    for read in (read_scan, read_header, read_labels):
+        with pytest.raises(UserError, match="holds 3 pictures"):
+            read(tmp_path / "stack.tif")
+    veiled = Image.fromarray(np.stack([gray, np.full_like(gray, 255)], -1), "LA")
+    veiled.save(tmp_path / "gray.png")
+    scan = read_scan(tmp_path / "gray.png")
+    assert (scan.image.shape, scan.notes) == ((1, 20, 24), [])
+    np.testing.assert_array_equal(scan.image[0], gray)
+    veiled.putalpha(100)
+    veiled.save(tmp_path / "veiled.png")
+    assert "transparent" in read_scan(tmp_path / "veiled.png").notes[0]
+    exif = page.getexif()
+    exif[0x0112] = 6
+    page.save(tmp_path / "turned.jpg", exif=exif)
+    for read in (read_scan, read_header):
+        assert "EXIF orientation (6) is not applied" in read(tmp_path / "turned.jpg").notes[0]
+
+
 def test_bad_files_are_named(tmp_path: Path) -> None:
     def save(name: str, data: np.ndarray, affine=None) -> Path:
         nib.save(nib.Nifti1Image(data, np.eye(4) if affine is None else affine), tmp_path / name)
@@ -250,3 +274,37 @@ def test_grids_are_compared_by_their_corners(tmp_path: Path) -> None:
         else:
             with pytest.raises(UserError, match=r"0\.(3|299) voxels at the corners"):
                 read_labels(tmp_path / "b.nii.gz", scan)
+
+
+def test_what_headers_leave_open_is_said(tmp_path: Path) -> None:
+    """Sizes of 0, unknown units, voxels that cannot be millimetres, NRRD without a space: a note for each."""
+    data = RNG.random((4, 5, 6)).astype(np.float32)
+
+    def notes(name: str, side: float = 1.0, **edits: tuple[int, str, float]) -> str:
+        image = nib.Nifti1Image(data, np.diag([side, side, side, 1]))
+        nib.save(image, tmp_path / name)
+        stored = bytearray((tmp_path / name).read_bytes())
+        for place, kind, value in edits.values():
+            struct.pack_into(f"<{kind}", stored, place, value)
+        (tmp_path / name).write_bytes(bytes(stored))
+        return " ".join(read_scan(tmp_path / name).notes)
+
+    qform, sform = (252, "h", 1), (254, "h", 0)
+    assert notes("plain.nii") == ""
+    assert "voxel sizes of 1 x 1 x 0; 0 is taken as 1" in notes("zero.nii", q=qform, s=sform, side_z=(88, "f", 0.0))
+    assert "unknown code 7; taken as mm" in notes("unit.nii", unit=(123, "B", 7))
+    assert "if that is in meters" in notes("small.nii", 0.0008)
+    assert "if that is in microns" in notes("large.nii", 800.0)
+    nrrd.write(str(tmp_path / "bare.nrrd"), data)
+    said = read_scan(tmp_path / "bare.nrrd").notes
+    assert ["no space" in said[0], "no voxel sizes" in said[1]] == [True, True]
+    header = {"space": "RAS", "space directions": np.diag([0.1, 0.1, 0.3]), "space origin": np.ones(3)}
+    nrrd.write(str(tmp_path / "cm.nrrd"), data, header | {"space units": ["cm"] * 3})
+    scan = read_scan(tmp_path / "cm.nrrd")
+    assert scan.spacing == pytest.approx((1, 1, 3))
+    assert scan.notes == ["it declares cm as unit; converted to mm"]
+    write_labels(tmp_path / "labels.nrrd", np.ones(data.shape, int), scan)
+    assert read_labels(tmp_path / "labels.nrrd", scan).all()
+    nrrd.write(str(tmp_path / "odd.nrrd"), data, header | {"space units": ["cm", "mm", "s"]})
+    with pytest.raises(UserError, match="space units are cm, mm, s"):
+        read_scan(tmp_path / "odd.nrrd")

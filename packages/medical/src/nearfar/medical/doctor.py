@@ -1,5 +1,6 @@
 """What is wrong, or looks wrong, with the scans and labels of a data set, and the command that mends it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from shlex import quote
@@ -197,6 +198,8 @@ def _mend_of(text: str, case: Case) -> str:
         return _python(case, 'form("sform")')
     if "as unit" in text:
         return _python(case, 'unit("mm")')
+    if found := re.search(r"mm; if that is in (meter|micron)s", text):
+        return _python(case, f'unit("{found[1]}")')
     if "right angles" in text or "affine differs" in text or "another grid" in text:
         return _python(case, "resample()")
     if "NaN" in text:

@@ -5,7 +5,8 @@ last, `ensemble.json`: the folds' digests, the labels cut to their largest part,
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from itertools import combinations
 from operator import or_
@@ -27,6 +28,7 @@ from nearfar.medical.segmenter import Segmenter
 from nearfar.medical.training import train_segmenter
 
 NAME = "ensemble.json"
+TOLD = ("bad", "cases", "copies", "bad_cases", "caught", "false_alarms", "error")
 LEAST = 4
 """Calibration cases from which on a quality is predicted."""
 
@@ -137,7 +139,7 @@ def predicted(quality: Mapping[str, Any], maps: Sequence[np.ndarray], labels: Ma
     found = agreement(maps, labels)
     scores = {name: _line(quality["lines"][name], value) for name, value in found.items()}
     mean = float(np.mean(list(scores.values())))
-    told = {k: quality[k] for k in ("bad", "cases", "bad_cases", "caught", "false_alarms", "error")}
+    told = {k: quality[k] for k in TOLD if k in quality}
     return {"dice": scores, "mean": mean, "flag": mean < quality["bad"], "agreement": found, "calibration": told}
 
 
@@ -152,18 +154,37 @@ def _fitted(x: Sequence[float], y: Sequence[float]) -> list[float]:
     return [float(np.mean(y)) - slope * float(np.mean(x)), slope]
 
 
-def calibrate(rows: Sequence[Mapping[str, Mapping[str, float]]], bad: float | None = None) -> dict[str, Any]:
+def degraded(image: np.ndarray, side: float = 1.0, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
+    """Copies of an image (C, *S), each worse in one way than scans of the training are: blurred, or noisy.
+
+    `side`: voxels along an axis of the image in which the network sees one, by which blur is counted. Noise is counted
+    in the deviation of each channel.
+    """
+    draw = np.random.default_rng(seed)
+    for blur in (1.5, 3.0):
+        axes = (0.0,) + (blur * side,) * (image.ndim - 1)
+        yield f"blur of {blur:g}", ndimage.gaussian_filter(image, axes, truncate=3)
+    spread = image.std(tuple(range(1, image.ndim)), keepdims=True)
+    for noise in (0.5, 1.5):
+        yield f"noise of {noise:g}", image + noise * spread * draw.standard_normal(image.shape, np.float32)
+
+
+def calibrate(rows: Sequence[Mapping[str, Any]], bad: float | None = None) -> dict[str, Any]:
     """The calibration by cases that no fold was trained on: each of `rows` has `agreement` and `dice` by label.
 
-    A line for each label; how well it does is measured with each case left out of the fit in turn: `error` is the mean
-    absolute one, `bad_cases` are those whose mean Dice is below `bad` (None: the lowest quarter), of which the share
-    `caught` is predicted to be, and `false_alarms` are other cases predicted so. Nothing below `LEAST` cases.
+    A row may name its `patient`, and how it is `degraded`, as `copy`. A line is fitted for each label; how well it does
+    is measured with each patient left out of the fit in turn: `error` is the mean absolute one, `bad_cases` are rows
+    whose mean Dice is below `bad` (None: the lowest quarter), of which the share `caught` is predicted to be, and
+    `false_alarms` are other rows predicted so. `cases` counts rows that are no copies, `copies` the others. Nothing
+    below `LEAST` cases.
     """
-    if len(rows) < LEAST:
+    rows = [row for row in rows if not all(np.isnan(value) for value in row["dice"].values())]
+    copies = sum(bool(row.get("copy")) for row in rows)
+    if len(rows) - copies < LEAST:
         return {}
     labels = list(rows[0]["agreement"])
 
-    def lines(chosen: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, list[float]]:
+    def lines(chosen: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
         fits = {}
         for name in labels:
             pairs = [(r["agreement"][name], r["dice"][name]) for r in chosen if not np.isnan(r["dice"][name])]
@@ -171,8 +192,9 @@ def calibrate(rows: Sequence[Mapping[str, Mapping[str, float]]], bad: float | No
         return fits
 
     truth, told = [], []
-    for i, row in enumerate(rows):
-        fit = lines([*rows[:i], *rows[i + 1 :]])
+    patients = [row.get("patient", i) for i, row in enumerate(rows)]
+    for row, patient in zip(rows, patients):
+        fit = lines([other for other, of in zip(rows, patients) if of != patient])
         truth.append(float(np.nanmean(list(row["dice"].values()))))
         told.append(float(np.mean([_line(fit[name], row["agreement"][name]) for name in labels])))
     limit = float(np.quantile(truth, 0.25)) if bad is None else bad
@@ -180,7 +202,8 @@ def calibrate(rows: Sequence[Mapping[str, Mapping[str, float]]], bad: float | No
     return {
         "lines": lines(rows),
         "bad": limit,
-        "cases": len(rows),
+        "cases": len(rows) - copies,
+        "copies": copies,
         "bad_cases": int(worse.sum()),
         "caught": float(flagged[worse].mean()) if worse.any() else None,
         "false_alarms": int((flagged & ~worse).sum()),
@@ -203,31 +226,32 @@ def train_folds(
 
     Each case is scored by the model that has not seen it, without and with every label cut to its largest part, and
     the cut is kept for the labels whose mean Dice it raises. `calibration`: labelled cases of no split, by which the
-    quality flag is set. `options` go to `train_segmenter`.
+    quality flag is set, and by copies of them that are `degraded`, since bad scans may be missing among them.
+    `options` go to `train_segmenter`.
     """
     folder = Path(folder)
     cases = {case.name: case for case in collection.cases}
     seen = {name for split in splits for name in (*split["train"], *split["validation"])}
     if both := [case.name for case in calibration if case.name in seen]:
         raise ValueError(f"{', '.join(both[:5])}: calibrate, so no fold may hold them")
-    folds, maps = [], {}
+    folds = []
+    plain, cut = list[dict[str, Any]](), list[dict[str, Any]]()
+
+    def keep(case: Case, found: np.ndarray) -> None:
+        scan, truth = collection.read(case)
+        assert truth is not None
+        for rows, labels in ((plain, found), (cut, largest_part(found, [v for v in collection.labels if v]))):
+            rows += [{"case": case.name, **row} for row in collection.score(labels, truth, scan.spacing)]
+
     for k, split in enumerate(splits):
         say(f"fold {k + 1} of {len(splits)}")
         held = [cases[name] for name in split["validation"]]
         trained = [cases[name] for name in split["train"]]
         segmenter, _ = train_segmenter(
-            collection, recipe, folder / f"fold_{k}", train_cases=trained, validation_cases=held, say=say, **options
-        )
+            collection, recipe, folder / f"fold_{k}", train_cases=trained, validation_cases=held, say=say, keep=keep,
+            **options,
+        )  # fmt: skip
         folds.append(segmenter)
-        for case in held:
-            maps[case.name] = segmenter(collection.scan(case))
-    plain, cut = list[dict[str, Any]](), list[dict[str, Any]]()
-    for name, found in maps.items():
-        scan, truth = collection.read(cases[name])
-        if truth is not None:
-            values = [v for v in collection.labels if v]
-            for rows, labels in ((plain, found), (cut, largest_part(found, values))):
-                rows += [{"case": name, **row} for row in collection.score(labels, truth, scan.spacing)]
     largest = []
     for value, label in collection.labels.items():
         before, after = ([r["dice"] for r in rows if r["label"] == label] for rows in (plain, cut))
@@ -241,14 +265,17 @@ def train_folds(
     for case in calibration:
         scan, truth = collection.read(case)
         assert truth is not None
-        labels, every = ensemble.join(scan)
-        scores = collection.score(labels, truth, scan.spacing)
-        names = set(collection.labels.values())
-        measured = {row["label"]: row["dice"] for row in scores if row["label"] in names}
-        rows.append({"agreement": agreement(every, collection.labels), "dice": measured})
+        side = float(np.min(np.array(ensemble.first.preparation.grid_spacing(scan))) / min(scan.spacing))
+        for name, image in [("", scan.image), *degraded(scan.image, side, recipe.seed)]:
+            labels, every = ensemble.join(replace(scan, image=image, notes=[]))
+            scores = collection.score(labels, truth, scan.spacing)
+            names = set(collection.labels.values())
+            measured = {row["label"]: row["dice"] for row in scores if row["label"] in names}
+            row = {"case": case.name, "patient": case.group or case.name, "copy": name}
+            rows.append(row | {"agreement": agreement(every, collection.labels), "dice": measured})
     ensemble.quality = calibrate(rows, bad)
     if not ensemble.quality:
-        say(f"no quality flag: {len(rows)} cases calibrate it, {LEAST} are needed (--calibrate)")
+        say(f"no quality flag: {len(calibration)} cases calibrate it, {LEAST} are needed (--calibrate)")
     summary = summarize(chosen)
     write_csv(folder / "cross_validation.csv", chosen)
     write_json(folder / "cross_validation.json", {"summary": summary, "largest": kept, "calibration": rows})

@@ -118,6 +118,11 @@ def read_results(folder: str | Path, fold: int | str = 0, checkpoint: str = "che
     outputs = len(segmenter.regions) or len(segmenter.values)
     if network.heads[-1].out_channels != outputs:
         raise UserError(f"{folder}: the network has {network.heads[-1].out_channels} outputs, the labels {outputs}")
+    if network.in_channels != len(channels):
+        raise UserError(
+            f"{folder}: the network takes {network.in_channels} channels, plans.json has {len(channels)}; a network of "
+            "a cascade also takes a channel for each label, and cascades are not run here"
+        )
     return segmenter
 
 

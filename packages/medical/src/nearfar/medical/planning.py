@@ -1,5 +1,6 @@
 """From a data set's fingerprint to a recipe, by the rules of nnU-Net v2, each decision with its reason."""
 
+import functools
 import math
 import textwrap
 import time
@@ -15,7 +16,9 @@ import yaml
 from nearfar.core.errors import UserError
 from nearfar.core.files import write_text
 from nearfar.medical.data.cases import Case, Collection
+from nearfar.medical.data.scans import resize_labels
 from nearfar.medical.losses import SegmentationLoss
+from nearfar.medical.metrics import dice
 from nearfar.medical.networks import create_network
 from nearfar.medical.preparation import ANISOTROPIC, ChannelSurvey, content_box
 
@@ -24,14 +27,24 @@ KINDS = {"plain": "nnunet_plain", "resenc": "nnunet_resenc"}
 REFERENCE = {("plain", 2): 85e6, ("plain", 3): 560e6, ("resenc", 2): 135e6, ("resenc", 3): 680e6}
 """Values in the maps of a batch of `BATCH` that 8 GB hold in training, as nnU-Net counts them."""
 
-BATCH = {2: 12, 3: 2}
-WIDEST = {2: 512, 3: 320}
+BATCH, FIRST, WIDEST = {2: 12, 3: 2}, 32, {2: 512, 3: 320}
 LEAST_EDGE = 4
 """Voxels that the coarsest map keeps along an axis."""
 
 BLOCKS = {"plain": [2] * 16, "resenc": [1, 3, 4, *[6] * 13]}
-STEPS, SHORT, PROBE = 300, 20_000, {2: 64, 3: 24}
-"""Steps that a short training should have at least, those from which on one is long, and voxels of a trial patch."""
+SHORT, DEEP, STEPS = 20_000, 2_000, 300
+"""Steps from which on a training is long, those that one in three axes should have at the full width (with less time
+it takes slices instead), and those that any should have."""
+
+WIDTHS = ((32, 1000), (16, STEPS), (8, STEPS))
+"""Channels at first of a short training, and the steps that it should have for them."""
+
+PATCHES, PROBE = {2: 4, 3: 2}, {2: 64, 3: 24}
+"""Patches in a step of a short training, and voxels along a trial patch."""
+
+COARSER, KEPT, COVER = (1.5, 2.0, 3.0, 4.0), 0.92, 0.25
+"""How much coarser a short training may see images, the Dice that every label must keep on the way there and back, and
+the share of an image that a patch should cover."""
 
 
 @dataclass
@@ -152,40 +165,60 @@ def plan(
         minutes: for the training on this machine while nothing else runs there (a step is timed); None for nnU-Net's
             1000 epochs of 250 steps.
         kind: "plain" or "resenc", the network.
-        dims: 2 for a network that sees slices; None for 3, and 2 for pictures.
+        dims: 2 for a network that sees slices; None for 3, and 2 for pictures and where the minutes are few.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}")
     found = take_fingerprint(collection, cases)
     axes = len(found.shapes[0])
-    dims = dims or axes
-    if dims > axes or dims not in (2, 3):
+    if dims is not None and (dims > axes or dims not in (2, 3)):
         raise UserError(f"a network of {dims} axes does not fit scans of {axes}")
     spacing, why = target_spacing(found.sides, found.shapes)
     sizes = [[max(1, round(n * s / t)) for n, s, t in zip(*pair, spacing)] for pair in zip(found.shapes, found.sides)]
     median, voxels = np.median(sizes, 0), sum(math.prod(s) for s in sizes)
-    if dims < axes:
-        across = int(np.argmax(spacing)) if max(spacing) > 1.5 * sorted(spacing)[-2] else axes - 1
-        keep = [i for i in range(axes) if i != across]
-        spacing, median = [spacing[i] for i in keep], median[keep]
     outputs = len(collection.regions) if collection.order else 1 + len([v for v in collection.labels if v])
-    reference, reasons, widths = REFERENCE[kind, dims] * memory / (8 * 2**30) / BATCH[dims], {}, [32]
-    seconds = 0.0
+    reasons: dict[str, str] = {}
+
+    seen, times = list(range(axes)), np.ones(axes)
+
+    def fit(widths: Sequence[tuple[int, int, int]] = ()) -> _Fit:
+        """What the budget holds where a network sees the axes `seen`, `times` as coarse."""
+        dims = len(seen)
+        if not widths:
+            widths = [(FIRST, WIDEST[dims], 1 if minutes is None else SHORT)]
+            widths += [(base, 4 * base, steps) for base, steps in WIDTHS] if minutes is not None else []
+        most = REFERENCE[kind, dims] * memory / (8 * 2**30) / BATCH[dims]
+        sides, size = (np.array(spacing) * times)[seen], (median / times)[seen]
+        return _fit(kind, sides.tolist(), size, outputs, len(found.channels), most, minutes, widths)
+
+    if dims is None and axes == 3 and minutes is not None:
+        if fit([(FIRST, WIDEST[3], DEEP)]).enough:
+            told = f"volumes: {DEEP} steps of {FIRST} channels at first fit into {minutes:g} minutes"
+        else:
+            dims, told = 2, f"slices: in {minutes:g} minutes {DEEP} steps of {FIRST} channels at first do not fit in "
+            told += "three axes, and with fewer slices learn more (--axes 3 takes volumes all the same)"
+        reasons["axes"] = told
+    if (dims or axes) < axes:
+        across = int(np.argmax(spacing)) if max(spacing) > 1.5 * sorted(spacing)[-2] else axes - 1
+        seen.remove(across)
+    chosen, factor = fit(), 1.0
     if minutes is not None:
-        widths = [32, 16, 8]
-    for base in widths:
-        bound = reference
-        if minutes is not None:
-            seconds = _seconds(kind, dims, base, outputs, len(found.channels))
-            bound = min(bound, minutes * 60 / STEPS / 2 / seconds)  # two patches a step at least
-        settings, patch, values = _shrunk(kind, dims, base, spacing, median, outputs, bound)
-        enough = all(p >= min(PROBE[dims] * 1.3, m) for p, m in zip(patch, median))
-        if enough or base == widths[-1]:
-            break
+        fine = [i for i in seen if spacing[i] < 2 * min(spacing[j] for j in seen)]
+        for coarser in COARSER:
+            if chosen.steps >= SHORT or math.prod(chosen.patch) >= COVER * math.prod((median / times)[seen]):
+                break
+            if _kept(collection, cases, spacing, fine, coarser) < KEPT:
+                break
+            times[fine] = factor = coarser
+            chosen = fit()
+    settings, patch, base, dims = chosen.settings, chosen.patch, chosen.settings["features"][0], len(seen)
+    spacing, median = (np.array(spacing) * times)[seen].tolist(), (median / times)[seen]
+    voxels = round(voxels / math.prod(times))
     most = max(2, round(0.05 * voxels / math.prod(patch)))
-    batch = max(2, min(round(reference / values * BATCH[dims]), most))
+    batch = max(2, min(round(REFERENCE[kind, dims] * memory / (8 * 2**30) / chosen.values), most))
     if minutes is not None:
-        batch = max(2, min(batch, round(minutes * 60 / STEPS / (seconds * values))))
+        batch = max(2, min(batch, round(minutes * 60 / STEPS / (chosen.seconds * chosen.values))))
+        step = _timed(kind, settings, patch, batch, outputs, len(found.channels))
     recipe: dict[str, Any] = {}
 
     def decide(name: str, value: Any, reason: str) -> None:
@@ -194,13 +227,20 @@ def plan(
     decide("network", KINDS[kind], f"nnU-Net's {kind} U-Net")
     told = f"{len(settings['features'])} stages: an axis is halved while it keeps {2 * LEAST_EDGE} voxels and is not "
     told += "coarser than twice the finest; kernels of 1 along coarse axes"
-    if base != 32:
-        told += f"; {base} channels at first instead of 32, so that {STEPS} steps fit into {minutes:g} minutes here"
+    if chosen.steps < SHORT and minutes is not None:
+        told += f"; {base} channels at first and {4 * base} at most instead of {FIRST} and {WIDEST[dims]}, so that "
+        told += f"{chosen.steps} steps fit into {minutes:g} minutes here"
     decide("settings", settings, told)
     told = f"of a median image of {'x'.join(f'{m:.0f}' for m in median)} voxels"
     by = f"{memory / 2**30:.3g} GB of memory" + (f" and {minutes:g} minutes" if minutes is not None else "")
     decide("roi", patch, f"{told}; the longest, relative to it, is cut until {by} hold it")
-    if found.pictures:
+    if "axes" in reasons:
+        reasons["roi"] = f"{reasons.pop('axes')}. {reasons['roi']}"
+    if factor > 1:
+        why = "pixels" if found.pictures else why
+        why += f", {factor:g} times as coarse, so that a patch covers more of an image; every label keeps a Dice of "
+        why += f"{KEPT:g} at least on the way there and back"
+    if found.pictures and factor == 1:
         decide("spacing", None, "pictures have none")
     else:
         decide("spacing", [round(v, 6) for v in spacing], why)
@@ -216,7 +256,7 @@ def plan(
     decide("foreground", 0.33, told)
     decide("loss", "nnunet", "Dice over the batch and cross-entropy, with deep supervision")
     sided = any(word in name.lower().split() for name in collection.labels.values() for word in ("left", "right"))
-    mirrored = [axis for axis in range(dims) if not (sided and axis == 0 and not found.pictures)]
+    mirrored = [place for place, axis in enumerate(seen) if not (sided and axis == 0 and not found.pictures)]
     decide(
         "augment",
         [{"RandFlipd": {"prob": 0.5, "spatial_axis": axis}} for axis in mirrored],
@@ -227,8 +267,8 @@ def plan(
         epochs, steps = 1000, 250
         told = "nnU-Net's"
     else:
-        epochs, steps = 20, max(1, int(minutes * 60 / (seconds * values * batch)) // 20)
-        told = f"a step takes about {seconds * values * batch:.2g} s here, so {20 * steps} fit into {minutes:g} minutes"
+        epochs, steps = 20, max(1, int(minutes * 60 / step) // 20)
+        told = f"a step takes about {step:.2g} s here, so {20 * steps} fit into {minutes:g} minutes"
     decide("epochs", epochs, told)
     decide("patches_per_epoch", steps * batch, f"{steps} steps of {batch}")
     if epochs * steps >= SHORT:
@@ -251,35 +291,81 @@ def plan(
         ]  # fmt: skip
     else:
         decide("optimizer", "adamw", "learns faster than nnU-Net's SGD in a short training")
-        decide("learning_rate", 3e-3, "see optimizer")
+        decide(
+            "learning_rate", 0.16 / max(16, base), "0.16 by the channels at first, 0.01 at most: AdamW moves each alike"
+        )
         decide("schedule", "warmup_cosine", "falls to 0 at the end")
     decide("seed", seed, "given")
     return recipe, reasons, found
 
 
-def _shrunk(
-    kind: str, dims: int, base: int, spacing: Sequence[float], median: Any, outputs: int, bound: float
+@dataclass
+class _Fit:
+    """What a budget holds: settings, patch, values in the maps of one, seconds per value, steps that were asked for."""
+
+    settings: dict[str, Any]
+    patch: list[int]
+    values: float
+    seconds: float
+    steps: int
+    enough: bool
+
+
+def _fit(
+    kind: str,
+    spacing: Sequence[float],
+    median: Any,
+    outputs: int,
+    channels: int,
+    most: float,
+    minutes: float | None,
+    widths: Sequence[tuple[int, int, int]],
+) -> _Fit:
+    """The first of `widths` of which a patch that is not small fits, else the last of them.
+
+    Each is channels of the finest map, of the coarsest at most, and steps that shall fit into the minutes. `most`:
+    values in the maps of a patch that fit into the memory.
+    """
+    dims = len(spacing)
+    for base, widest, steps in widths:
+        seconds, bound = 0.0, most
+        if minutes is not None:
+            seconds = _seconds(kind, dims, (base, widest), outputs, channels)
+            bound = min(bound, minutes * 60 / steps / PATCHES[dims] / seconds)
+        settings, patch, values = _shrunk(kind, (base, widest), spacing, median, outputs, bound)
+        enough = all(p >= min(PROBE[dims] * 1.3, m) for p, m in zip(patch, median))
+        if enough and (minutes is None or PATCHES[dims] * values * seconds * steps <= minutes * 60 * 1.01):
+            break
+    return _Fit(settings, patch, values, seconds, steps, enough)
+
+
+def _built(
+    kind: str, width: tuple[int, int], spacing: Sequence[float], patch: Sequence[int], outputs: int
 ) -> tuple[dict[str, Any], list[int], float]:
-    """Settings, patch and values in its maps: from the image's size, the relatively longest axis is cut to `bound`."""
-    tmp = 1 / np.array(spacing)
+    """Settings for a patch, the patch enlarged to multiples of the strides, and the values in its maps."""
+    strides, kernels, padded = topology(spacing, patch)
+    n = len(strides)
+    if n < 2:
+        raise UserError(f"images of {list(patch)} voxels are too small for a U-Net, which halves an axis of 8 at least")
+    settings = {
+        "features": [min(width[0] * 2**i, width[1]) for i in range(n)],
+        "kernel_sizes": kernels,
+        "strides": strides,
+        "blocks_per_stage": BLOCKS[kind][:n],
+        "decoder_blocks_per_stage": [2 if kind == "plain" else 1] * (n - 1),
+    }
+    return settings, padded, map_values(settings, padded, outputs, kind == "resenc")
+
+
+def _shrunk(
+    kind: str, width: tuple[int, int], spacing: Sequence[float], median: Any, outputs: int, bound: float
+) -> tuple[dict[str, Any], list[int], float]:
+    """As `_built`: from the image's size, the relatively longest axis is cut until the values are within `bound`."""
+    dims, tmp = len(spacing), 1 / np.array(spacing)
     whole = tmp * ((256**3 if dims == 3 else 2048**2) / math.prod(tmp)) ** (1 / dims)
     wanted = [max(1, int(min(round(w), m))) for w, m in zip(whole, median)]
-
-    def built(patch: list[int]) -> tuple[dict[str, Any], list[int], float]:
-        strides, kernels, padded = topology(spacing, patch)
-        n = len(strides)
-        if n < 2:
-            raise UserError(f"images of {patch} voxels are too small for a U-Net, which halves an axis of 8 at least")
-        settings = {
-            "features": [min(base * 2**i, WIDEST[dims]) for i in range(n)],
-            "kernel_sizes": kernels,
-            "strides": strides,
-            "blocks_per_stage": BLOCKS[kind][:n],
-            "decoder_blocks_per_stage": [2 if kind == "plain" else 1] * (n - 1),
-        }
-        return settings, padded, map_values(settings, padded, outputs, kind == "resenc")
-
-    settings, patch, values = built(wanted)
+    built = functools.partial(_built, kind, width, spacing, outputs=outputs)
+    settings, patch, values = built(patch=wanted)
     while values > bound and max(patch) > 4 * LEAST_EDGE:
         axis = int(np.argmax([p / m for p, m in zip(patch, median)]))
         step = math.prod(stride[axis] for stride in settings["strides"])
@@ -293,27 +379,46 @@ def _shrunk(
         step = math.prod(stride[axis] for stride in topology(spacing, smaller)[0])
         smaller = list(patch)
         smaller[axis] = max(LEAST_EDGE, smaller[axis] - step)
-        settings, patch, values = built(smaller)
+        settings, patch, values = built(patch=smaller)
     return settings, patch, values
 
 
-def _seconds(kind: str, dims: int, base: int, outputs: int, channels: int) -> float:
+@functools.cache
+def _seconds(kind: str, dims: int, width: tuple[int, int], outputs: int, channels: int) -> float:
     """Seconds of a training step here while nothing else runs, per value in the maps, by a small patch."""
     size = [PROBE[dims] * (2 if dims == 2 else 1)] * dims
-    strides, kernels, patch = topology([1.0] * dims, size)
-    n = len(strides)
-    settings = {
-        "features": [min(base * 2**i, WIDEST[dims]) for i in range(n)], "kernel_sizes": kernels, "strides": strides,
-        "blocks_per_stage": BLOCKS[kind][:n], "decoder_blocks_per_stage": [2 if kind == "plain" else 1] * (n - 1),
-    }  # fmt: skip
-    network = create_network(KINDS[kind], outputs, channels, dims, settings).train()
+    settings, patch, values = _built(kind, width, [1.0] * dims, size, outputs)
+    return _timed(kind, settings, patch, 2, outputs, channels) / (2 * values)
+
+
+def _timed(kind: str, settings: dict[str, Any], patch: Sequence[int], batch: int, outputs: int, channels: int) -> float:
+    """Seconds of a training step here while nothing else runs."""
+    network = create_network(KINDS[kind], outputs, channels, len(patch), settings).train()
     loss, times = SegmentationLoss("nnunet"), []
-    x, y = torch.randn(2, channels, *patch), torch.zeros(2, *patch, dtype=torch.long)
-    for _ in range(3):
+    x, y = torch.randn(batch, channels, *patch), torch.zeros(batch, *patch, dtype=torch.long)
+    for _ in range(2):
         start = time.process_time()
         loss(network(x), y).backward()
         times.append((time.process_time() - start) / torch.get_num_threads())
-    return min(times) / (2 * map_values(settings, patch, outputs, kind == "resenc"))
+    return min(times)
+
+
+def _kept(
+    collection: Collection, cases: Sequence[Case], spacing: Sequence[float], axes: Sequence[int], factor: float
+) -> float:
+    """The least Dice of a label, the mean of up to 4 cases, to itself on a grid `factor` times as coarse and back."""
+    scores: dict[int, list[float]] = {}
+    for case in cases[:: -(-len(cases) // 4)]:
+        scan, stored = collection.read(case)
+        assert stored is not None
+        labels, sides = scan.to_canonical(stored), scan.canonical_spacing()
+        size = [max(1, round(n * sides[i] / (spacing[i] * factor))) if i in axes else n
+                for i, n in enumerate(labels.shape)]  # fmt: skip
+        back = resize_labels(resize_labels(labels, size), labels.shape)
+        for value in np.unique(labels):
+            if value and value != collection.ignore:
+                scores.setdefault(int(value), []).append(dice(back == value, labels == value))
+    return min((float(np.mean(each)) for each in scores.values()), default=0.0)
 
 
 def write_plan(

@@ -359,9 +359,10 @@ class Preparation:
     "unit" divides by 255, "none" leaves them, "bytes" stretches the whole image to 0..255, "caffe" makes BGR and
     subtracts DeepLab's mean. Padding gets the lowest value of the rest, so that it does not matter what it is.
 
-    Then the grid: `spacing` (mm, None keeps the scan's), or `resize`, the size of each plane, by cubic splines as the
-    TransUNet family does. With `planes`, for networks of two axes, the axis with the largest voxel side comes last
-    where that is more than 1.5 times the next, else the last stays; a `spacing` of two is that of the planes.
+    Then the grid: `spacing` (mm, in pictures pixels, None keeps the scan's), or `resize`, the size of each plane, by
+    cubic splines as the TransUNet family does. With `planes`, for networks of two axes, the axis with the largest voxel
+    side comes last where that is more than 1.5 times the next, else the last stays; a `spacing` of two is that of the
+    planes.
 
     nnU-Net does some of it otherwise: `orient` "stored" keeps the axes of the file; `crop` "nonzero" cuts to the box
     of what is not 0 in some channel, and nothing else counts as padding ("zscore_nonzero" then takes mean and deviation
@@ -454,9 +455,9 @@ class Preparation:
         cut = tuple(s.stop - s.start for s in (self.box(scan) if box is None else box))
         if self.resize is not None:
             return (*self.resize, *_last(cut, self.axis(scan))[2:])
-        if self.spacing is not None and scan.affine is not None:
+        if self.spacing is not None:
             sides, wanted = self._spacing(scan), list(self.spacing)
-            if self.planes and len(wanted) == 2:
+            if self.planes and len(wanted) == 2 < len(cut):
                 wanted.insert(axis := self.axis(scan), sides[axis])
             if len(wanted) != len(cut):
                 raise UserError(f"{scan.path}: has {len(cut)} axes, the spacing {self.spacing} {len(self.spacing)}")

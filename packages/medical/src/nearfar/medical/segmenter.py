@@ -213,9 +213,9 @@ class Segmenter:
         """
         voxels = float(np.prod(scan.shape))
         prepared = voxels
-        if self.recipe.spacing is not None and scan.affine is not None:
+        if self.recipe.spacing is not None:
             sides = list(scan.canonical_spacing())
-            if len(self.recipe.spacing) == 2:  # that of the planes
+            if len(self.recipe.spacing) == 2 < len(sides):  # that of the planes
                 del sides[self.preparation.axis(scan)]
             prepared = voxels * float(np.prod(sides) / np.prod(self.recipe.spacing))
         elif self.recipe.resize is not None:

@@ -230,13 +230,15 @@ def train_segmenter(
     validation_cases: Sequence[Case] = (),
     show_progress: bool = False,
     say: Callable[[str], Any] = lambda text: None,
+    keep: Callable[[Case, np.ndarray], Any] = lambda case, labels: None,
     **trainer_options: Any,
 ) -> tuple[Segmenter, list[dict[str, Any]]]:
     """Train on `train_cases`; returns the segmenter and the summary of scores on `validation_cases`.
 
     The folder gets the run's record (see `nearfar.core.training.train`; an interrupted run goes on), the model and
     `validation.json`. Prepared cases lie in a temporary folder in it, so memory does not grow with their number. A
-    patient on both sides is refused. `say` gets a line for what a rule had to decide about a case.
+    patient on both sides is refused. `say` gets a line for what a rule had to decide about a case, `keep` the label map
+    that is scored of each of the validation cases.
     """
     folder = Path(folder)
     check_split(collection.cases, [c.name for c in train_cases], [c.name for c in validation_cases])
@@ -278,20 +280,27 @@ def train_segmenter(
             check_finite(_predict(segmenter.network, first[None], ()), "training diverged: the trained scores")
         segmenter.trained_on = TrainedOn.of(map(case_digest, train_cases), (c.group or c.name for c in train_cases))
         segmenter.save(folder)
-    summary = score_cases(segmenter, collection, validation_cases)
+    summary = score_cases(segmenter, collection, validation_cases, keep)
     write_json(folder / "validation.json", summary)
     return segmenter, summary
 
 
 def score_cases(
-    segment: Callable[[Any], np.ndarray], collection: Collection, cases: Sequence[Case]
+    segment: Callable[[Any], np.ndarray],
+    collection: Collection,
+    cases: Sequence[Case],
+    keep: Callable[[Case, np.ndarray], Any] = lambda case, labels: None,
 ) -> list[dict[str, Any]]:
-    """The summary (see `metrics.summarize`) of the labelled ones among `cases`, under the convention `nearfar`."""
+    """The summary (see `metrics.summarize`) of the labelled ones among `cases`, under the convention `nearfar`.
+
+    `keep` gets each label map.
+    """
     rows = []
     for case in cases:
         scan, labels = collection.read(case)
         if labels is not None:
-            rows += [{"case": case.name, **r} for r in collection.score(segment(scan), labels, scan.spacing)]
+            keep(case, found := segment(scan))
+            rows += [{"case": case.name, **r} for r in collection.score(found, labels, scan.spacing)]
     return summarize(rows) if rows else []
 
 

@@ -160,7 +160,9 @@ def train(
     labelled = [case for case in labelled if case not in apart]
     given = splits_file or (data / "splits_final.json" if (data / "splits_final.json").is_file() else None)
     if given is not None:
-        splits = read_splits(given, labelled)
+        splits = read_splits(given, [*labelled, *apart], [case.name for case in apart])
+        if apart:
+            say_notes([f"{len(apart)} cases set the quality flag, and are taken out of the folds of {given}"])
         named = {name for split in splits[fold : fold + 1] for side in split.values() for name in side}
         left = len({case.name for case in labelled} - named)
         say_notes([f"split by {given}" + (f", which leaves out {left} of {len(labelled)} cases" if left else "")])
@@ -178,8 +180,9 @@ def train(
         if quality := ensemble.quality:
             caught = "-" if quality["caught"] is None else f"{quality['caught']:.0%}"
             console.print(
-                f"quality flag: of {quality['cases']} cases that no fold saw {quality['bad_cases']} are bad (Dice to "
-                f"{quality['bad']:.3f}); {caught} of them are caught, with {quality['false_alarms']} false alarms",
+                f"quality flag: of {quality['cases']} cases that no fold saw, and {quality['copies']} blurred or noisy "
+                f"copies, {quality['bad_cases']} are bad (Dice to {quality['bad']:.3f}); {caught} of them are caught, "
+                f"with {quality['false_alarms']} false alarms; the Dice is off by {quality['error']:.3f} in the mean",
                 soft_wrap=True, highlight=False,
             )  # fmt: skip
         console.print(f"model: {output}", soft_wrap=True, highlight=False)

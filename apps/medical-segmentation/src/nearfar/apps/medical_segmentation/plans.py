@@ -22,7 +22,9 @@ def plan_command(
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write (YAML), for train --recipe.")],
     network: Annotated[str, typer.Option(help="plain or resenc: nnU-Net's U-Nets.")] = "plain",
-    axes: Annotated[int | None, typer.Option(help="2 for slices. (default: 3 for volumes)")] = None,
+    axes: Annotated[
+        int | None, typer.Option(help="2 for slices. (default: 3 for volumes, 2 where --minutes are few)")
+    ] = None,
     memory: Memory = "8G",
     minutes: Annotated[
         float | None, typer.Option(help="Of a training on this machine, for each fold. (default: nnU-Net's length)")
@@ -32,7 +34,8 @@ def plan_command(
     """Look at the labelled cases and decide how to train: a recipe in which each setting has its reason.
 
     By nnU-Net's rules: spacing, patch and batch for --memory (of the GPU), stages, resampling, intensities, sampling.
-    --minutes times a step here and bounds patch, batch, width and length, too. `plans.json` of nnU-Net: `from-plan`.
+    --minutes times a step here and bounds patch, batch, width and length, too; where they are few, volumes are seen by
+    slices and large images coarser. `plans.json` of nnU-Net: `from-plan`.
     """
     if network not in KINDS:
         raise UserError(f"--network {network}: must be one of {', '.join(KINDS)}")

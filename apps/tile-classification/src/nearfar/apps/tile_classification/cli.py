@@ -39,8 +39,9 @@ from nearfar.core.reading import read_json
 from nearfar.core.recipes import read_recipe
 from nearfar.core.report import Report
 from nearfar.core.workers import Once
+from nearfar.medical.data.groups import read_pairs
 from nearfar.medical.data.slides import OTHERS, TIFFS, is_slide, open_slide
-from nearfar.medical.data.tiles import READABLE, find_tiles, read_pairs, read_tile, split_by_slide, table_of
+from nearfar.medical.data.tiles import READABLE, find_tiles, read_tile, split_by_slide, table_of
 from nearfar.medical.histology import RECIPES
 from nearfar.medical.histology.classifier import TileClassifier, TileRecipe, network_names
 from nearfar.medical.histology.comparison import compare_networks, verdict

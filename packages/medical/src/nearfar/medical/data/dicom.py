@@ -28,6 +28,10 @@ from nearfar.medical.data.scan import LPS_TO_RAS, Scan, no_image
 PHYSICAL = ("CT", "PT", "NM")
 """Modalities whose values mean something by themselves; MONOCHROME1 only says how to show them."""
 
+STORAGE = "1.2.840.10008.5.1.4.1.1."
+CLASSES = {"2": "CT", "2.1": "CT", "2.2": "CT", "128": "PT", "130": "PT", "20": "NM", "66.4": "SEG"}
+"""Modalities by the class of the object, for series that do not say theirs."""
+
 JITTER = 0.1
 """Share of the usual gap between slices that a gap may differ from it."""
 
@@ -64,9 +68,11 @@ def read_series(place: Path, data: bool = True) -> Scan:
                 if path.suffix.lower() in (".dcm", ".ima"):
                     raise
                 continue  # something else that lies in the folder
+            if "FloatPixelData" in item or "DoubleFloatPixelData" in item:
+                raise UserError(f"{path}: holds floating-point pixels (a parametric map), not read here; convert it")
             if ("PixelData" if data else "Rows") not in item:
                 continue
-            if str(item.get("SOPClassUID", "")) == "1.2.840.10008.5.1.4.1.1.66.4":
+            if _modality(item) == "SEG":
                 raise UserError(f"{path}: is a DICOM segmentation, no scan; put it elsewhere")
             seen.setdefault(str(item.get("SeriesInstanceUID", "")), []).append(path.name)
             frames += _frames(path, item)
@@ -77,6 +83,7 @@ def read_series(place: Path, data: bool = True) -> Scan:
     if len(seen) > 1:
         counts = ", ".join(f"{len(names)} files such as {names[0]}" for names in seen.values())
         raise UserError(f"{place}: holds {len(seen)} series mixed ({counts}); put each into a folder of its own")
+    _check_alike(place, list({id(frame.item): frame.item for frame in frames}.values()))
     notes: list[str] = []
     frames, step = _ordered(place, frames, notes)
     with reading(place, "the pixels of a slice cannot be read"):
@@ -89,6 +96,33 @@ def read_series(place: Path, data: bool = True) -> Scan:
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = row * column_spacing, column * row_spacing, step
     affine[:3, 3] = first.position
     return Scan(place, volume[None], LPS_TO_RAS @ affine, "dicom", [frame.item for frame in frames], notes)
+
+
+def _modality(item: Any) -> str:
+    """Of an object, by its class where it does not say it."""
+    return str(item.get("Modality", "") or CLASSES.get(str(item.get("SOPClassUID", "")).removeprefix(STORAGE), ""))
+
+
+def _check_alike(place: Path, items: Sequence[Any]) -> None:
+    """Raise UserError where an object is there twice, holds colours, or the values of some mean another thing."""
+    names: dict[str, str] = {}
+    for item in items:
+        uid, name = str(item.get("SOPInstanceUID", "")), Path(item.filename).name
+        if uid and names.setdefault(uid, name) != name:
+            raise UserError(f"{place}: {name} is the same object as {names[uid]}; take one out")
+        kind = str(item.get("PhotometricInterpretation", "MONOCHROME2"))
+        if not kind.startswith("MONOCHROME"):
+            raise UserError(f"{place}: {name} holds colours ({kind}); a slice of a scan has one number for each pixel")
+    said = {
+        "which values are bright (PhotometricInterpretation)": lambda item: item.get("PhotometricInterpretation"),
+        "whether values are rescaled (RescaleSlope)": lambda item: "RescaleSlope" in item,
+        "the modality": _modality,
+    }
+    for what, told in said.items():
+        for item in items:
+            if told(item) != told(items[0]):
+                first, other = (Path(each.filename).name for each in (items[0], item))
+                raise UserError(f"{place}: {first} and {other} differ in {what}; export the series again")
 
 
 def _frames(path: Path, item: Any) -> list[Frame]:
@@ -122,6 +156,11 @@ def _frame(item: Any, index: int | None, group: Any) -> Frame:
         thickness = float(thick) if thick else None
         if not all(np.isfinite(values).all() for values in (direction, position, plane, thickness or 1.0)):
             raise ValueError("a number is not finite")
+        turns = direction.reshape(2, 3)
+        if np.abs(turns @ turns.T - np.eye(2)).max() > 1e-2:
+            raise ValueError(f"orientation {direction.tolist()} is not of two directions at right angles")
+        if min(down, across) <= 0:
+            raise ValueError(f"pixels are {down:g} x {across:g} mm")
         return Frame(item, index, direction, position, plane, thickness)
 
 
@@ -194,8 +233,8 @@ def _pixels(frame: Frame, notes: list[str]) -> np.ndarray:
         if plane.shape != shape:
             raise UserError(f"{path}: its pixels are {plane.shape}; a slice of a scan has one number for each")
         if item.get("PhotometricInterpretation") == "MONOCHROME1":
-            if item.get("Modality") in PHYSICAL:
-                note = f"MONOCHROME1: shown dark for high values; {item.Modality} values are taken as they are"
+            if _modality(item) in PHYSICAL:
+                note = f"MONOCHROME1: shown dark for high values; {_modality(item)} values are taken as they are"
             else:
                 note = "MONOCHROME1: low values are bright; turned round so that high values are"
                 bits = int(item.BitsStored)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pydicom.misc
 from nearfar.core.errors import UserError, some
 from nearfar.core.reading import read_json, reading
 from nearfar.medical.data.cases import Case, Collection
+from nearfar.medical.data.groups import teller
 from nearfar.medical.data.scans import NIFTI, NRRD, PICTURES
 
 
@@ -197,39 +198,19 @@ def _by_patient(found: Collection) -> Collection:
 
 
 def grouped(found: Collection, groups: str) -> Collection:
-    """The collection with patients by a CSV file of cases and patients, or by a pattern whose group is the patient.
+    """The collection with patients by a table of cases and patients, or by a pattern whose group is the patient.
 
     Raises UserError where a case has no patient.
     """
-    names = [case.name for case in found.cases]
-    if (path := Path(groups)).is_file():
-        with reading(path, "cannot be read as a table of cases and patients", "write case,patient on each line"):
-            rows = [
-                re.split(r"[,;\t]", line.strip())
-                for line in path.read_text(encoding="utf-8-sig").splitlines()
-                if line.strip()
-            ]
-            if any(len(row) < 2 for row in rows):
-                raise ValueError("a line has no second column")
-            patients = {row[0].strip().strip('"'): row[1].strip().strip('"') for row in rows}
-    else:
-        try:
-            pattern = re.compile(groups)
-        except re.error as error:
-            raise UserError(f"--groups {groups}: is no file and no pattern ({error})") from error
-        if pattern.groups != 1:
-            raise UserError(f"--groups {groups}: is no file, and as a pattern it must have one group, the patient")
-        patients = {name: match[1] for name in names if (match := pattern.search(name)) and match[1]}
-    if missing := [name for name in names if not patients.get(name)]:
-        raise UserError(f"--groups {groups}: tells no patient of {', '.join(missing[:5])}")
-    cases = [replace(case, group=patients[case.name]) for case in found.cases]
+    patient = teller(groups, ("case", "patient"), "case")
+    cases = [replace(case, group=patient(case.name)) for case in found.cases]
     return replace(found, cases=cases, notes=[n for n in found.notes if "--groups" not in n])
 
 
-def read_splits(path: Path, cases: list[Case]) -> list[dict[str, list[str]]]:
+def read_splits(path: Path, cases: list[Case], apart: Iterable[str] = ()) -> list[dict[str, list[str]]]:
     """Splits as nnU-Net's `splits_final.json` has them: a list of `train` and `val` (or `validation`) names.
 
-    Raises UserError for names that are not there.
+    Without those that are kept `apart`. Raises UserError for names that are not there.
     """
     with reading(path, "cannot be read as splits", "write [{train: [...], val: [...]}, ...]"):
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -246,6 +227,12 @@ def read_splits(path: Path, cases: list[Case]) -> list[dict[str, list[str]]]:
     for number, split in enumerate(splits):
         if unknown := sorted({*split["train"], *split["validation"]} - known):
             raise UserError(f"{path}: fold {number} names cases that are not there: {', '.join(unknown[:5])}")
+    apart = set(apart)
+    splits = [{side: [name for name in names if name not in apart] for side, names in s.items()} for s in splits]
+    if empty := [number for number, split in enumerate(splits) if not split["train"]]:
+        raise UserError(
+            f"{path}: fold {empty[0]} has no training cases without those kept apart ({some(sorted(apart))})"
+        )
     return splits
 
 

@@ -15,6 +15,7 @@ import nrrd
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nibabel.openers import ImageOpener
 from nibabel.orientations import io_orientation
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -52,8 +53,18 @@ NRRD = (".nrrd", ".nhdr")
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
 
+EXIF_ORIENTATION = 0x0112
+"""Tag of a picture that says how it is to be turned to be shown."""
+
 UNITS = {"meter": 1000.0, "micron": 0.001}
 """Millimetres in the units of length of NIfTI, where they are others."""
+
+NRRD_UNITS = {"mm": 1.0, "millimeter": 1.0, "cm": 10.0, "m": 1000.0, "meter": 1000.0, "um": 0.001, "\u00b5m": 0.001,
+              "micron": 0.001, "": 1.0}  # fmt: skip
+"""Millimetres in the space units of NRRD."""
+
+LEAST_SIDE, LARGEST_SIDE = 0.02, 50.0
+"""Millimetres below or above which the sides of a voxel are thought to be in another unit."""
 
 SLAB = 1 << 23
 """Voxels that are worked on at once."""
@@ -92,14 +103,16 @@ def _read(path: Path, channels: int = 1, exact: bool = False, data: bool = True)
     elif path.suffix.lower() in NRRD:
         scan = _read_nrrd(path, data)
     elif path.suffix.lower() in PICTURES:
-        pixels = _picture(path, "RGB", data)
-        scan = Scan(path, np.moveaxis(pixels, -1, 0).astype(np.float32) if data else np.moveaxis(pixels, -1, 0))
+        notes: list[str] = []
+        pixels = np.moveaxis(_picture(path, "RGB", data, notes), -1, 0)
+        scan = Scan(path, pixels.astype(np.float32) if data else pixels, notes=notes)
     else:
         raise UserError(f"{path}: not a format that is read here ({', '.join(NIFTI + NRRD + PICTURES)}, DICOM folder)")
     if not scan.image.size:
         raise UserError(f"{path}: the image is empty {scan.shape}")
     if scan.affine is not None:
         _check_affine(path, scan.affine)
+        scan.notes += _odd_sides(scan.affine)
         axes = scan.affine[:3, :3] / np.linalg.norm(scan.affine[:3, :3], axis=0)
         tilt = np.degrees(np.arcsin(np.abs(axes.T @ axes - np.eye(3)).max().clip(0, 1)))
         if tilt > 0.1:
@@ -263,7 +276,7 @@ def _read_nifti(path: Path, channels: int, exact: bool, read: bool) -> Scan:
             data = no_image(file.shape)
         else:
             data = np.asanyarray(file.dataobj) if exact else np.asarray(file.dataobj, dtype=np.float32)
-        affine, notes = _nifti_affine(file)
+        affine, notes = _nifti_affine(path, file)
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     data = np.moveaxis(data, -1, 0) if data.ndim == 4 and data.shape[-1] == channels else data[None]
@@ -273,12 +286,14 @@ def _read_nifti(path: Path, channels: int, exact: bool, read: bool) -> Scan:
     return Scan(path, data, affine, "nifti", file, notes)
 
 
-def _nifti_affine(file: Any) -> tuple[np.ndarray, list[str]]:
+def _nifti_affine(path: Path, file: Any) -> tuple[np.ndarray, list[str]]:
     """The affine to mm that the rules choose, and what is to be said of it."""
     header, shape = file.header, file.shape[:3]
     notes: list[str] = []
     if not hasattr(header, "get_qform") or len(shape) < 3:
         return np.array(file.affine, float), notes
+    with ImageOpener(str(path)) as stream:  # as it is stored; nibabel mends what it loads
+        sides = type(header).from_fileobj(stream, check=False)["pixdim"][1:4]
     forms = {}
     for name in ("sform", "qform"):
         if int(header[f"{name}_code"]) > 0:
@@ -303,11 +318,18 @@ def _nifti_affine(file: Any) -> tuple[np.ndarray, list[str]]:
     else:
         affine = np.array(header.get_base_affine(), float)
         notes.append(
-            "it says nothing of its orientation (sform and qform codes are 0); voxel sizes are taken from pixdim and "
-            "the axes as LAS, as nibabel does, so left and right are not certain"
+            "it says nothing of its orientation (sform and qform codes are 0, or unknown ones); voxel sizes are taken "
+            "from pixdim and the axes as LAS, as nibabel does, so left and right are not certain"
         )
-    unit = header.get_xyzt_units()[0]
-    if factor := UNITS.get(unit):
+    if next(iter(usable), "") != "sform" and not (sides > 0).all():
+        told = " x ".join(f"{side:.3g}" for side in sides)
+        notes.append(f"its pixdim gives voxel sizes of {told}; 0 is taken as 1, and the sign as none")
+    code = int(header["xyzt_units"]) & 7
+    unit = {1: "meter", 3: "micron"}.get(code)
+    if code > 3:
+        notes.append(f"its unit of length has the unknown code {code}; taken as mm")
+    if unit is not None:
+        factor = UNITS[unit]
         largest = float(np.linalg.norm(affine[:3, :3], axis=0).max())
         if factor * largest > 100:
             notes.append(f"it declares {unit} as unit, which makes voxels of {factor * largest:.3g} mm; taken as mm")
@@ -315,6 +337,14 @@ def _nifti_affine(file: Any) -> tuple[np.ndarray, list[str]]:
             affine = np.diag([factor, factor, factor, 1.0]) @ affine
             notes.append(f"it declares {unit} as unit; converted to mm")
     return affine, notes
+
+
+def _odd_sides(affine: np.ndarray) -> list[str]:
+    """A note where voxels are so small or large that their unit may be another than mm."""
+    sides = np.linalg.norm(affine[:3, :3], axis=0)
+    odd = "meter" if sides.max() < LEAST_SIDE else "micron" if sides.min() > LARGEST_SIDE else ""
+    told = " x ".join(f"{side:.3g}" for side in sides)
+    return [f"its voxels are {told} mm; if that is in {odd}s, say so in its header"] if odd else []
 
 
 def _wrong_affine(affine: np.ndarray) -> str:
@@ -366,6 +396,11 @@ def _read_nrrd(path: Path, read: bool = True) -> Scan:
         elif "spacings" in header:
             affine[:3, :3] = np.diag(header["spacings"])
         affine[:3, 3] = header.get("space origin", (0.0, 0.0, 0.0))
+    notes = []
+    if "space" not in header:
+        notes.append("it does not say what its axes are (no space); taken as RAS, so left and right are not certain")
+    if "space directions" not in header and "spacings" not in header:
+        notes.append("it gives no voxel sizes (neither space directions nor spacings); taken as 1 mm")
     space = str(header.get("space", "right-anterior-superior")).lower()
     flips = {
         "right-anterior-superior": (1, 1, 1),
@@ -378,7 +413,16 @@ def _read_nrrd(path: Path, read: bool = True) -> Scan:
     if space not in flips or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path}: its space {space!r} or its directions cannot be placed in a patient")
     affine = np.diag([*flips[space], 1.0]) @ affine
-    return Scan(path, data[None], affine, "nrrd", header)
+    units = {str(unit).strip().lower() for unit in header.get("space units", ())} or {"mm"}
+    factor = NRRD_UNITS.get(next(iter(units))) if len(units) == 1 else None
+    if factor is None:
+        raise UserError(
+            f"{path}: its space units are {', '.join(sorted(units))}; mm, cm, m or um is read, for all axes"
+        )
+    if factor != 1:
+        affine = np.diag([factor, factor, factor, 1.0]) @ affine
+        notes.append(f"it declares {units.pop()} as unit; converted to mm")
+    return Scan(path, data[None], affine, "nrrd", header, notes)
 
 
 def _check_nrrd(path: Path, header: Any) -> None:
@@ -406,14 +450,33 @@ def _nrrd_header(like: Scan) -> dict[str, Any]:
     }
 
 
-def _picture(path: Path, mode: str | None = None, read: bool = True) -> np.ndarray:
+def _picture(path: Path, mode: str | None = None, read: bool = True, notes: list[str] | None = None) -> np.ndarray:
+    """The pixels (height, width, channels), of one channel where it is gray; as they are stored without `mode`.
+
+    `notes` get what of the file is not in them. Raises UserError where it holds several pictures.
+    """
     with reading(path, "damaged or no picture"), Image.open(path) as picture:
         check_picture(picture, path)
-        gray = picture.mode in ("L", "I", "I;16", "F", "1")
+        number = getattr(picture, "n_frames", 1)
+        if notes is not None and number > 1 and picture.format == "MPO":
+            notes.append(f"a camera's file of {number} pictures (MPO); the first is read")
+        elif number > 1:
+            raise UserError(f"{path}: holds {number} pictures; split it, or write the stack as one volume (NIfTI)")
+        gray = picture.mode in ("L", "LA", "1") or picture.mode[0] in "IF"  # I;16, I;16B ...
+        if notes is not None and not gray and any(";16" in str(tile) for tile in picture.tile):
+            notes.append("its colours have 16 bits and are read as 8")
+        turn = picture.getexif().get(EXIF_ORIENTATION, 1)
+        if notes is not None and turn != 1:
+            notes.append(f"its EXIF orientation ({turn}) is not applied; pixels are as stored, as its label map's are")
         if not read:
             return no_image((picture.height, picture.width, 1 if gray else 3))
+        veiled = "transparency" in picture.info
+        if "A" in picture.getbands():
+            veiled |= bool((np.asarray(picture.getchannel("A")) < 255).any())
+        if notes is not None and veiled:
+            notes.append("some of its pixels are transparent; their colours are taken as they are stored")
         if mode is not None and gray:
-            return np.asarray(picture, dtype=np.float32)[..., None]
+            return np.asarray(picture.getchannel("L") if picture.mode == "LA" else picture, dtype=np.float32)[..., None]
         return np.asarray(picture.convert(mode) if mode else picture)
 
 

@@ -1,9 +1,8 @@
 """Histology tiles: where they lie, splits by slide and patient, stains, from tiles to a slide."""
 
-import csv
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from nearfar.core.errors import UserError, some
 from nearfar.core.reading import check_picture, reading
+from nearfar.medical.data.groups import read_table, teller
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def find_tiles(source: str | Path, slides: str | None = None, patients: str | No
     else:
         tiles = _in_folders(root, slides)
     if patients is not None:
-        patient = _teller(patients, ("slide", "patient"), "slide")
+        patient = teller(patients, ("slide", "patient"), "slide")
         tiles = [replace(tile, patient=patient(tile.slide)) for tile in tiles]
     if len({tile.label for tile in tiles}) < 2:
         raise UserError(f"{root}: holds tiles of {len({t.label for t in tiles})} classes; a folder per class is needed")
@@ -66,7 +66,7 @@ def find_tiles(source: str | Path, slides: str | None = None, patients: str | No
 def _in_folders(root: Path, slides: str | None) -> list[Tile]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    slide = None if slides is None else _teller(slides, ("file", "slide"), "tile")
+    slide = None if slides is None else teller(slides, ("file", "slide"), "tile")
     tiles, silent = [], []
     kinds = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     loose = [p.name for p in sorted(root.iterdir()) if p.suffix.lower() in READABLE]
@@ -106,55 +106,6 @@ def _listed(table: Path) -> list[Tile]:
     if twice := len(tiles) - len({tile.path for tile in tiles}):
         raise UserError(f"{table}: names {twice} files more than once")
     return sorted(tiles, key=lambda tile: tile.path)
-
-
-def read_table(table: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file that has at least `columns`."""
-    with reading(table, "cannot be read as a CSV table"):
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            rows = [{k: (v or "").strip() for k, v in row.items() if isinstance(k, str)} for row in reader]
-        names = reader.fieldnames or ()
-    if missing := [name for name in columns if name not in names]:
-        raise UserError(f"{table}: has no column {some(missing)}; it has {some(names)}")
-    return rows
-
-
-def read_pairs(table: Path, columns: tuple[str, str]) -> dict[str, str]:
-    """What the second column of a CSV file says of the first. Raises UserError where it says two things of one."""
-    first, second = columns
-    pairs: dict[str, str] = {}
-    for row in read_table(table, columns):
-        if pairs.setdefault(row[first], row[second]) != row[second]:
-            raise UserError(f"{table}: {first} {row[first]} has {second} {pairs[row[first]]} and {row[second]}")
-    return pairs
-
-
-def _teller(text: str, columns: tuple[str, str], what: str) -> Callable[[str], str]:
-    """A function from a name to what a pattern, or a CSV file of two columns, says of it."""
-    if Path(text).is_file():
-        known = read_pairs(Path(text), columns)
-
-        def look(name: str) -> str:
-            if not known.get(name):
-                raise UserError(f"{text}: names no {columns[1]} of the {what} {name}")
-            return known[name]
-
-        return look
-    try:
-        pattern = re.compile(text)
-    except re.error as error:
-        raise UserError(f"{text}: is neither a file nor a regular expression ({error})") from error
-    if pattern.groups != 1:
-        raise UserError(f"{text}: has {pattern.groups} groups; one is needed, ( ) around what names the {columns[1]}")
-
-    def search(name: str) -> str:
-        found = pattern.search(name)
-        if found is None or not found[1]:
-            raise UserError(f"{name}: its name does not tell the {columns[1]} ({text}); give another pattern")
-        return found[1]
-
-    return search
 
 
 def table_of(tile: Tile) -> dict[str, str]:

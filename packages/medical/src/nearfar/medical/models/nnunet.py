@@ -110,6 +110,7 @@ class NNUNet(nn.Module):
         if len(encoder) != n or len(decoder) != n - 1 or min(*encoder, *decoder) < 1:
             raise ValueError(f"blocks are {encoder} and {decoder}; {n} and {n - 1} positive numbers are needed")
         kernels, steps = every["kernel_sizes"], every["strides"]
+        self.in_channels = in_channels
         self.multiple = tuple(math.prod(step[axis] for step in steps) for axis in range(dims))
         self.stem: nn.Module = ConvNorm(in_channels, features[0], kernels[0]) if residual else nn.Identity()
         widths, one = [features[0] if residual else in_channels, *features], (1,) * dims

@@ -324,6 +324,11 @@ def _settings(plans: Mapping[str, Any], configuration: str, name: str) -> dict[s
         seen.append(wanted)
         plan = {**configurations[wanted], **plan}
         wanted = configurations[wanted].get("inherits_from")
+    if before := plan.get("previous_stage"):
+        raise UserError(
+            f"{name}: configuration {configuration} is the second stage of a cascade: its network also sees the label "
+            f"map of the first, {before}, and cascades are not run here; take another of {', '.join(configurations)}"
+        )
     architecture = plan.get("architecture", {}).get("arch_kwargs")
     missing = [key for key in (OLD_PLAN if architecture is None else ("patch_size",)) if key not in plan]
     missing += [key for key in (NEW_PLAN if architecture is not None else ()) if key not in architecture]
