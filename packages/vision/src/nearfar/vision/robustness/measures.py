@@ -97,7 +97,7 @@ def occlusion_curve(
         raise ValueError(f"attack is {attack!r}; allowed are {', '.join(OCCLUSIONS)}")
     rows = []
     for share, cells in points:
-        runs = []
+        runs = list[np.ndarray]()
         for seed in seeds:
             changed = OCCLUSIONS[attack](x, labels, share, cells, torch.Generator().manual_seed(seed))
             if runs and torch.equal(changed, x):
