@@ -337,6 +337,7 @@ def test_patients_and_splits_are_given(tmp_path: Path) -> None:
         ("case,age,patient\na_1,4,x\n", "names no patient of the case a_2; it names a_1"),
         ("name,age,who\na_1,4,x\n", "must have the columns case and patient"),
         ("a_1,x\na_2,y\na_1,z\n", "case a_1 has patient x and z"),
+        ("case,age,patient\na_1,4,x,y\n", "has 4 cells for 3 columns"),
         ("", "it is empty"),
     ):
         path = tmp_path / f"{len(wrongs)}.csv"

@@ -51,6 +51,8 @@ def read_table(table: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     lines = _lines(table)
     if missing := [name for name in columns if name not in lines[0]]:
         raise UserError(f"{table}: has no column {some(missing)}; it has {some(lines[0])}")
+    if wide := next((line for line in lines if len(line) > len(lines[0])), None):
+        raise UserError(f"{table}: the line {', '.join(wide)} has {len(wide)} cells for {len(lines[0])} columns")
     return [dict(zip(lines[0], [*line, *[""] * len(lines[0])])) for line in lines[1:]]
 
 
