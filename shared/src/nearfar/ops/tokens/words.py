@@ -101,7 +101,7 @@ class WordMerging(nn.Module):
 
     def forward(self, x: Float[Tensor, "n m c"], size: tuple[int, ...]) -> Float[Tensor, "p m e"]:
         dims, halves = self.dims, [(n - 1) // 2 + 1 for n in size]  # as the strided convolution of sentences counts
-        x = self.norm(x).unflatten(1, (self.words,) * dims).unflatten(0, (len(x) // math.prod(size), *size))
+        x = self.norm(x).unflatten(1, (self.words,) * dims).unflatten(0, (x.shape[0] // math.prod(size), *size))
         odd = [2 * half - n for half, n in zip(halves, size, strict=True)]
         if torch.compiler.is_compiling() or any(odd):  # a graph serves odd and even
             x = F.pad(x, (0, 0) * (dims + 1) + tuple(p for n in reversed(odd) for p in (0, n)))
