@@ -32,27 +32,37 @@ class TriMambaBlock(nn.Module):
         return x + y.mT.reshape(x.shape)
 
 
-SLAB = 16
+SLAB = 8
 
 
 def residual(block: UnetResBlock, x: Tensor) -> Tensor:
-    """MONAI's residual block, which lets go of what it has read: a map of 48 x 128^3 numbers is 400 MB."""
+    """MONAI's residual block, which lets go of what it has read: a map of 48 x 128^3 numbers is 400 MB.
+
+    Without gradients x is used up where it has more channels than the result.
+    """
     y = slabs(block.conv1.conv, x)
-    side = slabs(block.conv3.conv, x) if hasattr(block, "conv3") else x
+    side = slabs(block.conv3.conv, x, into=x) if hasattr(block, "conv3") else x
     del x
     side = block.norm3(side) if hasattr(block, "norm3") else side
-    y = block.norm2(slabs(block.conv2.conv, block.lrelu(block.norm1(y))))
+    y = block.lrelu(block.norm1(y))
+    y = block.norm2(slabs(block.conv2.conv, y))
     y += side
     return block.lrelu(y)
 
 
-def slabs(conv: Any, x: Tensor) -> Tensor:
-    """`conv(x)`; on a CPU without gradients slab by slab, as the library copies what it reads to another layout."""
+def slabs(conv: Any, x: Tensor, into: Tensor | None = None) -> Tensor:
+    """`conv(x)`; on a CPU without gradients slab by slab, as the library copies what it reads to another layout.
+
+    `into`: a tensor whose first channels may then take the result, x itself for a 1x1 convolution.
+    """
     n, edge = x.shape[2], conv.kernel_size[0] // 2
     traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
     if torch.is_grad_enabled() or traced or x.device.type != "cpu" or n <= 2 * SLAB:
         return conv(x)
-    out = x.new_empty(len(x), conv.out_channels, *x.shape[2:])
+    if into is not None and into.shape[1] > conv.out_channels:
+        out = into[:, : conv.out_channels]
+    else:
+        out = x.new_empty(len(x), conv.out_channels, *x.shape[2:])
     for a in range(0, n, SLAB):
         first = max(0, a - edge)
         out[:, :, a : a + SLAB] = conv(x[:, :, first : a + SLAB + edge])[:, :, a - first :][:, :, :SLAB]
