@@ -100,10 +100,10 @@ def window(model: Segmenter) -> int:
 
 @linux
 @pytest.mark.slow
-def test_segmamba_by_windows_near_4_gb_in_all(tmp_path: Path) -> None:
+def test_segmamba_by_windows_within_4_gb_in_all(tmp_path: Path) -> None:
     """A narrow SegMamba goes over a whole volume of five classes; what the published one takes more is added.
 
-    The published one alone would take an hour. 4100 MB were measured where `--memory` says 4096.
+    The published one alone would take an hour.
     """
     narrow, published = (
         segmenter(Recipe(network="segmamba", settings=settings, roi=(128, 128, 128)), 4)
@@ -111,4 +111,4 @@ def test_segmamba_by_windows_near_4_gb_in_all(tmp_path: Path) -> None:
     )
     held = peak(tmp_path, (512, 512, 400), "4G", narrow) + window(published) - window(narrow)
     print(f"{held / 2**20:.0f} MB of 4096")
-    assert held < 4.25 * 2**30
+    assert held < 4 * 2**30

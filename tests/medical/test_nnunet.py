@@ -57,7 +57,7 @@ def test_the_second_stage_of_a_cascade_is_refused_by_name(tmp_path: Path) -> Non
     for read in (read_plan_file, lambda *given: plan_recipe(*given, "bottleneck")):
         with pytest.raises(UserError, match=r"3d_cascade_fullres is the second stage of a cascade.*3d_lowres"):
             read(tmp_path / "plans.json", "3d_cascade_fullres")
-    trained = torch.load(HERE / "plain/fold_0/checkpoint_final.pth", weights_only=False)
+    trained = read_checkpoint(HERE / "plain/fold_0/checkpoint_final.pth")
     for name in [name for name in trained["network_weights"] if ".stages.0.0.convs.0." in name]:
         weight = trained["network_weights"][name]
         if weight.ndim == 5:

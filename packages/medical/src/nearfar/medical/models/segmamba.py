@@ -35,37 +35,39 @@ class TriMambaBlock(nn.Module):
 SLAB = 8
 
 
-def residual(block: UnetResBlock, x: Tensor) -> Tensor:
-    """MONAI's residual block, which lets go of what it has read: a map of 48 x 128^3 numbers is 400 MB.
+def residual(block: UnetResBlock, *parts: Tensor) -> Tensor:
+    """MONAI's residual block of maps side by side, which lets go of what it has read: 48 x 128^3 numbers are 400 MB.
 
-    Without gradients x is used up where it has more channels than the result.
+    Without gradients the first map is used up where there are several.
     """
-    y = slabs(block.conv1.conv, x)
-    side = slabs(block.conv3.conv, x, into=x) if hasattr(block, "conv3") else x
-    del x
+    y = slabs(block.conv1.conv, parts)
+    side = slabs(block.conv3.conv, parts, parts[0]) if hasattr(block, "conv3") else parts[0]
+    del parts
     side = block.norm3(side) if hasattr(block, "norm3") else side
     y = block.lrelu(block.norm1(y))
-    y = block.norm2(slabs(block.conv2.conv, y))
+    y = slabs(block.conv2.conv, (y,))
+    y = block.norm2(y)
     y += side
     return block.lrelu(y)
 
 
-def slabs(conv: Any, x: Tensor, into: Tensor | None = None) -> Tensor:
-    """`conv(x)`; on a CPU without gradients slab by slab, as the library copies what it reads to another layout.
+def slabs(conv: Any, parts: Sequence[Tensor], into: Tensor | None = None) -> Tensor:
+    """`conv(cat(parts))`; on a CPU without gradients slab by slab, as the library copies what it reads and writes.
 
-    `into`: a tensor whose first channels may then take the result, x itself for a 1x1 convolution.
+    `conv` keeps the size, or is transposed with a stride as large as its kernel. `into`: may then take the result where
+    it has as many channels, also one of `parts` if the kernel is 1.
     """
-    n, edge = x.shape[2], conv.kernel_size[0] // 2
+    x = parts[0]
     traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    if torch.is_grad_enabled() or traced or x.device.type != "cpu" or n <= 2 * SLAB:
-        return conv(x)
-    if into is not None and into.shape[1] > conv.out_channels:
-        out = into[:, : conv.out_channels]
-    else:
-        out = x.new_empty(len(x), conv.out_channels, *x.shape[2:])
-    for a in range(0, n, SLAB):
+    if torch.is_grad_enabled() or traced or x.device.type != "cpu" or x.shape[2] <= 2 * SLAB:
+        return conv(torch.cat(parts, 1) if len(parts) > 1 else x)
+    scale, edge = (conv.stride[0], 0) if conv.transposed else (1, conv.kernel_size[0] // 2)
+    fits = into is not None and into.shape[1] == conv.out_channels
+    out = into if fits else x.new_empty(len(x), conv.out_channels, *(scale * n for n in x.shape[2:]))
+    for a in range(0, x.shape[2], SLAB):
         first = max(0, a - edge)
-        out[:, :, a : a + SLAB] = conv(x[:, :, first : a + SLAB + edge])[:, :, a - first :][:, :, :SLAB]
+        piece = torch.cat([part[:, :, first : a + SLAB + edge] for part in parts], 1)
+        out[:, :, scale * a : scale * (a + SLAB)] = conv(piece)[:, :, scale * (a - first) :][:, :, : scale * SLAB]
     return out
 
 
@@ -170,7 +172,7 @@ class SegMamba(nn.Module):
         skips = [residual(encode.layer, m) for encode, m in zip(self.encoder, [x, *self.features(x)])]
         y = skips.pop()
         for up in self.decoder:
-            y = residual(up.conv_block, torch.cat((up.transp_conv(y), skips.pop()), 1))
+            y = residual(up.conv_block, slabs(up.transp_conv.conv, (y,)), skips.pop())
         return self.head(residual(self.last.layer, y))
 
     @classmethod
