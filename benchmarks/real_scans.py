@@ -70,13 +70,17 @@ def tuned_crf(segmenter: Segmenter, collection: Collection, cases: Sequence[Case
     return max(rows[1:], key=lambda row: row["dice"])["settings"]  # the best CRF, also where none is better
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(text: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=("brain", "vessels"))
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/chasedb1"))
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments(__doc__)
     recipe = read_recipe(Recipe, options.job, [f"seed={options.seed}"], folder=RECIPES)
     if options.job == "brain":
         collection = find_cases(write_brain(options.output / "data", resolution=2))
