@@ -4,9 +4,8 @@
     python benchmarks/planned.py vessels -o runs/planned [--data ../shared/data/chasedb1]
 
 The recipe is trained first; the processor time that this takes, in minutes, is what the plan is asked to keep to, and
-what both took is printed. brain: the
-MNI152 template (4 mm) of nilearn's wheel, trained on the right half, scored on the left. vessels: CHASE_DB1, the first
-of five folds of children held out. One thread.
+what both took is printed. brain: the MNI152 template (4 mm) of nilearn's wheel, trained on the right half, scored on
+the left. vessels: CHASE_DB1, the first of five folds of children held out. One thread.
 """
 
 import time

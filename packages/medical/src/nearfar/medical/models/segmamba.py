@@ -33,6 +33,7 @@ class TriMambaBlock(nn.Module):
 
 
 SLAB = 8
+"""Planes that `slabs` convolves at a time."""
 
 
 def residual(block: UnetResBlock, *parts: Tensor) -> Tensor:
