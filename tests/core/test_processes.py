@@ -89,7 +89,7 @@ def test_folder_of_another_process_is_refused_once(tmp_path):
 
 @pytest.mark.ci
 def test_srun_starts_two_processes(tmp_path):
-    """By the variables that srun sets, as SLURM 24's manual has them; there is no SLURM here."""
+    """By the variables that srun sets, as SLURM 24's manual has them: CI has no SLURM."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
