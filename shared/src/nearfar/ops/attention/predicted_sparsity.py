@@ -108,14 +108,15 @@ class ConnectivityPredictor(nn.Module):
             budget = min(budget, int(seen.sum(1).min()))
         # (W_q q + b_q) ((W_k k + b_k)^T P) without the reduced queries and keys of every token
         w_q, w_k, b_q, b_k = (t.to(precise) for t in (self.q.weight, self.k.weight, self.q.bias, self.k.bias))
-        low = w_k @ (k.mT @ reduce) + b_k[:, None] * reduce.sum(-2, keepdim=True)
+        pooled = (reduce if reduce.ndim == 2 else reduce[:, 0]).mT @ from_heads(k)  # all heads have the same P
+        low = w_k @ pooled.unflatten(2, (heads, -1)).permute(0, 2, 3, 1) + b_k[:, None] * reduce.sum(-2, keepdim=True)
         logits = (q @ (w_q.T @ low) + (b_q @ low)[..., None, :]) * heads**-0.5
         if active is not None:
             logits = logits * active[:, None, :, None]
         g = logits.softmax(-1)
         if not reconstruct and self.coefficients < g.shape[-1]:
             g = g * self.largest(g, self.coefficients)
-        a = g @ basis
+        a = g @ basis.expand(*g.shape[:2], -1, -1)  # head by head: one product of all rows takes twice the time
         ranked = a.detach()
         if active is not None:
             ranked = torch.where(seen[:, None, None], ranked, float("-inf"))
@@ -190,15 +191,15 @@ class PredictedSparseAttention(nn.Module):
         q, k, v = self.heads(x, active)
         found = self.predictor(q, k, active, dense, present)
         mask, gone = None if dense else found.mask, 0 if present is None else self.predictor.num_tokens - x.shape[1]
-        summary = (q[:, :, :1] @ k.mT) * q.shape[-1] ** -0.5
+        summary = (q[:, :, :1] * k).sum(-1)[:, :, None] * q.shape[-1] ** -0.5
         if gone:
             k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
             summary = F.pad(summary, (0, 1), value=math.log(gone))
             mask = F.pad(torch.ones_like(found.mask) if mask is None else mask, (0, 1))
         scores = summary.softmax(-1).mean(1)[:, 0, 1 : x.shape[1]]
         if mask is not None and (gone or not torch.compiler.is_exporting()):
-            # torch turns a mask of truths into one of numbers in three times the time
-            mask = mask.to(q.dtype).sub_(1).mul_(torch.finfo(q.dtype).max)
+            # torch turns a mask of truths into one of numbers in many times the time
+            mask = mask.view(torch.uint8).to(q.dtype).sub_(1).mul_(torch.finfo(q.dtype).max)
             if gone:
                 mask[:, :, 0, -1] = math.log(gone)
         y = F.scaled_dot_product_attention(q, k, v, mask)
