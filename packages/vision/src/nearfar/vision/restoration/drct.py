@@ -69,13 +69,14 @@ class ResidualDenseGroup(nn.Module):
         whole = None if torch.is_grad_enabled() else x.new_empty(*x.shape[:-1], self.dims[-1])
         if whole is not None:
             whole[..., : self.dims[0]] = x
-        seen = x
+        seen = x if whole is None else whole
         for i, (block, reduce) in enumerate(zip(self.blocks, self.reduce)):
             order, parts = orders[i % 2], []
             rows = len(order) if whole is None else max(1, AT_ONCE // order[0].numel())
             for start in range(0, len(order), rows):
                 some = order[start : start + rows]
-                windows = seen.index_select(1, some.flatten()).unflatten(1, some.shape)
+                # all channels, then those that are there: of a part of a tensor the library copies the whole part first
+                windows = seen.index_select(1, some.flatten())[..., : self.dims[i]].unflatten(1, some.shape)
                 parts.append(reduce(block(windows, start + rows >= len(order))))
             part = torch.cat(parts, 1).flatten(1, 3).index_select(1, back[i % 2])
             if i == 4:
@@ -85,7 +86,6 @@ class ResidualDenseGroup(nn.Module):
                 seen = torch.cat([seen, part], -1)
             else:
                 whole[..., self.dims[i] : self.dims[i + 1]] = part
-                seen = whole[..., : self.dims[i + 1]]
         raise AssertionError("a group has five blocks")
 
 
