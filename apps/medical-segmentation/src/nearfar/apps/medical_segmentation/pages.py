@@ -62,7 +62,8 @@ STYLE = """<style>
 .case canvas { background: #000; image-rendering: pixelated; max-width: 100%; margin: .2rem; cursor: crosshair }
 .case label { margin-right: 1rem; white-space: nowrap } .case input[type=range] { vertical-align: middle; width: 9rem }
 .case b.swatch { display: inline-block; width: .9em; height: .9em; margin: 0 .3em 0 .8em; vertical-align: -.1em }
-.planes { display: flex; flex-wrap: wrap; align-items: flex-start } .planes figcaption { text-align: center }
+.planes { display: flex; flex-wrap: wrap; align-items: flex-start }
+.planes figcaption { text-align: center; contain: inline-size }
 </style>"""
 
 SCRIPT = """<script>
