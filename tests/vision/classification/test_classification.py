@@ -14,7 +14,14 @@ from PIL import Image
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.core.recipes import find_recipe, read_recipe
 from nearfar.vision.classification import RECIPES
-from nearfar.vision.classification.classifier import LINEAR, Classifier, identify, small_forms
+from nearfar.vision.classification.classifier import (
+    LINEAR,
+    Classifier,
+    create_model,
+    identify,
+    plain_forms,
+    small_forms,
+)
 from nearfar.vision.classification.training import (
     ClassifierModule,
     Recipe,
@@ -80,15 +87,40 @@ def test_learning_rate_follows_the_number_of_pictures_a_step() -> None:
     assert module.steps == 2
 
 
+PLAIN = {
+    "affnet_et": "AdaptiveFrequencyFilter",
+    "afno_256_patch4": "AFNO",
+    "convsharevit_cifar": "SharedConv",
+    "dhvt_tiny_cifar_patch4": "HeadTokenAttention",
+    "gmm_vit_32": "GaussianMixtureMask",
+    "ninformer_cifar10": "MixerGate",
+    "spartan_tiny": "WaveMixer",
+    "tic_like_tiny": "MSAConv",
+}
+"""Every small form with a plain counterpart, and the part that the counterpart lacks."""
+
+
 @pytest.mark.ci
 def test_every_small_model_learns_a_step_and_comes_back(tmp_path: Path) -> None:
     recipe = Recipe(size=64, epochs=1, batch_size=4, warmup_epochs=0)
     held = shades(4, 100)
-    for name in [LINEAR, *small_forms()]:
+    for name in [LINEAR, *small_forms(), *plain_forms()]:
         classifier, _ = train_classifier(name, shades(8), held, recipe, tmp_path / name)
         loaded = Classifier.load(tmp_path / name)
         torch.testing.assert_close(loaded.scores(held), classifier.scores(held))
         assert sum(p.numel() for p in loaded.model.parameters()) < 6e5
+
+
+def test_plain_forms_lack_what_their_system_adds() -> None:
+    named = {name: create_model(name, 3, 32) for name in (*small_forms(), *plain_forms()) if name[6:] in PLAIN}
+    parts = {name: {type(module).__name__ for module in model.modules()} for name, model in named.items()}
+    assert [name[6:] for name in plain_forms()] == sorted(PLAIN, key=[n[6:] for n in small_forms()].index)
+    for name, part in PLAIN.items():
+        assert part in parts[f"small-{name}"]
+        assert part not in parts[f"plain-{name}"]
+    for name in ("plain-hornet_tiny_7x7", "small-hornet_base_gf", "plain-linear"):
+        with pytest.raises(UserError, match=f"{name}: no such model"):
+            create_model(name, 3, 64)
 
 
 def test_repeated_augmentation_shows_every_view_of_a_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,24 @@ def small_forms() -> dict[str, dict[str, Any]]:
     return {f"small-{name}": dict(form) for kind in kinds for name, form in card_of(kind).small.items()}
 
 
+def plain_forms() -> list[str]:
+    """`plain-NAME` for every `small-NAME` that has a counterpart without what its system adds."""
+    kinds = sorted(set(MODELS.values()), key=lambda kind: kind.__name__)
+    return [f"plain-{name}" for kind in kinds for name in card_of(kind).plain]
+
+
+def form_of(name: str) -> tuple[str, dict[str, Any]] | None:
+    """What `small-NAME` and `plain-NAME` stand for: a model of timm's registry and settings; None for other names."""
+    kind, _, base = name.partition("-")
+    card = card_of(MODELS[base]) if base in MODELS else Card("", "", "", 0.0)
+    if kind == "small" and base in card.small:
+        return base, dict(card.small[base])
+    if kind == "plain" and base in card.plain:
+        model, settings = card.plain[base]
+        return model, dict(settings)
+    return None
+
+
 def card_of(kind: type) -> Card:
     """A model's card, an empty one where it has none."""
     return getattr(kind, "CARD", None) or Card(kind.__name__, "", "", 0.0)
@@ -123,16 +141,17 @@ def create_model(
     layer_scale: float | None = None,
     aux_head: bool = False,
 ) -> nn.Module:
-    """A classifier of pictures of `size` pixels by name: of timm's registry (any), `small-...` or `LINEAR`.
+    """A classifier of pictures of `size` pixels by name: of timm's registry, `small-...`, `plain-...` or `LINEAR`.
 
     `layer_scale` (None: the model's own) and `aux_head` count for those of our models that have them. Raises UserError
     for an unknown name, a size below the model's stride, and `drop_path` where the model (LSNet) has none.
     """
     if name == LINEAR:
         return PixelLinear(num_classes)
-    timm_name, base = name.removeprefix("small-"), name.removeprefix("small-").partition(".")[0]
-    form = card_of(MODELS[base]).small.get(base) if timm_name != name and base in MODELS else None
-    if not timm.is_model(timm_name) or (timm_name != name and form is None):
+    form = form_of(name)
+    timm_name, settings = form or (name, {})
+    base = timm_name.partition(".")[0]
+    if not timm.is_model(timm_name):
         raise UserError(f"{name}: no such model; `nearfar image-classification models` lists ours, timm's serve too")
     wanted: dict[str, Any] = {"drop_path_rate": drop_path}
     if base in VARIANTS:
@@ -147,7 +166,7 @@ def create_model(
         wanted["img_size"] = size
     wanted = {key: value for key, value in wanted.items() if value is not None}
     try:
-        return timm.create_model(timm_name, num_classes=num_classes, **{**(form or {}), **wanted})
+        return timm.create_model(timm_name, num_classes=num_classes, **{**settings, **wanted})
     except (TypeError, AssertionError) as error:  # what models of timm say to settings that they do not take
         raise UserError(f"{name}: cannot be made with {wanted} ({error})") from error
 
@@ -251,9 +270,8 @@ class Classifier:
                 raise ValueError(f"descriptions lack {some(sorted(set(classes) - set(words)))}")
             check_announced(path, len(classes), size=weights.stat().st_size)  # each has a row of weights
             evaluation_transform(record["size"], record["crop_pct"], record["crop_mode"])
-        name = record["name"].removeprefix("small-").partition(".")[0]
+        name, form = form_of(record["name"]) or (record["name"].partition(".")[0], {})
         if name in MODELS:  # shapes tell the sizes, the name what shapes do not
-            form = card_of(MODELS[name]).small.get(name, {}) if record["name"].startswith("small-") else {}
             known = MODELS[name].built_as(VARIANTS[name], form)
             with reading(weights, "is no checkpoint of its model", "copy the folder again", CheckpointError):
                 model = MODELS[name].rebuilt(weights, known | record.get("settings", {}))

@@ -124,7 +124,13 @@ class GMMViT(MaskedModel):
         paper="2309.05375",
         what="attention whose logits are multiplied by Gaussians of the distance",
         error=8.4e-07,
-        small={"gmm_vit_32": {"dim": 96, "depth": 4, "num_heads": 4, "head_dim": 24}},
+        small={"gmm_vit_32": {"dim": 64, "depth": 4, "num_heads": 4, "head_dim": 16}},
+        plain={
+            "gmm_vit_32": (
+                "vit_tiny_patch16_224",
+                {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2, "qkv_bias": False},
+            )
+        },
     )
 
     RULES = (
