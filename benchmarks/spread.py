@@ -29,7 +29,7 @@ SMALL_MIXERS = {
     32: ("gmm_vit_32", "dhvt_tiny_cifar_patch4", "afno_256_patch4", "ninformer_cifar10", "convsharevit_cifar"),
     48: ("tic_like_tiny", "affnet_et", "spartan_tiny"),
 }
-"""Size of the pictures -> systems: patches of 4 pixels on pictures as they are, pyramids of stride 32 on larger ones."""
+"""Pixels -> systems: networks of patches on pictures as they are, pyramids of stride 32 on enlarged ones."""
 TISSUE_NETWORKS = [
     *("duoformer_small", "duoformer_small-identity", "resnet10t+vit_small", "resnet10t", "convnext_atto"),
 ]

@@ -19,7 +19,7 @@ class Card:
     what: str
     """What mixes positions, or what it does, in a few words."""
     error: float
-    """Largest relative error of its contracts in float32 on the CPU, as `nearfar verify` prints it; NaN: it has none."""
+    """Largest relative error of its contracts in float32 on the CPU, as `nearfar verify` prints it; NaN for none."""
     weights: str = ""
     """Which published weights it reads."""
     small: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
