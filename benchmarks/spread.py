@@ -184,7 +184,7 @@ def pictures(data: Path, output: Path, seed: int) -> dict[str, float]:
 def small_mixers(data: Path, output: Path, seed: int) -> dict[str, float]:
     zipped, figures = data / "cifar10" / "cifar10-12k-imagefolder.zip", {}
     for size, systems in SMALL_MIXERS.items():
-        folder, settings = output / f"{seed}-{size}", ("epochs=2", "warmup_epochs=0.2", "batch_size=32")
+        folder, settings = output / f"{seed}-{size}", ("epochs=1", "warmup_epochs=0.1", "batch_size=32")
         words = [word for name in systems for form in ("small", "plain") for word in ("--model", f"{form}-{name}")]
         for setting in (f"size={size}", f"seed={seed}", *settings):
             words += ["--set", setting]
@@ -195,6 +195,20 @@ def small_mixers(data: Path, output: Path, seed: int) -> dict[str, float]:
                 figures[f"accuracy, {form}-{name}"] = found[f"{form}-{name}"]
             figures[f"accuracy, {name}, small less plain"] = found[f"small-{name}"] - found[f"plain-{name}"]
     return figures
+
+
+def forecast(data: Path, output: Path, seed: int) -> dict[str, float]:
+    past, later, run = output / f"past-{seed}.nc", output / f"later-{seed}.nc", output / str(seed)
+    nearfar("grid-forecast", "simulate", past, "--later", later, "--seed", seed)
+    nearfar("grid-forecast", "train", past, "-o", run, "--set", "epochs=40", "--set", f"seed={seed}", "--device", "cpu")
+    nearfar("grid-forecast", "evaluate", run, later, "--leads", "1,4,8", "--csv", output / f"{seed}.csv")
+    table = pd.read_csv(output / f"{seed}.csv")
+    groups = table.groupby(["lead", "forecast"])[["RMSE", "ACC"]].mean()  # the three variables are of one size
+    return {
+        f"{measure}, lead {lead}, {name}": row[measure]
+        for measure in ("RMSE", "ACC")
+        for (lead, name), row in groups.iterrows()
+    }
 
 
 def text(data: Path, output: Path, seed: int) -> dict[str, float]:
@@ -222,6 +236,7 @@ JOBS: dict[str, Callable[[Path, Path, int], dict[str, float]]] = {
     "tissue": tissue,
     "pictures": pictures,
     "small-mixers": small_mixers,
+    "forecast": forecast,
     "text": text,
 }
 

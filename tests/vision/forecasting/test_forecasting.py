@@ -1,6 +1,8 @@
 """Forecasting: fields from files and what is refused, statistics, scores, rollouts, a training, the app."""
 
 import json
+import tracemalloc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from matplotlib import colormaps
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from nearfar.apps.grid_forecast.cli import app
+from nearfar.apps.grid_forecast.cli import animate, app
 from nearfar.core.errors import UserError
 from nearfar.vision.forecasting.fields import fit_statistics, open_fields
 from nearfar.vision.forecasting.forecastnet import ForecastNet
@@ -160,22 +164,44 @@ def test_evaluation_of_a_forecaster_that_is_right(tmp_path: Path) -> None:
 
 
 def test_rollout_keeps_nothing_and_stops_where_it_fails() -> None:
-    alive = []
+    made, most = [], 0
 
     class Count(Shift):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = super().forward(x)
-            alive.append(torch.tensor(0))
+            made.append(weakref.ref(y := super().forward(x)))
             return y
 
     steps = rollout(Count(), torch.randn(1, 1, 4, 6), 1000)
     next(steps)
-    assert len(alive) == 1  # each step is computed when it is asked for
-    assert sum(1 for _ in steps) == 999
+    assert len(made) == 1  # each step is computed when it is asked for
+    for _ in steps:
+        most = max(most, sum(state() is not None for state in made))
+    assert len(made) == 1000
+    assert most <= 2  # the last state and the one made of it
     with pytest.raises(UserError, match="not finite after 128 steps"):
         net = Shift()
         net.gain.data.fill_(2.0)
         list(rollout(net, torch.ones(1, 1, 2, 2), 200))
+
+
+def test_animation_holds_one_map_at_a_time(tmp_path: Path) -> None:
+    """Every frame is drawn as it is, and eight hundred of them take no more memory than two hundred."""
+    start = np.random.default_rng(0).standard_normal((12, 240)).astype(np.float32)
+    peaks = []
+    for steps in (200, 800):
+        tracemalloc.start()
+        animate("h", lambda steps=steps: (np.roll(start, i, 1) for i in range(steps)), tmp_path / "a.gif")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
+    with Image.open(tmp_path / "a.gif") as picture:
+        assert (picture.n_frames, picture.size, picture.info["loop"]) == (800, (480, 40), 0)
+        picture.seek(37)
+        shown = np.asarray(picture.convert("RGB"))[16::2, ::2]
+    moved = np.roll(start, 37, 1)
+    shade = (moved - start.min()) / (start.max() - start.min())
+    want = colormaps["viridis"](np.round(254 * shade) / 254)[..., :3] * 255
+    assert np.abs(shown - want).max() <= 2
 
 
 def test_windows_and_loss(water: Path) -> None:
@@ -219,10 +245,12 @@ def test_training_learns_what_climatology_does_not_know(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_step_ahead_training_beats_persistence(tmp_path: Path) -> None:
-    """Over three simulations; four steps ahead it does not, and nothing says so."""
-    ratios = [found[1]["net"] / found[1]["persistence"] for _, _, found in (errors(s, tmp_path) for s in range(3))]
-    assert sum(ratios) / 3 < 0.95, ratios
+def test_training_beats_persistence(tmp_path: Path) -> None:
+    """Over three simulations, one step ahead and four."""
+    every = [errors(seed, tmp_path)[2] for seed in range(3)]
+    for lead in (1, 4):
+        ratios = [found[lead]["net"] / found[lead]["persistence"] for found in every]
+        assert max(ratios) < 0.8, (lead, ratios)
 
 
 def run(*arguments: object) -> str:
