@@ -48,6 +48,8 @@ def test_fields_are_read_as_they_are(water: Path, tmp_path: Path) -> None:
     )
     joined = open_fields([second, first], ["v", "h"])
     np.testing.assert_array_equal(joined.read(41), fields.read(41))
+    data.to_zarr(tmp_path / "water.zarr")
+    np.testing.assert_array_equal(open_fields(tmp_path / "water.zarr", ["v", "h"]).read(41), fields.read(41))
     # other names of the axes, levels
     other = data.rename(time="valid_time", latitude="lat", longitude="lon").expand_dims(level=[500.0, 850.0])
     levels = open_fields(write(tmp_path / "levels.nc", other), ["h@850", "u"])

@@ -74,9 +74,10 @@ def evaluation_transform(size: int, crop_pct: float = 0.875, crop_mode: str = "c
     return create_transform(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="bicubic")
 
 
-VIEWS = ("one", "flip", "ten")
+VIEWS = ("one", "flip", "ten", "random")
 """Views of a picture whose probabilities are averaged: itself; also its mirror image; the four corners and the centre
-of the picture before the crop, and their mirror images."""
+of the picture before the crop, and their mirror images. "random" is the one view that NiNformer's published code scores
+by accident: a crop of the picture's size out of it and a border of an eighth of it, perhaps mirrored."""
 
 
 def views_transform(size: int, crop_pct: float, crop_mode: str, views: str) -> Callable:
@@ -92,6 +93,8 @@ def views_transform(size: int, crop_pct: float, crop_mode: str, views: str) -> C
         resize, _, *rest = steps
         each = transforms.Compose(rest)
         return transforms.Compose([resize, transforms.TenCrop(size), transforms.Lambda(partial(_each_view, each))])
+    if views == "random":
+        steps = [*steps[:2], transforms.RandomCrop(size, size // 8), transforms.RandomHorizontalFlip(), *steps[2:]]
     return transforms.Compose([*steps, partial(_flipped, views == "flip")])
 
 
@@ -138,6 +141,7 @@ def create_model(
     size: int,
     *,
     drop_path: float | None = None,
+    dropout: float | None = None,
     layer_scale: float | None = None,
     aux_head: bool = False,
 ) -> nn.Module:
@@ -153,7 +157,7 @@ def create_model(
     base = timm_name.partition(".")[0]
     if not timm.is_model(timm_name):
         raise UserError(f"{name}: no such model; `nearfar image-classification models` lists ours, timm's serve too")
-    wanted: dict[str, Any] = {"drop_path_rate": drop_path}
+    wanted: dict[str, Any] = {"drop_path_rate": drop_path, "drop_rate": dropout}
     if base in VARIANTS:
         takes = inspect.signature(MODELS[base]).parameters
         has_scale = form is not None or VARIANTS[base].settings.get("layer_scale", 1) is not None
@@ -210,18 +214,22 @@ class Classifier:
     ) -> Tensor:
         """Class probabilities, (pictures, classes); a row of NaN where the model gives no finite scores.
 
-        `views`: of `VIEWS`; None for the classifier's own.
+        `views`: of `VIEWS`; None for the classifier's own. The random ones are the same in every call.
         """
-        transform = views_transform(self.size, self.crop_pct, self.crop_mode, views or self.views)
+        views = views or self.views
+        transform = views_transform(self.size, self.crop_pct, self.crop_mode, views)
         data = pictures.subset(range(len(pictures)), transform)
         model = self.model.to(device).eval()
         batches = DataLoader(data, batch_size, num_workers=num_workers)
-        return torch.cat(
-            [
-                self.probabilities(model(x.to(device).flatten(0, 1))).unflatten(0, x.shape[:2]).mean(1).cpu()
-                for x, _ in batches
-            ]
-        )
+        with torch.random.fork_rng(devices=[], enabled=views == "random"):
+            if views == "random":
+                torch.manual_seed(0)
+            return torch.cat(
+                [
+                    self.probabilities(model(x.to(device).flatten(0, 1))).unflatten(0, x.shape[:2]).mean(1).cpu()
+                    for x, _ in batches
+                ]
+            )
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Of each class on its own with `multilabel`, else of one of them."""
