@@ -80,6 +80,12 @@ def test_what_is_refused(water: Path, tmp_path: Path) -> None:
         open_fields(write(tmp_path / "line.nc", data.isel(longitude=0, drop=True)))
     with pytest.raises(UserError, match="holds 1 times"):
         open_fields(write(tmp_path / "one.nc", data.isel(time=[0])))
+    days = data.assign_coords(time=np.arange(90) / 4)
+    with pytest.raises(UserError, match=r"days.nc: its times are no dates of the standard calendar.*float64"):
+        open_fields(write(tmp_path / "days.nc", days))
+    days["time"].attrs = {"units": "days since 2000-01-01", "calendar": "360_day"}
+    with pytest.raises(UserError, match=r"model.nc: its times are no dates of the standard calendar"):
+        open_fields(write(tmp_path / "model.nc", days))
     (tmp_path / "text.nc").write_text("no fields")
     with pytest.raises(UserError, match=r"text.nc: cannot be read"):
         open_fields(tmp_path / "text.nc")
