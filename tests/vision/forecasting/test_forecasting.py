@@ -242,7 +242,7 @@ def test_training_learns_what_climatology_does_not_know(tmp_path: Path) -> None:
     net, history, found = errors(0, tmp_path)
     assert history[-1]["train_loss"] < 0.95 * history[0]["train_loss"]
     for lead in (1, 4):
-        assert found[lead]["net"] < 0.6 * found[lead]["climatology"], found
+        assert found[lead]["net"] < 0.8 * found[lead]["climatology"], found
     close = ForecastNet.from_pretrained(tmp_path / "run-0").eval()
     x = torch.randn(1, 3, 16, 32)
     torch.testing.assert_close(close(x), net(x))
