@@ -90,9 +90,7 @@ def kept(run: Callable[[], Tensor]) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if (
-        sys.platform == "linux"
-    ):  # glibc is to keep freed memory, or the released forms pay for fresh pages, now and then
+    if sys.platform == "linux":  # glibc is to keep freed memory, or large buffers pay for fresh pages now and then
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, 2**30)
     q, k, v = (torch.randn(1, 96, 56, 56, requires_grad=True) for _ in range(3))
