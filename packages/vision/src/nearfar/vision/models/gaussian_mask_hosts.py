@@ -48,8 +48,6 @@ def talk(logits: Tensor, before: Tensor, after: Tensor) -> Tensor:
 class TalkingClassAttention(nn.Module):
     """What the class token reads from itself and the patches, with heads mixed as in `TalkingMaskAttention`."""
 
-    leading_queries = True
-
     def __init__(self, dim: int, num_heads: int, head_dim: int, *, qkv_bias: bool = False) -> None:
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
