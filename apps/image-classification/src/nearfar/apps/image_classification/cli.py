@@ -301,8 +301,8 @@ def compare(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Model to compare: of `models`, of timm, small-NAME, or plain-NAME, the small one without what its system "
-            "adds. Repeat. Default: small forms of all systems, a small CNN of timm, a linear model."
+            help="Model to compare: of `models`, of timm, small-NAME, or plain-NAME, the small one without what its "
+            "system adds. Repeat. Default: small forms of all systems, a small CNN of timm, a linear model."
         ),
     ] = None,
     recipe: RecipeFile = None,

@@ -1,7 +1,7 @@
 """The other hosts of the Gaussian mixture mask: Swin, CaiT and T2T-ViT for small pictures.
 
 "RetNet Viewed through Convolution" (arXiv 2309.05375) puts its mask on five networks for pictures of 32 and 64 pixels;
-ViT and PiT stand in `gaussian_mask`. No weights are published; sizes and parameters are the published ones.
+ViT and PiT stand in `gaussian_mask`. No weights are published; sizes, and parameters at 32 pixels, are the published.
 """
 
 import math
@@ -18,7 +18,7 @@ from nearfar.ops.attention.shifted_window import WindowAttention
 from nearfar.ops.common.heads import from_heads, to_heads
 from nearfar.ops.common.layers import GELU, ChannelNorm, DropPath
 from nearfar.ops.common.tables import cached_table
-from nearfar.vision.models.gaussian_mask import GMMBlock, MaskedModel, _weights, xavier
+from nearfar.vision.models.gaussian_mask import GMMBlock, MaskedModel, untrained, xavier
 from nearfar.vision.models.pyramid import Backbone, Head, Stage, init_weights
 from nearfar.vision.models.registry import Variant, register
 from nearfar.vision.models.tokens import Mlp, PatchEmbed, Positions, State, TokenHead, pair
@@ -512,7 +512,7 @@ def _sizes(name: str, small: float, large: float, patch_size: int, **settings: A
     """The variants for pictures of 32 pixels and 10 classes, and of 64 pixels and 200, twice the patch."""
     return {
         f"{name}_{size}": Variant(
-            {**settings, "img_size": size, "patch_size": patch_size * size // 32}, params, None, _weights(classes, size)
+            {**settings, "img_size": size, "patch_size": patch_size * size // 32}, params, None, untrained(classes, size)
         )
         for size, params, classes in ((32, small, 10), (64, large, 200))
     }
