@@ -512,7 +512,10 @@ def _sizes(name: str, small: float, large: float, patch_size: int, **settings: A
     """The variants for pictures of 32 pixels and 10 classes, and of 64 pixels and 200, twice the patch."""
     return {
         f"{name}_{size}": Variant(
-            {**settings, "img_size": size, "patch_size": patch_size * size // 32}, params, None, untrained(classes, size)
+            {**settings, "img_size": size, "patch_size": patch_size * size // 32},
+            params,
+            None,
+            untrained(classes, size),
         )
         for size, params, classes in ((32, small, 10), (64, large, 200))
     }
