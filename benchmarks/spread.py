@@ -25,6 +25,11 @@ PICTURE_MODELS = [
     *("linear", "test_resnet", "small-nearfar_convnext_atto", "small-hornet_tiny_7x7", "small-attnet_xxs"),
     *("small-overlock_xt", "small-transxnet_t", "small-lsnet_t"),
 ]
+SMALL_MIXERS = {
+    32: ("gmm_vit_32", "dhvt_tiny_cifar_patch4", "afno_256_patch4", "ninformer_cifar10", "convsharevit_cifar"),
+    48: ("tic_like_tiny", "affnet_et", "spartan_tiny"),
+}
+"""Pixels -> systems: networks of patches on pictures as they are, pyramids of stride 32 on enlarged ones."""
 TISSUE_NETWORKS = [
     *("duoformer_small", "duoformer_small-identity", "resnet10t+vit_small", "resnet10t", "convnext_atto"),
 ]
@@ -176,6 +181,36 @@ def pictures(data: Path, output: Path, seed: int) -> dict[str, float]:
     return {f"accuracy, {row['model']}": row["accuracy"] for _, row in table.iterrows()}
 
 
+def small_mixers(data: Path, output: Path, seed: int) -> dict[str, float]:
+    zipped, figures = data / "cifar10" / "cifar10-12k-imagefolder.zip", {}
+    for size, systems in SMALL_MIXERS.items():
+        folder, settings = output / f"{seed}-{size}", ("epochs=1", "warmup_epochs=0.1", "batch_size=32")
+        words = [word for name in systems for form in ("small", "plain") for word in ("--model", f"{form}-{name}")]
+        for setting in (f"size={size}", f"seed={seed}", *settings):
+            words += ["--set", setting]
+        nearfar("image-classification", "compare", zipped, "-o", folder, "--recipe", "small_pictures", *words)
+        found = pd.read_csv(folder / "table.csv").set_index("model")["accuracy"]
+        for name in systems:
+            for form in ("small", "plain"):
+                figures[f"accuracy, {form}-{name}"] = found[f"{form}-{name}"]
+            figures[f"accuracy, {name}, small less plain"] = found[f"small-{name}"] - found[f"plain-{name}"]
+    return figures
+
+
+def forecast(data: Path, output: Path, seed: int) -> dict[str, float]:
+    past, later, run = output / f"past-{seed}.nc", output / f"later-{seed}.nc", output / str(seed)
+    nearfar("grid-forecast", "simulate", past, "--later", later, "--seed", seed)
+    nearfar("grid-forecast", "train", past, "-o", run, "--set", "epochs=40", "--set", f"seed={seed}", "--device", "cpu")
+    nearfar("grid-forecast", "evaluate", run, later, "--leads", "1,4,8", "--csv", output / f"{seed}.csv")
+    table = pd.read_csv(output / f"{seed}.csv")
+    groups = table.groupby(["lead", "forecast"])[["RMSE", "ACC"]].mean()  # the three variables are of one size
+    return {
+        f"{measure}, lead {lead}, {name}": row[measure]
+        for measure in ("RMSE", "ACC")
+        for (lead, name), row in groups.iterrows()
+    }
+
+
 def text(data: Path, output: Path, seed: int) -> dict[str, float]:
     whole = (data / "text" / "tinyshakespeare.txt").read_bytes()
     train, test, model = output / "train.txt", output / "test.txt", output / str(seed)
@@ -200,6 +235,8 @@ JOBS: dict[str, Callable[[Path, Path, int], dict[str, float]]] = {
     "tiles": tiles,
     "tissue": tissue,
     "pictures": pictures,
+    "small-mixers": small_mixers,
+    "forecast": forecast,
     "text": text,
 }
 

@@ -9,12 +9,13 @@ import pytest
 from nearfar.vision.models.convsharevit import ConvShareViT
 from nearfar.vision.models.evit import EViT
 from nearfar.vision.models.gaussian_mask import GMMPiT
+from nearfar.vision.models.gaussian_mask_hosts import GMMT2T, GMMCaiT, GMMSwin
 from nearfar.vision.models.ninformer import NiNformer
 from nearfar.vision.models.registry import MODELS
 from nearfar.vision.models.sparsifiner import Sparsifiner
 from nearfar.vision.models.vim import Vim
 
-from .base import PictureTester, TokenTester, close
+from .base import BackboneTester, PictureTester, TokenTester, close
 
 
 def test_every_system_has_a_tester() -> None:
@@ -95,6 +96,38 @@ class TestGMMPiT(TokenTester):
     }
     fuses = False
     test_encoder_of_segmentation_models = None  # its decoder for tokens takes four levels
+
+
+@pytest.mark.ci
+class TestGMMCaiT(TokenTester):
+    model, name = GMMCaiT, "gmm_cait_32"
+    tiny = {"dim": 16, "depth": 4, "num_heads": 2, "head_dim": 12, "img_size": 64, "patch_size": 16, "mlp_ratio": 2}
+    least = {"depth": 1}
+    fuses = False
+
+    def segmentation(self) -> dict[str, Any]:
+        return {"dim": 16, "num_heads": 2, "img_size": 64, "patch_size": 16}
+
+
+@pytest.mark.ci
+class TestGMMT2T(TokenTester):
+    model, name = GMMT2T, "gmm_t2t_32"
+    tiny = {"dim": 16, "depth": 4, "num_heads": 2, "hidden": 8, "img_size": 64, "patch_size": 8}
+    least = {"depth": 1}
+    fuses = False
+
+    def segmentation(self) -> dict[str, Any]:
+        return {"dim": 16, "num_heads": 2, "hidden": 8, "img_size": 64, "patch_size": 8}
+
+
+@pytest.mark.ci
+class TestGMMSwin(BackboneTester):
+    model, name = GMMSwin, "gmm_swin_32"
+    tiny = {"dims": (8, 16, 32), "depths": (2, 2, 1), "num_heads": (1, 2, 2), "img_size": 64, "patch_size": 4}
+    fuses = False
+
+    def segmentation(self) -> dict[str, Any]:
+        return {"dims": (8, 8, 8, 16, 16), "depths": (1, 2, 1, 1, 1), "num_heads": (1, 1, 1, 2, 2), "img_size": 64}
 
 
 @pytest.mark.ci

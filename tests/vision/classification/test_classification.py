@@ -6,15 +6,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.core.recipes import find_recipe, read_recipe
 from nearfar.vision.classification import RECIPES
-from nearfar.vision.classification.classifier import LINEAR, Classifier, identify, small_forms
+from nearfar.vision.classification.classifier import (
+    LINEAR,
+    Classifier,
+    create_model,
+    identify,
+    plain_forms,
+    small_forms,
+)
 from nearfar.vision.classification.training import (
     ClassifierModule,
     Recipe,
@@ -59,6 +68,11 @@ def test_published_recipes_say_what_the_papers_say() -> None:
     assert (recipes["lsnet_1k"].clip_mode, recipes["lsnet_1k"].clip) == ("agc", 0.02)
     assert recipes["transxnet_1k"].interpolation == "random"
     assert recipes["overlock_1k"].auxiliary == 0.4
+    nin, gmm, dhvt = (recipes[name] for name in ("ninformer_cifar", "gmm_cifar", "dhvt_cifar"))
+    assert (nin.dropout, nin.weight_decay, nin.learning_rate) == (0.5, 0.0, nin.min_learning_rate)
+    assert (gmm.mixing_share, gmm.randaugment, recipes["gmm_tiny_imagenet"].size) == (0.5, "cifar10", 64)
+    assert {recipe.padded_crop for recipe in (nin, gmm, dhvt)} == {4}
+    assert not any(recipe.choose_on for recipe in recipes.values())  # a held part chooses unless it is asked for
     with pytest.raises(UserError, match=r"none that comes along; those are .*convnext_1k"):
         find_recipe("resnet_1k", RECIPES)
 
@@ -68,6 +82,33 @@ def test_random_augmentation_takes_every_operation() -> None:
     transform = pickle.loads(pickle.dumps(transform))  # as a worker process gets it
     for _ in range(300):
         assert transform(Image.new("RGB", (32, 32), (90, 120, 200))).shape == (3, 32, 32)
+
+
+def test_padded_crops_and_policies() -> None:
+    """A padded crop is the picture moved by up to so many pixels, black where it was not."""
+    transform = training_transform(Recipe(size=32, padded_crop=4, randaugment="cifar10"))
+    crop, _, policy, *_ = transform.transforms
+    assert policy.policy.value == "cifar10"
+    picture = np.random.default_rng(0).integers(1, 255, (32, 32, 3), dtype=np.uint8)
+    framed = np.pad(picture, ((4, 4), (4, 4), (0, 0)))
+    places = [(i, j) for i in range(9) for j in range(9)]
+    seen = set()
+    for _ in range(20):
+        found = np.asarray(crop(Image.fromarray(picture)))
+        seen |= {(i, j) for i, j in places if np.array_equal(framed[i : i + 32, j : j + 32], found)}
+    assert len(seen) > 5
+    mixing = ClassifierModule(nn.Flatten(), Recipe(mixup=1.0, mixing_share=0.25), 2, 1).mix
+    assert mixing.mix_prob == 0.25
+    dropping = [m.p for m in new_model("small-ninformer_cifar10", 2, Recipe(size=32, dropout=0.5)).modules()
+                if isinstance(m, nn.Dropout)]  # fmt: skip
+    assert set(dropping[:4]) == {0.5}
+    for settings, message in (({"padded_crop": -1}, "below 0"), ({"mixing_share": 2.0}, "no share")):
+        with pytest.raises(ValueError, match=message):
+            Recipe(**settings)
+    with pytest.raises(ValueError, match="choose_on is 'val'"):
+        Recipe(choose_on="val")
+    with pytest.raises(ValueError, match="views is 'random'"):
+        Recipe(views="random")
 
 
 def test_learning_rate_follows_the_number_of_pictures_a_step() -> None:
@@ -80,15 +121,40 @@ def test_learning_rate_follows_the_number_of_pictures_a_step() -> None:
     assert module.steps == 2
 
 
+PLAIN = {
+    "affnet_et": "AdaptiveFrequencyFilter",
+    "afno_256_patch4": "AFNO",
+    "convsharevit_cifar": "SharedConv",
+    "dhvt_tiny_cifar_patch4": "HeadTokenAttention",
+    "gmm_vit_32": "GaussianMixtureMask",
+    "ninformer_cifar10": "MixerGate",
+    "spartan_tiny": "WaveMixer",
+    "tic_like_tiny": "MSAConv",
+}
+"""Every small form with a plain counterpart, and the part that the counterpart lacks."""
+
+
 @pytest.mark.ci
 def test_every_small_model_learns_a_step_and_comes_back(tmp_path: Path) -> None:
     recipe = Recipe(size=64, epochs=1, batch_size=4, warmup_epochs=0)
     held = shades(4, 100)
-    for name in [LINEAR, *small_forms()]:
+    for name in [LINEAR, *small_forms(), *plain_forms()]:
         classifier, _ = train_classifier(name, shades(8), held, recipe, tmp_path / name)
         loaded = Classifier.load(tmp_path / name)
         torch.testing.assert_close(loaded.scores(held), classifier.scores(held))
         assert sum(p.numel() for p in loaded.model.parameters()) < 6e5
+
+
+def test_plain_forms_lack_what_their_system_adds() -> None:
+    named = {name: create_model(name, 3, 32) for name in (*small_forms(), *plain_forms()) if name[6:] in PLAIN}
+    parts = {name: {type(module).__name__ for module in model.modules()} for name, model in named.items()}
+    assert [name[6:] for name in plain_forms()] == sorted(PLAIN, key=[n[6:] for n in small_forms()].index)
+    for name, part in PLAIN.items():
+        assert part in parts[f"small-{name}"]
+        assert part not in parts[f"plain-{name}"]
+    for name in ("plain-hornet_tiny_7x7", "small-hornet_base_gf", "plain-linear"):
+        with pytest.raises(UserError, match=f"{name}: no such model"):
+            create_model(name, 3, 64)
 
 
 def test_repeated_augmentation_shows_every_view_of_a_share(monkeypatch: pytest.MonkeyPatch) -> None:

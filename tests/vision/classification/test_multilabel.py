@@ -111,6 +111,18 @@ def test_weights_of_classes() -> None:
     torch.testing.assert_close(several * number, 40 - number)
 
 
+def test_random_views_are_the_same_in_every_call() -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 2)).eval()
+    drawn = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8)
+    pictures = Pictures(list("abcdef"), [0] * 6, ["a", "b"], lambda i: Image.fromarray(drawn[i]))
+    classifier = Classifier(model, "test", ["a", "b"], 32, 1.0)
+    state = torch.get_rng_state()
+    first, second = (classifier.scores(pictures, views="random") for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+    assert (first - classifier.scores(pictures)).abs().max() > 1e-3
+
+
 def test_views_average_probabilities() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 2)).eval()

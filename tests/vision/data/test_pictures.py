@@ -372,3 +372,6 @@ def test_the_test_split_chooses_nothing(tmp_path: Path) -> None:
     learn, hold, _ = training_pictures(tmp_path, 0.2, 0)
     assert len(learn) + len(hold) == 20
     assert not any("/test/" in name for name in (*learn.names, *hold.names))
+    learn, hold, _ = training_pictures(tmp_path, 0.2, 0, choose_on="test")  # unless it is asked to
+    assert len(learn) == 20
+    assert all("/test/" in name for name in hold.names)

@@ -1,6 +1,8 @@
 """Forecasting: fields from files and what is refused, statistics, scores, rollouts, a training, the app."""
 
 import json
+import tracemalloc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from matplotlib import colormaps
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from nearfar.apps.grid_forecast.cli import app
+from nearfar.apps.grid_forecast.cli import animate, app
 from nearfar.core.errors import UserError
 from nearfar.vision.forecasting.fields import fit_statistics, open_fields
 from nearfar.vision.forecasting.forecastnet import ForecastNet
@@ -44,6 +48,8 @@ def test_fields_are_read_as_they_are(water: Path, tmp_path: Path) -> None:
     )
     joined = open_fields([second, first], ["v", "h"])
     np.testing.assert_array_equal(joined.read(41), fields.read(41))
+    data.to_zarr(tmp_path / "water.zarr")
+    np.testing.assert_array_equal(open_fields(tmp_path / "water.zarr", ["v", "h"]).read(41), fields.read(41))
     # other names of the axes, levels
     other = data.rename(time="valid_time", latitude="lat", longitude="lon").expand_dims(level=[500.0, 850.0])
     levels = open_fields(write(tmp_path / "levels.nc", other), ["h@850", "u"])
@@ -74,6 +80,12 @@ def test_what_is_refused(water: Path, tmp_path: Path) -> None:
         open_fields(write(tmp_path / "line.nc", data.isel(longitude=0, drop=True)))
     with pytest.raises(UserError, match="holds 1 times"):
         open_fields(write(tmp_path / "one.nc", data.isel(time=[0])))
+    days = data.assign_coords(time=np.arange(90) / 4)
+    with pytest.raises(UserError, match=r"days.nc: its times are no dates of the standard calendar.*float64"):
+        open_fields(write(tmp_path / "days.nc", days))
+    days["time"].attrs = {"units": "days since 2000-01-01", "calendar": "360_day"}
+    with pytest.raises(UserError, match=r"model.nc: its times are no dates of the standard calendar"):
+        open_fields(write(tmp_path / "model.nc", days))
     (tmp_path / "text.nc").write_text("no fields")
     with pytest.raises(UserError, match=r"text.nc: cannot be read"):
         open_fields(tmp_path / "text.nc")
@@ -160,22 +172,44 @@ def test_evaluation_of_a_forecaster_that_is_right(tmp_path: Path) -> None:
 
 
 def test_rollout_keeps_nothing_and_stops_where_it_fails() -> None:
-    alive = []
+    made, most = [], 0
 
     class Count(Shift):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = super().forward(x)
-            alive.append(torch.tensor(0))
+            made.append(weakref.ref(y := super().forward(x)))
             return y
 
     steps = rollout(Count(), torch.randn(1, 1, 4, 6), 1000)
     next(steps)
-    assert len(alive) == 1  # each step is computed when it is asked for
-    assert sum(1 for _ in steps) == 999
+    assert len(made) == 1  # each step is computed when it is asked for
+    for _ in steps:
+        most = max(most, sum(state() is not None for state in made))
+    assert len(made) == 1000
+    assert most <= 2  # the last state and the one made of it
     with pytest.raises(UserError, match="not finite after 128 steps"):
         net = Shift()
         net.gain.data.fill_(2.0)
         list(rollout(net, torch.ones(1, 1, 2, 2), 200))
+
+
+def test_animation_holds_one_map_at_a_time(tmp_path: Path) -> None:
+    """Every frame is drawn as it is, and eight hundred of them take no more memory than two hundred."""
+    start = np.random.default_rng(0).standard_normal((12, 240)).astype(np.float32)
+    peaks = []
+    for steps in (200, 800):
+        tracemalloc.start()
+        animate("h", lambda steps=steps: (np.roll(start, i, 1) for i in range(steps)), tmp_path / "a.gif")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
+    with Image.open(tmp_path / "a.gif") as picture:
+        assert (picture.n_frames, picture.size, picture.info["loop"]) == (800, (480, 40), 0)
+        picture.seek(37)
+        shown = np.asarray(picture.convert("RGB"))[16::2, ::2]
+    moved = np.roll(start, 37, 1)
+    shade = (moved - start.min()) / (start.max() - start.min())
+    want = colormaps["viridis"](np.round(254 * shade) / 254)[..., :3] * 255
+    assert np.abs(shown - want).max() <= 2
 
 
 def test_windows_and_loss(water: Path) -> None:
@@ -208,7 +242,7 @@ def test_training_learns_what_climatology_does_not_know(tmp_path: Path) -> None:
     net, history, found = errors(0, tmp_path)
     assert history[-1]["train_loss"] < 0.95 * history[0]["train_loss"]
     for lead in (1, 4):
-        assert found[lead]["net"] < 0.6 * found[lead]["climatology"], found
+        assert found[lead]["net"] < 0.8 * found[lead]["climatology"], found
     close = ForecastNet.from_pretrained(tmp_path / "run-0").eval()
     x = torch.randn(1, 3, 16, 32)
     torch.testing.assert_close(close(x), net(x))
@@ -219,10 +253,12 @@ def test_training_learns_what_climatology_does_not_know(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_step_ahead_training_beats_persistence(tmp_path: Path) -> None:
-    """Over three simulations; four steps ahead it does not, and nothing says so."""
-    ratios = [found[1]["net"] / found[1]["persistence"] for _, _, found in (errors(s, tmp_path) for s in range(3))]
-    assert sum(ratios) / 3 < 0.95, ratios
+def test_training_beats_persistence(tmp_path: Path) -> None:
+    """Over three simulations, one step ahead and four."""
+    every = [errors(seed, tmp_path)[2] for seed in range(3)]
+    for lead in (1, 4):
+        ratios = [found[lead]["net"] / found[lead]["persistence"] for found in every]
+        assert max(ratios) < 0.8, (lead, ratios)
 
 
 def run(*arguments: object) -> str:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import timm
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from nearfar.core.errors import UserError
@@ -17,6 +18,13 @@ from nearfar.vision.contracts import gaussian_mixture_mask as gmm
 from nearfar.vision.contracts import tic
 from nearfar.vision.models.convsharevit import ConvShareViT, in_light, optical_passes, to_electronic, to_optical
 from nearfar.vision.models.gaussian_mask import GMMPiT, GMMViT, add_gaussian_mask
+from nearfar.vision.models.gaussian_mask_hosts import (
+    GMMT2T,
+    GMMSwin,
+    TalkingClassAttention,
+    TalkingMaskAttention,
+    TokensToToken,
+)
 from nearfar.vision.models.tic import TiCBlock, TiCLike
 from tests.vision.base import BackboneTester, TokenTester, close, described, randomize, shapes_of
 
@@ -81,6 +89,82 @@ def test_masks_closed_and_clipped_agree_on_small_grids() -> None:
     clipped.load_state_dict(closed.state_dict())
     x = torch.randn(1, 3, 32, 32)
     close(clipped(x), closed(x), 1e-5)
+
+
+@torch.no_grad()
+def test_gmm_swin_is_timms_swin_but_for_masks_and_positions() -> None:
+    ours = randomize(GMMSwin((16, 32, 64), (2, 2, 1), (1, 2, 4)))
+    theirs = SwinTransformer(
+        32, 2, num_classes=10, embed_dim=16, depths=(2, 2, 1), num_heads=(1, 2, 4), window_size=4, mlp_ratio=2
+    ).eval()
+    ours.stem.positions.grid.zero_()
+    for mask in (m for m in ours.modules() if isinstance(m, GaussianMixtureMask)):
+        mask.sigma.fill_(1e4)
+        mask.alpha.fill_(0.2)
+    names = {"layers.": "stages.", "patch_embed.": "stem.", "relative_position_bias_table": "bias_table"}
+    names |= {"attn.proj": "attn.out", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}
+    state, found = ours.state_dict(), {}
+    for name, value in theirs.state_dict().items():
+        mine = "head." + name if name.startswith("norm.") else name
+        for a, b in names.items():
+            mine = mine.replace(a, b)
+        tensor = state[mine].flatten(1) if "downsample.reduction" in name else state[mine]
+        if "downsample" in name:  # they merge by columns, then rows, then channels
+            tensor = tensor.unflatten(-1, (-1, 2, 2)).movedim((-1, -2, -3), (-3, -2, -1)).flatten(-3)
+        found[name] = tensor.reshape(value.shape)
+    theirs.load_state_dict(found)
+    x = torch.randn(2, 3, 32, 32)
+    close(ours(x), theirs(x), 1e-5)
+    tall = torch.randn(1, 3, 40, 36)  # windows and merging fill up with zeros
+    assert ours(tall).shape == (1, 10)
+
+
+def test_talking_heads_are_their_sums() -> None:
+    attention = TalkingMaskAttention(12, 3, 5).double()
+    x, grid = torch.randn(2, 6, 12, dtype=torch.float64), (2, 3)
+    q, k, v = attention.qkv(x).unflatten(2, (3, 3, 5)).unbind(2)  # (B, N, heads, d)
+    mask = attention.mask.mask(grid)
+    slow = torch.zeros(2, 6, 3, 5, dtype=torch.float64)
+    for i in range(6):
+        logits = torch.stack([mask[h, i] * (k[:, :, h] @ q[:, i, h, :, None])[..., 0] / 5**0.5 for h in range(3)], 1)
+        mixed = torch.stack([sum(attention.before[h, g] * logits[:, h] for h in range(3)) for g in range(3)], 1)
+        weights = mixed.softmax(-1)
+        for g in range(3):
+            weight = sum(attention.after[h, g] * weights[:, h] for h in range(3))
+            slow[:, i, g] = (weight[..., None] * v[:, :, g]).sum(1)
+    torch.testing.assert_close(attention(x, grid), attention.proj(slow.flatten(2)))
+    reader = TalkingClassAttention(12, 3, 5).double()
+    reader.load_state_dict(
+        {
+            n.replace("qkv", "q"): t[:15] if "qkv" in n else t
+            for n, t in attention.state_dict().items()
+            if "mask" not in n
+        }
+        | {"kv.weight": attention.qkv.weight[15:]}
+    )
+    attention.mask.sigma.data.fill_(1e9)
+    attention.mask.alpha.data.fill_(0.2)  # a mask of ones: the first of a line of tokens reads all of them
+    torch.testing.assert_close(reader(x[:, :1], x[:, 1:]), attention(x, (1, 6))[:, :1])
+
+
+@torch.no_grad()
+def test_tokens_to_token_reads_neighbourhoods() -> None:
+    stem = TokensToToken(3, 8, 4, 2, kernels=5, clipped=False, qkv_bias=False).double()
+    x = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    padded = nn.functional.pad(x, (1, 1, 1, 1))
+    windows = [padded[:, :, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].flatten(1) for i in range(8) for j in range(8)]
+    y = stem.norm1(torch.stack(windows, 1))
+    q, k, v = (y @ part.T for part in stem.qkv.weight.chunk(3))
+    y = v + stem.out((stem.mask.mask((8, 8))[0] * (q @ k.mT) / 2).softmax(-1) @ v)
+    y = nn.functional.pad((y + stem.mlp(stem.norm2(y))).mT.unflatten(2, (8, 8)), (1, 1, 1, 1))
+    windows = [y[:, :, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].flatten(1) for i in range(4) for j in range(4)]
+    tokens, grid = stem(x)
+    assert grid == (4, 4)
+    torch.testing.assert_close(tokens, stem.proj(stem.norm3(torch.stack(windows, 1))))
+    adapted = GMMT2T.from_published(GMMT2T(16, 1, 2, hidden=4).state_dict(), in_chans=1)
+    assert adapted(torch.randn(1, 1, 32, 32)).shape == (1, 10)
+    with pytest.raises(ValueError, match="must be even"):
+        GMMT2T(patch_size=3)
 
 
 HOSTS = {

@@ -1,8 +1,11 @@
 """AFNO's classifier, DHVT and NiNformer: what every token model has, published layouts, fixed grids."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -13,7 +16,7 @@ from nearfar.vision.contracts.afno import build_contract
 from nearfar.vision.models.afno import AFNOTransformer
 from nearfar.vision.models.dhvt import DHVT, DHVTBlock
 from nearfar.vision.models.ninformer import NiNBlock, NiNformer
-from tests.vision.base import TokenTester, close, described, randomize, shapes_of
+from tests.vision.base import TokenTester, close, described, randomize, shapes_of, without_shape_checks
 
 
 class TestAFNO(TokenTester):
@@ -125,6 +128,18 @@ def test_ninformer_surface(gate: str, tmp_path: Path) -> None:
     model.double().train()
     grads = torch.autograd.grad(model(x.double()).square().sum(), list(model.parameters()))
     assert all(g.isfinite().all() and g.abs().sum() > 0 for g in grads)
+
+
+@torch.no_grad()
+@pytest.mark.ci
+def test_the_fourier_gate_in_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_shape_checks(monkeypatch)
+    model, x = randomize(timm.create_model("ninformer_fourier", dim=16, hidden=24)), torch.randn(2, 3, 32, 32)
+    onnx = io.BytesIO()
+    torch.onnx.export(torch.export.export(model, (x,)), (), onnx, verbose=False)
+    session = onnxruntime.InferenceSession(onnx.getvalue(), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    close(torch.from_numpy(np.asarray(y)), model(x), 1e-5)
 
 
 @torch.no_grad()

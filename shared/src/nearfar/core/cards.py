@@ -19,11 +19,13 @@ class Card:
     what: str
     """What mixes positions, or what it does, in a few words."""
     error: float
-    """Largest relative error of its contracts in float32 on the CPU, as `nearfar verify` prints it."""
+    """Largest relative error of its contracts in float32 on the CPU, as `nearfar verify` prints it; NaN for none."""
     weights: str = ""
     """Which published weights it reads."""
     small: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Published variant -> settings of a form of it for small data and minutes on a CPU."""
+    plain: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    """Published variant -> a model of the domain and settings that are its small form without what the system adds."""
     networks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Names under which the domain builds it -> settings."""
     dims: tuple[int, ...] = ()

@@ -44,7 +44,7 @@ def window_sums(
     """O_d(p) = sum_o a_o(p) v_d(p + dilation o), with the offsets of `window_products`."""
     total: Tensor | None = None
     for weight, shifted in zip(weights.split(1, 2), _shifts(value, kernel_size, dilation, causal), strict=True):
-        total = weight * shifted if total is None else torch.addcmul(total, weight, shifted)
+        total = weight * shifted if total is None else total.addcmul_(weight, shifted)  # needs no new map
     assert total is not None
     return total
 

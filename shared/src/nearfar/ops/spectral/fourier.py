@@ -67,7 +67,8 @@ def synthesize(
             real, imaginary = _turn(real, imaginary, axis + 2, size[axis], frequencies[axis], 1.0)
         cosine, sine = _last(size[-1], len(frequencies[-1]), real.dtype, real.device).unbind()
         return real @ cosine - imaginary @ sine
-    spectrum: Complex[Tensor, "b c *f"] = torch.complex(real, imaginary)
+    # torch.complex would keep both parts for the backward pass
+    spectrum: Complex[Tensor, "b c *f"] = torch.view_as_complex(torch.stack((real, imaginary), -1))
     for axis in range(len(size) - 1):
         if len(frequencies[axis]) < size[axis]:
             shape = list(spectrum.shape)

@@ -54,9 +54,9 @@ class WaveMixer(nn.Module):
         with full_precision(x):
             x32 = x if x.dtype == torch.float64 else x.float()
             re, im = self.complex.to(x32.dtype).reshape(-1, 2, *(1,) * (x.ndim - 2)).unbind(1)
-            swapped = x32.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
-            turned = torch.addcmul(x32 * re.repeat_interleave(2, 0), swapped, torch.stack((-im, im), 1).flatten(0, 1))
-        return turned.to(x.dtype)
+            a, b = x32.unflatten(1, (-1, 2)).unbind(2)
+            turned = torch.stack((torch.addcmul(a * re, b, im, value=-1), torch.addcmul(b * re, a, im)), 2)
+        return turned.flatten(1, 2).to(x.dtype)
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         channel = x.detach().argmax(1, keepdim=True)  # the first of equal ones, in torch and in ONNX

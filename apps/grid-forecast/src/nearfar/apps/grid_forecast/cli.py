@@ -1,6 +1,7 @@
 """`nearfar grid-forecast`: train, run and score forecasts of gridded fields."""
 
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,8 +9,9 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from PIL import GifImagePlugin, Image, ImageDraw
 
 from nearfar.core.cli.console import console, messages, progress, show_json, table
 from nearfar.core.cli.options import (
@@ -165,7 +167,6 @@ def rollout(
     net = net.to(device)
     state = torch.from_numpy(statistics.normalize(fields.read(index)))[None].to(next(net.parameters()).device)
     names = [name.replace("@", "_") for name in statistics.names]
-    shown: list[np.ndarray] = []
     with atomic_path(output) as temporary, h5netcdf.File(temporary, "w") as file, progress() as bar:
         file.dimensions = {"time": steps, "latitude": fields.size[0], "longitude": fields.size[1]}
         seconds = (fields.step * np.arange(1, steps + 1)).astype("timedelta64[s]")
@@ -179,10 +180,14 @@ def rollout(
             values = statistics.restore(ahead[0].float().cpu().numpy())
             for variable, field in zip(variables, values, strict=True):
                 variable[step] = field
-            if animation is not None:
-                shown.append(values[0])
     if animation is not None:
-        animate(statistics.names[0], [fields.read(index)[0], *shown], animation)
+
+        def maps() -> Iterator[np.ndarray]:
+            yield fields.read(index)[0]
+            with h5netcdf.File(output, "r") as file:
+                yield from (file.variables[names[0]][step] for step in range(steps))
+
+        animate(statistics.names[0], maps, animation)
     console.print(f"{output}: {steps} steps from {fields.times[index]}")
 
 
@@ -272,18 +277,23 @@ def draw_scores(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def animate(name: str, maps: list[np.ndarray], path: Path) -> None:
-    """A GIF of one channel from the start on."""
-    figure = Figure(figsize=(5, 3))
-    axis = figure.add_subplot()
-    low, high = min(m.min() for m in maps), max(m.max() for m in maps)
-    picture = axis.imshow(maps[0], vmin=low, vmax=high, aspect="auto")
-    axis.set_axis_off()
-
-    def show(i: int) -> list[Any]:
-        picture.set_data(maps[i])
-        axis.set_title(f"{name}, step {i}")
-        return [picture]
-
-    with atomic_path(path) as temporary:
-        FuncAnimation(figure, show, frames=len(maps)).save(temporary, writer=PillowWriter(fps=8))
+def animate(name: str, maps: Callable[[], Iterator[np.ndarray]], path: Path) -> None:
+    """A GIF of maps (H, W), which are gone through twice, one in memory at a time: for their range, then to draw."""
+    low, high, size = np.inf, -np.inf, (0, 0)
+    for values in maps():
+        low, high, size = min(low, float(values.min())), max(high, float(values.max())), values.shape
+    scale, strip = max(1, round(480 / size[1])), 16
+    colours = (colormaps["viridis"](np.arange(255) / 254)[:, :3] * 255).round().astype(np.uint8)
+    palette = [*colours.flatten().tolist(), 255, 255, 255]
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        for step, values in enumerate(maps()):
+            shades = np.round(254 * (values - low) / max(high - low, 1e-30)).astype(np.uint8)
+            picture = np.full((scale * size[0] + strip, scale * size[1]), 255, np.uint8)
+            picture[strip:] = shades.repeat(scale, 0).repeat(scale, 1)
+            frame = Image.fromarray(picture, "P")
+            frame.putpalette(palette)
+            ImageDraw.Draw(frame).text((4, 2), f"{name}, step {step}", fill=0)
+            if step == 0:
+                file.writelines(GifImagePlugin.getheader(frame, info={"loop": 0, "duration": 125})[0])
+            file.writelines(GifImagePlugin.getdata(frame, duration=125))
+        file.write(b";")

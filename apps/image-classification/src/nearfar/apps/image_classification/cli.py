@@ -117,7 +117,9 @@ def train_command(
     from nearfar.vision.classification.training import Recipe, train_classifier
 
     resolved = read_recipe(Recipe, recipe, settings or (), RECIPES)
-    learn, hold, failures = training_pictures(data, resolved.validation, resolved.seed, lambda r: track(r, "checking"))
+    learn, hold, failures = training_pictures(
+        data, resolved.validation, resolved.seed, lambda r: track(r, "checking"), resolved.choose_on
+    )
     classifier, history = train_classifier(
         model, learn, hold, resolved, output, weights=weights, num_workers=workers, device=device,
         show_progress=messages.is_terminal, fresh=fresh,
@@ -240,6 +242,8 @@ def predict(
     no class and the probability of the likeliest. Pictures whose answer is known from a call before, with the same
     content, model and options, are not done again; TABLE.failures.json tells what could not be done.
     """
+    if views == "random":
+        raise UserError("--views random: answers nothing about a picture; it is for `evaluate`")
     once = Once(lambda: open_classifier(classifier, model))
     trained = once()
     if threshold is not None and not (trained.multilabel and 0 <= threshold <= 1):
@@ -297,7 +301,8 @@ def compare(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Model to compare. Repeat. Default: small forms of all systems, a small CNN of timm, a linear model."
+            help="Model to compare: of `models`, of timm, small-NAME, or plain-NAME, the small one without what its "
+            "system adds. Repeat. Default: small forms of all systems, a small CNN of timm, a linear model."
         ),
     ] = None,
     recipe: RecipeFile = None,
@@ -317,7 +322,9 @@ def compare(
 
     resolved = read_recipe(Recipe, recipe, settings or (), RECIPES)
     names = model or [LINEAR, "test_resnet", *small_forms()]
-    learn, hold, failures = training_pictures(data, resolved.validation, resolved.seed, lambda r: track(r, "checking"))
+    learn, hold, failures = training_pictures(
+        data, resolved.validation, resolved.seed, lambda r: track(r, "checking"), resolved.choose_on
+    )
     refused: list[str] = []
     rows = run_comparison(
         names, learn, hold, resolved, output, device=device, workers=workers, seconds=seconds, refused=refused,

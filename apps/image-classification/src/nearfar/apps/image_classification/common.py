@@ -36,7 +36,10 @@ Published = Annotated[
 
 Views = Annotated[
     str | None,
-    typer.Option(help="Views averaged: one, flip or ten (corners and centre, mirrored). Default: the recipe's."),
+    typer.Option(
+        help="Views averaged: one, flip or ten (corners and centre, mirrored); to score, also random: one random crop, "
+        "as NiNformer's figures were made. Default: the recipe's."
+    ),
 ]
 
 

@@ -46,6 +46,24 @@ def small_forms() -> dict[str, dict[str, Any]]:
     return {f"small-{name}": dict(form) for kind in kinds for name, form in card_of(kind).small.items()}
 
 
+def plain_forms() -> list[str]:
+    """`plain-NAME` for every `small-NAME` that has a counterpart without what its system adds."""
+    kinds = sorted(set(MODELS.values()), key=lambda kind: kind.__name__)
+    return [f"plain-{name}" for kind in kinds for name in card_of(kind).plain]
+
+
+def form_of(name: str) -> tuple[str, dict[str, Any]] | None:
+    """What `small-NAME` and `plain-NAME` stand for: a model of timm's registry and settings; None for other names."""
+    kind, _, base = name.partition("-")
+    card = card_of(MODELS[base]) if base in MODELS else Card("", "", "", 0.0)
+    if kind == "small" and base in card.small:
+        return base, dict(card.small[base])
+    if kind == "plain" and base in card.plain:
+        model, settings = card.plain[base]
+        return model, dict(settings)
+    return None
+
+
 def card_of(kind: type) -> Card:
     """A model's card, an empty one where it has none."""
     return getattr(kind, "CARD", None) or Card(kind.__name__, "", "", 0.0)
@@ -56,9 +74,10 @@ def evaluation_transform(size: int, crop_pct: float = 0.875, crop_mode: str = "c
     return create_transform(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="bicubic")
 
 
-VIEWS = ("one", "flip", "ten")
+VIEWS = ("one", "flip", "ten", "random")
 """Views of a picture whose probabilities are averaged: itself; also its mirror image; the four corners and the centre
-of the picture before the crop, and their mirror images."""
+of the picture before the crop, and their mirror images. "random" is the one view that NiNformer's published code scores
+by accident: a crop of the picture's size out of it and a border of an eighth of it, perhaps mirrored."""
 
 
 def views_transform(size: int, crop_pct: float, crop_mode: str, views: str) -> Callable:
@@ -74,6 +93,8 @@ def views_transform(size: int, crop_pct: float, crop_mode: str, views: str) -> C
         resize, _, *rest = steps
         each = transforms.Compose(rest)
         return transforms.Compose([resize, transforms.TenCrop(size), transforms.Lambda(partial(_each_view, each))])
+    if views == "random":
+        steps = [*steps[:2], transforms.RandomCrop(size, size // 8), transforms.RandomHorizontalFlip(), *steps[2:]]
     return transforms.Compose([*steps, partial(_flipped, views == "flip")])
 
 
@@ -120,21 +141,23 @@ def create_model(
     size: int,
     *,
     drop_path: float | None = None,
+    dropout: float | None = None,
     layer_scale: float | None = None,
     aux_head: bool = False,
 ) -> nn.Module:
-    """A classifier of pictures of `size` pixels by name: of timm's registry (any), `small-...` or `LINEAR`.
+    """A classifier of pictures of `size` pixels by name: of timm's registry, `small-...`, `plain-...` or `LINEAR`.
 
     `layer_scale` (None: the model's own) and `aux_head` count for those of our models that have them. Raises UserError
     for an unknown name, a size below the model's stride, and `drop_path` where the model (LSNet) has none.
     """
     if name == LINEAR:
         return PixelLinear(num_classes)
-    timm_name, base = name.removeprefix("small-"), name.removeprefix("small-").partition(".")[0]
-    form = card_of(MODELS[base]).small.get(base) if timm_name != name and base in MODELS else None
-    if not timm.is_model(timm_name) or (timm_name != name and form is None):
+    form = form_of(name)
+    timm_name, settings = form or (name, {})
+    base = timm_name.partition(".")[0]
+    if not timm.is_model(timm_name):
         raise UserError(f"{name}: no such model; `nearfar image-classification models` lists ours, timm's serve too")
-    wanted: dict[str, Any] = {"drop_path_rate": drop_path}
+    wanted: dict[str, Any] = {"drop_path_rate": drop_path, "drop_rate": dropout}
     if base in VARIANTS:
         takes = inspect.signature(MODELS[base]).parameters
         has_scale = form is not None or VARIANTS[base].settings.get("layer_scale", 1) is not None
@@ -147,7 +170,7 @@ def create_model(
         wanted["img_size"] = size
     wanted = {key: value for key, value in wanted.items() if value is not None}
     try:
-        return timm.create_model(timm_name, num_classes=num_classes, **{**(form or {}), **wanted})
+        return timm.create_model(timm_name, num_classes=num_classes, **{**settings, **wanted})
     except (TypeError, AssertionError) as error:  # what models of timm say to settings that they do not take
         raise UserError(f"{name}: cannot be made with {wanted} ({error})") from error
 
@@ -191,18 +214,22 @@ class Classifier:
     ) -> Tensor:
         """Class probabilities, (pictures, classes); a row of NaN where the model gives no finite scores.
 
-        `views`: of `VIEWS`; None for the classifier's own.
+        `views`: of `VIEWS`; None for the classifier's own. The random ones are the same in every call.
         """
-        transform = views_transform(self.size, self.crop_pct, self.crop_mode, views or self.views)
+        views = views or self.views
+        transform = views_transform(self.size, self.crop_pct, self.crop_mode, views)
         data = pictures.subset(range(len(pictures)), transform)
         model = self.model.to(device).eval()
         batches = DataLoader(data, batch_size, num_workers=num_workers)
-        return torch.cat(
-            [
-                self.probabilities(model(x.to(device).flatten(0, 1))).unflatten(0, x.shape[:2]).mean(1).cpu()
-                for x, _ in batches
-            ]
-        )
+        with torch.random.fork_rng(devices=[], enabled=views == "random"):
+            if views == "random":
+                torch.manual_seed(0)
+            return torch.cat(
+                [
+                    self.probabilities(model(x.to(device).flatten(0, 1))).unflatten(0, x.shape[:2]).mean(1).cpu()
+                    for x, _ in batches
+                ]
+            )
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Of each class on its own with `multilabel`, else of one of them."""
@@ -251,9 +278,8 @@ class Classifier:
                 raise ValueError(f"descriptions lack {some(sorted(set(classes) - set(words)))}")
             check_announced(path, len(classes), size=weights.stat().st_size)  # each has a row of weights
             evaluation_transform(record["size"], record["crop_pct"], record["crop_mode"])
-        name = record["name"].removeprefix("small-").partition(".")[0]
+        name, form = form_of(record["name"]) or (record["name"].partition(".")[0], {})
         if name in MODELS:  # shapes tell the sizes, the name what shapes do not
-            form = card_of(MODELS[name]).small.get(name, {}) if record["name"].startswith("small-") else {}
             known = MODELS[name].built_as(VARIANTS[name], form)
             with reading(weights, "is no checkpoint of its model", "copy the folder again", CheckpointError):
                 model = MODELS[name].rebuilt(weights, known | record.get("settings", {}))

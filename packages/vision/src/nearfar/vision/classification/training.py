@@ -23,6 +23,8 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode
 
 from nearfar.core.checkpoints import load_state_dict, read_state_dict
 from nearfar.core.errors import UserError, some
@@ -80,6 +82,8 @@ class Recipe:
     """Epochs at `min_learning_rate` after `epochs`."""
     layer_decay: float | None = None
     drop_path: float | None = None
+    dropout: float | None = None
+    """Of models that have it; None leaves the model's."""
     layer_scale: float | None = 1.0
     """Initial scale of the residual branches: the published 1e-6 needs hundreds of epochs. None leaves the model's."""
     head_scale: float = 1.0
@@ -87,17 +91,22 @@ class Recipe:
     smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
+    mixing_share: float = 1.0
+    """Of the batches that mixup or cutmix mixes."""
     patch_mixing: float = 0.0
     """Largest share of a picture's grid that Patch Mixing replaces, 0.5 for example: in half of the batches, which then
     have neither mixup nor cutmix. 0 for none."""
     patch_grid: int = 0
     """Cells along each side for Patch Mixing; 0 for 7 and 14, or where they do not divide `size` for 4 and 8."""
     randaugment: str = ""
-    """timm's notation, for example rand-m9-mstd0.5-inc1."""
+    """timm's notation, for example rand-m9-mstd0.5-inc1, or one of AutoAugment's policies: cifar10, imagenet, svhn."""
     color_jitter: float = 0.0
     erasing: float = 0.0
     crop_scale: float = 0.35
     """Smallest share of the picture's area that a training crop has (0.08 as published)."""
+    padded_crop: int = 0
+    """Zeros around the picture from which a training crop of its own size is cut, in place of a resized crop: 4 as
+    published on CIFAR; 0 for resized crops."""
     repeats: int = 0
     """Views of a picture per epoch (repeated augmentation): 3 as published, 0 for off."""
     ema: float = 0.0
@@ -140,6 +149,9 @@ class Recipe:
     choose_by: str = ""
     """What chooses the epoch: accuracy, or balanced, the mean of the classes' accuracies; mAP or F1, means over the
     classes, where pictures have several. Nothing for accuracy and mAP."""
+    choose_on: str = ""
+    """test: the test pictures choose the epoch, as many published figures were made; scores on them are then marked as
+    of pictures seen in training. Nothing for pictures held out."""
     validation: float = 0.1
     """Share of the training pictures that chooses the epoch, where the data have no split of their own for it."""
     seed: int = 0
@@ -160,14 +172,22 @@ class Recipe:
             raise ValueError(f"clip_mode is {self.clip_mode!r}; allowed are norm and agc")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        for name, allowed in (("views", VIEWS), ("class_weights", ("", "balanced")), ("choose_by", ("", *MEASURES))):
+        for name, allowed in (
+            ("views", VIEWS[:3]),
+            ("class_weights", ("", "balanced")),
+            ("choose_by", ("", *MEASURES)),
+            ("choose_on", ("", "test")),
+        ):
             if getattr(self, name) not in allowed:
                 listed = ", ".join(word or "nothing" for word in allowed)
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {listed}")
-        if self.token_labels and (self.mixup or self.cutmix or self.patch_mixing or self.repeats):
+        if self.token_labels and (self.mixup or self.cutmix or self.patch_mixing or self.repeats or self.padded_crop):
             raise ValueError(
-                "token_labels goes with neither mixup nor cutmix nor patch_mixing nor repeats; boxes change places"
+                "token_labels goes with neither mixup nor cutmix nor patch_mixing nor repeats nor padded_crop; boxes "
+                "change places"
             )
+        if self.padded_crop < 0 or not 0 <= self.mixing_share <= 1:
+            raise ValueError(f"padded_crop {self.padded_crop} is below 0 or mixing_share {self.mixing_share} no share")
         if self.keep_rate is not None and not 0 < self.keep_rate <= 1:
             raise ValueError(f"keep_rate must be in (0, 1], got {self.keep_rate}")
         if self.keep_shrink and not 0 <= self.keep_warmup < self.keep_shrink:
@@ -189,12 +209,16 @@ class Recipe:
         return (7, 14) if self.size % 14 == 0 else (4, 8)
 
 
+POLICIES = {policy.value: policy for policy in AutoAugmentPolicy}
+"""AutoAugment's policies (Cubuk et al. 2019), in torchvision's form."""
+
+
 def augmentation(recipe: Recipe) -> dict[str, Any]:
     """The recipe's settings of timm's `create_transform`."""
     return {
         "input_size": recipe.size,
         "scale": (recipe.crop_scale, 1.0),
-        "auto_augment": recipe.randaugment or None,
+        "auto_augment": None if recipe.randaugment in POLICIES else recipe.randaugment or None,
         "color_jitter": recipe.color_jitter or None,
         "re_prob": recipe.erasing,
         "re_mode": "pixel",
@@ -203,10 +227,16 @@ def augmentation(recipe: Recipe) -> dict[str, Any]:
 
 
 def training_transform(recipe: Recipe) -> Callable:
-    """Random crop, flip, RandAugment or colour jitter, tensor, normalization, random erasing."""
+    """Random crop, flip, RandAugment or a policy or colour jitter, tensor, normalization, random erasing."""
     transform = create_transform(is_training=True, **augmentation(recipe))
+    assert isinstance(transform, transforms.Compose)
     mend_posterize(transform)
-    return transform
+    crop, flip, *rest = transform.transforms
+    if recipe.padded_crop:
+        resize = transforms.Resize(recipe.size, InterpolationMode.BICUBIC)
+        crop = transforms.Compose([resize, transforms.RandomCrop(recipe.size, recipe.padded_crop)])
+    policy = [AutoAugment(POLICIES[recipe.randaugment])] if recipe.randaugment in POLICIES else []
+    return transforms.Compose([crop, flip, *policy, *rest])
 
 
 def mend_posterize(transform: Any) -> None:
@@ -251,8 +281,8 @@ class ClassifierModule(pl.LightningModule):
         mixing = recipe.mixup or recipe.cutmix
         self.mix = (
             Mixup(
-                recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes,
-                **({"multi_label": True} if multilabel else {}),
+                recipe.mixup, recipe.cutmix, prob=recipe.mixing_share, label_smoothing=recipe.smoothing,
+                num_classes=num_classes, **({"multi_label": True} if multilabel else {}),
             )
             if mixing
             else None
@@ -381,6 +411,7 @@ def new_model(name: str, num_classes: int, recipe: Recipe) -> nn.Module:
         num_classes,
         recipe.size,
         drop_path=recipe.drop_path,
+        dropout=recipe.dropout,
         layer_scale=recipe.layer_scale,
         aux_head=recipe.auxiliary > 0,
     )

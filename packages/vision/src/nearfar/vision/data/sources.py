@@ -525,11 +525,12 @@ def say_missing(data: Path, pictures: Pictures, what: str) -> None:
 
 
 def training_pictures(
-    data: Path, share: float, seed: int, track: Callable[..., Any] = lambda items: items
+    data: Path, share: float, seed: int, track: Callable[..., Any] = lambda items: items, choose_on: str = ""
 ) -> tuple[Pictures, Pictures, list[str]]:
     """Pictures to learn from, pictures to choose the epoch by, and a line for each that cannot be read.
 
-    The latter are the validation split of `data`, or else a `share` of those to learn from. A test split is left alone.
+    The latter are the validation split of `data`, or else a `share` of those to learn from. A test split is left alone
+    unless `choose_on` names it.
     """
     try:
         learn = open_pictures(data, "train")
@@ -537,7 +538,9 @@ def training_pictures(
     except MissingSplit:
         learn, whole = open_pictures(data), True
     hold = None
-    for name in () if whole else ("val", "validation", "valid"):
+    if choose_on:
+        hold = open_pictures(data, choose_on)
+    for name in () if whole or choose_on else ("val", "validation", "valid"):
         try:
             hold = open_pictures(data, name)
             break

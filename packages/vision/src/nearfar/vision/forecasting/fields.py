@@ -22,6 +22,8 @@ AXES = {
 }
 """Names under which files keep their axes."""
 
+CALENDAR = "its times are no dates of the standard calendar; convert them (xarray's convert_calendar)"
+
 
 @dataclass(frozen=True)
 class Fields:
@@ -125,7 +127,14 @@ def _open(path: Path) -> xr.Dataset:
             data = xr.open_dataset(path, **engine)
         except ImportError as error:
             raise UserError(f"{path}: needs a package to be read ({error})") from error
-        return _named(path, data)
+        except ValueError as error:
+            if "calendar" not in str(error):
+                raise
+            raise UserError(f"{path}: {CALENDAR} ({error})") from error
+        data = _named(path, data)
+        if data["time"].dtype.kind != "M":
+            raise UserError(f"{path}: {CALENDAR} (they are {data['time'].dtype})")
+        return data
 
 
 def _check_sizes(path: Path, engine: dict[str, Any]) -> None:

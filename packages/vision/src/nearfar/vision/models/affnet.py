@@ -64,7 +64,10 @@ class MBConv(nn.Module):
 
 
 class FilterBlock(nn.Module):
-    """x + AFF(N2(MBConv(N1(x)))): channels are mixed first, then positions, inside one residual."""
+    """x + AFF(N2(MBConv(N1(x)))): channels are mixed first, then positions, inside one residual.
+
+    With `num_blocks` 0 there is no filter, and the depthwise convolution alone mixes positions.
+    """
 
     def __init__(
         self, dim: int, hidden: int, num_blocks: int, activation: Callable[[], nn.Module], norm: str, dilation: int
@@ -72,7 +75,9 @@ class FilterBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = block_norm(norm, dim), block_norm(norm, dim)
         self.mlp = MBConv(dim, dim, hidden, activation, dilation=dilation)
-        self.filter = AdaptiveFrequencyFilter(dim, num_blocks, activation=activation)
+        self.filter: nn.Module = nn.Identity()
+        if num_blocks:
+            self.filter = AdaptiveFrequencyFilter(dim, num_blocks, activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.filter(self.norm2(self.mlp(self.norm1(x))))
@@ -101,6 +106,9 @@ class AFFBlock(nn.Module):
         return self.fusion(torch.cat((x, self.conv_proj(self.global_rep(x))), dim=1))
 
 
+_SMALL = {"dims": (16, 24, 32, 48, 64), "aff_blocks": (1, 1, 1)}
+
+
 class AFFNet(Backbone):
     """A strided convolution, MBConvs at strides 2 and 4, an MBConv and an `AFFBlock` at 8, 16, 32; classifier.
 
@@ -112,7 +120,7 @@ class AFFNet(Backbone):
         mv2_blocks: MBConvs of the first two stages.
         aff_blocks: filter blocks of the last three.
         ffn_ratio: of the MBConvs inside filter blocks.
-        num_blocks: blocks of the filter's MLP.
+        num_blocks: blocks of the filter's MLP; 0 for a network without filters, to compare with.
         stem_width, last_dim: channels of the stem and of the classifier; None for min(4 dims[-1], 960).
         activation: "silu", as released, or "relu", everywhere, the filter's MLP included.
         norm: "group", as released, or "pixel", the norm in the blocks.
@@ -129,7 +137,8 @@ class AFFNet(Backbone):
         what="a filter on the spectrum that the spectrum itself makes, in the three deep stages",
         error=3.3e-07,
         weights="the released code's (a file of your own)",
-        small={"affnet_et": {"dims": (16, 24, 32, 48, 64), "aff_blocks": (1, 1, 1)}},
+        small={"affnet_et": _SMALL},
+        plain={"affnet_et": ("affnet_et", {**_SMALL, "num_blocks": 0})},
     )
 
     RULES = (
@@ -219,6 +228,7 @@ class AFFNet(Backbone):
         first = len(state["stages.0.blocks.0.red_1x1.conv.weight"])
         inner = len(state["stages.2.blocks.0.global_rep.0.mlp.conv_3x3.conv.weight"])
         last = len(state["head.norm.conv.weight"])
+        filter = "stages.2.blocks.0.global_rep.0.filter.w1"
         return {
             "dims": [first, *widths],
             "expand_ratio": ratio(hidden, first),
@@ -228,7 +238,7 @@ class AFFNet(Backbone):
             ],
             "aff_blocks": [count(state, rf"stages\.{i}\.blocks\.0\.global_rep\.(\d+)\.") - 1 for i in (2, 3, 4)],
             "ffn_ratio": ratio(inner, widths[1]),
-            "num_blocks": state["stages.2.blocks.0.global_rep.0.filter.w1"].shape[1],
+            "num_blocks": state[filter].shape[1] if filter in state else 0,
             "stem_width": len(state["stem.0.conv.weight"]),
             "last_dim": None if last == min(4 * widths[-1], 960) else last,
             "num_classes": len(state.get("head.fc.bias", ())),

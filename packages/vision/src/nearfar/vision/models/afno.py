@@ -92,6 +92,13 @@ class AFNOTransformer(TokenModel):
         error=8e-07,
         weights="FourCastNet's, physicsnemo's",
         small={"afno_256_patch4": {"dim": 64, "depth": 3}},
+        plain={
+            "afno_256_patch4": (
+                "vit_tiny_patch16_224",
+                {"patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 4}
+                | {"class_token": False, "global_pool": "avg", "fc_norm": False},
+            )
+        },
     )
 
     RULES = ((r"head\.(weight|bias)$", r"head.fc.\1"),)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count
 from nearfar.ops.common.layers import DropPath
 from nearfar.ops.convolution.shared import Optical4f, SharedConv, picture_of
@@ -89,6 +90,9 @@ class ConvShareBlock(nn.Module):
         return x + self.drop_path(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
 
+_SMALL = {"dim": 64, "depth": 4, "num_heads": 4}
+
+
 class ConvShareViT(TokenModel):
     """Patches with learned positions, `ConvShareBlock`s, norm, mean over patches, classifier.
 
@@ -104,6 +108,15 @@ class ConvShareViT(TokenModel):
     Raises:
         ValueError: kernels whose outputs do not add up to the features wanted, other parts.
     """
+
+    CARD = Card(
+        title="ConvShareViT",
+        paper="2504.11517",
+        what="attention whose maps of features are convolutions that all tokens share",
+        error=math.nan,
+        small={"convsharevit_cifar": {**_SMALL, "kernel_size": 7}},
+        plain={"convsharevit_cifar": ("convsharevit_cifar", {**_SMALL, "parts": ()})},
+    )
 
     min_size = 4
 

@@ -63,7 +63,13 @@ class DHVT(TokenModel):
         paper="2210.05958",
         what="attention with a token for every head, between convolutions",
         error=3e-06,
-        small={"dhvt_tiny_cifar_patch4": {"dim": 96, "depth": 4}},
+        small={"dhvt_tiny_cifar_patch4": {"dim": 64, "depth": 4}},
+        plain={
+            "dhvt_tiny_cifar_patch4": (
+                "deit_tiny_patch16_224",
+                {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4},
+            )
+        },
     )
 
     RULES = ((r"head\.(weight|bias)$", r"head.fc.\1"),)

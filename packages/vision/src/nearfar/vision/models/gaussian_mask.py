@@ -124,7 +124,13 @@ class GMMViT(MaskedModel):
         paper="2309.05375",
         what="attention whose logits are multiplied by Gaussians of the distance",
         error=8.4e-07,
-        small={"gmm_vit_32": {"dim": 96, "depth": 4, "num_heads": 4, "head_dim": 24}},
+        small={"gmm_vit_32": {"dim": 64, "depth": 4, "num_heads": 4, "head_dim": 16}},
+        plain={
+            "gmm_vit_32": (
+                "vit_tiny_patch16_224",
+                {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2, "qkv_bias": False},
+            )
+        },
     )
 
     RULES = (
@@ -337,7 +343,7 @@ class GMMPiT(MaskedModel):
         }
 
 
-def _weights(classes: int, size: int) -> tuple[Weights, ...]:
+def untrained(classes: int, size: int) -> tuple[Weights, ...]:
     return (Weights("untrained", size=size, crop_pct=1.0, num_classes=classes),)
 
 
@@ -345,12 +351,12 @@ def _weights(classes: int, size: int) -> tuple[Weights, ...]:
 _VIT = {"dim": 192, "depth": 9, "num_heads": 12, "head_dim": 16}
 _PIT = {"dims": (96, 192, 384), "depths": (2, 6, 4), "num_heads": (2, 4, 8)}
 GMMS_VIT = {
-    "gmm_vit_32": Variant({**_VIT, "img_size": 32, "patch_size": 4}, 2.693122, 0.1846, _weights(10, 32)),
-    "gmm_vit_64": Variant({**_VIT, "img_size": 64, "patch_size": 8}, 2.757440, None, _weights(200, 64)),
+    "gmm_vit_32": Variant({**_VIT, "img_size": 32, "patch_size": 4}, 2.693122, 0.1846, untrained(10, 32)),
+    "gmm_vit_64": Variant({**_VIT, "img_size": 64, "patch_size": 8}, 2.757440, None, untrained(200, 64)),
 }
 GMMS_PIT = {
-    "gmm_pit_32": Variant({**_PIT, "img_size": 32, "patch_size": 2}, 6.973186, None, _weights(10, 32)),
-    "gmm_pit_64": Variant({**_PIT, "img_size": 64, "patch_size": 4}, 7.049792, None, _weights(200, 64)),
+    "gmm_pit_32": Variant({**_PIT, "img_size": 32, "patch_size": 2}, 6.973186, None, untrained(10, 32)),
+    "gmm_pit_64": Variant({**_PIT, "img_size": 64, "patch_size": 4}, 7.049792, None, untrained(200, 64)),
 }
 
 register(GMMViT, GMMS_VIT)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, rename
-from nearfar.ops.tokens.mixer_gate import FeedForward, FourierGate, MixerGate
+from nearfar.ops.tokens.mixer_gate import FeedForward, FourierGate, MixerBlock, MixerGate
 from nearfar.vision.models.registry import Variant, Weights, register
 from nearfar.vision.models.tokens import PatchEmbed, TokenHead, TokenModel, pair
 
-GATES = ("mixer", "fourier")
+GATES = ("mixer", "fourier", "none")
 
 LAYOUT = (
     (r"(^|\.)Mixer\.token_mix\.0\.", r"\1mixer.token_norm."),
@@ -44,16 +44,22 @@ class NiNBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        if gate == "mixer":
-            widths = token_hidden or hidden, channel_hidden or hidden
-            self.mgu: nn.Module = MixerGate(dim, tokens, *widths, drop=drop_rate, bounded=bounded)
-        else:
+        widths = token_hidden or hidden, channel_hidden or hidden
+        self.mgu: nn.Module
+        if gate == "fourier":
             self.mgu = FourierGate(dim)
+        elif gate == "mixer":
+            self.mgu = MixerGate(dim, tokens, *widths, drop=drop_rate, bounded=bounded)
+        else:
+            self.mgu = MixerBlock(dim, tokens, *widths, drop=drop_rate)
         self.ffn = FeedForward(dim, hidden, drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mgu(self.norm(x))
         return x + self.ffn(self.norm(x))
+
+
+_SMALL = {"dim": 64, "hidden": 128, "token_hidden": 64}
 
 
 class NiNformer(TokenModel):
@@ -67,7 +73,8 @@ class NiNformer(TokenModel):
         token_hidden, channel_hidden: of the mixers, where they differ from `hidden`.
         num_classes: classes; 0 for the pooled features.
         img_size, patch_size: the grid.
-        gate: "mixer", or "fourier", the follow-up's.
+        gate: "mixer", or "fourier", the follow-up's; "none" for the mixer's own output in place of the product with it,
+            which the gate is compared with.
         bounded: tanh on the mixer gate, as an extension of ours.
         drop_rate: dropout in every feed-forward; 0.5 in the published training.
         global_pool, dynamic_img_pad: as in `ConViT`.
@@ -81,6 +88,8 @@ class NiNformer(TokenModel):
         paper="2403.02411",
         what="a gate made by an MLP-Mixer block or a Fourier transform, on one grid",
         error=5e-07,
+        small={"ninformer_cifar10": _SMALL},
+        plain={"ninformer_cifar10": ("ninformer_cifar10", {**_SMALL, "gate": "none"})},
     )
 
     RULES = ((r"model\.(\d+)\.", r"blocks.\1."), (r"patcher\.", "patch_embed.proj."), (r"classifier\.", "head.fc."))
@@ -132,7 +141,7 @@ class NiNformer(TokenModel):
     def check_input(self, x: Tensor) -> None:
         super().check_input(x)
         grid = tuple(-(-n // self.patch_size) for n in x.shape[-2:])
-        if self.gate == "mixer" and grid != self.grid(self.img_size):
+        if self.gate != "fourier" and grid != self.grid(self.img_size):
             height, width = (n * self.patch_size for n in grid)
             raise ValueError(
                 f"input is {tuple(x.shape)}, a grid of {grid[0]} x {grid[1]} patches; the mixers are made for pictures "
@@ -147,9 +156,9 @@ class NiNformer(TokenModel):
         before = self.grid(self.img_size)
         super().set_input_size(img_size, patch_size)
         after = self.grid(self.img_size)
-        if self.gate == "mixer" and after != before:
+        if self.gate != "fourier" and after != before:
             for block in self.blocks:
-                block.mgu.mixer.resize(before, after)
+                (block.mgu.mixer if self.gate == "mixer" else block.mgu).resize(before, after)
 
     @classmethod
     def published_state(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -159,6 +168,8 @@ class NiNformer(TokenModel):
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
         hidden = len(state["blocks.0.ffn.0.bias"])
+        mixers = {"mixer": "blocks.0.mgu.mixer.", "none": "blocks.0.mgu."}
+        gate = next((gate for gate, mixer in mixers.items() if f"{mixer}token_norm.weight" in state), "fourier")
         settings = {
             "dim": dim,
             "depth": count(state, r"blocks\.(\d+)\."),
@@ -166,11 +177,11 @@ class NiNformer(TokenModel):
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": in_chans,
             "patch_size": patch,
-            "gate": "mixer" if "blocks.0.mgu.mixer.token_norm.weight" in state else "fourier",
+            "gate": gate,
         }
-        if settings["gate"] == "mixer":
-            token_hidden, tokens = state["blocks.0.mgu.mixer.token_mix.0.weight"].shape
-            channel_hidden = len(state["blocks.0.mgu.mixer.channel_mix.0.bias"])
+        if gate != "fourier":
+            token_hidden, tokens = state[f"{mixers[gate]}token_mix.0.weight"].shape
+            channel_hidden = len(state[f"{mixers[gate]}channel_mix.0.bias"])
             settings |= {
                 "token_hidden": None if token_hidden == hidden else token_hidden,
                 "channel_hidden": None if channel_hidden == hidden else channel_hidden,

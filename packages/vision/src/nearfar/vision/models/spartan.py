@@ -30,17 +30,29 @@ class SpaRTANBlock(nn.Module):
     in C, a late one depthwise ones in S and groups of `expand_ratio` channels in C.
     """
 
-    def __init__(self, dim: int, expand_ratio: int, early: bool, *, eps: float = 1e-6, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        expand_ratio: int,
+        early: bool,
+        *,
+        eps: float = 1e-6,
+        layer_scale: float = 1e-5,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.GroupNorm(1, dim, eps=1e-6), nn.GroupNorm(1, dim, eps=1e-6)
         self.smixer = ReinforcedMixer(dim, dense=early, eps=eps)
         self.cmixer = WaveMixer(dim, expand_ratio, grouped=not early, eps=eps)
-        self.scale_1, self.scale_2 = (nn.Parameter(torch.full((dim, 1, 1), 1e-5)) for _ in range(2))
+        self.scale_1, self.scale_2 = (nn.Parameter(torch.full((dim, 1, 1), layer_scale)) for _ in range(2))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.scale_1 * self.smixer(self.norm_1(x)))
         return x + self.drop_path(self.scale_2 * self.cmixer(self.norm_2(x)))
+
+
+_SMALL = {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64)}
 
 
 class SpaRTAN(Backbone):
@@ -54,6 +66,7 @@ class SpaRTAN(Backbone):
         depths, dims, expand_ratios: blocks, channels and expansion of the channel mixer of each stage.
         early_stages: stages of early blocks; None for half of them.
         eps: of the batch norms.
+        layer_scale: initial s1 and s2; 1 for short runs on small data.
         drop_path_rate: block i of n drops with i / n times this.
         num_classes, in_chans, drop_rate, global_pool: as in `ConvNeXt`.
 
@@ -67,7 +80,8 @@ class SpaRTAN(Backbone):
         what="near and dilated convolutions; channel pairs turned like complex numbers",
         error=4.5e-07,
         weights="the author's on the hub (a file of your own)",
-        small={"spartan_tiny": {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64)}},
+        small={"spartan_tiny": _SMALL},
+        plain={"spartan_tiny": ("convnext_atto", {**_SMALL, "ls_init_value": None})},
     )
 
     FIRST_CONV = "stem.0.conv"
@@ -82,6 +96,7 @@ class SpaRTAN(Backbone):
         *,
         early_stages: int | None = None,
         eps: float = 1e-6,
+        layer_scale: float = 1e-5,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
@@ -99,7 +114,8 @@ class SpaRTAN(Backbone):
             # the size of a 2 x 2 kernel without padding: (2 - 1) // 2 = 0
             down = unit(dims[i - 1], dim, 2, activation=nn.SiLU) if i else nn.Identity()
             rates = [drop_path_rate * (done + j) / total for j in range(depth)]
-            blocks = [SpaRTANBlock(dim, ratio, i < early, eps=eps, drop_path=rate) for rate in rates]
+            scales = {"eps": eps, "layer_scale": layer_scale}
+            blocks = [SpaRTANBlock(dim, ratio, i < early, drop_path=rate, **scales) for rate in rates]
             self.stages.append(Stage(down, blocks))
             done += depth
         self.head = Head(dims[-1], num_classes, nn.Identity(), global_pool=global_pool, drop_rate=drop_rate)

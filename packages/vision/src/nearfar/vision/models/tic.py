@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.core.cards import Card
@@ -17,6 +18,15 @@ from nearfar.ops.attention.window import MSAConv
 from nearfar.ops.common.layers import GELU, ChannelNorm, DropPath
 from nearfar.vision.models.pyramid import Backbone, Head, Stage, drop_path_rates, init_weights
 from nearfar.vision.models.registry import Variant, register
+
+
+class EverywhereConv(MSAConv):
+    """`MSAConv` with attention to all positions in place of the windows, to compare with."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv_conv(x).flatten(2).unflatten(1, (3, self.num_heads, -1)).mT.unbind(1)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return mixed.mT.flatten(1, 2).unflatten(2, x.shape[2:])
 
 
 class TiCBlock(nn.Module):
@@ -35,11 +45,14 @@ class TiCBlock(nn.Module):
         *,
         shift: int = 0,
         border: str = "zero",
+        local: bool = True,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = ChannelNorm(dim), ChannelNorm(dim)
-        self.mixer = MSAConv(dim, dim, kernel_size, num_heads=num_heads, border=border, dropout=0.0)
+        self.mixer = (MSAConv if local else EverywhereConv)(
+            dim, dim, kernel_size, num_heads=num_heads, border=border, dropout=0.0
+        )
         hidden = int(mlp_ratio * dim)
         self.mlp = nn.Sequential(nn.Conv2d(dim, hidden, 1), GELU(), nn.Conv2d(hidden, dim, 1))
         self.shift, self.drop_path = shift, DropPath(drop_path)
@@ -57,6 +70,9 @@ class TiCBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+_SMALL = {"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 96), "num_heads": (1, 1, 2, 3)}
+
+
 class TiCLike(Backbone):
     """Two strided convolutions, four stages of `TiCBlock` with strided MSA-Conv layers between them, classifier.
 
@@ -65,6 +81,7 @@ class TiCLike(Backbone):
     Args:
         depths, dims, num_heads: blocks, channels and heads of each stage.
         kernel_size, border: of the attention windows.
+        local: attention within windows; False for all positions, which is what the windows are compared with.
         shift: every second block rolls its channels by so many positions.
         mlp_ratio, num_classes, in_chans, drop_path_rate, drop_rate, global_pool: as in `ConvNeXt`.
     """
@@ -74,7 +91,8 @@ class TiCLike(Backbone):
         paper="2310.04134",
         what="attention within windows, by shifted maps",
         error=3.7e-07,
-        small={"tic_like_tiny": {"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 96), "num_heads": (1, 1, 2, 3)}},
+        small={"tic_like_tiny": _SMALL},
+        plain={"tic_like_tiny": ("tic_like_tiny", {**_SMALL, "local": False})},
     )
 
     def __init__(
@@ -87,6 +105,7 @@ class TiCLike(Backbone):
         *,
         kernel_size: int = 3,
         border: str = "zero",
+        local: bool = True,
         shift: int = 0,
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
@@ -102,9 +121,11 @@ class TiCLike(Backbone):
         rates = drop_path_rates(drop_path_rate, depths)
         self.stages = nn.ModuleList()
         for i, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
-            down = MSAConv(dims[i - 1], dim, 3, stride=2, bias=True, dropout=0.0) if i else nn.Identity()
+            layer = MSAConv if local else EverywhereConv
+            down = layer(dims[i - 1], dim, 3, stride=2, bias=True, dropout=0.0) if i else nn.Identity()
+            block = {"border": border, "local": local}
             blocks = [
-                TiCBlock(dim, heads, kernel_size, mlp_ratio, shift=shift if j % 2 else 0, border=border, drop_path=rate)
+                TiCBlock(dim, heads, kernel_size, mlp_ratio, shift=shift if j % 2 else 0, drop_path=rate, **block)
                 for j, rate in enumerate(rates[i])
             ]
             self.stages.append(Stage(down, blocks))
