@@ -1,7 +1,5 @@
 """Attention within small windows whose weights each centre predicts without comparing anything."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -83,7 +81,7 @@ class OutlookAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         size, axes = x.shape[2:], range(1, self.dims + 1)
-        windows = [math.ceil(n / self.stride) for n in size]
+        windows = [-(-n // self.stride) for n in size]
         reach = [self.stride * (w - 1) + self.kernel_size for w in windows]
         values = self.v(x.movedim(1, -1))
         after = [r - n - self.pad for r, n in zip(reach, size, strict=True)]
