@@ -7,7 +7,8 @@ import timm
 import torch
 
 from nearfar.vision.classification.token_labels import TokenLabelLoss
-from nearfar.vision.models.volo import VOLO, random_box, swap
+from nearfar.vision.models.token_mixing import random_box, swap
+from nearfar.vision.models.volo import VOLO
 from tests.vision.base import TokenTester, close
 
 

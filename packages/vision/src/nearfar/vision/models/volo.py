@@ -5,7 +5,6 @@ says what is at every patch. timm holds the same models with the same weights (`
 for, and cannot train them so; here any size works and training gives both classifiers' logits.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,11 +17,9 @@ from nearfar.ops.attention.outlook import OutlookAttention
 from nearfar.ops.attention.self_attention import ClassAttention, SelfAttention
 from nearfar.vision.models.pyramid import drop_path_rates, linear
 from nearfar.vision.models.registry import Variant, Weights, register
+from nearfar.vision.models.token_mixing import Box, random_box, swap
 from nearfar.vision.models.tokens import Block, Mlp, Positions, State, TokenHead, TokenModel, init_linear, pair
 from nearfar.vision.tracing import whole
-
-Box = tuple[int, int, int, int]
-"""Upper, left, lower and right edge of cells; the last two are outside."""
 
 
 class Stem(nn.Module):
@@ -278,24 +275,6 @@ class VOLO(TokenModel):
             "aux_head": "aux_head.weight" in state,
             "qkv_bias": "stages.0.0.attn.v.bias" in state,
         }
-
-
-def random_box(height: int, width: int) -> Box:
-    """A box of the grid: area 1 - L for L uniform in 0..1, a uniform centre, clipped at the edges."""
-    share, row, column = torch.rand(3, device="cpu").tolist()
-    sides = [int(n * math.sqrt(1 - share)) for n in (height, width)]
-    centre = int(row * height), int(column * width)
-    start = [max(c - n // 2, 0) for c, n in zip(centre, sides, strict=True)]
-    stop = [min(c + n // 2, end) for c, n, end in zip(centre, sides, (height, width), strict=True)]
-    return start[0], start[1], stop[0], stop[1]
-
-
-def swap(x: Tensor, box: Sequence[int]) -> Tensor:
-    """(B, h, w, C), where inside the box every sample has what its counterpart in the reversed batch has."""
-    top, left, bottom, right = box
-    inside = torch.zeros(x.shape[1:3], dtype=torch.bool, device=x.device)
-    inside[top:bottom, left:right] = True
-    return torch.where(inside[..., None], x.flip(0), x)
 
 
 def _size(
