@@ -31,7 +31,7 @@ class Stem(nn.Module):
         for i in range(3):
             kernel, stride, width = (3, 1, hidden) if i else (7, 2, in_chans)
             conv = nn.Conv2d(width, hidden, kernel, stride, kernel // 2, bias=False)
-            layers += [conv, nn.BatchNorm2d(hidden), nn.ReLU()]
+            layers += [conv, nn.BatchNorm2d(hidden), nn.ReLU(inplace=True)]
         self.conv = nn.Sequential(*layers)
         self.proj = nn.Conv2d(hidden, dim, patch_size // 2, stride=patch_size // 2)
 
