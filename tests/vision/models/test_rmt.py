@@ -30,15 +30,6 @@ class TestRMT(BackboneTester):
     }
     least: ClassVar = {"depths": (1, 1), "dims": (8, 16), "decomposed": (True, False)}
 
-    def saved_macs(self, model: RMT, size: int) -> float:
-        """What full attention does more than the published one: the places of keys, and values as wide as keys."""
-        more = 0
-        for i, stage in enumerate(model.stages):
-            side = size // (4 * 2**i)
-            attn = stage.blocks[0].attn
-            more += 0 if attn.decomposed else len(stage.blocks) * 4 * side**5 * attn.num_heads
-        return -more
-
 
 def labelled(**settings: int | bool) -> RMT:
     return randomize(RMT(**TestRMT.tiny, num_classes=5, **settings))
