@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nearfar.ops.common.dims import check_dims
@@ -95,11 +95,9 @@ class ManhattanAttention(nn.Module):
             out = F.scaled_dot_product_attention(query, key, value, self.bias(size, query))
         else:
             form = (self.num_heads, self.decay_initial, self.decay_range, query.device, query.dtype)
-            step, start, parts = max(BIAS // (self.num_heads * count), 1), 0, []
-            for some in query.split(step, dim=2):
-                bias = _rows(start, start + some.shape[2], size, *form)
-                parts.append(F.scaled_dot_product_attention(some, key, value, bias))
-                start += step
+            step = max(BIAS // (self.num_heads * count), 1)
+            some = zip(query.split(step, dim=2), _coordinates(size, query.device).split(step), strict=True)
+            parts = [F.scaled_dot_product_attention(q, key, value, _rows(at, size, *form)) for q, at in some]
             out = torch.cat(parts, dim=2)
         return out.transpose(1, 2).unflatten(1, size)
 
@@ -166,8 +164,7 @@ def _decay(
 
 
 def _rows(
-    start: int,
-    stop: int,
+    at: Int[Tensor, "m a"],
     size: tuple[int, ...],
     heads: int,
     initial: float | int,
@@ -175,18 +172,24 @@ def _rows(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "1 h m n"]:
-    """The bias of the queries from `start` to `stop`, row-major, for all keys of a grid."""
-    at, bias = torch.arange(start, stop, device=device), torch.zeros((), device=device)
+    """The bias of queries at the coordinates `at`, for all keys of a grid."""
+    bias = torch.zeros((), device=device)
     for axis, n in enumerate(size):
         exact = torch.promote_types(dtype, torch.float32)
-        along = _decay(n, heads, initial, span, False, device, exact)[:, at // math.prod(size[axis + 1 :]) % n]
+        along = _decay(n, heads, initial, span, False, device, exact)[:, at[:, axis]]
         bias = bias + along.reshape(heads, -1, *(n if a == axis else 1 for a in range(len(size))))
     return bias.flatten(2).to(dtype)[None]
 
 
 @cached_table
 def _table(size: tuple[int, ...], *form: Any) -> Float[Tensor, "1 h n n"]:
-    return _rows(0, math.prod(size), size, *form)
+    return _rows(_coordinates(size, form[-2]), size, *form)
+
+
+@cached_table
+def _coordinates(size: tuple[int, ...], device: torch.device) -> Int[Tensor, "n a"]:
+    """Where every position of a grid lies, row-major."""
+    return torch.cartesian_prod(*(torch.arange(n, device=device) for n in size)).reshape(-1, len(size))
 
 
 @cached_table
