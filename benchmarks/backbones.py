@@ -114,7 +114,7 @@ def pairs(only: Sequence[str], batches: Sequence[int], repeats: int, device: str
             x = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
             turns = []
             with torch.inference_mode():
-                memory = [peak_memory(lambda m=model: m(x.clone()), device) for model in kinds[:2]]
+                memory = [peak_memory(lambda m=model, x=x: m(x.clone()), device) for model in kinds[:2]]
                 for _ in range(repeats * (5 if batch == 1 else 1)):
                     times = []
                     for model in kinds:
