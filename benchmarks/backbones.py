@@ -1,6 +1,7 @@
 """Time nearfar's backbones against timm's and transformers' in one run.
 
     python benchmarks/backbones.py [--device cuda] [--repeats 5] [--models NAME ...] [--csv results.csv]
+    python benchmarks/backbones.py --pairs
 
 Forward passes of 1 and 8 pictures at 224 in inference mode, and one training step of 8 pictures at 64 (64 for all,
 so that convolutional and attention networks share a size). Models take turns within every repeat, so that a slow
@@ -9,6 +10,11 @@ the caches; the median counts. Forward passes of one picture, which a slow momen
 repeats. MACs are counted by torch's FlopCounterMode, halved, and those of a fused form are the plain form's. "MAC
 ratio" is the time per MAC in units of timm's ConvNeXt-T. Memory is what a call adds to the weights; of the fused layers
 only their results show there.
+
+--pairs times each of `SAME_WEIGHTS` beside the peer whose weights it holds, at the size that those were trained for,
+plain and fused. A ratio is the peer's time, or memory, over ours in the same turn: above 1 ours is better. Times are of
+the processor on a CPU with one thread, memory is the plain form's. Beside the median stand the lowest and the highest
+ratio of all turns.
 """
 
 import argparse
@@ -36,14 +42,21 @@ SAME_WEIGHTS = {
     "nearfar_convit_tiny": "convit_tiny",
     "nearfar_convit_small": "convit_small",
     "nearfar_tnt_s_patch16_224": "tnt_s_patch16_224",
-    "cvt_13": "transformers cvt",
+    "nearfar_tnt_s_legacy_patch16_224": "tnt_s_legacy_patch16_224",
+    "nearfar_halonet26t": "halonet26t",
+    "nearfar_sehalonet33ts": "sehalonet33ts",
+    "nearfar_halonet50ts": "halonet50ts",
+    "nearfar_eca_halonext26ts": "eca_halonext26ts",
+    "nearfar_haloregnetz_b": "haloregnetz_b",
+    "nearfar_halonet_h1": "halonet_h1",
+    "cvt_13": "transformers CvT-13",
 }
-"""Ours and the peer's model whose weights it holds."""
+"""Ours and the model, of timm where no other library is named, whose weights it holds."""
 
 BASE = "timm convnext_tiny"
 """The model in whose units ratios are."""
 
-FIXED_SIZE = ("swin", "vit", "volo", "tnt")
+FIXED_SIZE = ("swin", "vit")
 """Models of timm whose size is fixed at construction."""
 
 PEERS = ("convnext_tiny", "swin_tiny_patch4_window7_224", "efficientnet_b0", "vit_small_patch16_224")
@@ -61,7 +74,7 @@ class Logits(nn.Module):
 
 
 def models(only: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """All models, or those named; our ConvNeXt-T and `SAME_WEIGHTS`, plain and fused, hold their peers' weights."""
+    """All models, or those named; our ConvNeXt-T, plain and fused, holds its peer's weights."""
     torch.manual_seed(0)
     convnext = timm.create_model("convnext_tiny", ls_init_value=1.0)
     found: dict[str, nn.Module] = {"timm convnext_tiny": convnext}
@@ -74,26 +87,63 @@ def models(only: Sequence[str] = ()) -> dict[str, nn.Module]:
             found[name] = ConvNeXt.from_published(convnext.state_dict())
         else:
             found[name] = timm.create_model(name)
-    for ours, peer in SAME_WEIGHTS.items():
-        if peer == "transformers cvt":
-            theirs = transformers.CvtForImageClassification(transformers.CvtConfig(num_labels=1000))
-            found[peer] = Logits(theirs)
-            settings = {"activation": "gelu"}  # theirs, not the one that the published weights were trained with
-        else:
-            theirs, settings = timm.create_model(peer), {}
-            found[f"timm {peer}"] = theirs
-        found[ours] = MODELS[ours].from_published(theirs.state_dict(), **settings)
-    found |= {f"{name} fused": copy.deepcopy(found[name]).fuse() for name in (*OURS, *SAME_WEIGHTS)}
+    found |= {f"{name} fused": copy.deepcopy(found[name]).fuse() for name in OURS}
     return {name: model for name, model in found.items() if not only or name in (BASE, *only)}
 
 
+def pair(ours: str) -> tuple[nn.Module, nn.Module, int]:
+    """The peer of `SAME_WEIGHTS`, our model with its weights, and the side of the pictures that it was trained on."""
+    peer = SAME_WEIGHTS[ours]
+    if peer.startswith("transformers"):
+        theirs = transformers.CvtForImageClassification(transformers.CvtConfig(num_labels=1000))
+        # theirs has another activation than the published weights were trained with
+        return Logits(theirs), MODELS[ours].from_published(theirs.state_dict(), activation="gelu"), 224
+    theirs = timm.create_model(peer)
+    return theirs, MODELS[ours].from_published(theirs.state_dict()), theirs.default_cfg["input_size"][-1]
+
+
+def pairs(only: Sequence[str], batches: Sequence[int], repeats: int, device: str, layout: torch.memory_format) -> None:
+    """Print a line for every model of `SAME_WEIGHTS`, or those named, and every batch; geometric means last."""
+    print("model\tpictures\tpeer ms\tours ms\tspeed\tfrom\tto\tfused\tfrom\tto\tmemory")
+    means: dict[int, list[tuple[float, ...]]] = {batch: [] for batch in batches}
+    for name in only or SAME_WEIGHTS:
+        theirs, ours, size = pair(name)
+        kinds = [theirs, ours, copy.deepcopy(ours).fuse()]
+        kinds = [model.to(device, memory_format=layout).eval() for model in kinds]
+        for batch in batches:
+            x = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
+            turns = []
+            with torch.inference_mode():
+                memory = [peak_memory(lambda m=model, x=x: m(x.clone()), device) for model in kinds[:2]]
+                for _ in range(repeats * (5 if batch == 1 else 1)):
+                    times = []
+                    for model in kinds:
+                        model(x)
+                        times.append(timed(partial(model, x), device))
+                    turns.append(times)
+            cells = [f"{statistics.median(times):.4g}" for times in list(zip(*turns, strict=True))[:2]]
+            medians = []
+            for kind in (1, 2):
+                ratios = [times[0] / times[kind] for times in turns]
+                medians.append(statistics.median(ratios))
+                cells += [f"{value:.2f}" for value in (medians[-1], min(ratios), max(ratios))]
+            medians.append(memory[0] / memory[1])
+            cells.append(f"{medians[-1]:.2f}")
+            print("\t".join((f"{name} ({size})", str(batch), *cells)), flush=True)
+            means[batch].append(tuple(medians))
+    for batch, rows in means.items():
+        plain, fused, memory = (f"{statistics.geometric_mean(column):.2f}" for column in zip(*rows, strict=True))
+        print("\t".join(("geometric mean", str(batch), "", "", plain, "", "", fused, "", "", memory)))
+
+
 def timed(action: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call."""
-    start = time.perf_counter()
+    """Milliseconds of one call, of the processor on a CPU with one thread."""
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     action()
     if device == "cuda":
         torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (clock() - start)
 
 
 def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -118,11 +168,15 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=(), help="only these rows of the table, beside timm's ConvNeXt-T"
     )
+    parser.add_argument("--pairs", action="store_true", help="ours beside the models whose weights they hold")
     parser.add_argument("--csv", help="also write the table to this file")
     options = parser.parse_args()
     device = options.device
     torch.manual_seed(0)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    if options.pairs:
+        pairs(options.models, options.batches, options.repeats, device, layout)
+        return
     entries = {name: model.to(device, memory_format=layout).eval() for name, model in models(options.models).items()}
     rows: dict[str, dict] = {}
     for name, model in entries.items():

@@ -4,8 +4,8 @@
 
 DATA holds `fsdd/recordings`, `voices`, `eegmmidb/S001`, `cifar10/cifar10-12k-imagefolder.zip` and
 `text/tinyshakespeare.txt`; the brain comes with nilearn. The commands are those of the apps' READMEs but for the seed,
-and, of text and pictures, fewer epochs; they are printed as they run. Called again, finished work is not repeated. Half
-an hour of one core for each of speakers, separation, pictures and text, minutes for the others.
+and, of text and pictures, fewer epochs; they are printed as they run. Called again, finished work is not repeated. An
+hour of one core for pictures, half of one for each of speakers, separation and text, minutes for the others.
 """
 
 import argparse
@@ -23,7 +23,9 @@ from nearfar.core.files import write_json
 
 PICTURE_MODELS = [
     *("linear", "test_resnet", "small-nearfar_convnext_atto", "small-hornet_tiny_7x7", "small-attnet_xxs"),
-    *("small-overlock_xt", "small-transxnet_t", "small-lsnet_t"),
+    *("small-overlock_xt", "small-transxnet_t", "small-lsnet_t", "small-cvt_13", "small-nearfar_tnt_s_patch16_224"),
+    *("small-nearfar_volo_d1_224", "small-nearfar_convit_tiny", "small-nearfar_halonet26t", "small-biformer_tiny"),
+    "small-rmt_t",
 ]
 SMALL_MIXERS = {
     32: ("gmm_vit_32", "dhvt_tiny_cifar_patch4", "afno_256_patch4", "ninformer_cifar10", "convsharevit_cifar"),

@@ -269,6 +269,59 @@ def test_explain(data: Path, tmp_path: Path) -> None:
         call("explain", tmp_path / "run", pictures[0], broken, "-o", tmp_path / "two", "--method", "gradient")
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "heads"),
+    [
+        ("small-cvt_13", {"stages.0.blocks.0.attn": (1, 256, 64), "stages.2.blocks.1.attn": (4, 17, 5)}, {}),
+        ("small-nearfar_tnt_s_patch16_224", {"blocks.3.outer.attn": (4, 17, 17)}, {}),
+        (
+            "small-nearfar_volo_d1_224",
+            {"stages.0.0.attn": (2, 16, 9, 9), "stages.1.0.attn": (4, 16, 16), "class_blocks.0.attn": (4, 1, 17)},
+            {},
+        ),
+        ("small-nearfar_convit_tiny", {"blocks.0.attn": (4, 64, 64), "blocks.3.attn": (4, 65, 65)}, {"gate": 12}),
+        ("small-nearfar_halonet26t", {"stages.1.blocks.0.self_attn": (4, 64, 64)}, {}),
+        ("small-biformer_tiny", {"stages.0.blocks.0.attn": (1, 16, 16), "stages.3.blocks.0.attn": (4, 4, 4)}, {}),
+        ("small-rmt_t", {"stages.0.blocks.0.attn": (2, 256, 256), "stages.3.blocks.0.attn": (4, 4, 4)}, {"range": 16}),
+    ],
+)
+def test_attention(
+    data: Path, tmp_path: Path, name: str, layers: dict[str, tuple[int, ...]], heads: dict[str, int]
+) -> None:
+    """Every attention backbone's maps as arrays whose rows are shares, as pictures, and what its heads have."""
+    torch.manual_seed(0)
+    run, output = tmp_path / "run", tmp_path / "attention"
+    Classifier(create_model(name, 2, 64).eval(), name, ["digit0", "digit1"], 64, 1.0).save(run)
+    pictures = sorted((data / "test").rglob("*.png"))[:2]
+    rows = json.loads(call("attention", run, *pictures, "-o", output, "--at", "0.2,0.7", "--json"))
+    assert [row["file"] for row in rows] == [str(picture) for picture in pictures]
+    for row in rows:
+        with Image.open(row["picture"]) as drawn:
+            assert drawn.width > 200
+        with np.load(row["maps"]) as maps:
+            assert len(maps.files) == row["layers"]
+            for layer, shape in layers.items():
+                assert maps[layer].shape == shape
+                np.testing.assert_allclose(maps[layer].sum(-1), 1, atol=1e-5)
+    assert (output / "page.html").stat().st_size > 10_000
+    table = (output / "heads.csv").read_text().splitlines() if heads else []
+    assert {kind: len(table) - 1 for kind in heads} == heads
+    assert all(kind in table[0] for kind in heads)
+
+
+def test_attention_refuses(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    picture = next((data / "test").rglob("*.png"))
+    Classifier(timm.create_model("test_resnet", num_classes=2).eval(), "test_resnet", ["a", "b"], 32, 1.0).save(
+        tmp_path / "run"
+    )
+    with pytest.raises(UserError, match="has attention or selection maps"):
+        call("attention", tmp_path / "run", picture, "-o", tmp_path / "maps")
+    for place in ("0.5", "0.5,2", "here,there"):
+        with pytest.raises(UserError, match=f"--at {place}: is not ROW,COLUMN"):
+            call("attention", tmp_path / "run", picture, "-o", tmp_path / "maps", "--at", place)
+
+
 @pytest.fixture(scope="module")
 def two_models(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A small transformer and a small CNN that know two digits."""

@@ -322,6 +322,16 @@ class PictureTester:
         close(graph(other), model(other), 1e-6)
 
     @torch.no_grad()
+    def test_features_are_intermediates(self) -> None:
+        """`features_only` cuts the model down to what its levels need, and changes none of them."""
+        model, cut, x = self.create(), self.create(features_only=True), self.input(2)
+        state = model.state_dict()
+        cut.model.load_state_dict({name: state[name] for name in cut.model.state_dict()})
+        levels = model.forward_intermediates(x, list(cut.out_indices), intermediates_only=True)
+        for feature, level in zip(cut(x), levels, strict=True):
+            close(feature, level, 1e-6)
+
+    @torch.no_grad()
     def test_timm_fuses_it(self) -> None:
         model, x = self.create(), self.input(2)
         close(reparameterize_model(model)(x), model(x), 1e-5)
@@ -468,6 +478,10 @@ class BackboneTester(PictureTester):
             close(told, mine, 1e-6)
         close(whole.forward_head(final), whole(x), 1e-6)
         assert len(levels) == len(features)
+        for level, tokens in zip(levels, whole.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)):
+            close(level.flatten(2).mT, tokens, 1e-6)
+        with pytest.raises(ValueError, match="NHWC"):
+            whole.forward_intermediates(x, output_fmt="NHWC")
 
     @torch.no_grad()
     def test_head(self) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nearfar.ops.attention import manhattan
 from nearfar.ops.attention.manhattan import ManhattanAttention
 from nearfar.ops.convolution.conv_ffn import ConvFFN
 from tests.ops.attention.test_bilevel_routing import enhanced, linear
@@ -94,6 +95,18 @@ def test_maps_are_the_weights(size: tuple[int, ...], settings: dict) -> None:
     values = linear(layer.v, x).flatten(2).unflatten(1, (2, -1)).mT
     out = linear(layer.proj, (maps @ values).mT.flatten(1, 2).unflatten(2, size))
     torch.testing.assert_close(layer(x), out, atol=1e-9, rtol=1e-9)
+
+
+def test_few_queries_at_a_time_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = ManhattanAttention(8, 2).double()
+    x = torch.randn(2, 8, 5, 7, dtype=torch.float64, requires_grad=True)
+    whole = layer(x)
+    grads = torch.autograd.grad(whole.square().sum(), [x, *layer.parameters()])
+    for values in (1, 2 * 35 * 4, 2 * 35 * 34):  # one query at a time, four, all but one
+        monkeypatch.setattr(manhattan, "BIAS", values)
+        parts = layer(x)
+        torch.testing.assert_close(parts, whole, atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), [x, *layer.parameters()]), grads)
 
 
 def test_causal_form_does_not_see_the_future() -> None:

@@ -117,6 +117,10 @@ def test_training_with_label_maps(pictures: Pictures, tmp_path: Path) -> None:
     recipe = Recipe(size=32, epochs=1, batch_size=4, warmup_epochs=0, token_labels=str(folder), randaugment="rand-m9")
     _, history = train_classifier("small-nearfar_volo_d1_224", learn, hold, recipe)
     assert history[-1]["train_loss"] > 0
+    form = {"depths": (1, 1), "dims": (16, 32), "num_heads": (2, 2), "aux_dim": 32}
+    rmt = timm.create_model("rmt_s_token_label", num_classes=2, **form)
+    _, history = train_classifier("rmt_s_token_label", learn, hold, recipe, model=rmt)
+    assert history[-1]["train_loss"] > 0
     with pytest.raises(UserError, match="does not classify patches"):
         train_classifier("small-cvt_13", learn, hold, recipe)
     with pytest.raises(ValueError, match="neither mixup"):

@@ -6,6 +6,8 @@ import pytest
 import timm
 import torch
 
+from nearfar.core.errors import UserError
+from nearfar.vision.explain.attention import draw_locality_gates
 from nearfar.vision.models.convit import ConViT
 from tests.vision.base import TokenTester, close
 
@@ -36,6 +38,8 @@ class TestConViT(TokenTester):
     def test_gates(self) -> None:
         gates = timm.create_model("nearfar_convit_tiny", depth=4, local_layers=3).gates()
         torch.testing.assert_close(gates, torch.full((3, 4), 0.7310586))
+        with pytest.raises(UserError, match="no layer of it has a gate"):
+            draw_locality_gates(timm.create_model("rmt_t"))
 
     def test_locality_survives_the_start_of_the_weights(self) -> None:
         block = timm.create_model("nearfar_convit_small", depth=2, local_layers=1).blocks[0]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from nearfar.core.contracts import Contract
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.ops.attention.manhattan import decay_rates
+from nearfar.vision.classification.token_labels import TokenLabelLoss
 from nearfar.vision.contracts.rmt import build_contract
 from nearfar.vision.explain.attention import attention_maps
 from nearfar.vision.models.rmt import RMT, RMTBlock
@@ -28,24 +29,9 @@ class TestRMT(BackboneTester):
         "projection": 40,
     }
     least: ClassVar = {"depths": (1, 1), "dims": (8, 16), "decomposed": (True, False)}
-    # the papers' figures lie between a count with and one without the products of attention, which they do not define
-    macs_tolerance = 0.06
-
-    def saved_macs(self, model: RMT, size: int) -> float:
-        """The products of attention, as this code does them."""
-        products = 0
-        for i, stage in enumerate(model.stages):
-            side = size // (4 * 2**i)
-            attn, dim = stage.blocks[0].attn, model.feature_info[i]["num_chs"]
-            products += len(stage.blocks) * (
-                4 * side**3 * dim
-                if attn.decomposed
-                else 2 * side**4 * attn.num_heads * (attn.head_dim + 2 * side)
-            )  # fmt: skip
-        return -products
 
 
-def labelled(**settings: int) -> RMT:
+def labelled(**settings: int | bool) -> RMT:
     return randomize(RMT(**TestRMT.tiny, num_classes=5, **settings))
 
 
@@ -62,13 +48,39 @@ def test_token_labelling_form(aux_dim: int, tmp_path: Path) -> None:
     close(again(x), y, 1e-6)
     close(again.fuse()(x), y, 1e-5)
     assert RMT.from_published(model.state_dict(), num_classes=3)(x).shape == (2, 3)
-    logits, tokens = model.train()(x)
-    assert logits.shape == (2, 5)
-    assert tokens.shape == (2, 6, 5)
-    model.reset_classifier(7)
+    model.reset_classifier(5, "")
+    assert model(x).shape == (2, 5, 2, 3)
+    model.reset_classifier(7, "avg")
     assert model.eval()(x).shape == (2, 7)
     model.reset_classifier(0)
     assert model(x).shape == (2, 40)
+
+
+@pytest.mark.parametrize("aux_dim", [48, 40])
+def test_training_with_token_labels(aux_dim: int) -> None:
+    model, x = labelled(aux_dim=aux_dim).train(), torch.randn(4, 3, 64, 96)
+    assert model(x).shape == (4, 5)  # without labels, as in eval mode
+    model.token_labels = True
+    logits, dense, box = model(x)
+    assert logits.shape == (4, 5)
+    assert dense.shape == (4, 6, 5)
+    target = torch.rand(4, 5, 8).softmax(1)
+    TokenLabelLoss()((logits, dense, box), target).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with pytest.raises(ValueError, match="needs aux_dim"):
+        labelled(token_labels=True)
+
+
+@torch.no_grad()
+def test_mixing_changes_places_and_puts_logits_back() -> None:
+    model, x = labelled(aux_dim=48), torch.randn(2, 3, 64, 96)
+    apart, dense, _ = model.forward_train(x, (0, 0, 0, 0))
+    close(apart, model.head(model.forward_features(x)), 1e-6)
+    other, swapped, _ = model.forward_train(x, (0, 0, 2, 3))
+    close(other, apart.flip(0), 1e-5)  # the whole picture moved
+    close(swapped, dense, 1e-5)  # and its positions' logits came back
+    _, mixed, _ = model.forward_train(x, (0, 1, 2, 2))
+    assert (mixed - dense).abs().amax() > 1e-3  # attention sees the other picture
 
 
 @torch.no_grad()

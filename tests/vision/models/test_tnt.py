@@ -76,7 +76,6 @@ class TestPyramidTNT(TokenTester):
     tiny = {"depths": (1, 1, 1, 1), "dim": 16, "num_heads": 2, "word_dim": 4, "word_heads": 1, "img_size": 64}
     default_levels = 4
     prefix_of_levels = 0
-    macs_tolerance = 0.05
 
     def segmentation(self) -> dict[str, Any]:
         return dict(self.tiny)

@@ -1,15 +1,19 @@
 """Manhattan attention: logits that fall with the distance between positions, at a pace of each head's own."""
 
 import math
+from typing import Any
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nearfar.ops.attention.places import attend, extend, places
 from nearfar.ops.common.dims import check_dims
 from nearfar.ops.common.layers import DepthwiseConv
 from nearfar.ops.common.tables import cached_table
+
+BIAS = 2**21
+"""Values of the bias that stand at once, queries by keys of all heads: so many queries attend at a time."""
 
 
 class ManhattanAttention(nn.Module):
@@ -24,9 +28,9 @@ class ManhattanAttention(nn.Module):
     `decomposed`: the axes one after another, the last first, each with all other coordinates held, the same q and k,
     and its own part of the bias: y = Wo(A_1 ... A_dims v + DW_k(v)). `causal` (dims=1) attends to the past alone.
 
-    The full form never makes the bias of queries by keys: |i_a - j_a| g_h stands in sum(S) further channels (see
-    `places`). `forward` maps (B, C, *S) to itself. Cost O(N^2 (C + heads sum(S))), decomposed O(N sum(S) C); the tables
-    are kept for each size, device and precision.
+    The full form makes the bias of queries by keys for as many queries at a time as keep it below `BIAS` values (a
+    compiled graph for all, and training keeps it for the backward pass). `forward` maps (B, C, *S) to itself. Cost
+    O(N^2 C), decomposed O(N sum(S) C); the tables are kept for each size, device and precision.
 
     Args:
         dim, num_heads: channels C and heads; d = C / heads must be even.
@@ -74,20 +78,28 @@ class ManhattanAttention(nn.Module):
         key = (length, self.num_heads, self.decay_initial, self.decay_range, self.causal, like.device, like.dtype)
         return _decay(*key)
 
-    def full(self, query: Tensor, key: Tensor) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h n e"]]:
-        """Queries and keys of the full form, extended by the bias."""
+    def bias(self, size: tuple[int, ...], like: Tensor) -> Float[Tensor, "1 h n n"]:
+        """g_h sum_a |i_a - j_a| of all positions of a grid."""
+        return _table(size, self.num_heads, self.decay_initial, self.decay_range, like.device, like.dtype)
+
+    def full(
+        self, query: Float[Tensor, "b *s h d"], key: Float[Tensor, "b *s h d"], value: Float[Tensor, "b *s h e"]
+    ) -> Float[Tensor, "b *s h e"]:
+        """The full form's attention."""
         size = tuple(query.shape[1:-2])
-        bias = torch.cat(
-            [
-                self.decay(n, query)
-                .reshape(-1, *(n if a == axis else 1 for a in range(self.dims)), n)
-                .expand(-1, *size, -1)
-                for axis, n in enumerate(size)
-            ],
-            -1,
-        )
-        query, key = (part.flatten(1, -3).transpose(1, 2) for part in (query, key))
-        return extend(query, key, bias.flatten(1, -2), places(size, query.device), self.head_dim**-0.5)
+        query, key, value = (part.flatten(1, -3).transpose(1, 2) for part in (query, key, value))
+        count = math.prod(size)
+        if torch.compiler.is_exporting():  # ONNX takes apart the fused form with other strides
+            out = (query @ key.mT * self.head_dim**-0.5 + self.bias(size, query)).softmax(-1) @ value
+        elif torch.compiler.is_compiling() or self.num_heads * count**2 <= BIAS:
+            out = F.scaled_dot_product_attention(query, key, value, self.bias(size, query))
+        else:
+            form = (self.num_heads, self.decay_initial, self.decay_range, query.device, query.dtype)
+            step = max(BIAS // (self.num_heads * count), 1)
+            some = zip(query.split(step, dim=2), _coordinates(size, query.device).split(step), strict=True)
+            parts = [F.scaled_dot_product_attention(q, key, value, _rows(at, size, *form)) for q, at in some]
+            out = torch.cat(parts, dim=2)
+        return out.transpose(1, 2).unflatten(1, size)
 
     def along(self, query: Tensor, key: Tensor, axis: int) -> Float[Tensor, "*b h n n"]:
         """Weights along one axis, the other axes before the heads in their order."""
@@ -104,16 +116,16 @@ class ManhattanAttention(nn.Module):
             for axis in reversed(range(self.dims)):
                 value = (self.along(query, key, axis) @ value.movedim(axis + 1, -2)).movedim(-2, axis + 1)
         else:
-            flat = value.flatten(1, -3).transpose(1, 2)
-            value = attend(*self.full(query, key), flat).transpose(1, 2).unflatten(1, x.shape[1:-1])
+            value = self.full(query, key, value)
         return self.proj(value.flatten(-2) + local).movedim(-1, 1)
 
     def attention_map(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b heads n n"]:
         """The weights of every position on every other, rows summing to one; of a decomposed layer their product."""
         query, key = self.heads(x.movedim(1, -1))
         if not self.decomposed and self.dims > 1:
-            extended, places = self.full(query, key)
-            return (extended @ places.mT).softmax(-1)
+            size = tuple(query.shape[1:-2])
+            query, key = (part.flatten(1, -3).transpose(1, 2) for part in (query, key))
+            return (query @ key.mT * self.head_dim**-0.5 + self.bias(size, query)).softmax(-1)
         letters = "uvw"[: self.dims]  # of a query; capitals of a key
         shapes = [  # a pass along one axis holds the places of later axes, and those that earlier axes will look at
             f"b{letters[:a].upper()}{letters[a + 1 :]}h{letters[a]}{letters[a].upper()}" for a in range(self.dims)
@@ -149,6 +161,35 @@ def _decay(
     if causal:
         table = table.masked_fill(index > index[:, None], -math.inf)
     return table.to(device, dtype)
+
+
+def _rows(
+    at: Int[Tensor, "m a"],
+    size: tuple[int, ...],
+    heads: int,
+    initial: float | int,
+    span: float | int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Float[Tensor, "1 h m n"]:
+    """The bias of queries at the coordinates `at`, for all keys of a grid."""
+    bias = torch.zeros((), device=device)
+    for axis, n in enumerate(size):
+        exact = torch.promote_types(dtype, torch.float32)
+        along = _decay(n, heads, initial, span, False, device, exact)[:, at[:, axis]]
+        bias = bias + along.reshape(heads, -1, *(n if a == axis else 1 for a in range(len(size))))
+    return bias.flatten(2).to(dtype)[None]
+
+
+@cached_table
+def _table(size: tuple[int, ...], *form: Any) -> Float[Tensor, "1 h n n"]:
+    return _rows(_coordinates(size, form[-2]), size, *form)
+
+
+@cached_table
+def _coordinates(size: tuple[int, ...], device: torch.device) -> Int[Tensor, "n a"]:
+    """Where every position of a grid lies, row-major."""
+    return torch.cartesian_prod(*(torch.arange(n, device=device) for n in size)).reshape(-1, len(size))
 
 
 @cached_table

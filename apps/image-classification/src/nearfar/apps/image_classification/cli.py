@@ -8,6 +8,7 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
+from nearfar.apps.image_classification.attention import attention
 from nearfar.apps.image_classification.common import (
     Data,
     Published,
@@ -63,6 +64,7 @@ app = typer.Typer(
 RecipeFile = Annotated[str | None, recipe_option(RECIPES)]
 
 
+app.command()(attention)
 app.command("explain")(explain_pictures)
 app.command()(export)
 app.command()(prune)

@@ -195,7 +195,7 @@ def patch_scores(model: Any, x: Tensor) -> Tensor:
     features = model.forward_features(x)
     if callable(getattr(model, "forward_dense", None)) and model.aux_head is not None:
         stride = model.feature_info[-1]["reduction"]
-        grid = tuple(n // stride for n in x.shape[-2:])
+        grid = tuple(-(-n // stride) for n in x.shape[-2:])
         return model.forward_dense(features)[1].mT.unflatten(2, grid)
     if features.ndim != 4 or features.shape[1] != model.num_features:
         raise UserError(f"{type(model).__name__}: has no feature map whose cells its classifier could read")

@@ -537,7 +537,7 @@ def token_grid(model: nn.Module, recipe: Recipe) -> tuple[int, int]:
     if getattr(model, "aux_head", None) is None or not hasattr(model, "forward_dense"):
         raise UserError(f"{type(model).__name__}: does not classify patches, so token_labels cannot train it")
     model.token_labels = True
-    side = recipe.size // model.feature_info[-1]["reduction"]
+    side = -(-recipe.size // model.feature_info[-1]["reduction"])
     return side, side
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nearfar.core.errors import UserError
 from nearfar.core.plots import new_figure, style
+from nearfar.ops.attention.gated_positional import GatedPositionalAttention
 
 
 @torch.no_grad()
@@ -161,13 +162,37 @@ def draw_decay_ranges(model: nn.Module, weight: float = 0.5) -> Figure:
     ranges = decay_ranges(model, weight)
     if not ranges:
         raise UserError(f"{type(model).__name__}: no layer of it has a decay with distance")
+    return _draw_heads(ranges, f"distance at which the decay leaves {weight:g} of a weight (positions)", "log")
+
+
+def locality_gates(model: nn.Module) -> dict[str, Tensor]:
+    """Layer name -> for every head the weight of fixed distances against content, between 0 and 1.
+
+    Of every gated positional attention, as ConViT has it; empty for a model without.
+    """
+    gated = {name: m for name, m in model.named_modules() if isinstance(m, GatedPositionalAttention)}
+    return {name: module.gates().detach().cpu() for name, module in gated.items()}
+
+
+def draw_locality_gates(model: nn.Module) -> Figure:
+    """A row of points per layer, one for each head: 1 looks at fixed distances alone, 0 at content alone.
+
+    Raises UserError for a model without gates.
+    """
+    gates = locality_gates(model)
+    if not gates:
+        raise UserError(f"{type(model).__name__}: no layer of it has a gate between distances and content")
+    return _draw_heads(gates, "weight of fixed distances against content")
+
+
+def _draw_heads(found: dict[str, Tensor], label: str, scale: str = "linear") -> Figure:
     with style():
-        figure = new_figure(5, 0.22 * len(ranges) + 1.2)
+        figure = new_figure(5, 0.22 * len(found) + 1.2)
         axes = figure.subplots()
-        for row, values in enumerate(ranges.values()):
+        for row, values in enumerate(found.values()):
             axes.plot(values, [row] * len(values), "o", markersize=4)
-        axes.set_yticks(range(len(ranges)), list(ranges), fontsize=6)
+        axes.set_yticks(range(len(found)), list(found), fontsize=6)
         axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.set_xlabel(f"distance at which the decay leaves {weight:g} of a weight (positions)")
+        axes.set_xscale(scale)
+        axes.set_xlabel(label)
     return figure

@@ -190,15 +190,15 @@ class Backbone(PictureModel):
         """The feature maps of the levels `indices` (all by default; an int n: the last n), as timm defines it.
 
         Where the model was built with `feature_norms`, every level passes through its own norm. `norm` is accepted
-        for timm's sake: the head's norm belongs to the classifier.
+        for timm's sake: the head's norm belongs to the classifier. `output_fmt` is "NCHW" for maps, "NLC" for tokens.
         """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt is {output_fmt!r}; allowed is 'NCHW'")
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}; allowed are 'NCHW' and 'NLC'")
         self.check_input(x)
         take, last = feature_take_indices(len(self.feature_info), indices)
         levels = self.forward_pyramid(x, last if stop_early or intermediates_only else None)
         normed = self.norm_levels(levels)
-        picked = [normed[i] for i in take]
+        picked = [normed[i] if output_fmt == "NCHW" else normed[i].flatten(2).mT for i in take]
         return picked if intermediates_only else (levels[-1], picked)
 
     def norm_levels(self, levels: list[Tensor]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv, DropPath
 from nearfar.ops.convolution.conv_ffn import ConvFFN
 from nearfar.vision.models.pyramid import Backbone, Head, Stage, drop_path_rates, init_weights
 from nearfar.vision.models.registry import Variant, Weights, register
+from nearfar.vision.models.token_mixing import Box, random_box, swap
 from nearfar.vision.tracing import whole
 
 
@@ -87,8 +88,9 @@ class RMT(Backbone):
         num_classes: classes; 0 for pooled features.
         aux_dim: width of the token-labelling head, which sees every position of the last map: its channels, as in the
             released code, or `projection`, behind the head's convolution, which is what the parameter count of one
-            published log suggests; 0 for none. Training then returns (logits, those of every position (B, N, classes)),
-            eval the logits plus half the largest over the positions.
+            published log suggests; 0 for none. Half its largest value over the positions is added to the logits.
+        token_labels: training gives (logits, logits of every position (B, N, classes), box) for `TokenLabelLoss`, where
+            two pictures of the batch change places inside the box; without it training gives logits as in eval mode.
         feature_norms: each pyramid level through its own norm (eps 1e-5), as dense-prediction checkpoints have it.
         drop_path_rate, drop_rate, global_pool: as in `ConvNeXt`.
     """
@@ -145,6 +147,7 @@ class RMT(Backbone):
         layer_scale: float | Sequence[float] = (0, 0, 0, 0),
         projection: int = 1024,
         aux_dim: int = 0,
+        token_labels: bool = False,
         feature_norms: bool = False,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
@@ -158,6 +161,8 @@ class RMT(Backbone):
             raise ValueError(f"settings of the stages differ in number: {per_stage}")
         if aux_dim not in (0, dims[-1], projection):
             raise ValueError(f"aux_dim is {aux_dim}; allowed are 0, dims[-1]={dims[-1]} and projection={projection}")
+        if token_labels and not aux_dim:
+            raise ValueError("token_labels=True needs aux_dim, the width of the positions' classifier")
         half = dims[0] // 2
         self.stem = nn.Sequential(
             *_conv(in_chans, half, 2), nn.GELU(), *_conv(half, half, 1), nn.GELU(),
@@ -188,7 +193,7 @@ class RMT(Backbone):
             drop_rate=drop_rate,
         )
         self.aux_head = nn.Linear(aux_dim, num_classes) if aux_dim and num_classes else None
-        self.aux_dim = aux_dim
+        self.aux_dim, self.token_labels = aux_dim, token_labels
         norms = [ChannelNorm(dim, eps=1e-5) for dim in dims] if feature_norms else ()
         self.finish(num_classes, in_chans, dims, [4 * 2**i for i in range(len(dims))], norms)
         self.head_hidden_size = self.head.dim
@@ -198,14 +203,37 @@ class RMT(Backbone):
     def classifiers(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
         return cls.CLASSIFIERS if settings.get("aux_dim") else cls.CLASSIFIERS[:1]
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of a feature map; with a token-labelling head as the class says."""
-        if self.aux_head is None or pre_logits:
+        if self.aux_head is None or pre_logits or self.head.pool.is_identity():
             return whole(self.head, x, pre_logits)
-        logits = whole(self.head, x)
+        logits, dense = self.forward_dense(x)
+        return logits + 0.5 * dense.amax(1)
+
+    def forward_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of a feature map as a whole, (B, K), and of every position in row-major order, (B, N, K)."""
         tokens = self.head.norm(x) if self.aux_dim == self.head.dim else x
-        dense = self.aux_head(tokens.flatten(2).mT)
-        return (logits, dense) if self.training else logits + 0.5 * dense.amax(1)
+        return whole(self.head, x), self.aux_head(tokens.flatten(2).mT)
+
+    def forward(self, x: Tensor) -> Any:
+        """Logits; in training with `token_labels`, what `forward_train` gives."""
+        return self.forward_train(x) if self.training and self.token_labels else super().forward(x)
+
+    def forward_train(self, x: Tensor, box: Box | None = None) -> tuple[Tensor, Tensor, Box]:
+        """Logits of the class, (B, K), and of every position, (B, N, K), and the box in which pictures changed places.
+
+        The box counts in cells of the last map; by default it is random. Inside it every picture has, from the stem on,
+        what the picture at the other end of the batch has there; the positions' logits are put back.
+        """
+        self.check_input(x)
+        maps, scale = self.stem(x), self.feature_info[-1]["reduction"] // self.feature_info[0]["reduction"]
+        grid = tuple(-(-n // scale) for n in maps.shape[-2:])
+        box = random_box(*grid) if box is None else box
+        maps = swap(maps.movedim(1, -1), [scale * n for n in box]).movedim(-1, 1)
+        for stage in self.stages:
+            maps = stage(maps)
+        logits, dense = self.forward_dense(maps)
+        return logits, swap(dense.unflatten(1, grid), box).flatten(1, 2), box
 
     def reset_heads(self, num_classes: int, global_pool: str | None) -> None:
         super().reset_heads(num_classes, global_pool)
@@ -278,7 +306,7 @@ def _conv(in_chans: int, out_chans: int, stride: int) -> tuple[nn.Module, nn.Mod
 
 
 def _variants() -> dict[str, Variant]:
-    """The four sizes, and those trained with token labels. Counting every product gives more than the papers print."""
+    """The four sizes, and those trained with token labels; the paper's counts fit units of 2^30, here are 10^9."""
     found = {}
     for name, depths, dims, heads, ranges, ratios, split, scale, params, gmacs, top1 in (
         ("t", (2, 2, 8, 2), (64, 128, 256, 512), (4, 4, 8, 16), (4, 4, 6, 6), (3, 3, 3, 3), 2, 0, 14.33, 2.5, (82.4,)),
@@ -300,6 +328,7 @@ def _variants() -> dict[str, Variant]:
             "layer_scale": (0, 0, scale, scale),
             "aux_dim": 0,
         }
+        gmacs = round(gmacs * 2**30 / 1e9, 2)
         found[f"rmt_{name}"] = Variant(settings, params, gmacs, (Weights("in1k", top1[0]),))
         if len(top1) == 2:
             labelled = settings | {"aux_dim": dims[-1]}

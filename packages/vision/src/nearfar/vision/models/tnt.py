@@ -323,7 +323,7 @@ class PyramidStem(nn.Module):
         super().__init__()
 
         def convs(*layers: tuple[int, int, int]) -> nn.Sequential:
-            steps = [(nn.Conv2d(a, b, 3, s, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b, s in layers]
+            steps = [(nn.Conv2d(a, b, 3, s, 1), nn.BatchNorm2d(b), nn.ReLU(inplace=True)) for a, b, s in layers]
             return nn.Sequential(*(part for step in steps for part in step))
 
         i = word_dim

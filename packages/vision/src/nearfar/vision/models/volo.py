@@ -5,7 +5,6 @@ says what is at every patch. timm holds the same models with the same weights (`
 for, and cannot train them so; here any size works and training gives both classifiers' logits.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,11 +17,9 @@ from nearfar.ops.attention.outlook import OutlookAttention
 from nearfar.ops.attention.self_attention import ClassAttention, SelfAttention
 from nearfar.vision.models.pyramid import drop_path_rates, linear
 from nearfar.vision.models.registry import Variant, Weights, register
+from nearfar.vision.models.token_mixing import Box, random_box, swap
 from nearfar.vision.models.tokens import Block, Mlp, Positions, State, TokenHead, TokenModel, init_linear, pair
 from nearfar.vision.tracing import whole
-
-Box = tuple[int, int, int, int]
-"""Upper, left, lower and right edge of cells; the last two are outside."""
 
 
 class Stem(nn.Module):
@@ -34,7 +31,7 @@ class Stem(nn.Module):
         for i in range(3):
             kernel, stride, width = (3, 1, hidden) if i else (7, 2, in_chans)
             conv = nn.Conv2d(width, hidden, kernel, stride, kernel // 2, bias=False)
-            layers += [conv, nn.BatchNorm2d(hidden), nn.ReLU()]
+            layers += [conv, nn.BatchNorm2d(hidden), nn.ReLU(inplace=True)]
         self.conv = nn.Sequential(*layers)
         self.proj = nn.Conv2d(hidden, dim, patch_size // 2, stride=patch_size // 2)
 
@@ -280,24 +277,6 @@ class VOLO(TokenModel):
         }
 
 
-def random_box(height: int, width: int) -> Box:
-    """A box of the grid: area 1 - L for L uniform in 0..1, a uniform centre, clipped at the edges."""
-    share, row, column = torch.rand(3, device="cpu").tolist()
-    sides = [int(n * math.sqrt(1 - share)) for n in (height, width)]
-    centre = int(row * height), int(column * width)
-    start = [max(c - n // 2, 0) for c, n in zip(centre, sides, strict=True)]
-    stop = [min(c + n // 2, end) for c, n, end in zip(centre, sides, (height, width), strict=True)]
-    return start[0], start[1], stop[0], stop[1]
-
-
-def swap(x: Tensor, box: Sequence[int]) -> Tensor:
-    """(B, h, w, C), where inside the box every sample has what its counterpart in the reversed batch has."""
-    top, left, bottom, right = box
-    inside = torch.zeros(x.shape[1:3], dtype=torch.bool, device=x.device)
-    inside[top:bottom, left:right] = True
-    return torch.where(inside[..., None], x.flip(0), x)
-
-
 def _size(
     number: int, size: int, top1: float, file: str, params: float, gmacs: float | None, crop: float
 ) -> tuple[str, Variant]:
@@ -331,15 +310,15 @@ def _size(
 # timm has models of the plain names, with the same weights
 VOLOS = dict(
     (
-        _size(1, 224, 84.2, "84.2", 26.63, None, 0.96),
+        _size(1, 224, 84.2, "84.2", 26.63, 6.8, 0.96),
         _size(1, 384, 85.2, "85.2", 26.78, None, 1.0),
-        _size(2, 224, 85.2, "85.2", 58.68, None, 0.96),
+        _size(2, 224, 85.2, "85.2", 58.68, 14.1, 0.96),
         _size(2, 384, 86.0, "86.0", 58.87, None, 1.0),
-        _size(3, 224, 85.4, "85.4", 86.33, None, 0.96),
+        _size(3, 224, 85.4, "85.4", 86.33, 20.6, 0.96),
         _size(3, 448, 86.3, "86.3", 86.63, None, 1.0),
-        _size(4, 224, 85.7, "85.7", 192.96, None, 0.96),
+        _size(4, 224, 85.7, "85.7", 192.96, 43.8, 0.96),
         _size(4, 448, 86.8, "86.79", 193.41, None, 1.15),
-        _size(5, 224, 86.1, "86.10", 295.46, None, 0.96),
+        _size(5, 224, 86.1, "86.10", 295.46, 69.0, 0.96),
         _size(5, 448, 87.0, "87.0", 295.91, None, 1.15),
         _size(5, 512, 87.1, "87.07", 296.09, 412, 1.15),
     )
