@@ -42,6 +42,12 @@ WIDTHS = ((32, 1000), (16, STEPS), (8, STEPS))
 PATCHES, PROBE = {2: 4, 3: 2}, {2: 64, 3: 24}
 """Patches in a step of a short training, and voxels along a trial patch."""
 
+GROUPS = 4
+"""Groups of channels that a short training by slices norms together."""
+
+NETWORK = 0.85
+"""Share of the minutes that is for the network's steps."""
+
 COARSER, KEPT, COVER = (1.5, 2.0, 3.0, 4.0), 0.92, 0.25
 """How much coarser a short training may see images, the Dice that every label must keep on the way there and back, and
 the share of an image that a patch should cover."""
@@ -214,10 +220,14 @@ def plan(
     settings, patch, base, dims = chosen.settings, chosen.patch, chosen.settings["features"][0], len(seen)
     spacing, median = (np.array(spacing) * times)[seen].tolist(), (median / times)[seen]
     voxels = round(voxels / math.prod(times))
-    most = max(2, round(0.05 * voxels / math.prod(patch)))
-    batch = max(2, min(round(REFERENCE[kind, dims] * memory / (8 * 2**30) / chosen.values), most))
+    batch = REFERENCE[kind, dims] * memory / (8 * 2**30) / chosen.values
     if minutes is not None:
-        batch = max(2, min(batch, round(minutes * 60 / STEPS / (chosen.seconds * chosen.values))))
+        batch = min(batch, minutes * 60 / STEPS / (chosen.seconds * chosen.values))
+    long = minutes is None or chosen.steps >= SHORT
+    batch = max(2, round(min(batch, 0.05 * voxels / math.prod(patch) if long else PATCHES[dims])))
+    if not long and dims < axes:
+        settings["norm_groups"] = GROUPS
+    if minutes is not None:
         step = _timed(kind, settings, patch, batch, outputs, len(found.channels))
     recipe: dict[str, Any] = {}
 
@@ -230,6 +240,8 @@ def plan(
     if chosen.steps < SHORT and minutes is not None:
         told += f"; {base} channels at first and {4 * base} at most instead of {FIRST} and {WIDEST[dims]}, so that "
         told += f"{chosen.steps} steps fit into {minutes:g} minutes here"
+    if "norm_groups" in settings:
+        told += f"; channels normed in {GROUPS} groups, since a norm of each alone takes from slices how they differ"
     decide("settings", settings, told)
     told = f"of a median image of {'x'.join(f'{m:.0f}' for m in median)} voxels"
     by = f"{memory / 2**30:.3g} GB of memory" + (f" and {minutes:g} minutes" if minutes is not None else "")
@@ -262,13 +274,15 @@ def plan(
         [{"RandFlipd": {"prob": 0.5, "spatial_axis": axis}} for axis in mirrored],
         "mirror images" + (", but not left and right, which labels tell apart" if len(mirrored) < dims else ""),
     )
-    decide("batch_size", batch, f"what the budget holds, at most 5 % of the {voxels:,} voxels, at least 2")
+    told = f"5 % of the {voxels:,} voxels" if long else f"{PATCHES[dims]}, for more steps teach more than larger ones"
+    decide("batch_size", batch, f"what the budget holds, at most {told}, at least 2")
     if minutes is None:
         epochs, steps = 1000, 250
         told = "nnU-Net's"
     else:
-        epochs, steps = 20, max(1, int(minutes * 60 / step) // 20)
-        told = f"a step takes about {step:.2g} s here, so {20 * steps} fit into {minutes:g} minutes"
+        epochs, steps = 20, max(1, int(NETWORK * minutes * 60 / step) // 20)
+        told = f"a step takes about {step:.2g} s here, so {20 * steps} fit into {NETWORK:.0%} of {minutes:g} minutes; "
+        told += "the rest is for reading, augmenting and checkpoints"
     decide("epochs", epochs, told)
     decide("patches_per_epoch", steps * batch, f"{steps} steps of {batch}")
     if epochs * steps >= SHORT:
@@ -292,7 +306,7 @@ def plan(
     else:
         decide("optimizer", "adamw", "learns faster than nnU-Net's SGD in a short training")
         decide(
-            "learning_rate", 0.16 / max(16, base), "0.16 by the channels at first, 0.01 at most: AdamW moves each alike"
+            "learning_rate", 0.08 / max(8, base), "0.08 by the channels at first, 0.01 at most: AdamW moves each alike"
         )
         decide("schedule", "warmup_cosine", "falls to 0 at the end")
     decide("seed", seed, "given")
@@ -392,13 +406,15 @@ def _seconds(kind: str, dims: int, width: tuple[int, int], outputs: int, channel
 
 
 def _timed(kind: str, settings: dict[str, Any], patch: Sequence[int], batch: int, outputs: int, channels: int) -> float:
-    """Seconds of a training step here while nothing else runs."""
+    """Seconds of a training step here while nothing else runs, but for reading and augmenting its patches."""
     network = create_network(KINDS[kind], outputs, channels, len(patch), settings).train()
-    loss, times = SegmentationLoss("nnunet"), []
+    loss, times, optimizer = SegmentationLoss("nnunet"), [], torch.optim.AdamW(network.parameters())
     x, y = torch.randn(batch, channels, *patch), torch.zeros(batch, *patch, dtype=torch.long)
-    for _ in range(2):
+    for _ in range(3):
         start = time.process_time()
+        optimizer.zero_grad()
         loss(network(x), y).backward()
+        optimizer.step()
         times.append((time.process_time() - start) / torch.get_num_threads())
     return min(times)
 

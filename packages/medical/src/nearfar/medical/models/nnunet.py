@@ -19,14 +19,28 @@ POOLS = {2: F.avg_pool2d, 3: F.avg_pool3d}
 Size = int | Sequence[int]
 
 
-class ConvNorm(nn.Module):
-    """act(IN(conv(x))); `act` False leaves the activation, a leaky ReLU of slope 0.01, out."""
+def norm(dims: int, dim: int, groups: int | None) -> nn.Module:
+    """Instance norm of maps of `dims` axes, or with `groups` group norm."""
+    return NORMS[dims](dim, affine=True) if groups is None else nn.GroupNorm(groups, dim)
 
-    def __init__(self, in_dim: int, dim: int, kernel: Sequence[int], stride: Size = 1, *, act: bool = True) -> None:
+
+class ConvNorm(nn.Module):
+    """act(norm(conv(x))); `act` False leaves the activation, a leaky ReLU of slope 0.01, out."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        kernel: Sequence[int],
+        stride: Size = 1,
+        *,
+        act: bool = True,
+        groups: int | None = None,
+    ) -> None:
         super().__init__()
         dims = len(kernel)
         self.conv = CONVOLUTIONS[dims](in_dim, dim, tuple(kernel), stride, tuple((k - 1) // 2 for k in kernel))
-        self.norm, self.act = NORMS[dims](dim, affine=True), act
+        self.norm, self.act = norm(dims, dim, groups), act
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x))
@@ -34,17 +48,19 @@ class ConvNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """act(IN(conv(act(IN(conv(x))))) + side(x)); side pools by the stride, then a 1x1 where widths differ."""
+    """act(norm(conv(act(norm(conv(x))))) + side(x)); side pools by the stride, then a 1x1 where widths differ."""
 
-    def __init__(self, in_dim: int, dim: int, kernel: Sequence[int], stride: Sequence[int]) -> None:
+    def __init__(
+        self, in_dim: int, dim: int, kernel: Sequence[int], stride: Sequence[int], *, groups: int | None = None
+    ) -> None:
         super().__init__()
         self.stride = tuple(stride)
-        self.conv1 = ConvNorm(in_dim, dim, kernel, self.stride)
-        self.conv2 = ConvNorm(dim, dim, kernel, act=False)
+        self.conv1 = ConvNorm(in_dim, dim, kernel, self.stride, groups=groups)
+        self.conv2 = ConvNorm(dim, dim, kernel, act=False, groups=groups)
         self.side: nn.Module = nn.Identity()
         if in_dim != dim:
             dims = len(kernel)
-            self.side = nn.Sequential(CONVOLUTIONS[dims](in_dim, dim, 1, bias=False), NORMS[dims](dim, affine=True))
+            self.side = nn.Sequential(CONVOLUTIONS[dims](in_dim, dim, 1, bias=False), norm(dims, dim, groups))
 
     def forward(self, x: Tensor) -> Tensor:
         side = POOLS[len(self.stride)](x, self.stride, self.stride) if max(self.stride) > 1 else x
@@ -63,6 +79,7 @@ class NNUNet(nn.Module):
         kernel_sizes, strides: per stage, a number or one per axis; None for strides is 1, then 2.
         blocks_per_stage: convolutions, or residual blocks, of each encoder stage.
         decoder_blocks_per_stage: convolutions of each decoder level, coarsest first.
+        norm_groups: channels are normed in so many groups (group norm) instead of each alone, as nnU-Net has it.
 
     `forward(x)`: logits (B, K, *S); in training a list of them, finest first. Any size: maps are padded at their ends
     to multiples of the strides.
@@ -90,10 +107,11 @@ class NNUNet(nn.Module):
         strides: Sequence[Size] | None = None,
         blocks_per_stage: Sequence[int] | int = 2,
         decoder_blocks_per_stage: Sequence[int] | int = 2,
+        norm_groups: int | None = None,
     ) -> None:
         super().__init__()
         check_dims(dims)
-        n = len(features)
+        n, groups = len(features), norm_groups
         if dims not in NORMS or n < 2:
             raise ValueError(f"dims is {dims}, features {list(features)}; 2 or 3 axes and 2 stages at least are taken")
         every = {
@@ -112,19 +130,21 @@ class NNUNet(nn.Module):
         kernels, steps = every["kernel_sizes"], every["strides"]
         self.in_channels = in_channels
         self.multiple = tuple(math.prod(step[axis] for step in steps) for axis in range(dims))
-        self.stem: nn.Module = ConvNorm(in_channels, features[0], kernels[0]) if residual else nn.Identity()
+        self.stem: nn.Module = (
+            ConvNorm(in_channels, features[0], kernels[0], groups=groups) if residual else nn.Identity()
+        )
         widths, one = [features[0] if residual else in_channels, *features], (1,) * dims
         self.stages = nn.ModuleList()
         for s, number in enumerate(encoder):
             block: Any = ResidualBlock if residual else ConvNorm
-            first = block(widths[s], features[s], kernels[s], steps[s])
-            more = (block(features[s], features[s], kernels[s], one) for _ in range(number - 1))
+            first = block(widths[s], features[s], kernels[s], steps[s], groups=groups)
+            more = (block(features[s], features[s], kernels[s], one, groups=groups) for _ in range(number - 1))
             self.stages.append(nn.Sequential(first, *more))
         self.ups, self.decoder, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for i, number in enumerate(decoder):
             below, width, kernel = features[n - 1 - i], features[n - 2 - i], kernels[n - 2 - i]
             self.ups.append(UPS[dims](below, width, steps[n - 1 - i], steps[n - 1 - i]))
-            blocks = (ConvNorm(width * (2 if j == 0 else 1), width, kernel) for j in range(number))
+            blocks = (ConvNorm(width * (2 if j == 0 else 1), width, kernel, groups=groups) for j in range(number))
             self.decoder.append(nn.Sequential(*blocks))
             self.heads.append(CONVOLUTIONS[dims](width, num_classes, 1))
 
