@@ -86,5 +86,11 @@ def test_any_size_and_deep_supervision(residual: bool, dims: int) -> None:
     assert [tuple(h.shape[2:]) for h in heads] == [(16,) * dims, (8,) * dims]
     sum(h.sum() for h in heads).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+    grouped = NNUNet(3, 2, dims, residual=residual, features=(4, 8, 8), norm_groups=2)
+    norms = [m for m in grouped.modules() if isinstance(m, torch.nn.GroupNorm | torch.nn.modules.batchnorm._NormBase)]
+    assert {getattr(norm, "num_groups", None) for norm in norms} == {2}
+    assert len(norms) == sum("Norm" in type(m).__name__ and "Conv" not in type(m).__name__ for m in network.modules())
     with pytest.raises(ValueError, match="stages"):
         NNUNet(3, 2, dims, features=(4, 8), strides=[1, 2, 2])
+    with pytest.raises(ValueError, match="divisible"):
+        NNUNet(3, 2, dims, features=(4, 8), norm_groups=3)

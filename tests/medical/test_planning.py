@@ -57,6 +57,8 @@ def test_a_plan_is_a_recipe_with_reasons(tmp_path: Path) -> None:
     assert read.network == "nnunet_plain"
     assert read.spacing == (8.0, 8.0)  # too few minutes for three axes: slices
     assert "slices: in 0.2 minutes 2000 steps" in " ".join(text.replace("#", "").split())
+    assert recipe["settings"]["norm_groups"] == 4
+    assert 2 <= recipe["batch_size"] <= 4
     assert max(read.settings["features"]) <= 4 * read.settings["features"][0]
     assert read.epochs * read.patches_per_epoch / read.batch_size >= 20
     large, _, _ = plan(collection, collection.cases, memory=8 * 2**30)
