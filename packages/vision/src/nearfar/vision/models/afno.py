@@ -22,6 +22,7 @@ from nearfar.vision.models.tokens import (
     TokenModel,
     init_linear,
     pair,
+    picture_size,
     split_positions,
 )
 
@@ -167,7 +168,6 @@ class AFNOTransformer(TokenModel):
     @classmethod
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
-        _, height, width, _ = state["pos_embed.grid"].shape
         _, blocks, inner, hidden = state["blocks.0.filter.w1"].shape
         return {
             "dim": dim,
@@ -176,7 +176,7 @@ class AFNOTransformer(TokenModel):
             "hidden_factor": hidden // inner,
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": in_chans,
-            "img_size": patch * height if height == width else (patch * height, patch * width),
+            "img_size": picture_size(state["pos_embed.grid"], patch),
             "patch_size": patch,
             "mlp_ratio": ratio(len(state["blocks.0.mlp.fc1.bias"]), dim),
         }

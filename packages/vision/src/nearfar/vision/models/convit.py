@@ -26,6 +26,7 @@ from nearfar.vision.models.tokens import (
     TokenModel,
     init_linear,
     pair,
+    picture_size,
     split_positions,
 )
 from nearfar.vision.tracing import whole
@@ -136,14 +137,13 @@ class ConViT(TokenModel):
     @classmethod
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
-        _, height, width, _ = state["pos_embed.grid"].shape
         return {
             "dim": dim,
             "depth": count(state, r"blocks\.(\d+)\."),
             "num_heads": len(state["blocks.0.attn.gating_param"]),
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": in_chans,
-            "img_size": patch * height if height == width else (patch * height, patch * width),
+            "img_size": picture_size(state["pos_embed.grid"], patch),
             "patch_size": patch,
             "local_layers": count(state, r"blocks\.(\d+)\.attn\.gating_param"),
             "mlp_ratio": ratio(len(state["blocks.0.mlp.fc1.bias"]), dim),

@@ -20,7 +20,7 @@ from nearfar.ops.common.layers import DropPath
 from nearfar.ops.convolution.shared import Optical4f, SharedConv, picture_of
 from nearfar.vision.models.pyramid import drop_path_rates
 from nearfar.vision.models.registry import Variant, Weights, register
-from nearfar.vision.models.tokens import PatchEmbed, Positions, TokenHead, TokenModel, init_linear, pair
+from nearfar.vision.models.tokens import PatchEmbed, Positions, TokenHead, TokenModel, init_linear, pair, picture_size
 
 PARTS = ("qkv", "proj", "mlp")
 """The maps of a block that may be convolutions."""
@@ -182,7 +182,6 @@ class ConvShareViT(TokenModel):
     @classmethod
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
-        _, height, width, _ = state["pos_embed.grid"].shape
         first = {
             "qkv": state["blocks.0.q.weight"],
             "proj": state["blocks.0.proj.weight"],
@@ -194,7 +193,7 @@ class ConvShareViT(TokenModel):
             "depth": count(state, r"blocks\.(\d+)\."),
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": in_chans,
-            "img_size": patch * height if height == width else (patch * height, patch * width),
+            "img_size": picture_size(state["pos_embed.grid"], patch),
             "patch_size": patch,
             "parts": parts,
         }

@@ -28,6 +28,7 @@ from nearfar.vision.models.tokens import (
     TokenHead,
     TokenModel,
     pair,
+    picture_size,
     split_positions,
 )
 from nearfar.vision.tracing import whole
@@ -193,7 +194,6 @@ class GMMViT(MaskedModel):
     @classmethod
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
-        _, height, width, _ = state["pos_embed.grid"].shape
         kernels, heads = state["blocks.0.attn.mask.sigma"].shape[:2]
         return {
             "dim": dim,
@@ -202,7 +202,7 @@ class GMMViT(MaskedModel):
             "head_dim": state["blocks.0.attn.proj.weight"].shape[1] // heads,
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": in_chans,
-            "img_size": patch * height if height == width else (patch * height, patch * width),
+            "img_size": picture_size(state["pos_embed.grid"], patch),
             "patch_size": patch,
             "mlp_ratio": ratio(len(state["blocks.0.mlp.fc1.bias"]), dim),
             "kernels": kernels,
@@ -325,7 +325,6 @@ class GMMPiT(MaskedModel):
     @classmethod
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
-        _, height, width, _ = state["pos_embed.grid"].shape
         stages = range(count(state, r"stages\.(\d+)\."))
         masks = [state[f"stages.{i}.blocks.0.attn.mask.sigma"].shape for i in stages]
         return {
@@ -335,7 +334,7 @@ class GMMPiT(MaskedModel):
             "head_dim": state["stages.0.blocks.0.attn.proj.weight"].shape[1] // masks[0][1],
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": in_chans,
-            "img_size": patch * height if height == width else (patch * height, patch * width),
+            "img_size": picture_size(state["pos_embed.grid"], patch),
             "patch_size": patch,
             "mlp_ratio": ratio(len(state["stages.0.blocks.0.mlp.fc1.bias"]), dim),
             "kernels": masks[0][0],

@@ -21,7 +21,7 @@ from nearfar.ops.common.tables import cached_table
 from nearfar.vision.models.gaussian_mask import GMMBlock, MaskedModel, untrained, xavier
 from nearfar.vision.models.pyramid import Backbone, Head, Stage, init_weights
 from nearfar.vision.models.registry import Variant, register
-from nearfar.vision.models.tokens import Mlp, PatchEmbed, Positions, State, TokenHead, pair
+from nearfar.vision.models.tokens import Mlp, PatchEmbed, Positions, State, TokenHead, pair, picture_size
 from nearfar.vision.tracing import whole
 
 # CaiT
@@ -187,7 +187,6 @@ class GMMCaiT(MaskedModel):
     @classmethod
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
-        _, height, width, _ = state["pos_embed.grid"].shape
         kernels, heads = state["blocks.0.attn.mask.sigma"].shape[:2]
         return {
             "dim": dim,
@@ -197,7 +196,7 @@ class GMMCaiT(MaskedModel):
             "class_layers": count(state, r"class_blocks\.(\d+)\."),
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": in_chans,
-            "img_size": patch * height if height == width else (patch * height, patch * width),
+            "img_size": picture_size(state["pos_embed.grid"], patch),
             "patch_size": patch,
             "mlp_ratio": len(state["blocks.0.mlp.fc1.bias"]) / dim,
             "kernels": kernels,
@@ -492,7 +491,6 @@ class GMMSwin(Backbone):
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         stages = range(count(state, r"stages\.(\d+)\."))
         dim, in_chans, patch, _ = state["stem.proj.weight"].shape
-        _, height, width, _ = state["stem.positions.grid"].shape
         masks = [state[f"stages.{i}.blocks.0.attn.mask.sigma"].shape for i in stages]
         return {
             "dims": [len(state[f"stages.{i}.blocks.0.norm1.weight"]) for i in stages],
@@ -501,7 +499,7 @@ class GMMSwin(Backbone):
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": in_chans,
             "window_size": (math.isqrt(len(state["stages.0.blocks.0.attn.bias_table"])) + 1) // 2,
-            "img_size": patch * height if height == width else (patch * height, patch * width),
+            "img_size": picture_size(state["stem.positions.grid"], patch),
             "patch_size": patch,
             "mlp_ratio": ratio(len(state["stages.0.blocks.0.mlp.0.bias"]), dim),
             "kernels": masks[0][0],

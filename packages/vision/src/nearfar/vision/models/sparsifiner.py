@@ -27,6 +27,7 @@ from nearfar.vision.models.tokens import (
     TokenHead,
     init_linear,
     pair,
+    picture_size,
     split_positions,
 )
 from nearfar.vision.tracing import is_traced
@@ -221,13 +222,12 @@ class Sparsifiner(LVViTModel):
     @classmethod
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         dim, in_chans, patch, found = stem_settings(state)
-        _, height, width, _ = state["pos_embed.grid"].shape
         found |= {
             "dim": dim,
             "depth": count(state, r"blocks\.(\d+)\."),
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": in_chans,
-            "img_size": patch * height if height == width else (patch * height, patch * width),
+            "img_size": picture_size(state["pos_embed.grid"], patch),
             "patch_size": patch,
             "mlp_ratio": ratio(len(state["blocks.0.mlp.fc1.bias"]), dim),
             "qkv_bias": "blocks.0.attn.qkv.bias" in state,

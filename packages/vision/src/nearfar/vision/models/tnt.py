@@ -31,6 +31,7 @@ from nearfar.vision.models.tokens import (
     TokenModel,
     init_linear,
     pair,
+    picture_size,
     split_positions,
 )
 from nearfar.vision.tracing import whole
@@ -221,7 +222,6 @@ class TNT(TokenModel):
     def published_settings(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         word_dim, in_chans, *_ = state["words.proj.weight"].shape
         dim, patch = len(state["norm.weight"]), PATCH
-        _, height, width, _ = state["pos_embed.grid"].shape
         heads = {v.settings["dim"]: (v.settings["num_heads"], v.settings["word_heads"]) for v in TNTS.values()}
         num_heads, word_heads = heads.get(dim, (None, None))
         return {
@@ -232,7 +232,7 @@ class TNT(TokenModel):
             "word_heads": word_heads,
             "num_classes": len(state.get("head.fc.bias", ())),
             "in_chans": in_chans,
-            "img_size": patch * height if height == width else (patch * height, patch * width),
+            "img_size": picture_size(state["pos_embed.grid"], patch),
             "mlp_ratio": ratio(len(state["blocks.0.outer.mlp.fc1.bias"]), dim),
             "qkv_bias": "blocks.0.outer.attn.qkv.bias" in state,
             "legacy": len(state["blocks.0.exchange.norm1.weight"]) == word_dim,

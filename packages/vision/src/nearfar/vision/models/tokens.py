@@ -505,3 +505,9 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
+
+
+def picture_size(table: Tensor, patch: int) -> int | tuple[int, int]:
+    """Side, or height and width, of the pictures that a table of positions (1, h, w, C) was made for."""
+    height, width = table.shape[1:3]
+    return patch * height if height == width else (patch * height, patch * width)
