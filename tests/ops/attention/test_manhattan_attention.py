@@ -107,6 +107,16 @@ def test_few_queries_at_a_time_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
         parts = layer(x)
         torch.testing.assert_close(parts, whole, atol=1e-12, rtol=1e-9)
         torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), [x, *layer.parameters()]), grads)
+    layer, kept = ManhattanAttention(8, 2), {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // 4
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        alive = layer(torch.randn(1, 8, 16, 16))
+    assert alive.shape == (1, 8, 16, 16)
+    assert sum(kept.values()) < 2 * 256**2 / 4  # no bias waits for the backward pass
 
 
 def test_causal_form_does_not_see_the_future() -> None:

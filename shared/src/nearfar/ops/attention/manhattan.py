@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from nearfar.ops.attention.places import coordinates
 from nearfar.ops.common.dims import check_dims
 from nearfar.ops.common.layers import DepthwiseConv
 from nearfar.ops.common.tables import cached_table
@@ -28,8 +30,8 @@ class ManhattanAttention(nn.Module):
     `decomposed`: the axes one after another, the last first, each with all other coordinates held, the same q and k,
     and its own part of the bias: y = Wo(A_1 ... A_dims v + DW_k(v)). `causal` (dims=1) attends to the past alone.
 
-    The full form makes the bias of queries by keys for as many queries at a time as keep it below `BIAS` values (a
-    compiled graph for all, and training keeps it for the backward pass). `forward` maps (B, C, *S) to itself. Cost
+    The full form makes the bias of queries by keys for as many queries at a time as keep it below `BIAS` values, and
+    again for the backward pass (a compiled graph for all at once). `forward` maps (B, C, *S) to itself. Cost
     O(N^2 C), decomposed O(N sum(S) C); the tables are kept for each size, device and precision.
 
     Args:
@@ -95,9 +97,16 @@ class ManhattanAttention(nn.Module):
             out = F.scaled_dot_product_attention(query, key, value, self.bias(size, query))
         else:
             form = (self.num_heads, self.decay_initial, self.decay_range, query.device, query.dtype)
+
+            def some(q: Tensor, key: Tensor, value: Tensor, at: Tensor) -> Tensor:
+                return F.scaled_dot_product_attention(q, key, value, _rows(at, size, *form))
+
             step = max(BIAS // (self.num_heads * count), 1)
-            some = zip(query.split(step, dim=2), _coordinates(size, query.device).split(step), strict=True)
-            parts = [F.scaled_dot_product_attention(q, key, value, _rows(at, size, *form)) for q, at in some]
+            pairs = zip(query.split(step, dim=2), coordinates(size, query.device).split(step), strict=True)
+            if torch.is_grad_enabled():  # the bias is made again for the backward pass, not kept
+                parts = [checkpoint(some, q, key, value, at, use_reentrant=False) for q, at in pairs]
+            else:
+                parts = [some(q, key, value, at) for q, at in pairs]
             out = torch.cat(parts, dim=2)
         return out.transpose(1, 2).unflatten(1, size)
 
@@ -183,13 +192,7 @@ def _rows(
 
 @cached_table
 def _table(size: tuple[int, ...], *form: Any) -> Float[Tensor, "1 h n n"]:
-    return _rows(_coordinates(size, form[-2]), size, *form)
-
-
-@cached_table
-def _coordinates(size: tuple[int, ...], device: torch.device) -> Int[Tensor, "n a"]:
-    """Where every position of a grid lies, row-major."""
-    return torch.cartesian_prod(*(torch.arange(n, device=device) for n in size)).reshape(-1, len(size))
+    return _rows(coordinates(size, form[-2]), size, *form)
 
 
 @cached_table

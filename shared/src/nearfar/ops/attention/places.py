@@ -2,17 +2,23 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nearfar.ops.common.tables import cached_table
 
 
 @cached_table
+def coordinates(size: tuple[int, ...], device: torch.device) -> Int[Tensor, "n a"]:
+    """Where every position of a grid lies, row-major."""
+    return torch.cartesian_prod(*(torch.arange(n, device=device) for n in size)).reshape(-1, len(size))
+
+
+@cached_table
 def places(size: tuple[int, ...], device: torch.device) -> Float[Tensor, "n s"]:
     """(prod(size), sum(size)): for every position of a grid and every axis a one where it lies along that axis."""
-    index = torch.cartesian_prod(*(torch.arange(n, device=device) for n in size)).reshape(-1, len(size))
-    lies = [at[:, None] == torch.arange(n, device=device) for at, n in zip(index.unbind(1), size, strict=True)]
+    index = coordinates(size, device).unbind(1)
+    lies = [at[:, None] == torch.arange(n, device=device) for at, n in zip(index, size, strict=True)]
     return torch.cat(lies, 1).float()
 
 
