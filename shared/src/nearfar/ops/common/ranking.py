@@ -30,8 +30,7 @@ def largest_mask(x: Float[Tensor, "*b n"], count: int) -> Bool[Tensor, "*b n"]:
     if not (least == next_largest).any():
         return x >= least
     more, same = x > least, x == least  # equal ones, more than there is room for
-    kind = torch.int16 if x.shape[-1] < 2**15 else torch.int64
-    return more | (same & (same.cumsum(-1, dtype=kind) <= count - more.sum(-1, keepdim=True)))
+    return more | (same & (same.cumsum(-1, dtype=torch.int32) <= count - more.sum(-1, keepdim=True)))
 
 
 def at_the_edge(x: Float[Tensor, "*b n"], count: int) -> tuple[Float[Tensor, "*b 1"], Float[Tensor, "*b 1"]]:
