@@ -229,7 +229,7 @@ def errors(seed: int, folder: Path) -> tuple[Any, list[dict[str, float]], dict[i
     on the last fifth, summed over the variables, which are of one size."""
     path = write(folder / f"{seed}.nc", shallow_water(180, (16, 32), seed=seed))
     fields = open_fields(path)
-    recipe = Recipe(dim=32, depth=2, num_blocks=4, epochs=12, learning_rate=3e-3, batch_size=8, seed=seed)
+    recipe = Recipe(dim=32, depth=2, num_blocks=4, epochs=24, learning_rate=3e-3, batch_size=8, seed=seed)
     net, statistics, history = train_forecaster(fields.part(0, 144), recipe, folder / f"run-{seed}", device="cpu")
     found = {lead: dict.fromkeys(("net", "persistence", "climatology"), 0.0) for lead in (1, 4)}
     for row in evaluate(net, fields.part(144, 180), statistics, [1, 4]):
@@ -242,7 +242,7 @@ def test_training_learns_what_climatology_does_not_know(tmp_path: Path) -> None:
     net, history, found = errors(0, tmp_path)
     assert history[-1]["train_loss"] < 0.95 * history[0]["train_loss"]
     for lead in (1, 4):
-        assert found[lead]["net"] < 0.8 * found[lead]["climatology"], found
+        assert found[lead]["net"] < 0.6 * found[lead]["climatology"], found
     close = ForecastNet.from_pretrained(tmp_path / "run-0").eval()
     x = torch.randn(1, 3, 16, 32)
     torch.testing.assert_close(close(x), net(x))
