@@ -90,7 +90,7 @@ def test_a_sixteenth_of_it_takes_a_sixteenth_of_what_the_program_leaves(tmp_path
 def test_segmamba_by_windows_within_4_gb_in_all(tmp_path: Path) -> None:
     """The published network over the first 10 of 64 windows of a whole volume of five classes, in the app's program.
 
-    What comes after the windows takes less than they; the whole takes an hour.
+    What comes after the windows takes less than they; all of them would take an hour.
     """
     ct(tmp_path / "scan.nii.gz", (512, 512, 400))
     segmenter(Recipe(network="segmamba", roi=(128, 128, 128)), 4).save(tmp_path / "model")

@@ -237,7 +237,7 @@ def plan(
     decide("network", KINDS[kind], f"nnU-Net's {kind} U-Net")
     told = f"{len(settings['features'])} stages: an axis is halved while it keeps {2 * LEAST_EDGE} voxels and is not "
     told += "coarser than twice the finest; kernels of 1 along coarse axes"
-    if chosen.steps < SHORT and minutes is not None:
+    if not long:
         told += f"; {base} channels at first and {4 * base} at most instead of {FIRST} and {WIDEST[dims]}, so that "
         told += f"{chosen.steps} steps fit into {minutes:g} minutes here"
     if "norm_groups" in settings:
