@@ -8,12 +8,17 @@ OUTPUT gets `<speaker>/<recording>.wav` at 16 kHz, of
   not here), all their recordings, joined or cut to about four seconds;
 - the 48 sources of libri2mix, each as a speaker of its own (a person may be there twice);
 - synthetic voices of eSpeak NG: variants at a pitch of their own, each in many languages;
-- with `--debian`, recordings that Debian packages carry, fetched and unpacked into that folder (132 MB): letters and
-  syllables in 20 languages (klettres-data, one person for each), the two players of a game in Czech and in Dutch
-  (fillets-ng-data-cs and -nl), telephone prompts of three people (asterisk-prompt-*).
+- with `--debian`, recordings that Debian packages carry, fetched and unpacked into that folder (485 MB): letters and
+  syllables in 20 languages (klettres-data, one person for each), words for children in 22 and 11 languages
+  (ktuberling-data, tuxpaint-stamps-default), shouts of 14 characters (hedgewars-data), the two players of a game in
+  Czech and in Dutch (fillets-ng-data-cs and -nl), telephone prompts of three people (asterisk-prompt-*). Who reads for
+  two packages is there twice.
+
+For the separator, `--without libri2mix` leaves out those on which it is measured.
 """
 
 import argparse
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +27,7 @@ import numpy as np
 import soundfile
 from speakers import people
 
-from nearfar.audio.sound import read_samples, resample
+from nearfar.audio.sound import SUFFIXES, read_samples, resample
 from nearfar.audio.synthesis import synthesize
 from nearfar.core.errors import UserError
 
@@ -33,7 +38,8 @@ MOST = 60
 
 PACKAGES = (
     "klettres-data", "fillets-ng-data-cs", "fillets-ng-data-nl", "asterisk-prompt-fr-armelle",
-    "asterisk-prompt-it-menardi-wav", "asterisk-prompt-es-co",
+    "asterisk-prompt-it-menardi-wav", "asterisk-prompt-es-co", "ktuberling-data", "hedgewars-data",
+    "tuxpaint-stamps-default",
 )  # fmt: skip
 
 VOICES = (
@@ -83,6 +89,18 @@ def packaged(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     for language in sorted((folder / "klettres-data" / "usr/share/klettres").iterdir()):
         if paths := sorted(language.rglob("*.ogg")):
             yield f"letters-{language.name}", paths
+    for language in sorted((folder / "ktuberling-data" / "usr/share/ktuberling/sounds").iterdir()):
+        if language.is_dir() and "@" not in language.name:  # the same in another script
+            yield f"words-{language.name}", sorted(p for p in language.rglob("*") if p.suffix in SUFFIXES)
+    stamps: dict[str, list[Path]] = {}
+    for path in sorted((folder / "tuxpaint-stamps-default").rglob("*_desc*")):
+        if (found := re.search(r"_desc_?(\w*)$", path.stem)) and path.suffix in SUFFIXES:
+            stamps.setdefault(found[1] or "en", []).append(path)
+    for language, paths in stamps.items():
+        yield f"stamps-{language}", paths
+    for character in sorted((folder / "hedgewars-data").glob("usr/share/games/hedgewars/Data/Sounds/voices/*")):
+        if character.name != "Robot":
+            yield f"shouts-{character.name}", sorted(character.glob("*.ogg"))
     for language in ("cs", "nl"):
         paths = sorted((folder / f"fillets-ng-data-{language}").rglob("*.ogg"))
         for player in "mv":
@@ -108,6 +126,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--debian", type=Path)
+    parser.add_argument("--without", choices=["libri2mix"])
     options = parser.parse_args()
     rng = np.random.default_rng(0)
     counts: dict[str, int] = {}
@@ -125,7 +144,7 @@ def main() -> None:
             if number % 2 == 0:
                 everything = [resample(samples, 8000, RATE) for samples in recordings[person]]
                 write(f"{collection}-{person}", pieces(everything, rng))
-    for path in sorted((options.data / "libri2mix").glob("*_source*.wav")):
+    for path in () if options.without else sorted((options.data / "libri2mix").glob("*_source*.wav")):
         samples = read_samples(path, RATE)
         write(f"libri-{path.stem}", np.array_split(samples, max(2, round(len(samples) / RATE / 2))))
     for speaker, paths in packaged(options.debian) if options.debian else ():

@@ -20,7 +20,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared_data():
     """`shared_data("eegmmidb/S001")`: a folder of real data; the test skips where it is absent."""
 

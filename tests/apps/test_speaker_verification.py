@@ -18,6 +18,7 @@ from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 from nearfar.apps.speaker_verification.cli import app
 from nearfar.audio.speakers.scoring.rates import eer
 from nearfar.audio.speakers.scoring.trials import read_scores
+from nearfar.audio.synthesis import synthesize
 from nearfar.core.cli.batch import BatchError
 from nearfar.core.errors import UserError
 
@@ -618,21 +619,24 @@ def test_any_encoder_is_scored_calibrated_and_rejects(test_folder, tmp_path, cap
     assert "does not say which encoder made it" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_resemblyzer_is_an_encoder(tmp_path, monkeypatch):
-    """On real people, where its package (group `encoders`) and the recordings are there."""
+@pytest.mark.parametrize("voices", ["people", "synthetic"])
+def test_resemblyzer_is_an_encoder(voices, tmp_path, monkeypatch, request):
+    """Where its package (group `encoders`) is there: on digits of three people, and on eSpeak's voices."""
     pytest.importorskip("resemblyzer", exc_type=ImportError)
     root = Path(__file__).parents[2]
-    digits = root.parent / "shared" / "data" / "fsdd" / "recordings"
-    if not digits.is_dir():
-        pytest.skip(f"{digits} is not there")
+
+    def spoken(speaker, number):
+        if voices == "synthetic":
+            text = f"{number} ships sailed over the northern sea at {number + 3} in the morning"
+            return synthesize(text, {"george": "m1", "jackson": "f2", "nicolas": "Andy"}[speaker])
+        digits = request.getfixturevalue("shared_data")("fsdd") / "recordings"
+        parts = [soundfile.read(digits / f"{digit}_{speaker}_{number}.wav", dtype="float32")[0] for digit in range(8)]
+        return np.concatenate(parts), RATE
+
     for speaker in ("george", "jackson", "nicolas"):
+        (tmp_path / speaker).mkdir()
         for number in range(6):
-            parts = [
-                soundfile.read(digits / f"{digit}_{speaker}_{number}.wav", dtype="float32")[0] for digit in range(8)
-            ]
-            (tmp_path / speaker).mkdir(exist_ok=True)
-            soundfile.write(tmp_path / speaker / f"{number}.wav", np.concatenate(parts), RATE)
+            soundfile.write(tmp_path / speaker / f"{number}.wav", *spoken(speaker, number))
     names = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*.wav"))]
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     (tmp_path / "trials.txt").write_text("".join(f"{int(a[:4] == b[:4])} {a} {b}\n" for a, b in pairs))

@@ -20,7 +20,7 @@ from nearfar.audio.separation.mixtures import (
     split_voices,
     write_manifest,
 )
-from nearfar.audio.separation.mossformer import MossFormer
+from nearfar.audio.separation.mossformer import MossFormer, overlap_add
 from nearfar.audio.separation.training import Recipe, train_separation
 from nearfar.core.errors import UserError
 from nearfar.core.recipes import read_recipe
@@ -171,6 +171,35 @@ def test_noise_is_looped_and_stays_out_of_the_sources():
         np.testing.assert_allclose(rest[:500], rest[500:1000], atol=1e-5)
 
 
+def test_voices_may_overlap_in_part():
+    rng, shares = np.random.default_rng(0), []
+    for _ in range(200):
+        _, (first, second) = draw_mixture([tone(100, 1, 0), tone(200, 1, 1)], rng, overlap=0.3)
+        heard = np.flatnonzero(second)
+        assert np.count_nonzero(first) > 0.99 * len(first)
+        assert heard[0] < 5 or heard[-1] > len(second) - 5
+        shares.append((heard[-1] - heard[0]) / len(second))
+    assert min(shares) == pytest.approx(0.3, abs=0.03)
+    assert np.mean(shares) == pytest.approx(0.65, abs=0.05)
+
+
+def test_rooms_are_in_the_sources_and_hiss_is_not(tmp_path):
+    voices_folder(tmp_path)
+    voices = find_voices(tmp_path)
+    plain, room, hiss = (
+        DrawnMixtures(voices, 9, seconds=1.0, speeds=(), fixed=0, **how) for how in ({}, {"rooms": 1.0}, {"hiss": 1.0})
+    )
+    levels = []
+    for i in range(9):
+        assert torch.allclose(plain[i][0], plain[i][1].sum(0), atol=1e-5)
+        assert torch.allclose(room[i][0], room[i][1].sum(0), atol=1e-5)
+        assert not torch.allclose(room[i][1], plain[i][1], atol=0.01)
+        mix, sources = hiss[i]
+        rest = mix - sources.sum(0)
+        levels.append(float(10 * torch.log10(sources.square().mean(1).max() / rest.square().mean())))
+    assert 4.9 < min(levels) < max(levels) < 30.1
+
+
 def test_drawn_mixtures_differ_unless_fixed_and_hold_different_speakers(tmp_path):
     voices_folder(tmp_path)
     voices = find_voices(tmp_path)
@@ -313,6 +342,33 @@ def test_a_short_training_separates_and_is_found_again(tmp_path):
     assert again == history  # a finished run is not repeated
     with pytest.raises(UserError, match="other settings"):
         run(tmp_path, tmp_path / "run", learning_rate=1e-3)
+
+
+@pytest.mark.parametrize(("filters", "size"), [(128, 64), (256, 64), (100, 16)])
+def test_fourier_filters_give_the_signal_back(filters, size):
+    model = Recipe("mossformer-s", {**SMALL, "num_filters": filters, "kernel_size": size}, filters="fourier").build()
+    x = torch.randn(1, 20 * size)
+    frames = torch.relu(model.encoder(x.unfold(-1, size, size // 2)))
+    whole = overlap_add(model.decoder(frames))
+    torch.testing.assert_close(whole[:, size:-size], x[:, size:-size], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="at least 256"):
+        Recipe("mossformer-s", {**SMALL, "kernel_size": 128}, filters="fourier").build()
+
+
+def test_a_cosine_warms_up_and_ends_at_zero(tmp_path):
+    voices_folder(tmp_path / "voices")
+    drawn = DrawnMixtures(find_voices(tmp_path / "voices"), 8, seconds=0.5)
+    recipe = Recipe(
+        variant="mossformer-s", model=SMALL, epochs=3, batch_size=1, accumulate=2, schedule="cosine", learning_rate=0.01
+    )
+    _, history = train_separation(recipe, drawn, drawn, device="cpu")
+    rates = [row["lr"] for row in history]
+    assert 0.01 > rates[0] > rates[1] > rates[2]
+    assert rates[2] < 1e-4
+    with pytest.raises(ValueError, match="schedule"):
+        Recipe(schedule="linear")
+    with pytest.raises(ValueError, match="overlap"):
+        Recipe(overlap=0)
 
 
 def test_recipes_are_read_from_yaml(tmp_path):

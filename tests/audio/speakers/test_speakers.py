@@ -8,7 +8,16 @@ import pytest
 import soundfile
 import torch
 
-from nearfar.audio.augment import CODECS, Augmentation, add_noise, add_reverberation, change_speed, through_codec
+from nearfar.audio.augment import (
+    CODECS,
+    Augmentation,
+    add_noise,
+    add_reverberation,
+    change_speed,
+    colored_noise,
+    room_response,
+    through_codec,
+)
 from nearfar.audio.corpora import Utterance, find_utterances, locate
 from nearfar.audio.sound import read_samples
 from nearfar.audio.speakers.embedding import Embedder
@@ -31,6 +40,7 @@ from nearfar.audio.speakers.training import (
 )
 from nearfar.audio.synthesis import VARIANTS, synthesize
 from nearfar.core.errors import UserError
+from nearfar.core.memory import resident_memory
 
 RATE = 8000
 
@@ -301,6 +311,17 @@ def test_a_recording_and_the_same_with_zeros_agree(tmp_path, place):
     np.testing.assert_allclose(dc.embedding, plain.embedding, atol=1e-3)
 
 
+def test_parts_are_shortened_to_a_memory_budget():
+    model = SpeakerEncoder(KaldiFbank(24, RATE), ECAPA(24, 512, 16))
+    embed, held = Embedder(model), resident_memory()
+    embed.keep_within(held + (8 << 30))
+    assert embed.max_seconds == 60
+    embed.keep_within(held + (120 << 20))
+    assert 2 <= embed.max_seconds < 60
+    with pytest.raises(UserError, match="2 s in the model"):
+        embed.keep_within(held)
+
+
 def test_long_files_are_embedded_in_flat_memory_as_they_are_at_once(tmp_path, monkeypatch):
     x = np.concatenate([voice(3.0, seed=seed) for seed in range(10)])
     path = write(tmp_path / "a.wav", x, subtype="FLOAT")
@@ -350,6 +371,23 @@ def test_reverberation_keeps_time_and_level():
     wet = add_reverberation(x, room)
     assert np.mean(wet**2) == pytest.approx(np.mean(x**2), rel=1e-3)
     assert not np.allclose(wet, x, atol=0.01)
+
+
+def test_simulated_rooms_decay_as_they_are_told():
+    response = room_response(RATE, np.random.default_rng(0), 0.5, -3.0)
+    assert response[0] == 1
+    assert 10 * np.log10(np.square(response[1:]).sum()) == pytest.approx(-3, abs=1e-3)
+    left = 10 * np.log10(np.cumsum(np.square(response[:0:-1]))[::-1])  # Schroeder's integral
+    at = [np.flatnonzero(left < left[0] - fall)[0] / RATE for fall in (5, 25)]
+    assert 3 * (at[1] - at[0]) == pytest.approx(0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0, 2.0])
+def test_colored_noise_falls_as_its_slope(slope):
+    noise = colored_noise(1 << 16, np.random.default_rng(0), slope)
+    power = np.square(np.abs(np.fft.rfft(noise)))
+    low, high = power[500:1000].mean(), power[8000:16000].mean()
+    assert np.log2(low / high) / 4 == pytest.approx(slope, abs=0.1)
 
 
 def test_augmentation_follows_the_seed_and_its_probability(tmp_path):

@@ -40,6 +40,18 @@ def add_reverberation(samples: Samples, response: Samples) -> Samples:
     return wet * np.float32(np.sqrt(np.mean(samples**2)) / level) if level > 0 else samples
 
 
+def room_response(rate: int, rng: np.random.Generator, reverberation: float, distance: float = 0.0) -> Samples:
+    """The response of a simulated room: the direct sound, then Gaussian noise that decays exponentially.
+
+    reverberation: seconds until it has decayed by 60 dB. distance: level of what is reflected over the direct sound, in
+    dB. Polack, "La transmission de l'energie sonore dans les salles" (1988).
+    """
+    seconds = np.arange(1, max(2, round(reverberation * rate))) / rate
+    tail = rng.standard_normal(len(seconds)) * 10 ** (-3 * seconds / reverberation)
+    tail *= 10 ** (distance / 20) / np.sqrt(np.square(tail).sum())
+    return np.r_[1, tail].astype(np.float32)
+
+
 CODECS = {
     "mu-law": ("WAV", "ULAW"),
     "A-law": ("WAV", "ALAW"),
@@ -80,6 +92,13 @@ def add_white_noise(samples: Samples, rng: np.random.Generator, snr: float) -> S
     return add_noise(samples, rng.standard_normal(len(samples)).astype(np.float32), snr)
 
 
+def colored_noise(size: int, rng: np.random.Generator, slope: float) -> Samples:
+    """Gaussian noise whose power falls as frequency to the power of `slope`: 0 is white, 1 pink, 2 brown."""
+    spectrum = np.fft.rfft(rng.standard_normal(size))
+    noise = np.fft.irfft(spectrum * np.maximum(np.arange(len(spectrum)), 1.0) ** (-slope / 2), size)
+    return noise.astype(np.float32)
+
+
 def gate(samples: Samples, below: float) -> Samples:
     """Digital silence wherever a sample is more than `below` dB under the peak."""
     level = np.abs(samples)
@@ -99,12 +118,19 @@ def narrow(samples: Samples, rate: int, to: int) -> Samples:
 
 
 def degrade(samples: Samples, rate: int, rng: np.random.Generator) -> Samples:
-    """What a device or a line may do to speech: one thing drawn evenly, at a gain of -30 to +6 dB."""
-    kind = int(rng.integers(6))
-    if kind == 0:
+    """What rooms, devices and lines may do to speech.
+
+    A room (one time in four), white to brown noise (every second time, at 5 to 35 dB), one of codecs, gates, lost
+    packets, a narrow band and dither (or none), and a gain of -30 to +6 dB.
+    """
+    if rng.random() < 0.25:
+        response = room_response(rate, rng, rng.uniform(0.15, 0.7), rng.uniform(-12, 3))
+        samples = add_reverberation(samples, response)
+    if rng.random() < 0.5:
+        samples = add_noise(samples, colored_noise(len(samples), rng, rng.uniform(0, 2)), rng.uniform(5, 35))
+    kind = int(rng.integers(1, 7))
+    if kind == 1:
         samples = through_codec(samples, rate, str(rng.choice(list(CODECS))))
-    elif kind == 1:
-        samples = add_white_noise(samples, rng, rng.uniform(10, 40))
     elif kind == 2:
         samples = gate(samples, rng.uniform(30, 60))
     elif kind == 3:

@@ -51,6 +51,7 @@ from nearfar.core.cli.options import (
     Engine,
     Fresh,
     Json,
+    Memory,
     Nodes,
     Precision,
     RunFolder,
@@ -64,6 +65,7 @@ from nearfar.core.cli.options import (
 from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.made_from import model_digest
+from nearfar.core.memory import parse_memory
 from nearfar.core.model_folder import TrainedOn, mark, trained_on
 from nearfar.core.recipes import read_recipe
 from nearfar.core.remote import told
@@ -300,12 +302,20 @@ def verify(
     min_snr: LeastSNR = GATE.snr,
     max_clipped: MostClipped = GATE.clipped,
     min_bandwidth: LeastBandwidth = GATE.bandwidth,
+    memory: Memory = None,
     device: Device = "auto",
 ) -> None:
-    """Say how strongly two recordings speak for one speaker: a log-likelihood ratio, its interval, a sentence."""
+    """Say how strongly two recordings speak for one speaker: a log-likelihood ratio, its interval, a sentence.
+
+    Recordings may be hours long; --memory counts all of the process.
+    """
     system = open_system(model, encoder, embeddings, encoder_rate, device)
     gate = None if no_gate else Gate(min_speech, min_snr, max_clipped, min_bandwidth)
     embed_one = make_embedder(system, gate=gate, mix_channels=mix_channels, channel=channel)
+    if memory is not None:
+        if isinstance(embed_one, TableEmbedder):
+            raise UserError("--memory: of --embeddings nothing is computed")
+        embed_one.keep_within(parse_memory(memory))
     sides = named_utterances(system, (first, second))
     found = [embed_one(side) for side in sides]
     if sides[0].digest == sides[1].digest:

@@ -8,10 +8,10 @@ import numpy as np
 import typer
 
 from nearfar.audio.corpora import Utterance
+from nearfar.audio.shipped import DEFAULTS, shipped_model, shipped_models
 from nearfar.audio.speakers.embedding import Embedded, Embedder, TableEmbedder
 from nearfar.audio.speakers.encoders import EmbeddingTable, read_encoder
 from nearfar.audio.speakers.encoders import ForeignEncoder as ForeignNetwork
-from nearfar.audio.speakers.shipped import DEFAULT_MODEL, shipped_model, shipped_models
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.cli.batch import Places, run_batch
 from nearfar.core.cli.console import messages
@@ -24,8 +24,9 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help=f"Model folder that `train` or `calibrate` wrote, or one that is shipped ({', '.join(shipped_models())}).",
-        show_default=f"{DEFAULT_MODEL}, if shipped",
+        help="Model folder that `train` or `calibrate` wrote, or one that comes along "
+        f"({', '.join(shipped_models('speakers'))}).",
+        show_default=DEFAULTS["speakers"],
         parser=whole,
     ),
 ]
@@ -75,7 +76,7 @@ def open_system(
     if encoder is not None and embeddings is not None:
         raise UserError("--encoder and --embeddings: name one of them")
     if encoder is None and embeddings is None:
-        return SpeakerSystem.load(model_folder(model), device)
+        return SpeakerSystem.load(shipped_model("speakers", model), device)
     network: ForeignNetwork | EmbeddingTable
     if encoder is not None:
         network = read_encoder(encoder, rate)
@@ -90,18 +91,6 @@ def open_system(
                 soft_wrap=True,
             )
     return SpeakerSystem(network) if model is None else SpeakerSystem.load(model, encoder=network)
-
-
-def model_folder(model: Path | None) -> Path:
-    """The folder of a model that is named, or shipped. Raises UserError where none is."""
-    if model is not None and model.exists():
-        return model
-    name = DEFAULT_MODEL if model is None else str(model)
-    if name in shipped_models():
-        return shipped_model(name)
-    if model is None:
-        raise UserError("no model: name its folder with --model, or one of others with --encoder or --embeddings")
-    return model
 
 
 def make_embedder(system: SpeakerSystem, cache: Path | None = None, **options: Any) -> Embedder | TableEmbedder:

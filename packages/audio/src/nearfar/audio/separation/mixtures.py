@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nearfar.audio.augment import change_speed
+from nearfar.audio.augment import add_reverberation, change_speed, colored_noise, room_response
 from nearfar.audio.corpora import find_utterances
 from nearfar.audio.sound import SUFFIXES, Recording, resample
 from nearfar.core.errors import UserError
@@ -239,13 +239,16 @@ def draw_mixture(
     rng: np.random.Generator,
     length: int | None = None,
     noise: Samples | None = None,
+    overlap: float = 1.0,
+    snr: tuple[float, float] = (-6.0, 3.0),
 ) -> tuple[Samples, Samples]:
     """Mix one utterance of each voice as speechbrain's dynamic mixing does: the mixture (n,) and the sources (K, n).
 
     A random window of the common least length (at most `length`); mean absolute amplitude set to g_1 =
     clip(N(-27.43, 2.57), -45, 0) dB for the first voice, to clip(g_1 + N(-2.51, 2.66), -45, 0) dB for the others;
-    everything scaled so that the highest peak is 0.9. Noise is looped or cropped to the length and set to -6 .. +3 dB
-    SNR against the louder voice, as in WHAM!; the sources stay free of it.
+    everything scaled so that the highest peak is 0.9. Noise is looped or cropped to the length and set to `snr` dB
+    against the louder voice (-6 .. +3, as in WHAM!); the sources stay free of it. Of the voices after the first only a
+    stretch is heard, at the start or the end, of `overlap` to all of the window.
     """
     size = min([len(u) for u in utterances] + ([length] if length else []))
     sources, first = [], 0.0
@@ -255,14 +258,18 @@ def draw_mixture(
         drawn = rng.normal(-27.43, 2.57) if k == 0 else first + rng.normal(-2.51, 2.66)
         gain = float(np.clip(drawn, -45, 0))
         first = gain if k == 0 else first
-        sources.append(piece / max(np.abs(piece).mean(), 1e-8) * 10 ** (gain / 20))
+        piece = piece / max(np.abs(piece).mean(), 1e-8) * 10 ** (gain / 20)
+        if k and overlap < 1:
+            heard = round(size * rng.uniform(overlap, 1))
+            piece[slice(heard, None) if rng.random() < 0.5 else slice(0, size - heard)] = 0
+        sources.append(piece)
     stacked = np.stack(sources)
     mix = stacked.sum(0)
     if noise is not None:
         repeated = np.resize(noise, max(size, len(noise)))
         start = int(rng.integers(0, len(repeated) - size + 1))
         background = repeated[start : start + size].astype(np.float64)
-        wanted = np.square(stacked).mean(1).max() / 10 ** (rng.uniform(-6, 3) / 10)
+        wanted = np.square(stacked).mean(1).max() / 10 ** (rng.uniform(*snr) / 10)
         mix = mix + background * np.sqrt(wanted / max(np.square(background).mean(), 1e-12))
     scale = 0.9 / max(np.abs(mix).max(), np.abs(stacked).max(), 1e-8)
     return (scale * mix).astype(np.float32), (scale * stacked).astype(np.float32)
@@ -274,7 +281,9 @@ class DrawnMixtures(Dataset):
     voices: utterances of each speaker. count: mixtures per epoch. Speakers are drawn with probability proportional to
     their number of utterances. seconds: longest mixture. fill: append further utterances of the speaker until that
     length is reached, for corpora of short ones. speeds: percent of the speed, drawn for each utterance. noise: files
-    to draw a background from. fixed: a seed: the same mixtures each time, for validation.
+    to draw a background from. fixed: a seed: the same mixtures each time, for validation. overlap: see `draw_mixture`.
+    rooms: probability of a simulated room (0.15 to 0.6 s of reverberation); the sources are the voices as heard in it.
+    hiss: probability of white to brown noise at 5 to 30 dB, where there is no other.
 
     Items: mixture (n,), sources (K, n). Randomness comes from torch's generator, so a data loader's workers differ.
     """
@@ -290,6 +299,9 @@ class DrawnMixtures(Dataset):
         speeds: Sequence[int] = (95, 100, 105),
         noise: Sequence[Path] = (),
         fixed: int | None = None,
+        overlap: float = 1.0,
+        rooms: float = 0.0,
+        hiss: float = 0.0,
     ):
         if len(voices) < num_speakers:
             raise UserError(f"{len(voices)} speakers are too few for mixtures of {num_speakers}")
@@ -298,6 +310,7 @@ class DrawnMixtures(Dataset):
         self.share = share / share.sum()
         self.count, self.rate, self.num_speakers, self.length = count, rate, num_speakers, round(seconds * rate)
         self.fill, self.speeds, self.noise, self.fixed = fill, tuple(speeds), list(noise), fixed
+        self.overlap, self.rooms, self.hiss = overlap, rooms, hiss
         self._kept: dict[Path, Samples] = {}
 
     def __len__(self) -> int:
@@ -328,8 +341,16 @@ class DrawnMixtures(Dataset):
             speakers = rng.choice(self.names, self.num_speakers, replace=False, p=self.share)
             utterances = [self._utterance(str(name), rng) for name in speakers]
             if all(len(u) and np.abs(u).max() > 1e-4 for u in utterances):
-                noise = self._load(self.noise[rng.integers(len(self.noise))]) if self.noise else None
-                mix, sources = draw_mixture(utterances, rng, self.length, noise)
+                if self.rooms and rng.random() < self.rooms:
+                    seconds = rng.uniform(0.15, 0.6)
+                    responses = [room_response(self.rate, rng, seconds, rng.uniform(-12, 3)) for _ in utterances]
+                    utterances = [add_reverberation(*pair) for pair in zip(utterances, responses)]
+                noise, snr = None, (-6.0, 3.0)
+                if self.noise:
+                    noise = self._load(self.noise[rng.integers(len(self.noise))])
+                elif self.hiss and rng.random() < self.hiss:
+                    noise, snr = colored_noise(self.length, rng, rng.uniform(0, 2)), (5.0, 30.0)
+                mix, sources = draw_mixture(utterances, rng, self.length, noise, self.overlap, snr)
                 return torch.from_numpy(mix), torch.from_numpy(sources)
         raise UserError("the recordings of these speakers are silent")
 

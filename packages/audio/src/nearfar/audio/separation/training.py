@@ -1,9 +1,10 @@
 """Training a separation model: PIT with SI-SDR on mixtures from disk or drawn on the fly."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -16,7 +17,7 @@ from nearfar.audio.separation.mossformer import MossFormer, create_model
 from nearfar.audio.separation.pit import pit_si_sdr, training_loss
 from nearfar.core.fingerprint import content_digest, data_digest
 from nearfar.core.model_folder import TrainedOn, writing
-from nearfar.core.training import data_loader, train
+from nearfar.core.training import data_loader, train, warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,24 @@ class Recipe:
 
     variant: "mossformer-s", "mossformer-m", "mossformer-l" or "mossformer2"; model: constructor settings over it, e.g.
         {dim: 64, depth: 4} or {causal: true}.
+    filters: how encoder and decoder start: "random" as released, or "fourier", see `set_fourier_filters`.
     rate: Hz. num_speakers: voices per mixture.
     epochs; mixtures_per_epoch: only for mixtures drawn on the fly. batch_size; accumulate: batches per step.
     seconds: length of training crops. speeds: percent of the speed, drawn per voice; [] for none (the released
         MossFormer2 script has none, the hub's MossFormer recipe has 95, 100, 105).
-    fill: chain short utterances of a speaker, see `DrawnMixtures`.
-    learning_rate, weight_decay: Adam's. clip: largest norm of the gradient. factor, plateau: multiply the rate by
-        `factor` after `plateau` epochs without a better validation value; patience: end after so many.
+    fill: chain short utterances of a speaker; overlap, rooms, hiss: voices that are silent for a part, simulated rooms
+        and noise, all of drawn mixtures: see `DrawnMixtures`.
+    learning_rate, weight_decay: Adam's. clip: largest norm of the gradient. schedule: "plateau" multiplies the rate by
+        `factor` after `plateau` epochs without a better validation value, "cosine" warms up over 5 % of the steps and
+        then falls to 0; patience: end after so many epochs without a better one.
     threshold: leave out items below this loss in dB (null: keep all; the hub's recipe has -30).
-    seed; precision: Lightning's, "32-true", "bf16-mixed"; num_workers: of the data loader.
+    seed; precision: Lightning's, "32-true", "bf16-mixed"; num_workers: of the data loader. compile: training steps by
+        torch.compile: a minute or two of compiling, which needs a C++ compiler; they are then faster on a CPU too.
     """
 
     variant: str = "mossformer2"
     model: Mapping[str, Any] = field(default_factory=dict)
+    filters: Literal["random", "fourier"] = "random"
     rate: int = 8000
     num_speakers: int = 2
     epochs: int = 120
@@ -47,9 +53,13 @@ class Recipe:
     seconds: float = 2.0
     speeds: tuple[int, ...] = ()
     fill: bool = False
+    overlap: float = 1.0
+    rooms: float = 0.0
+    hiss: float = 0.0
     learning_rate: float = 1.5e-4
     weight_decay: float = 1e-5
     clip: float = 10.0
+    schedule: Literal["plateau", "cosine"] = "plateau"
     factor: float = 0.5
     plateau: int = 5
     patience: int = 10
@@ -57,6 +67,7 @@ class Recipe:
     seed: int = 0
     precision: str = "32-true"
     num_workers: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_speakers", "epochs", "batch_size", "accumulate", "plateau", "patience", "rate"):
@@ -64,11 +75,40 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.learning_rate <= 0 or self.seconds <= 0 or not 0 < self.factor < 1:
             raise ValueError("learning_rate and seconds must be positive and factor between 0 and 1")
+        if self.filters not in ("random", "fourier"):
+            raise ValueError(f"filters must be random or fourier, got {self.filters!r}")
+        if self.schedule not in ("plateau", "cosine"):
+            raise ValueError(f"schedule must be plateau or cosine, got {self.schedule!r}")
+        if not (0 < self.overlap <= 1 and 0 <= self.rooms <= 1 and 0 <= self.hiss <= 1):
+            raise ValueError("overlap, rooms and hiss are shares between 0 and 1, overlap more than 0")
 
     def build(self) -> MossFormer:
         """A freshly initialized model."""
         settings = {"num_speakers": self.num_speakers, "sample_rate": self.rate, **self.model}
-        return create_model(self.variant, **settings)
+        model = create_model(self.variant, **settings)
+        if self.filters == "fourier":
+            set_fourier_filters(model)
+        return model
+
+
+@torch.no_grad()
+def set_fourier_filters(model: MossFormer) -> None:
+    """Set encoder and decoder to windowed sinusoids of both signs, which give the mixture back under masks of one.
+
+    Of N filters, N / 2 are the rows of the Hartley transform of that size, cut to a frame: a tight frame. With half a
+    sine as window in the encoder and in the decoder, frames that overlap by half add up to the signal. A short training
+    then need not find a transform first.
+
+    Raises ValueError where N is odd or below two frames' samples.
+    """
+    filters, size = model.encoder.weight.shape
+    if filters % 2 or filters < 2 * size:
+        raise ValueError(f"num_filters is {filters}; for Fourier filters it must be even and at least {2 * size}")
+    at, frequency = torch.arange(size) + 0.5, torch.arange(filters // 2)[:, None]
+    angle = 4 * math.pi * frequency * at / filters
+    wave = (angle.cos() + angle.sin()) * (2 / filters) ** 0.5 * torch.sin(math.pi * at / size)
+    model.encoder.weight.copy_(torch.cat([wave, -wave]))
+    model.decoder.weight.copy_(torch.cat([wave, -wave]).mT)
 
 
 def seen_by(*sets: Any) -> TrainedOn:
@@ -89,6 +129,7 @@ class SeparationTraining(pl.LightningModule):
     def __init__(self, model: MossFormer, recipe: Recipe) -> None:
         super().__init__()
         self.model, self.recipe = model, recipe
+        self.compiled = torch.compile(model.forward, dynamic=False) if recipe.compile else model
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
         mix, sources, lengths = batch
@@ -105,12 +146,17 @@ class SeparationTraining(pl.LightningModule):
 
     def _separate(self, mix: Tensor, lengths: Tensor) -> Tensor:
         padded = bool((lengths < mix.shape[-1]).any())
-        return self.model(mix, lengths if padded else None).float()
+        forward = self.compiled if self.training and not padded else self.model
+        return forward(mix, lengths if padded else None).float()
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.Adam(
             self.model.parameters(), lr=self.recipe.learning_rate, weight_decay=self.recipe.weight_decay
         )
+        if self.recipe.schedule == "cosine":
+            steps = int(self.trainer.estimated_stepping_batches)
+            cosine = warmup_cosine(optimizer, max(1, steps // 20), steps)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
         plateau = ReduceLROnPlateau(optimizer, "max", factor=self.recipe.factor, patience=self.recipe.plateau)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "si_sdri"}}
 

@@ -19,7 +19,12 @@ from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.fingerprint import content_digest, source_digest
 from nearfar.core.finite import check_finite
+from nearfar.core.memory import refuse_memory, resident_memory
 from nearfar.core.reading import read_arrays, reading
+from nearfar.core.tensor_memory import peak_memory
+
+SURPLUS = 2.0
+"""What kernels and the allocator take beyond the tensors."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,27 @@ class Embedder:
     def digest(self) -> str:
         """Of the model, see `nearfar.audio.speakers.encoders.Encoder`."""
         return self.model.digest
+
+    def keep_within(self, budget: int) -> None:
+        """Shorten `max_seconds` so that the process stays below `budget` bytes: what the model holds is measured once.
+
+        Raises UserError where a part of 2 s is too much, and for models of others, whose memory is not seen.
+        """
+        if not isinstance(self.model, SpeakerEncoder):
+            raise UserError("--memory: is for models of `train`, what others hold is not seen")
+        rate, measured = self.model.sample_rate, []
+        for seconds in (2, 4):
+            sound = torch.randn(1, seconds * rate, device=self.device)
+            with torch.inference_mode():
+                measured.append(SURPLUS * peak_memory(lambda x=sound: self.model(x), self.device.type))
+        each = (measured[1] - measured[0]) / 2
+        kept = 4 * rate * self.KEPT
+        left = budget - resident_memory() - kept - measured[0]
+        if left < 0:
+            raise refuse_memory(
+                budget, {"the program": resident_memory(), "sound": kept, "2 s in the model": measured[0]}
+            )
+        self.max_seconds = min(self.max_seconds, 2 + left / each)
 
     def embed_samples(self, samples: Samples) -> NDArray[np.float32]:
         """Samples `(n,)` at the model's rate to an embedding `(E,)`. Raises UserError where they are too few.

@@ -11,7 +11,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from nearfar.core.errors import UserError
-from nearfar.vision.cost import peak_memory
+from nearfar.core.tensor_memory import peak_memory
 from nearfar.vision.restoration.restorer import Restorer
 
 Blend = Literal["cosine", "core", "average"]
