@@ -33,8 +33,9 @@ from nearfar.core.plots import new_figure, style
 from nearfar.core.report import Report
 from nearfar.medical.networks import create_network
 from nearfar.ops.attention.causal import CausalAttention
+from nearfar.ops.common.dims import Conv2d
 from nearfar.ops.common.layers import ChannelNorm
-from nearfar.ops.convolution.atconv import ATConv
+from nearfar.ops.convolution.atconv import ATConv, GatedConvMLP
 from nearfar.ops.convolution.base_conv import BaseConv
 from nearfar.ops.convolution.causal import ShortConv
 from nearfar.ops.convolution.hyena import Hyena
@@ -58,6 +59,20 @@ class PlainNorm(ChannelNorm):
         mean = x.mean(1, keepdim=True)
         variance = (x - mean).square().mean(1, keepdim=True)
         return self.weight[:, None, None] * ((x - mean) / torch.sqrt(variance + self.eps)) + self.bias[:, None, None]
+
+
+class PlainConv2d(Conv2d):
+    """torch's own."""
+
+    forward = nn.Conv2d.forward
+
+
+class PlainGatedConvMLP(GatedConvMLP):
+    """Every step a map of its own, the norm channels last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=1)
+        return self.fc2(self.norm_layer(F.gelu(self.dwconv(gate)) * value))
 
 
 class PlainATConv(ATConv):
@@ -115,7 +130,7 @@ class PlainH3(H3):
         return torch.fft.irfft(torch.fft.rfft(x, n=2 * n) * torch.fft.rfft(taps, n=2 * n), n=2 * n)[..., :n]
 
 
-PLAIN = {cls.__base__: cls for cls in (PlainNorm, PlainATConv, PlainShortConv, PlainHyena, PlainH3)}
+PLAIN = {cls.__base__: cls for cls in (PlainNorm, PlainConv2d, PlainGatedConvMLP, PlainATConv, PlainShortConv, PlainHyena, PlainH3)}
 """Our operator -> its published formulation on the same parameters."""
 
 
