@@ -10,7 +10,6 @@ the range from the first to the last decile. Memory is what a call adds at most,
 """
 
 import argparse
-import copy
 import importlib.util
 import json
 import math
@@ -25,7 +24,9 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from plain import plain
 from torch import Tensor, nn
+from transformers.models.rwkv.modeling_rwkv import RwkvSelfAttention
 
 from nearfar.audio.separation.mossformer import create_model as create_mossformer
 from nearfar.audio.speakers.ltdnn import LAP, LTDNN
@@ -33,11 +34,8 @@ from nearfar.core.plots import new_figure, style
 from nearfar.core.report import Report
 from nearfar.medical.networks import create_network
 from nearfar.ops.attention.causal import CausalAttention
-from nearfar.ops.common.dims import Conv2d
-from nearfar.ops.common.layers import ChannelNorm
-from nearfar.ops.convolution.atconv import ATConv, GatedConvMLP
+from nearfar.ops.attention.position_channel import ChannelAttention, PositionAttention
 from nearfar.ops.convolution.base_conv import BaseConv
-from nearfar.ops.convolution.causal import ShortConv
 from nearfar.ops.convolution.hyena import Hyena
 from nearfar.ops.graph.dense_crf import DenseCRF
 from nearfar.ops.recurrence.based import Based
@@ -46,100 +44,11 @@ from nearfar.ops.recurrence.mamba import Mamba
 from nearfar.ops.recurrence.retnet import Retention
 from nearfar.ops.recurrence.rwkv4 import RWKV4TimeMix
 from nearfar.vision.cost import peak_memory
+from nearfar.vision.generation.sit import SiT
 from nearfar.vision.models.convnext import ConvNeXt
 from nearfar.vision.models.registry import MODELS
 
 DIM = 256
-
-
-class PlainNorm(ChannelNorm):
-    """Mean and variance over the channel axis as they stand in the formula."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean(1, keepdim=True)
-        variance = (x - mean).square().mean(1, keepdim=True)
-        return self.weight[:, None, None] * ((x - mean) / torch.sqrt(variance + self.eps)) + self.bias[:, None, None]
-
-
-class PlainConv2d(Conv2d):
-    """torch's own."""
-
-    forward = nn.Conv2d.forward
-
-
-class PlainGatedConvMLP(GatedConvMLP):
-    """Every step a map of its own, the norm channels last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.fc1(x).chunk(2, dim=1)
-        return self.fc2(self.norm_layer(F.gelu(self.dwconv(gate)) * value))
-
-
-class PlainATConv(ATConv):
-    """A kernel map at every position, then pooled; one group per sample and channel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, *size = x.shape
-        taps = math.prod(self.window)
-        pooled = F.adaptive_avg_pool1d(self.kernel_proj(x).flatten(2), taps)
-        kernel = self.kernel_gen(self.activation(pooled))
-        kernel = kernel - torch.sigmoid(self.difference_control)[:, None] * kernel.mean(-1, keepdim=True)
-        kernel = kernel.reshape(batch * channels, 1, *self.window)
-        values = self.x_proj(x).reshape(1, batch * channels, *size)
-        y = F.conv2d(values, kernel, padding=self.window[0] // 2, groups=batch * channels)
-        return self.proj(y.reshape(x.shape))
-
-
-class PlainShortConv(ShortConv):
-    """A padded convolution over (B, d, N), cut at N."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        keep = self.kernel_size - 1
-        y = F.conv1d(x.mT, self.weight, self.bias, padding=keep, groups=self.dim)
-        return y[..., : x.shape[1]].mT
-
-
-class PlainHyena(Hyena):
-    """All on (B, d, N), the filter made anew, transforms of 2 N."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = x.shape[1]
-        x1, x2, v = self.short(self.in_proj(x)).mT.chunk(3, 1)
-        v = v * x1
-        spectrum = torch.fft.rfft(v, n=2 * n) * torch.fft.rfft(self.filter.taps(n), n=2 * n)
-        y = torch.fft.irfft(spectrum, n=2 * n)[..., :n] + self.filter.bias[:, None] * v
-        return self.out_proj((y * x2).mT)
-
-
-class PlainH3(H3):
-    """The kernel from all powers of all modes, transforms of 2 N."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = x.shape[1]
-        log_A, C = self.diagonal.discrete()
-        taps = 2 * (C[..., None] * torch.exp(log_A[..., None] * torch.arange(n))).sum(1).real
-        shift = F.pad(self.shift.taps()[:, :n], (0, max(0, n - self.d_state)))
-        k = self.k_proj(x).mT
-        kv = self.products((self.D_k[:, None] * k + self.convolve(k, shift)).mT, x)
-        y = self.convolve(kv, taps[:, None, None]) + self.D[:, None, None, None] * kv
-        return self.output(x, y)
-
-    @staticmethod
-    def convolve(x: Tensor, taps: Tensor) -> Tensor:
-        n = x.shape[-1]
-        return torch.fft.irfft(torch.fft.rfft(x, n=2 * n) * torch.fft.rfft(taps, n=2 * n), n=2 * n)[..., :n]
-
-
-PLAIN = {cls.__base__: cls for cls in (PlainNorm, PlainConv2d, PlainGatedConvMLP, PlainATConv, PlainShortConv, PlainHyena, PlainH3)}
-"""Our operator -> its published formulation on the same parameters."""
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose operators are those of `PLAIN`."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        module.__class__ = PLAIN.get(type(module), type(module))
-    return model
 
 
 class Logits(nn.Module):
@@ -151,6 +60,17 @@ class Logits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return getattr(self.model(x), self.name)
+
+
+class First(nn.Module):
+    """A model that returns the first of its outputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[0]
 
 
 class PyDenseCRF(nn.Module):
@@ -177,10 +97,6 @@ def beside_plain(make: Callable[[], nn.Module]) -> Callable[[], Pair]:
         return ours, plain(ours)
 
     return pair
-
-
-def alone(make: Callable[[], nn.Module]) -> Callable[[], Pair]:
-    return lambda: (make(), None)
 
 
 def convnext(fused: bool) -> Pair:
@@ -210,6 +126,34 @@ def mamba() -> Pair:
     return ours, theirs
 
 
+def rwkv() -> Pair:
+    config = transformers.RwkvConfig(hidden_size=DIM, attention_hidden_size=DIM, num_hidden_layers=2, vocab_size=8)
+    theirs = RwkvSelfAttention(config)
+    ours = RWKV4TimeMix(DIM)
+    names = {"mix_k": "time_mix_key", "mix_v": "time_mix_value", "mix_r": "time_mix_receptance"}
+    state = {names.get(name, name): value for name, value in ours.state_dict().items()}
+    theirs.load_state_dict({name: state[name].view_as(value) for name, value in theirs.state_dict().items()})
+    return ours, First(theirs)
+
+
+def sit() -> nn.Module:
+    """SiT-ATConv-S/2 with blocks that count: fresh ones are the identity, and the network's velocity is zero."""
+    model = SiT(depth=12, dim=384, num_heads=6)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def guided() -> nn.Module:
+    """The network with attention that counts: fresh ones add nothing."""
+    model = create_network("guided_attention", 5, 3, 2, {})
+    for module in model.modules():
+        if isinstance(module, PositionAttention | ChannelAttention):
+            nn.init.constant_(module.gamma, 0.1)
+    return model
+
+
 def pictures(size: int) -> Callable[[int], tuple[Tensor, ...]]:
     return lambda batch: (torch.randn(batch, 3, size, size),)
 
@@ -221,6 +165,11 @@ def sequences(length: int) -> Callable[[int], tuple[Tensor, ...]]:
 def states(batch: int) -> tuple[Tensor, ...]:
     """Hidden states of 3 s of speech."""
     return (torch.randn(batch, 13, 150, 768),)
+
+
+def latents(batch: int) -> tuple[Tensor, ...]:
+    """Latent pictures of 256 pixels, times and classes."""
+    return torch.randn(batch, 4, 32, 32), torch.rand(batch), torch.randint(1000, (batch,))
 
 
 def second(batch: int) -> tuple[Tensor, ...]:
@@ -256,13 +205,14 @@ AREAS = {n * n: pictures(n) for n in (128, 192, 256)}
 LENGTHS = {n: sequences(n) for n in (2048, 4096, 8192, 16384)}
 
 
-def picture_row(name: str, peer: str = "", make: Callable[[], Pair] | None = None, train: bool = True) -> Row:
-    found = make or alone(lambda: timm.create_model(name))
-    return Row(peer, found, LARGE, train=SMALL if train else None, sizes=AREAS if train else None)
+def picture_row(peer: str, make: Callable[[], Pair] | str, **settings: Any) -> Row:
+    pair = beside_plain(lambda: timm.create_model(make)) if isinstance(make, str) else make
+    return Row(peer, pair, LARGE, **{"train": SMALL, "sizes": AREAS} | settings)
 
 
 def mixer_row(peer: str, make: Callable[[], Pair], length: int) -> Row:
-    return Row(peer, make, sequences(length), (1,), sequences(length), 1, LENGTHS if length == 2048 else None)
+    train = None if peer == "transformers" and length > 512 else sequences(length)  # their loop takes minutes
+    return Row(peer, make, sequences(length), (1,), train, 1, LENGTHS if length == 2048 else None)
 
 
 MIXERS: dict[str, tuple[str, Callable[[], Pair]]] = {
@@ -270,40 +220,46 @@ MIXERS: dict[str, tuple[str, Callable[[], Pair]]] = {
     "h3": ("plain", beside_plain(lambda: H3(DIM))),
     "base-conv": ("plain", beside_plain(lambda: BaseConv(DIM, 3))),
     "mamba": ("transformers", mamba),
-    "based": ("", alone(lambda: Based(DIM, num_heads=4, feature_dim=16))),
-    "retnet": ("", alone(lambda: Retention(DIM, num_heads=4))),
-    "rwkv4": ("", alone(lambda: RWKV4TimeMix(DIM))),
-    "attention": ("", alone(lambda: CausalAttention(DIM, num_heads=4))),
+    "based": ("plain", beside_plain(lambda: Based(DIM, num_heads=4, feature_dim=16))),
+    "retnet": ("plain", beside_plain(lambda: Retention(DIM, num_heads=4))),
+    "rwkv4": ("transformers", rwkv),
+    "attention": ("plain", beside_plain(lambda: CausalAttention(DIM, num_heads=4))),
 }
 
+INFERENCE: dict[str, Any] = {"train": None, "sizes": None}
+
 ROWS: dict[str, Row] = {
-    "convnext-t": picture_row("", "timm", lambda: convnext(False)),
-    "convnext-t fused": Row("timm", lambda: convnext(True), LARGE),
-    "attnet-t1": picture_row("", "plain", beside_plain(lambda: timm.create_model("attnet_t1"))),
-    "hornet-t 7x7": picture_row("", "plain", beside_plain(lambda: timm.create_model("hornet_tiny_7x7"))),
-    "hornet-t gf": picture_row("hornet_tiny_gf", train=False),
-    "volo-d1": picture_row("", "timm", of_timm("nearfar_volo_d1_224", "volo_d1_224"), train=False),
-    "convit-tiny": picture_row("", "timm", of_timm("nearfar_convit_tiny", "convit_tiny"), train=False),
-    "tnt-s": picture_row("", "timm", of_timm("nearfar_tnt_s_patch16_224", "tnt_s_patch16_224"), train=False),
-    "cvt-13": picture_row("", "transformers", cvt),
-    **{name: picture_row(name) for name in ("lsnet_t", "transxnet_t", "overlock_xt", "rmt_t", "biformer_tiny")},
+    "convnext-t": picture_row("timm", lambda: convnext(False)),
+    "convnext-t fused": picture_row("timm", lambda: convnext(True), **INFERENCE),
+    "attnet-t1": picture_row("plain", "attnet_t1"),
+    "hornet-t 7x7": picture_row("plain", "hornet_tiny_7x7"),
+    "hornet-t gf": picture_row("plain", "hornet_tiny_gf", sizes=None),
+    "lsnet-t": picture_row("plain", "lsnet_t"),
+    "transxnet-t": picture_row("plain", "transxnet_t"),
+    "overlock-xt": picture_row("plain", "overlock_xt"),
+    "rmt-t": picture_row("plain", "rmt_t"),
+    "biformer-t": picture_row("plain", "biformer_tiny"),
+    "volo-d1": picture_row("timm", of_timm("nearfar_volo_d1_224", "volo_d1_224"), **INFERENCE),
+    "convit-tiny": picture_row("timm", of_timm("nearfar_convit_tiny", "convit_tiny"), **INFERENCE),
+    "tnt-s": picture_row("timm", of_timm("nearfar_tnt_s_patch16_224", "tnt_s_patch16_224"), **INFERENCE),
+    "cvt-13": picture_row("transformers", cvt),
+    "halonet26t": Row("timm", of_timm("nearfar_halonet26t", "halonet26t"), pictures(256)),
+    "sit-atconv-s/2": Row("plain", beside_plain(sit), latents, train=latents, train_batch=2),
     **{
         f"{name} {length}": mixer_row(peer, make, length)
         for name, (peer, make) in MIXERS.items()
         for length in (512, 2048)
     },
     **{
-        f"crf {labels} labels": Row(
-            "pydensecrf2", lambda: (DenseCRF(10), PyDenseCRF()), crf(labels), (1,)
-        )
+        f"crf {labels} labels": Row("pydensecrf2", lambda: (DenseCRF(10), PyDenseCRF()), crf(labels), (1,))
         for labels in (5, 21, 84)
     },
-    "macmd": Row("", alone(lambda: create_network("macmd", 9, 3, 2, {})), LARGE),
-    "guided attention": Row("", alone(lambda: create_network("guided_attention", 5, 3, 2, {})), pictures(256), (1,)),
-    "l-tdnn": Row("", alone(LTDNN), states, train=states, train_batch=1),
-    "lap": Row("", alone(LAP), states, train=states, train_batch=1),
-    "mossformer2": Row("", alone(lambda: create_mossformer("MossFormer2_SS_16K")), second, (1,)),
-}  # fmt: skip
+    "macmd": Row("plain", beside_plain(lambda: create_network("macmd", 9, 3, 2, {})), LARGE, train=SMALL),
+    "guided attention": Row("plain", beside_plain(guided), pictures(256), (1,)),
+    "l-tdnn": Row("plain", beside_plain(LTDNN), states, train=states, train_batch=2),
+    "lap": Row("plain", beside_plain(LAP), states, train=states, train_batch=2),
+    "mossformer2": Row("plain", beside_plain(lambda: create_mossformer("mossformer2")), second, (1,)),
+}
 
 
 def timed(run: Callable[[], Any]) -> float:

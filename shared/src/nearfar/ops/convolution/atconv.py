@@ -121,7 +121,7 @@ class ChannelRMSNorm(nn.Module):
         last = x.movedim(1, -1)
         if self.variance:
             last = last * torch.rsqrt(last.var(-1, keepdim=True) + self.eps) * self.weight
-        elif last.is_cpu and last.dtype == torch.float32 and not torch.is_grad_enabled():  # half the passes of F.rms_norm
+        elif last.is_cpu and last.dtype == torch.float32 and not _keeps_graph():  # half the passes of F.rms_norm
             energy = torch.linalg.vector_norm(last, dim=-1, keepdim=True).square_()
             last = (last * energy.div_(last.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
         else:
@@ -162,6 +162,11 @@ class GatedConvMLP(nn.Module):
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         gate, value = self.fc1(x).chunk(2, dim=1)
         y = self.act(self.dwconv(gate))
-        y = y * value if torch.is_grad_enabled() else y.mul_(value)
+        y = y * value if _keeps_graph() else y.mul_(value)
         del gate, value  # the widest map
         return self.fc2(self.norm_layer(y))
+
+
+def _keeps_graph() -> bool:
+    """Whether what is written over would be missed: by gradients or in a graph."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
