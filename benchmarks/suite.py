@@ -6,7 +6,7 @@ Peers are other packages' models, or the published formulation in plain PyTorch,
 before anything is timed. The two take turns, changing who is first; processor time counts, so that other work on the
 machine disturbs little. "factor" is the median of peer / ours over the pairs (above 1: ours is faster), in brackets
 the range from the first to the last decile. Memory is what a call adds at most, in tensors alive at once. OUTPUT gets
-`suite.json` and `suite.html`. pydensecrf2 and speechbrain are left out where they are not installed.
+`suite.json`, in which a run replaces the rows that it measures, and `suite.html`. pydensecrf2 and speechbrain are left out where they are not installed.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ class PyDenseCRF(nn.Module):
         crf.addPairwiseGaussian(sxy=1, compat=3)
         picture = image[0].permute(1, 2, 0).byte().contiguous().numpy()
         crf.addPairwiseBilateral(sxy=67, srgb=3, rgbim=picture, compat=4)
-        return torch.tensor(crf.inference(10)).view(unary.shape)
+        return torch.from_numpy(np.array(crf.inference(10))).view(unary.shape)
 
 
 Pair = tuple[nn.Module, nn.Module | None]
@@ -223,7 +224,7 @@ MIXERS: dict[str, tuple[str, Callable[[], Pair]]] = {
     "based": ("plain", beside_plain(lambda: Based(DIM, num_heads=4, feature_dim=16))),
     "retnet": ("plain", beside_plain(lambda: Retention(DIM, num_heads=4))),
     "rwkv4": ("transformers", rwkv),
-    "attention": ("plain", beside_plain(lambda: CausalAttention(DIM, num_heads=4))),
+    "full attention": ("plain", beside_plain(lambda: CausalAttention(DIM, num_heads=4))),
 }
 
 INFERENCE: dict[str, Any] = {"train": None, "sizes": None}
@@ -310,9 +311,9 @@ def rows_of(name: str, row: Row, repeats: int, compiled: bool) -> list[dict[str,
     found = []
 
     def add(what: str, runs: Sequence[Callable[[], Any]]) -> dict[str, Any]:
-        found.append(
-            {"system": name, "measured": what, "peer": row.peer if len(runs) == 2 else ""} | measure(runs, repeats)
-        )
+        found.append({"measured": what, "peer": row.peer if len(runs) == 2 else ""} | measure(runs, repeats))
+        if row.peer == "pydensecrf2":
+            found[-1].pop("peer MiB", None)  # not in tensors
         shown = found[-1]
         beside = (
             f"  {shown['factor']:.2f} ({shown['low']:.2f} to {shown['high']:.2f}) beside {row.peer}"
@@ -391,6 +392,16 @@ def page(rows: list[dict[str, Any]], title: str) -> Report:
     return report.section("All rows").table(shown)
 
 
+def known(path: Path, title: str) -> list[dict[str, Any]]:
+    """The rows that stand in a file, of the same processor and versions."""
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["processor"] != title:
+        raise SystemExit(f"{path} is of {content['processor']}; take another folder for {title}")
+    return content["rows"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder for suite.json and suite.html")
@@ -407,15 +418,16 @@ def main() -> None:
         f"{processor()}, torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}"
     )
     print(title)
-    rows: list[dict[str, Any]] = []
+    written = options.output / "suite.json"
+    rows = known(written, title)
     for threads in options.threads:
         torch.set_num_threads(threads)
         for compiled in (False, True) if options.compile else (False,):
             for name, row in chosen.items():
-                new = rows_of(name, row, options.repeats, compiled)
-                rows += [{"threads": threads, "compiled": compiled} | one for one in new]
-                content = {"processor": title, "rows": rows}
-                (options.output / "suite.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+                about = {"system": name, "threads": threads, "compiled": compiled}
+                new = [about | one for one in rows_of(name, row, options.repeats, compiled)]
+                rows = [one for one in rows if about.items() - one.items()] + new
+                written.write_text(json.dumps({"processor": title, "rows": rows}, indent=2), encoding="utf-8")
     factors = [row["factor"] for row in rows if "factor" in row]
     if factors:
         print(f"geometric mean of {len(factors)} factors: {statistics.geometric_mean(factors):.2f}")
