@@ -1,12 +1,15 @@
 """Every system's time and memory in one command, beside a peer with the same weights where there is one.
 
     python benchmarks/suite.py OUTPUT [--only hyena attnet] [--threads 1 2] [--compile] [--repeats 7]
+    python benchmarks/suite.py OUTPUT --tables      # the tables in the READMEs from OUTPUT/suite.json, nothing is run
 
-Peers are other packages' models, or the published formulation in plain PyTorch, written below. Outputs are compared
-before anything is timed. The two take turns, changing who is first; processor time counts, so that other work on the
+Peers are other packages' models (timm, transformers, pydensecrf2) where they hold the same one, else the published
+formulation in plain PyTorch (`plain.py`); speechbrain and MONAI hold none of them. Outputs are compared before
+anything is timed. The two take turns, changing who is first; processor time counts, so that other work on the
 machine disturbs little. "factor" is the median of peer / ours over the pairs (above 1: ours is faster), in brackets
 the range from the first to the last decile. Memory is what a call adds at most, in tensors alive at once. OUTPUT gets
-`suite.json`, in which a run replaces the rows that it measures, and `suite.html`. pydensecrf2 and speechbrain are left out where they are not installed.
+`suite.html` and `suite.json`, in which a run replaces the rows that it measures. pydensecrf2 is left out where it is
+not installed.
 """
 
 import argparse
@@ -213,7 +216,13 @@ def picture_row(peer: str, make: Callable[[], Pair] | str, **settings: Any) -> R
 
 def mixer_row(peer: str, make: Callable[[], Pair], length: int) -> Row:
     train = None if peer == "transformers" and length > 512 else sequences(length)  # their loop takes minutes
-    return Row(peer, make, sequences(length), (1,), train, 1, LENGTHS if length == 2048 else None)
+    return Row(
+        peer, make, sequences(length), (1,), train, 1, LENGTHS if length == 2048 and make is not quadratic else None
+    )
+
+
+def quadratic() -> Pair:
+    return beside_plain(lambda: CausalAttention(DIM, num_heads=4))()
 
 
 MIXERS: dict[str, tuple[str, Callable[[], Pair]]] = {
@@ -224,7 +233,7 @@ MIXERS: dict[str, tuple[str, Callable[[], Pair]]] = {
     "based": ("plain", beside_plain(lambda: Based(DIM, num_heads=4, feature_dim=16))),
     "retnet": ("plain", beside_plain(lambda: Retention(DIM, num_heads=4))),
     "rwkv4": ("transformers", rwkv),
-    "full attention": ("plain", beside_plain(lambda: CausalAttention(DIM, num_heads=4))),
+    "full attention": ("plain", quadratic),
 }
 
 INFERENCE: dict[str, Any] = {"train": None, "sizes": None}
@@ -263,11 +272,11 @@ ROWS: dict[str, Row] = {
 }
 
 
-def timed(run: Callable[[], Any]) -> float:
-    """Processor milliseconds of a call, in all its threads."""
-    start = time.process_time()
+def timed(run: Callable[[], Any]) -> tuple[float, float]:
+    """Milliseconds of a call: of the processor in all its threads, and passed."""
+    start = time.process_time(), time.perf_counter()
     run()
-    return 1e3 * (time.process_time() - start)
+    return 1e3 * (time.process_time() - start[0]), 1e3 * (time.perf_counter() - start[1])
 
 
 def measure(runs: Sequence[Callable[[], Any]], repeats: int) -> dict[str, Any]:
@@ -275,12 +284,13 @@ def measure(runs: Sequence[Callable[[], Any]], repeats: int) -> dict[str, Any]:
     memory = [peak_memory(run) / 2**20 for run in runs]
     for run in runs:
         run()
-    times = []
+    times, passed = [], []
     for i in range(repeats):
         order = range(len(runs)) if i % 2 else reversed(range(len(runs)))
         taken = {k: timed(runs[k]) for k in order}
-        times.append([taken[k] for k in range(len(runs))])
-    found = {"ms": statistics.median(t[0] for t in times), "MiB": memory[0]}
+        times.append([taken[k][0] for k in range(len(runs))])
+        passed.append(taken[0][1])
+    found = {"ms": statistics.median(t[0] for t in times), "passed ms": min(passed), "MiB": memory[0]}
     if len(runs) == 2:
         factors = sorted(theirs / ours for ours, theirs in times)
         edge = len(factors) // 10
@@ -373,6 +383,7 @@ def page(rows: list[dict[str, Any]], title: str) -> Report:
             axes.set(xscale="log", xlabel="peer's time / ours (above 1: ours is faster)")
             axes.invert_yaxis()
         report.section("Beside peers").figure(figure, "Median of the paired ratios, first to last decile.")
+    report.section("Side by side").table(side_by_side(rows))
     columns = (
         "threads",
         "compiled",
@@ -380,16 +391,62 @@ def page(rows: list[dict[str, Any]], title: str) -> Report:
         "measured",
         "peer",
         "ms",
+        "passed ms",
         "peer ms",
         "factor",
         "low",
         "high",
-        "MiB",
-        "peer MiB",
-        "exponent",
     )
+    columns += ("MiB", "peer MiB", "exponent")
     shown = [{c: f"{row[c]:.3g}" if isinstance(row.get(c), float) else row.get(c, "") for c in columns} for row in rows]
     return report.section("All rows").table(shown)
+
+
+def side_by_side(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """A line for each system: factors with their ranges, compiled ones, memory, growth, what a second thread brings."""
+    systems: dict[str, dict[str, str]] = {}
+    passed = {(row["system"], row["measured"]): row.get("passed ms") for row in rows if row["threads"] == 1}
+    for row in rows:
+        line = systems.setdefault(row["system"], {"system": row["system"], "beside": row["peer"]})
+        measured = row["measured"].replace("inference", "batch")
+        name = f"{measured}, compiled" if row["compiled"] else measured
+        if row["threads"] > 1:
+            alone = passed.get((row["system"], row["measured"]))
+            if alone and not row["compiled"] and "size" not in measured:
+                gain = alone / row["passed ms"]
+                line[f"{measured}, {row['threads']} threads"] = f"{gain:.2f}"
+            continue
+        if "factor" in row:
+            line[name] = f"{row['factor']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        if row.get("peer MiB") and not row["compiled"]:
+            line[f"memory, {measured}"] = f"{row['peer MiB'] / row['MiB']:.2f}"
+        if "exponent" in row and not row["compiled"]:
+            line["grows as N to the"] = f"{row['exponent']:.2f}"
+    first = ("system", "beside", "batch 1", "batch 1, compiled", "batch 8", "batch 8, compiled", "training")
+    found = {name for line in systems.values() for name in line}
+    columns = [name for name in first if name in found] + sorted(found - set(first))
+    return [{name: line.get(name, "") for name in columns} for line in systems.values()]
+
+
+READMES = {
+    "packages/vision/README.md": [name for name, row in ROWS.items() if row.inputs in (LARGE, latents)],
+    "packages/language/README.md": [f"{name} {length}" for name in MIXERS for length in (512, 2048)],
+    "packages/medical/README.md": ["crf 5 labels", "crf 21 labels", "crf 84 labels", "macmd", "guided attention"],
+}
+"""README -> the systems of its table."""
+
+
+def write_tables(rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Put the rows in the READMEs, between the lines that mark where they go."""
+    for readme, systems in READMES.items():
+        path = Path(__file__).parents[1] / readme
+        lines = side_by_side([row for row in rows if row["system"] in systems])
+        table = [f"| {' | '.join(lines[0])} |", "|---" * len(lines[0]) + "|"]
+        table += [f"| {' | '.join(line.values())} |" for line in lines]
+        before, rest = path.read_text(encoding="utf-8").split("<!-- suite -->\n")
+        after = rest.split("<!-- end suite -->")[1]
+        body = "\n".join([f"{title}; `python benchmarks/suite.py OUTPUT`:", "", *table])
+        path.write_text(f"{before}<!-- suite -->\n{body}\n<!-- end suite -->{after}", encoding="utf-8")
 
 
 def known(path: Path, title: str) -> list[dict[str, Any]]:
@@ -409,11 +466,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="one table for each number of threads")
     parser.add_argument("--compile", action="store_true", help="rows under torch.compile too")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tables", action="store_true", help="only write the READMEs' tables from suite.json")
     options = parser.parse_args()
     chosen = {name: row for name, row in ROWS.items() if any(part in name for part in options.only)}
     if not chosen:
         parser.error(f"--only {' '.join(options.only)} fits no row; there are {', '.join(ROWS)}")
     options.output.mkdir(parents=True, exist_ok=True)
+    if options.tables:
+        content = json.loads((options.output / "suite.json").read_text(encoding="utf-8"))
+        write_tables(content["rows"], content["processor"])
+        return
     title = (
         f"{processor()}, torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}"
     )
@@ -428,9 +490,12 @@ def main() -> None:
                 new = [about | one for one in rows_of(name, row, options.repeats, compiled)]
                 rows = [one for one in rows if about.items() - one.items()] + new
                 written.write_text(json.dumps({"processor": title, "rows": rows}, indent=2), encoding="utf-8")
-    factors = [row["factor"] for row in rows if "factor" in row]
-    if factors:
-        print(f"geometric mean of {len(factors)} factors: {statistics.geometric_mean(factors):.2f}")
+    plain_rows = [row for row in rows if "factor" in row and row["threads"] == 1 and not row["compiled"]]
+    mixers = tuple(MIXERS)
+    for what, inside in (("sequence mixers", True), ("all others", False)):
+        factors = [row["factor"] for row in plain_rows if row["system"].startswith(mixers) is inside]
+        if factors:
+            print(f"geometric mean of {len(factors)} factors, {what}: {statistics.geometric_mean(factors):.2f}")
     page(rows, title).write(options.output / "suite.html")
 
 
