@@ -305,7 +305,7 @@ class OverLoCK(Backbone):
             return levels, None
         x = self.stages[2](x)
         overview = self.stages[3](x)
-        context = self.context_proj(overview)
+        context = whole(self.context_proj, overview)
         raised = F.interpolate(context, size=x.shape[-2:], mode="bilinear", align_corners=False)
         x, h = self.look(self.focus[0], x, raised, raised)
         levels.append(self.join(x, h))
