@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 import transformers
+from crf import problem as photograph
 from plain import plain
 from torch import Tensor, nn
 from transformers.models.rwkv.modeling_rwkv import RwkvSelfAttention
@@ -181,12 +181,13 @@ def second(batch: int) -> tuple[Tensor, ...]:
     return (torch.randn(batch, 16000),)
 
 
-def crf(labels: int) -> Callable[[int], tuple[Tensor, ...]]:
+def crf(labels: int, noise: float = 0.0) -> Callable[[int], tuple[Tensor, ...]]:
+    """Energies and a photograph of 321 x 481, with noise if told so: then no two pixels share a lattice cell."""
+
     def inputs(batch: int) -> tuple[Tensor, ...]:
-        coarse = torch.randn(batch, labels, 40, 60), 60 * torch.randn(batch, 3, 20, 30) + 128
-        unary, image = (F.interpolate(t, (321, 481), mode="bilinear") for t in coarse)
-        image = image + 8 * torch.randn_like(image)
-        return -(4 * unary).log_softmax(1), image.clamp(0, 255).round()
+        unary, picture = photograph(321, 481, labels)
+        image = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+        return unary, (image + noise * torch.randn_like(image)).clamp(0, 255).round()
 
     return inputs
 
@@ -261,8 +262,10 @@ ROWS: dict[str, Row] = {
         for length in (512, 2048)
     },
     **{
-        f"crf {labels} labels": Row("pydensecrf2", lambda: (DenseCRF(10), PyDenseCRF()), crf(labels), (1,))
-        for labels in (5, 21, 84)
+        f"crf {labels} labels{', noisy' if noise else ''}": Row(
+            "pydensecrf2", lambda: (DenseCRF(10), PyDenseCRF()), crf(labels, noise), (1,)
+        )
+        for labels, noise in ((5, 0), (21, 0), (84, 0), (21, 8))
     },
     "macmd": Row("plain", beside_plain(lambda: create_network("macmd", 9, 3, 2, {})), LARGE, train=SMALL),
     "guided attention": Row("plain", beside_plain(guided), pictures(256), (1,)),
@@ -431,7 +434,7 @@ def side_by_side(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 READMES = {
     "packages/vision/README.md": [name for name, row in ROWS.items() if row.inputs in (LARGE, latents)],
     "packages/language/README.md": [f"{name} {length}" for name in MIXERS for length in (512, 2048)],
-    "packages/medical/README.md": ["crf 5 labels", "crf 21 labels", "crf 84 labels", "macmd", "guided attention"],
+    "packages/medical/README.md": [*(n for n in ROWS if n.startswith("crf")), "macmd", "guided attention"],
 }
 """README -> the systems of its table."""
 
