@@ -432,11 +432,30 @@ def side_by_side(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 READMES = {
-    "packages/vision/README.md": [name for name, row in ROWS.items() if row.inputs in (LARGE, latents)],
+    "README.md": [],
+    "packages/vision/README.md": [name for name, row in ROWS.items() if row.inputs is LARGE and name != "macmd"]
+    + ["halonet26t", "sit-atconv-s/2"],
     "packages/language/README.md": [f"{name} {length}" for name in MIXERS for length in (512, 2048)],
     "packages/medical/README.md": [*(n for n in ROWS if n.startswith("crf")), "macmd", "guided attention"],
 }
-"""README -> the systems of its table."""
+"""README -> the systems of its table; the first has the means alone."""
+
+
+def means(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Geometric means of the factors of one thread, of sequence mixers and of all else."""
+    found = []
+    for what, inside in (("sequence mixers", True), ("everything else", False)):
+        factors = [
+            row["factor"]
+            for row in rows
+            if "factor" in row
+            and row["threads"] == 1
+            and not row["compiled"]
+            and row["system"].startswith(tuple(MIXERS)) is inside
+        ]
+        if factors:
+            found.append(f"{statistics.geometric_mean(factors):.2f} over {len(factors)} rows of {what}")
+    return found
 
 
 def write_tables(rows: Sequence[dict[str, Any]], title: str) -> None:
@@ -444,11 +463,13 @@ def write_tables(rows: Sequence[dict[str, Any]], title: str) -> None:
     for readme, systems in READMES.items():
         path = Path(__file__).parents[1] / readme
         lines = side_by_side([row for row in rows if row["system"] in systems])
-        table = [f"| {' | '.join(lines[0])} |", "|---" * len(lines[0]) + "|"]
-        table += [f"| {' | '.join(line.values())} |" for line in lines]
+        body = f"{title}; geometric means of the factors: {' and '.join(means(rows))}."
+        if lines:
+            table = [f"| {' | '.join(lines[0])} |", "|---" * len(lines[0]) + "|"]
+            table += [f"| {' | '.join(line.values())} |" for line in lines]
+            body = "\n".join([f"{title}; `python benchmarks/suite.py OUTPUT`:", "", *table])
         before, rest = path.read_text(encoding="utf-8").split("<!-- suite -->\n")
         after = rest.split("<!-- end suite -->")[1]
-        body = "\n".join([f"{title}; `python benchmarks/suite.py OUTPUT`:", "", *table])
         path.write_text(f"{before}<!-- suite -->\n{body}\n<!-- end suite -->{after}", encoding="utf-8")
 
 
@@ -493,12 +514,8 @@ def main() -> None:
                 new = [about | one for one in rows_of(name, row, options.repeats, compiled)]
                 rows = [one for one in rows if about.items() - one.items()] + new
                 written.write_text(json.dumps({"processor": title, "rows": rows}, indent=2), encoding="utf-8")
-    plain_rows = [row for row in rows if "factor" in row and row["threads"] == 1 and not row["compiled"]]
-    mixers = tuple(MIXERS)
-    for what, inside in (("sequence mixers", True), ("all others", False)):
-        factors = [row["factor"] for row in plain_rows if row["system"].startswith(mixers) is inside]
-        if factors:
-            print(f"geometric mean of {len(factors)} factors, {what}: {statistics.geometric_mean(factors):.2f}")
+    for line in means(rows):
+        print(f"geometric mean {line}")
     page(rows, title).write(options.output / "suite.html")
 
 

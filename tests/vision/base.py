@@ -329,7 +329,7 @@ class PictureTester:
         cut.model.load_state_dict({name: state[name] for name in cut.model.state_dict()})
         levels = model.forward_intermediates(x, list(cut.out_indices), intermediates_only=True)
         for feature, level in zip(cut(x), levels, strict=True):
-            close(feature, level, 1e-5)
+            close(feature, level, 1e-6)
 
     @torch.no_grad()
     def test_timm_fuses_it(self) -> None:
