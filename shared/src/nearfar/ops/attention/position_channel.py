@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
 
-
 PRODUCTS = 2**21
 """Products of queries and keys in float64 that stand at once."""
 
