@@ -1,16 +1,18 @@
 """Every system's time and memory in one command, beside a peer with the same weights where there is one.
 
     python benchmarks/suite.py OUTPUT [--only hyena attnet] [--threads 1 2] [--compile] [--repeats 7]
+    python benchmarks/suite.py OUTPUT --tables      # the tables in the READMEs from OUTPUT/suite.json, nothing is run
 
-Peers are other packages' models, or the published formulation in plain PyTorch, written below. Outputs are compared
-before anything is timed. The two take turns, changing who is first; processor time counts, so that other work on the
+Peers are other packages' models (timm, transformers, pydensecrf2) where they hold the same one, else the published
+formulation in plain PyTorch (`plain.py`); speechbrain and MONAI hold none of them. Outputs are compared before
+anything is timed. The two take turns, changing who is first; processor time counts, so that other work on the
 machine disturbs little. "factor" is the median of peer / ours over the pairs (above 1: ours is faster), in brackets
 the range from the first to the last decile. Memory is what a call adds at most, in tensors alive at once. OUTPUT gets
-`suite.json` and `suite.html`. pydensecrf2 and speechbrain are left out where they are not installed.
+`suite.html` and `suite.json`, in which a run replaces the rows that it measures. pydensecrf2 is left out where it is
+not installed.
 """
 
 import argparse
-import copy
 import importlib.util
 import json
 import math
@@ -21,11 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 import transformers
+from crf import problem as photograph
+from plain import plain
 from torch import Tensor, nn
+from transformers.models.rwkv.modeling_rwkv import RwkvSelfAttention
 
 from nearfar.audio.separation.mossformer import create_model as create_mossformer
 from nearfar.audio.speakers.ltdnn import LAP, LTDNN
@@ -33,10 +38,8 @@ from nearfar.core.plots import new_figure, style
 from nearfar.core.report import Report
 from nearfar.medical.networks import create_network
 from nearfar.ops.attention.causal import CausalAttention
-from nearfar.ops.common.layers import ChannelNorm
-from nearfar.ops.convolution.atconv import ATConv
+from nearfar.ops.attention.position_channel import ChannelAttention, PositionAttention
 from nearfar.ops.convolution.base_conv import BaseConv
-from nearfar.ops.convolution.causal import ShortConv
 from nearfar.ops.convolution.hyena import Hyena
 from nearfar.ops.graph.dense_crf import DenseCRF
 from nearfar.ops.recurrence.based import Based
@@ -45,86 +48,11 @@ from nearfar.ops.recurrence.mamba import Mamba
 from nearfar.ops.recurrence.retnet import Retention
 from nearfar.ops.recurrence.rwkv4 import RWKV4TimeMix
 from nearfar.vision.cost import peak_memory
+from nearfar.vision.generation.sit import SiT
 from nearfar.vision.models.convnext import ConvNeXt
 from nearfar.vision.models.registry import MODELS
 
 DIM = 256
-
-
-class PlainNorm(ChannelNorm):
-    """Mean and variance over the channel axis as they stand in the formula."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean(1, keepdim=True)
-        variance = (x - mean).square().mean(1, keepdim=True)
-        return self.weight[:, None, None] * ((x - mean) / torch.sqrt(variance + self.eps)) + self.bias[:, None, None]
-
-
-class PlainATConv(ATConv):
-    """A kernel map at every position, then pooled; one group per sample and channel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, *size = x.shape
-        taps = math.prod(self.window)
-        pooled = F.adaptive_avg_pool1d(self.kernel_proj(x).flatten(2), taps)
-        kernel = self.kernel_gen(self.activation(pooled))
-        kernel = kernel - torch.sigmoid(self.difference_control)[:, None] * kernel.mean(-1, keepdim=True)
-        kernel = kernel.reshape(batch * channels, 1, *self.window)
-        values = self.x_proj(x).reshape(1, batch * channels, *size)
-        y = F.conv2d(values, kernel, padding=self.window[0] // 2, groups=batch * channels)
-        return self.proj(y.reshape(x.shape))
-
-
-class PlainShortConv(ShortConv):
-    """A padded convolution over (B, d, N), cut at N."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        keep = self.kernel_size - 1
-        y = F.conv1d(x.mT, self.weight, self.bias, padding=keep, groups=self.dim)
-        return y[..., : x.shape[1]].mT
-
-
-class PlainHyena(Hyena):
-    """All on (B, d, N), the filter made anew, transforms of 2 N."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = x.shape[1]
-        x1, x2, v = self.short(self.in_proj(x)).mT.chunk(3, 1)
-        v = v * x1
-        spectrum = torch.fft.rfft(v, n=2 * n) * torch.fft.rfft(self.filter.taps(n), n=2 * n)
-        y = torch.fft.irfft(spectrum, n=2 * n)[..., :n] + self.filter.bias[:, None] * v
-        return self.out_proj((y * x2).mT)
-
-
-class PlainH3(H3):
-    """The kernel from all powers of all modes, transforms of 2 N."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = x.shape[1]
-        log_A, C = self.diagonal.discrete()
-        taps = 2 * (C[..., None] * torch.exp(log_A[..., None] * torch.arange(n))).sum(1).real
-        shift = F.pad(self.shift.taps()[:, :n], (0, max(0, n - self.d_state)))
-        k = self.k_proj(x).mT
-        kv = self.products((self.D_k[:, None] * k + self.convolve(k, shift)).mT, x)
-        y = self.convolve(kv, taps[:, None, None]) + self.D[:, None, None, None] * kv
-        return self.output(x, y)
-
-    @staticmethod
-    def convolve(x: Tensor, taps: Tensor) -> Tensor:
-        n = x.shape[-1]
-        return torch.fft.irfft(torch.fft.rfft(x, n=2 * n) * torch.fft.rfft(taps, n=2 * n), n=2 * n)[..., :n]
-
-
-PLAIN = {cls.__base__: cls for cls in (PlainNorm, PlainATConv, PlainShortConv, PlainHyena, PlainH3)}
-"""Our operator -> its published formulation on the same parameters."""
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose operators are those of `PLAIN`."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        module.__class__ = PLAIN.get(type(module), type(module))
-    return model
 
 
 class Logits(nn.Module):
@@ -136,6 +64,17 @@ class Logits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return getattr(self.model(x), self.name)
+
+
+class First(nn.Module):
+    """A model that returns the first of its outputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[0]
 
 
 class PyDenseCRF(nn.Module):
@@ -150,7 +89,7 @@ class PyDenseCRF(nn.Module):
         crf.addPairwiseGaussian(sxy=1, compat=3)
         picture = image[0].permute(1, 2, 0).byte().contiguous().numpy()
         crf.addPairwiseBilateral(sxy=67, srgb=3, rgbim=picture, compat=4)
-        return torch.tensor(crf.inference(10)).view(unary.shape)
+        return torch.from_numpy(np.array(crf.inference(10))).view(unary.shape)
 
 
 Pair = tuple[nn.Module, nn.Module | None]
@@ -162,10 +101,6 @@ def beside_plain(make: Callable[[], nn.Module]) -> Callable[[], Pair]:
         return ours, plain(ours)
 
     return pair
-
-
-def alone(make: Callable[[], nn.Module]) -> Callable[[], Pair]:
-    return lambda: (make(), None)
 
 
 def convnext(fused: bool) -> Pair:
@@ -195,6 +130,34 @@ def mamba() -> Pair:
     return ours, theirs
 
 
+def rwkv() -> Pair:
+    config = transformers.RwkvConfig(hidden_size=DIM, attention_hidden_size=DIM, num_hidden_layers=2, vocab_size=8)
+    theirs = RwkvSelfAttention(config)
+    ours = RWKV4TimeMix(DIM)
+    names = {"mix_k": "time_mix_key", "mix_v": "time_mix_value", "mix_r": "time_mix_receptance"}
+    state = {names.get(name, name): value for name, value in ours.state_dict().items()}
+    theirs.load_state_dict({name: state[name].view_as(value) for name, value in theirs.state_dict().items()})
+    return ours, First(theirs)
+
+
+def sit() -> nn.Module:
+    """SiT-ATConv-S/2 with blocks that count: fresh ones are the identity, and the network's velocity is zero."""
+    model = SiT(depth=12, dim=384, num_heads=6)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def guided() -> nn.Module:
+    """The network with attention that counts: fresh ones add nothing."""
+    model = create_network("guided_attention", 5, 3, 2, {})
+    for module in model.modules():
+        if isinstance(module, PositionAttention | ChannelAttention):
+            nn.init.constant_(module.gamma, 0.1)
+    return model
+
+
 def pictures(size: int) -> Callable[[int], tuple[Tensor, ...]]:
     return lambda batch: (torch.randn(batch, 3, size, size),)
 
@@ -208,17 +171,23 @@ def states(batch: int) -> tuple[Tensor, ...]:
     return (torch.randn(batch, 13, 150, 768),)
 
 
+def latents(batch: int) -> tuple[Tensor, ...]:
+    """Latent pictures of 256 pixels, times and classes."""
+    return torch.randn(batch, 4, 32, 32), torch.rand(batch), torch.randint(1000, (batch,))
+
+
 def second(batch: int) -> tuple[Tensor, ...]:
     """A second of sound."""
     return (torch.randn(batch, 16000),)
 
 
-def crf(labels: int) -> Callable[[int], tuple[Tensor, ...]]:
+def crf(labels: int, noise: float = 0.0) -> Callable[[int], tuple[Tensor, ...]]:
+    """Energies and a photograph of 321 x 481, with noise if told so: then no two pixels share a lattice cell."""
+
     def inputs(batch: int) -> tuple[Tensor, ...]:
-        coarse = torch.randn(batch, labels, 40, 60), 60 * torch.randn(batch, 3, 20, 30) + 128
-        unary, image = (F.interpolate(t, (321, 481), mode="bilinear") for t in coarse)
-        image = image + 8 * torch.randn_like(image)
-        return -(4 * unary).log_softmax(1), image.clamp(0, 255).round()
+        unary, picture = photograph(321, 481, labels)
+        image = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+        return unary, (image + noise * torch.randn_like(image)).clamp(0, 255).round()
 
     return inputs
 
@@ -241,13 +210,20 @@ AREAS = {n * n: pictures(n) for n in (128, 192, 256)}
 LENGTHS = {n: sequences(n) for n in (2048, 4096, 8192, 16384)}
 
 
-def picture_row(name: str, peer: str = "", make: Callable[[], Pair] | None = None, train: bool = True) -> Row:
-    found = make or alone(lambda: timm.create_model(name))
-    return Row(peer, found, LARGE, train=SMALL if train else None, sizes=AREAS if train else None)
+def picture_row(peer: str, make: Callable[[], Pair] | str, **settings: Any) -> Row:
+    pair = beside_plain(lambda: timm.create_model(make)) if isinstance(make, str) else make
+    return Row(peer, pair, LARGE, **{"train": SMALL, "sizes": AREAS} | settings)
 
 
 def mixer_row(peer: str, make: Callable[[], Pair], length: int) -> Row:
-    return Row(peer, make, sequences(length), (1,), sequences(length), 1, LENGTHS if length == 2048 else None)
+    train = None if peer == "transformers" and length > 512 else sequences(length)  # their loop takes minutes
+    return Row(
+        peer, make, sequences(length), (1,), train, 1, LENGTHS if length == 2048 and make is not quadratic else None
+    )
+
+
+def quadratic() -> Pair:
+    return beside_plain(lambda: CausalAttention(DIM, num_heads=4))()
 
 
 MIXERS: dict[str, tuple[str, Callable[[], Pair]]] = {
@@ -255,47 +231,55 @@ MIXERS: dict[str, tuple[str, Callable[[], Pair]]] = {
     "h3": ("plain", beside_plain(lambda: H3(DIM))),
     "base-conv": ("plain", beside_plain(lambda: BaseConv(DIM, 3))),
     "mamba": ("transformers", mamba),
-    "based": ("", alone(lambda: Based(DIM, num_heads=4, feature_dim=16))),
-    "retnet": ("", alone(lambda: Retention(DIM, num_heads=4))),
-    "rwkv4": ("", alone(lambda: RWKV4TimeMix(DIM))),
-    "attention": ("", alone(lambda: CausalAttention(DIM, num_heads=4))),
+    "based": ("plain", beside_plain(lambda: Based(DIM, num_heads=4, feature_dim=16))),
+    "retnet": ("plain", beside_plain(lambda: Retention(DIM, num_heads=4))),
+    "rwkv4": ("transformers", rwkv),
+    "full attention": ("plain", quadratic),
 }
 
+INFERENCE: dict[str, Any] = {"train": None, "sizes": None}
+
 ROWS: dict[str, Row] = {
-    "convnext-t": picture_row("", "timm", lambda: convnext(False)),
-    "convnext-t fused": Row("timm", lambda: convnext(True), LARGE),
-    "attnet-t1": picture_row("", "plain", beside_plain(lambda: timm.create_model("attnet_t1"))),
-    "hornet-t 7x7": picture_row("", "plain", beside_plain(lambda: timm.create_model("hornet_tiny_7x7"))),
-    "hornet-t gf": picture_row("hornet_tiny_gf", train=False),
-    "volo-d1": picture_row("", "timm", of_timm("nearfar_volo_d1_224", "volo_d1_224"), train=False),
-    "convit-tiny": picture_row("", "timm", of_timm("nearfar_convit_tiny", "convit_tiny"), train=False),
-    "tnt-s": picture_row("", "timm", of_timm("nearfar_tnt_s_patch16_224", "tnt_s_patch16_224"), train=False),
-    "cvt-13": picture_row("", "transformers", cvt),
-    **{name: picture_row(name) for name in ("lsnet_t", "transxnet_t", "overlock_xt", "rmt_t", "biformer_tiny")},
+    "convnext-t": picture_row("timm", lambda: convnext(False)),
+    "convnext-t fused": picture_row("timm", lambda: convnext(True), **INFERENCE),
+    "attnet-t1": picture_row("plain", "attnet_t1"),
+    "hornet-t 7x7": picture_row("plain", "hornet_tiny_7x7"),
+    "hornet-t gf": picture_row("plain", "hornet_tiny_gf", sizes=None),
+    "lsnet-t": picture_row("plain", "lsnet_t"),
+    "transxnet-t": picture_row("plain", "transxnet_t"),
+    "overlock-xt": picture_row("plain", "overlock_xt"),
+    "rmt-t": picture_row("plain", "rmt_t"),
+    "biformer-t": picture_row("plain", "biformer_tiny"),
+    "volo-d1": picture_row("timm", of_timm("nearfar_volo_d1_224", "volo_d1_224"), **INFERENCE),
+    "convit-tiny": picture_row("timm", of_timm("nearfar_convit_tiny", "convit_tiny"), **INFERENCE),
+    "tnt-s": picture_row("timm", of_timm("nearfar_tnt_s_patch16_224", "tnt_s_patch16_224"), **INFERENCE),
+    "cvt-13": picture_row("transformers", cvt),
+    "halonet26t": Row("timm", of_timm("nearfar_halonet26t", "halonet26t"), pictures(256)),
+    "sit-atconv-s/2": Row("plain", beside_plain(sit), latents, train=latents, train_batch=2),
     **{
         f"{name} {length}": mixer_row(peer, make, length)
         for name, (peer, make) in MIXERS.items()
         for length in (512, 2048)
     },
     **{
-        f"crf {labels} labels": Row(
-            "pydensecrf2", lambda: (DenseCRF(10), PyDenseCRF()), crf(labels), (1,)
+        f"crf {labels} labels{', noisy' if noise else ''}": Row(
+            "pydensecrf2", lambda: (DenseCRF(10), PyDenseCRF()), crf(labels, noise), (1,)
         )
-        for labels in (5, 21, 84)
+        for labels, noise in ((5, 0), (21, 0), (84, 0), (21, 8))
     },
-    "macmd": Row("", alone(lambda: create_network("macmd", 9, 3, 2, {})), LARGE),
-    "guided attention": Row("", alone(lambda: create_network("guided_attention", 5, 3, 2, {})), pictures(256), (1,)),
-    "l-tdnn": Row("", alone(LTDNN), states, train=states, train_batch=1),
-    "lap": Row("", alone(LAP), states, train=states, train_batch=1),
-    "mossformer2": Row("", alone(lambda: create_mossformer("MossFormer2_SS_16K")), second, (1,)),
-}  # fmt: skip
+    "macmd": Row("plain", beside_plain(lambda: create_network("macmd", 9, 3, 2, {})), LARGE, train=SMALL),
+    "guided attention": Row("plain", beside_plain(guided), pictures(256), (1,)),
+    "l-tdnn": Row("plain", beside_plain(LTDNN), states, train=states, train_batch=2),
+    "lap": Row("plain", beside_plain(LAP), states, train=states, train_batch=2),
+    "mossformer2": Row("plain", beside_plain(lambda: create_mossformer("mossformer2")), second, (1,)),
+}
 
 
-def timed(run: Callable[[], Any]) -> float:
-    """Processor milliseconds of a call, in all its threads."""
-    start = time.process_time()
+def timed(run: Callable[[], Any]) -> tuple[float, float]:
+    """Milliseconds of a call: of the processor in all its threads, and passed."""
+    start = time.process_time(), time.perf_counter()
     run()
-    return 1e3 * (time.process_time() - start)
+    return 1e3 * (time.process_time() - start[0]), 1e3 * (time.perf_counter() - start[1])
 
 
 def measure(runs: Sequence[Callable[[], Any]], repeats: int) -> dict[str, Any]:
@@ -303,12 +287,13 @@ def measure(runs: Sequence[Callable[[], Any]], repeats: int) -> dict[str, Any]:
     memory = [peak_memory(run) / 2**20 for run in runs]
     for run in runs:
         run()
-    times = []
+    times, passed = [], []
     for i in range(repeats):
         order = range(len(runs)) if i % 2 else reversed(range(len(runs)))
         taken = {k: timed(runs[k]) for k in order}
-        times.append([taken[k] for k in range(len(runs))])
-    found = {"ms": statistics.median(t[0] for t in times), "MiB": memory[0]}
+        times.append([taken[k][0] for k in range(len(runs))])
+        passed.append(taken[0][1])
+    found = {"ms": statistics.median(t[0] for t in times), "passed ms": min(passed), "MiB": memory[0]}
     if len(runs) == 2:
         factors = sorted(theirs / ours for ours, theirs in times)
         edge = len(factors) // 10
@@ -339,9 +324,9 @@ def rows_of(name: str, row: Row, repeats: int, compiled: bool) -> list[dict[str,
     found = []
 
     def add(what: str, runs: Sequence[Callable[[], Any]]) -> dict[str, Any]:
-        found.append(
-            {"system": name, "measured": what, "peer": row.peer if len(runs) == 2 else ""} | measure(runs, repeats)
-        )
+        found.append({"measured": what, "peer": row.peer if len(runs) == 2 else ""} | measure(runs, repeats))
+        if row.peer == "pydensecrf2":
+            found[-1].pop("peer MiB", None)  # not in tensors
         shown = found[-1]
         beside = (
             f"  {shown['factor']:.2f} ({shown['low']:.2f} to {shown['high']:.2f}) beside {row.peer}"
@@ -401,6 +386,7 @@ def page(rows: list[dict[str, Any]], title: str) -> Report:
             axes.set(xscale="log", xlabel="peer's time / ours (above 1: ours is faster)")
             axes.invert_yaxis()
         report.section("Beside peers").figure(figure, "Median of the paired ratios, first to last decile.")
+    report.section("Side by side").table(side_by_side(rows))
     columns = (
         "threads",
         "compiled",
@@ -408,16 +394,93 @@ def page(rows: list[dict[str, Any]], title: str) -> Report:
         "measured",
         "peer",
         "ms",
+        "passed ms",
         "peer ms",
         "factor",
         "low",
         "high",
-        "MiB",
-        "peer MiB",
-        "exponent",
     )
+    columns += ("MiB", "peer MiB", "exponent")
     shown = [{c: f"{row[c]:.3g}" if isinstance(row.get(c), float) else row.get(c, "") for c in columns} for row in rows]
     return report.section("All rows").table(shown)
+
+
+def side_by_side(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """A line for each system: factors with their ranges, compiled ones, memory, growth, what a second thread brings."""
+    systems: dict[str, dict[str, str]] = {}
+    passed = {(row["system"], row["measured"]): row.get("passed ms") for row in rows if row["threads"] == 1}
+    for row in rows:
+        line = systems.setdefault(row["system"], {"system": row["system"], "beside": row["peer"]})
+        measured = row["measured"].replace("inference", "batch")
+        name = f"{measured}, compiled" if row["compiled"] else measured
+        if row["threads"] > 1:
+            alone = passed.get((row["system"], row["measured"]))
+            if alone and not row["compiled"] and "size" not in measured:
+                gain = alone / row["passed ms"]
+                line[f"{measured}, {row['threads']} threads"] = f"{gain:.2f}"
+            continue
+        if "factor" in row:
+            line[name] = f"{row['factor']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        if row.get("peer MiB") and not row["compiled"]:
+            line[f"memory, {measured}"] = f"{row['peer MiB'] / row['MiB']:.2f}"
+        if "exponent" in row and not row["compiled"]:
+            line["grows as N to the"] = f"{row['exponent']:.2f}"
+    first = ("system", "beside", "batch 1", "batch 1, compiled", "batch 8", "batch 8, compiled", "training")
+    found = {name for line in systems.values() for name in line}
+    columns = [name for name in first if name in found] + sorted(found - set(first))
+    return [{name: line.get(name, "") for name in columns} for line in systems.values()]
+
+
+READMES = {
+    "README.md": [],
+    "packages/vision/README.md": [name for name, row in ROWS.items() if row.inputs is LARGE and name != "macmd"]
+    + ["halonet26t", "sit-atconv-s/2"],
+    "packages/language/README.md": [f"{name} {length}" for name in MIXERS for length in (512, 2048)],
+    "packages/medical/README.md": [*(n for n in ROWS if n.startswith("crf")), "macmd", "guided attention"],
+}
+"""README -> the systems of its table; the first has the means alone."""
+
+
+def means(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Geometric means of the factors of one thread, of sequence mixers and of all else."""
+    found = []
+    for what, inside in (("sequence mixers", True), ("everything else", False)):
+        factors = [
+            row["factor"]
+            for row in rows
+            if "factor" in row
+            and row["threads"] == 1
+            and not row["compiled"]
+            and row["system"].startswith(tuple(MIXERS)) is inside
+        ]
+        if factors:
+            found.append(f"{statistics.geometric_mean(factors):.2f} over {len(factors)} rows of {what}")
+    return found
+
+
+def write_tables(rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Put the rows in the READMEs, between the lines that mark where they go."""
+    for readme, systems in READMES.items():
+        path = Path(__file__).parents[1] / readme
+        lines = side_by_side([row for row in rows if row["system"] in systems])
+        body = f"{title}; geometric means of the factors: {' and '.join(means(rows))}."
+        if lines:
+            table = [f"| {' | '.join(lines[0])} |", "|---" * len(lines[0]) + "|"]
+            table += [f"| {' | '.join(line.values())} |" for line in lines]
+            body = "\n".join([f"{title}; `python benchmarks/suite.py OUTPUT`:", "", *table])
+        before, rest = path.read_text(encoding="utf-8").split("<!-- suite -->\n")
+        after = rest.split("<!-- end suite -->")[1]
+        path.write_text(f"{before}<!-- suite -->\n{body}\n<!-- end suite -->{after}", encoding="utf-8")
+
+
+def known(path: Path, title: str) -> list[dict[str, Any]]:
+    """The rows that stand in a file, of the same processor and versions."""
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["processor"] != title:
+        raise SystemExit(f"{path} is of {content['processor']}; take another folder for {title}")
+    return content["rows"]
 
 
 def main() -> None:
@@ -427,27 +490,32 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="one table for each number of threads")
     parser.add_argument("--compile", action="store_true", help="rows under torch.compile too")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tables", action="store_true", help="only write the READMEs' tables from suite.json")
     options = parser.parse_args()
     chosen = {name: row for name, row in ROWS.items() if any(part in name for part in options.only)}
     if not chosen:
         parser.error(f"--only {' '.join(options.only)} fits no row; there are {', '.join(ROWS)}")
     options.output.mkdir(parents=True, exist_ok=True)
+    if options.tables:
+        content = json.loads((options.output / "suite.json").read_text(encoding="utf-8"))
+        write_tables(content["rows"], content["processor"])
+        return
     title = (
         f"{processor()}, torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}"
     )
     print(title)
-    rows: list[dict[str, Any]] = []
+    written = options.output / "suite.json"
+    rows = known(written, title)
     for threads in options.threads:
         torch.set_num_threads(threads)
         for compiled in (False, True) if options.compile else (False,):
             for name, row in chosen.items():
-                new = rows_of(name, row, options.repeats, compiled)
-                rows += [{"threads": threads, "compiled": compiled} | one for one in new]
-                content = {"processor": title, "rows": rows}
-                (options.output / "suite.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-    factors = [row["factor"] for row in rows if "factor" in row]
-    if factors:
-        print(f"geometric mean of {len(factors)} factors: {statistics.geometric_mean(factors):.2f}")
+                about = {"system": name, "threads": threads, "compiled": compiled}
+                new = [about | one for one in rows_of(name, row, options.repeats, compiled)]
+                rows = [one for one in rows if about.items() - one.items()] + new
+                written.write_text(json.dumps({"processor": title, "rows": rows}, indent=2), encoding="utf-8")
+    for line in means(rows):
+        print(f"geometric mean {line}")
     page(rows, title).write(options.output / "suite.html")
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class _Live(TorchDispatchMode):
-    """Follows the bytes of all tensors that are made while it is on."""
+    """Follows the bytes of all tensors that are made while it is on; a view of one from before is none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,13 +20,17 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                storage = tensor.untyped_storage()
-                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        given = {storage._cdata for storage in map(_storage, tree_leaves((args, kwargs))) if storage is not None}
+        for storage in map(_storage, tree_leaves(out)):
+            if storage is not None and (storage._cdata in self.live or storage._cdata not in given):
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))
         return out
+
+
+def _storage(value: Any) -> torch.UntypedStorage | None:
+    return value.untyped_storage() if isinstance(value, Tensor) and value.layout == torch.strided else None
 
 
 def peak_memory(action: Callable[[], Any], device: str = "cpu") -> int:

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.ops.common.dims import Conv2d
+
 
 class LayerGate(nn.Module):
     """Multi-head, frame-dependent gates over the layer axis, then the maximum over layers.
@@ -87,7 +89,7 @@ class LayerAttentionPool(nn.Module):
         if out_dim % num_heads:
             raise ValueError(f"out_dim ({out_dim}) must be a multiple of num_heads ({num_heads})")
         self.norm_in = nn.BatchNorm2d(in_dim)
-        self.proj_in = nn.Conv2d(in_dim, out_dim, 1, bias=False)
+        self.proj_in = Conv2d(in_dim, out_dim, 1, bias=False)
         self.gate = LayerGate(num_layers, num_heads, dropout=dropout)
         self.proj_out = nn.Conv1d(out_dim, out_dim, 1, bias=False)
         self.norm_out = nn.BatchNorm1d(out_dim)

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
 
+PRODUCTS = 2**21
+"""Products of queries and keys in float64 that stand at once."""
+
 
 class PositionAttention(nn.Module):
     """y_i = x_i + gamma sum_j softmax_j(q_i . k_j) v_j over all positions i, j; gamma starts at 0.
@@ -18,7 +21,9 @@ class PositionAttention(nn.Module):
     (published code makes the N x N matrix).
 
     Unscaled products grow to 1e7 in trained networks, where float32 rounds them by whole units and the softmax turns
-    that into other positions, by processor and number of threads. So in eval mode float32 maps are attended in float64.
+    that into other positions, by processor and number of threads. So in eval mode the products of float32 maps are made
+    in float64, for as many queries at a time as keep them below `PRODUCTS` numbers, and weighed in float32 once the
+    largest is subtracted (causal, and in graphs, all is in float64).
 
     Raises:
         ValueError: for a qk_dim outside 1..dim, or dims and causal that do not go together.
@@ -39,12 +44,25 @@ class PositionAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         given = x
         if x.dtype == torch.float32 and not self.training and x.device.type != "mps":
+            if not self.causal and not torch.compiler.is_compiling():
+                return self.gamma * self.precise(x) + x
             x = x.double()
         q, k, v = (self.project(layer, x).flatten(2).mT[:, None] for layer in (self.query, self.key, self.value))
         missing = v.shape[-1] - q.shape[-1]
         q, k = F.pad(q, (0, missing)), F.pad(k, (0, missing))
         y = F.scaled_dot_product_attention(q, k, v.contiguous(), is_causal=self.causal, scale=1.0)
         return self.gamma * y[:, 0].mT.reshape(x.shape).to(given.dtype) + given
+
+    def precise(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
+        """The attended values, the products in float64 and their differences in float32."""
+        q, k = (self.project(layer, x.double()) for layer in (self.query, self.key))
+        v = self.value(x).flatten(2).mT
+        parts = []
+        for query in q.mT.split(max(1, PRODUCTS // (len(x) * k.shape[-1])), dim=1):
+            products = query @ k
+            weights = (products - products.amax(-1, keepdim=True)).to(v.dtype).softmax(-1)
+            parts.append(weights @ v)
+        return torch.cat(parts, 1).mT.reshape(x.shape).to(x.dtype)
 
     @staticmethod
     def project(layer: nn.Module, x: Tensor) -> Tensor:

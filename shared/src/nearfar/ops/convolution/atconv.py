@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.common.dims import CONVOLUTIONS, check_dims, check_odd
-from nearfar.ops.common.layers import DepthwiseConv
+from nearfar.ops.common.layers import GELU, DepthwiseConv
 from nearfar.ops.common.pooling import pooling_matrix
 from nearfar.ops.common.precision import full_precision
 from nearfar.ops.convolution.dynamic import sample_depthwise
@@ -121,6 +121,9 @@ class ChannelRMSNorm(nn.Module):
         last = x.movedim(1, -1)
         if self.variance:
             last = last * torch.rsqrt(last.var(-1, keepdim=True) + self.eps) * self.weight
+        elif last.is_cpu and last.dtype == torch.float32 and not _keeps_graph():  # half the passes of F.rms_norm
+            energy = torch.linalg.vector_norm(last, dim=-1, keepdim=True).square_()
+            last = (last * energy.div_(last.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
         else:
             last = F.rms_norm(last, self.weight.shape, self.weight.to(last.dtype), self.eps)
         return last.movedim(-1, 1)
@@ -152,9 +155,18 @@ class GatedConvMLP(nn.Module):
         conv = CONVOLUTIONS[dims]
         self.fc1 = conv(dim, 2 * hidden, 1)
         self.dwconv = DepthwiseConv(hidden, 3, dims=dims, causal=causal) if depthwise else nn.Identity()
+        self.act = GELU()
         self.norm_layer = ChannelRMSNorm(hidden, variance=norm_variance) if norm else nn.Identity()
         self.fc2 = conv(hidden, dim, 1)
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         gate, value = self.fc1(x).chunk(2, dim=1)
-        return self.fc2(self.norm_layer(F.gelu(self.dwconv(gate)) * value))
+        y = self.act(self.dwconv(gate))
+        y = y * value if _keeps_graph() else y.mul_(value)
+        del gate, value  # the widest map
+        return self.fc2(self.norm_layer(y))
+
+
+def _keeps_graph() -> bool:
+    """Whether what is written over would be missed: by gradients or in a graph."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()

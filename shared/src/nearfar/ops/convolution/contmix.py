@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nearfar.ops.common.dims import check_odd
+from nearfar.ops.common.dims import Conv2d, check_odd
 from nearfar.ops.common.layers import ChannelNorm, DropPath, LayerScale
 from nearfar.ops.common.pooling import pooling_matrix
 from nearfar.ops.common.tables import cached_table
@@ -19,7 +19,7 @@ class ChannelGate(nn.Module):
         super().__init__()
         hidden = max(16, dim // 8)
         self.proj = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Conv2d(dim, hidden, 1), nn.GELU(), nn.Conv2d(hidden, dim, 1), nn.Sigmoid()
+            nn.AdaptiveAvgPool2d(1), Conv2d(dim, hidden, 1), nn.GELU(), Conv2d(hidden, dim, 1), nn.Sigmoid()
         )
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -66,11 +66,11 @@ class RepConvBlock(nn.Module):
             DilatedReparam(dim, kernel_size, merged),
             nn.BatchNorm2d(dim),
             ChannelGate(dim),
-            nn.Conv2d(dim, hidden, 1),
+            Conv2d(dim, hidden, 1),
             nn.GELU(),
             ResidualDepthwise(hidden, 3),
             GlobalResponseNorm(hidden),
-            nn.Conv2d(hidden, dim, 1),
+            Conv2d(hidden, dim, 1),
             DropPath(drop_path),
         )
         self.ls = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
@@ -191,9 +191,9 @@ class ContextMixer(nn.Module):
         self.rpb1 = nn.Parameter(torch.zeros(self.heads, 2 * small_kernel - 1, 2 * small_kernel - 1))
         self.rpb2 = nn.Parameter(torch.zeros(self.heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
         half = dim // 2
-        self.weight_query = nn.Sequential(nn.Conv2d(dim, half, 1, bias=False), nn.BatchNorm2d(half))
+        self.weight_query = nn.Sequential(Conv2d(dim, half, 1, bias=False), nn.BatchNorm2d(half))
         self.weight_key = nn.Sequential(
-            GridPool(self.regions), nn.Conv2d(context_dim, half, 1, bias=False), nn.BatchNorm2d(half)
+            GridPool(self.regions), Conv2d(context_dim, half, 1, bias=False), nn.BatchNorm2d(half)
         )
         self.weight_proj = nn.Linear(self.regions**2, small_kernel**2 + kernel_size**2)
 
@@ -287,7 +287,7 @@ class ContMixBlock(ContextMixer):
         self.lepe = nn.Sequential(DilatedReparam(dim, kernel_size, merged), nn.BatchNorm2d(dim))
         self.se_layer = ChannelGate(dim)
         self.gate = nn.Sequential(*conv_bn(dim), nn.SiLU())
-        self.proj = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, dim, 1))
+        self.proj = nn.Sequential(nn.BatchNorm2d(dim), Conv2d(dim, dim, 1))
         self.dwconv2 = ResidualDepthwise(dim, 3)
         self.norm2 = ChannelNorm(dim)
         self.mlp = conv_mlp(dim, int(mlp_ratio * dim))
@@ -326,15 +326,15 @@ def large_kernels(mixer: ContextMixer, source: Tensor, context: Tensor) -> Float
 
 def conv_bn(dim: int) -> nn.Sequential:
     """1x1 convolution without bias and batch norm."""
-    return nn.Sequential(nn.Conv2d(dim, dim, 1, bias=False), nn.BatchNorm2d(dim))
+    return nn.Sequential(Conv2d(dim, dim, 1, bias=False), nn.BatchNorm2d(dim))
 
 
 def conv_mlp(dim: int, hidden: int) -> nn.Sequential:
     """1x1 to `hidden`, GELU, ResDW3, GRN, 1x1 back; biased."""
     return nn.Sequential(
-        nn.Conv2d(dim, hidden, 1),
+        Conv2d(dim, hidden, 1),
         nn.GELU(),
         ResidualDepthwise(hidden, 3),
         GlobalResponseNorm(hidden),
-        nn.Conv2d(hidden, dim, 1),
+        Conv2d(hidden, dim, 1),
     )

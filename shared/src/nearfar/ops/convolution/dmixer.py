@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.common.dims import BATCH_NORMS, CONVOLUTIONS, check_dims, check_odd
+from nearfar.ops.common.dims import BATCH_NORMS, CONVOLUTIONS, Conv2d, check_dims, check_odd
 from nearfar.ops.common.folding import fold_batch_norm, fold_into_next, scale_of_norm
 from nearfar.ops.common.fused import FusedConv2d
 from nearfar.ops.common.heads import join_heads, split_heads
@@ -161,8 +161,8 @@ class OverlappingReductionAttention(nn.Module):
         if table not in ("flat", "spatial"):
             raise ValueError(f"table is {table!r}; allowed are 'flat' and 'spatial'")
         self.num_heads, self.table = num_heads, table
-        self.q = nn.Conv2d(dim, dim, 1)
-        self.kv = nn.Conv2d(dim, 2 * dim, 1)
+        self.q = Conv2d(dim, dim, 1)
+        self.kv = Conv2d(dim, 2 * dim, 1)
         self.sr = nn.Identity()
         if sr_ratio > 1:
             wide = sr_ratio + 3
@@ -251,10 +251,10 @@ class DMixer(nn.Module):
             DepthwiseConv(dim, 3),
             nn.GELU(),
             nn.BatchNorm2d(dim),
-            nn.Conv2d(dim, squeezed, 1),
+            Conv2d(dim, squeezed, 1),
             nn.GELU(),
             nn.BatchNorm2d(squeezed),
-            nn.Conv2d(squeezed, dim, 1),
+            Conv2d(squeezed, dim, 1),
             nn.BatchNorm2d(dim),
         )
 

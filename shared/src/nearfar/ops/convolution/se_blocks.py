@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-CONV = {1: nn.Conv1d, 2: nn.Conv2d}
-NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
+from nearfar.ops.common.dims import BATCH_NORMS, CONVOLUTIONS
 
 
 def frame_mask(mask: Bool[Tensor, "b t"], like: Float[Tensor, "b c *s"]) -> Tensor:
@@ -54,15 +53,15 @@ class ConvReLUNorm(nn.Module):
         dims: int = 2,
     ) -> None:
         super().__init__()
-        if dims not in CONV:
+        if dims not in (1, 2):
             raise ValueError(f"dims must be 1 or 2, got {dims}")
         kernel = (kernel_size,) * dims if isinstance(kernel_size, int) else tuple(kernel_size)
         if len(kernel) != dims or any(k < 1 or k % 2 == 0 for k in kernel):
             raise ValueError(f"kernel_size must be {dims} odd numbers, got {kernel_size}")
         padding = tuple(dilation * (k - 1) // 2 for k in kernel)
         self.reaches_over_time = kernel[-1] > 1
-        self.conv = CONV[dims](in_channels, out_channels, kernel, padding=padding, dilation=dilation)
-        self.norm = NORM[dims](out_channels)
+        self.conv = CONVOLUTIONS[dims](in_channels, out_channels, kernel, padding=padding, dilation=dilation)
+        self.norm = BATCH_NORMS[dims](out_channels)
 
     def forward(self, x: Float[Tensor, "b c *s"], mask: Bool[Tensor, "b t"] | None = None) -> Float[Tensor, "b d *s"]:
         if mask is not None and self.reaches_over_time:

@@ -17,6 +17,7 @@ from nearfar.core.checkpoints import Rule, fit_shapes, load_state_dict, read, re
 from nearfar.core.errors import CheckpointError, some
 from nearfar.core.finite import check_weights
 from nearfar.core.reading import read_json, reading
+from nearfar.ops.common.dims import Conv2d
 from nearfar.ops.common.fused import FusedConv2d, FusedLinear
 from nearfar.vision.models.fusing import fuse_sequence
 from nearfar.vision.models.registry import MODELS, VARIANTS, Variant, plain
@@ -149,7 +150,7 @@ class PictureModel(nn.Module):
                 fuse_sequence(module)
         for module in self.modules():
             for name, child in module.named_children():
-                if type(child) in (nn.Conv2d, nn.Linear):
+                if type(child) in (nn.Conv2d, Conv2d, nn.Linear):
                     setattr(module, name, (FusedConv2d if isinstance(child, nn.Conv2d) else FusedLinear)(child))
                 elif isinstance(fused := getattr(child, "fused", None), FusedConv2d):
                     setattr(module, name, fused)

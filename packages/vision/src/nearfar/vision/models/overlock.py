@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
+from nearfar.ops.common.dims import Conv2d
 from nearfar.ops.common.layers import ChannelNorm, DropPath, LayerScale
 from nearfar.ops.convolution.contmix import (
     ChannelGate,
@@ -26,7 +27,7 @@ from nearfar.ops.convolution.contmix import (
     large_kernels,
 )
 from nearfar.ops.convolution.reparam import DilatedReparam, ResidualDepthwise, fuse_pair
-from nearfar.vision.models.pyramid import Backbone, Head, Stage, drop_path_rates, init_weights, linear
+from nearfar.vision.models.pyramid import Backbone, Head, Stage, channels_last, drop_path_rates, init_weights, linear
 from nearfar.vision.models.registry import Variant, Weights, register
 from nearfar.vision.tracing import whole
 
@@ -68,14 +69,14 @@ class FocusBlock(ContextMixer):
             nn.Conv2d(both, both, 3, padding=1, groups=both),
             nn.BatchNorm2d(both),
             nn.GELU(),
-            nn.Conv2d(both, dim, 1),
+            Conv2d(both, dim, 1),
             GlobalResponseNorm(dim),
         )
         self.dyconv_proj = conv_bn(dim)
         self.lepe = nn.Sequential(DilatedReparam(dim, kernel_size, merged), nn.BatchNorm2d(dim))
         self.se_layer = ChannelGate(dim)
         self.gate = nn.Sequential(*conv_bn(dim), nn.SiLU())
-        self.proj = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, both, 1))
+        self.proj = nn.Sequential(nn.BatchNorm2d(dim), Conv2d(dim, both, 1))
         self.dwconv2 = ResidualDepthwise(both, 3)
         self.norm2 = ChannelNorm(both)
         self.mlp = conv_mlp(both, int(dim * mlp_ratio))
@@ -134,7 +135,7 @@ class OverLoCKHead(Head):
     """Classifier: 1x1 convolution to `hidden`, batch norm, SiLU, pool, dropout, linear."""
 
     def __init__(self, dim: int, num_classes: int, hidden: int = 1024, **settings: Any) -> None:
-        norm = nn.Sequential(nn.Conv2d(dim, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.SiLU())
+        norm = nn.Sequential(Conv2d(dim, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.SiLU())
         super().__init__(hidden, num_classes, norm, norm_first=True, **settings)
 
 
@@ -244,7 +245,7 @@ class OverLoCK(Backbone):
             ]
             self.stages.append(Stage(_halve(dims[i - 1], dim) if i else nn.Identity(), blocks))
         context = dims[3] // 4
-        self.context_proj = nn.Conv2d(dims[3], context, 1)
+        self.context_proj = Conv2d(dims[3], context, 1)
         self.focus = nn.ModuleList()
         for i, depth in enumerate(focus_depths):
             self.focus.append(
@@ -273,7 +274,7 @@ class OverLoCK(Backbone):
         if feature_norms:
             self.head = nn.Identity()
             self.h_proj = nn.Sequential(
-                ChannelNorm(dims[3]), nn.Conv2d(dims[3], widths[3], 1), LayerScale(widths[3], 1e-5)
+                ChannelNorm(dims[3]), Conv2d(dims[3], widths[3], 1), LayerScale(widths[3], 1e-5)
             )
         else:
             self.head = OverLoCKHead(widths[3], num_classes, head_dim, global_pool=global_pool, drop_rate=drop_rate)
@@ -293,7 +294,7 @@ class OverLoCK(Backbone):
 
     def forward_all(self, x: Tensor, last: int | None = None) -> tuple[list[Tensor], Tensor | None]:
         """The pyramid up to level `last`, and the overview where it was needed."""
-        x = whole(self.stem, x)
+        x = whole(self.stem, channels_last(x))
         levels = []
         most = 3 if self.focus_down is not None else len(self.stages) - 1 if self.focus is None else 2
         last = most if last is None else min(last, most)
@@ -304,7 +305,7 @@ class OverLoCK(Backbone):
             return levels, None
         x = self.stages[2](x)
         overview = self.stages[3](x)
-        context = self.context_proj(overview)
+        context = whole(self.context_proj, overview)
         raised = F.interpolate(context, size=x.shape[-2:], mode="bilinear", align_corners=False)
         x, h = self.look(self.focus[0], x, raised, raised)
         levels.append(self.join(x, h))

@@ -98,6 +98,13 @@ class Head(nn.Module):
         return self.fc(x.movedim(1, -1)).movedim(-1, 1) if self.pool.is_identity() else self.fc(x)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """x with the channels of a position together, the layout of channel norms, on a CPU outside of traced graphs."""
+    if is_traced(x) or torch.compiler.is_compiling() or not x.is_cpu:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def linear(dim: int, num_classes: int) -> nn.Module:
     """A linear classifier with truncated-normal weights (std 0.02), or the identity for no classes."""
     if not num_classes:
@@ -166,7 +173,7 @@ class Backbone(PictureModel):
 
     def forward_pyramid(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         """Feature maps of every level, or up to level `last`, before any norm."""
-        x = whole(self.stem, x)
+        x = whole(self.stem, channels_last(x))
         levels = []
         for stage in self.stages[: None if last is None else last + 1]:
             x = stage(x)

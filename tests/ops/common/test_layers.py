@@ -1,0 +1,54 @@
+"""Layers that take another way on a CPU: the numbers of torch's own, forward and backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nearfar.ops.common.dims import Conv2d
+from nearfar.ops.common.layers import DepthwiseConv
+
+
+def maps(batch: int, channels: int, height: int, width: int, *, last: bool) -> Tensor:
+    x = torch.randn(batch, channels, height, width)
+    return x.contiguous(memory_format=torch.channels_last) if last else x
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 5, 7), (3, 64, 16, 16), (2, 5, 1, 1), (2, 1, 4, 4)])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("form", ["pointwise", "part of the channels", "strided", "wide"])
+def test_convolution_is_torchs(shape: tuple[int, ...], last: bool, form: str) -> None:
+    torch.manual_seed(0)
+    x = maps(shape[0], 2 * shape[1] if form == "part of the channels" else shape[1], *shape[2:], last=last)
+    if form == "part of the channels":
+        x = x.chunk(2, dim=1)[1]
+    settings = {"strided": {"stride": 2}, "wide": {"padding": 1}}.get(form, {})
+    ours = Conv2d(shape[1], 11, 3 if form == "wide" else 1, **settings)
+    theirs = nn.Conv2d(shape[1], 11, 3 if form == "wide" else 1, **settings)
+    theirs.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    grads = []
+    for layer in (ours, theirs):
+        given = x.detach().clone().requires_grad_()
+        layer(given).square().sum().backward()
+        grads.append([given.grad, layer.weight.grad, layer.bias.grad])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "dilation"), [((2, 9), 1), ((1, 1), 1), ((3, 3), 2), ((8, 4), 2), ((7,), 1), ((2,), 1)]
+)
+def test_depthwise_convolution_of_a_small_map(size: tuple[int, ...], dilation: int) -> None:
+    torch.manual_seed(0)
+    layer = DepthwiseConv(4, 7, dims=len(size)).double()
+    layer.dilate(dilation)
+    x = torch.randn(2, 4, *size, dtype=torch.double, requires_grad=True)
+    whole = layer.weight.detach().clone().requires_grad_()
+    convolve = (F.conv1d, F.conv2d)[len(size) - 1]
+    expected = convolve(x, whole, layer.bias, padding=3 * dilation, dilation=dilation, groups=4)
+    y = layer(x)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, whole.grad, rtol=1e-9, atol=1e-9)
