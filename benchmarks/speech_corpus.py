@@ -14,7 +14,7 @@ OUTPUT gets `<speaker>/<recording>.wav` at 16 kHz, of
   Czech and in Dutch (fillets-ng-data-cs and -nl), telephone prompts of three people (asterisk-prompt-*). Who reads for
   two packages is there twice.
 
-For the separator, `--without libri2mix` leaves out those on which it is measured.
+For a separator, `--without libri2mix` leaves out those on which it is measured.
 """
 
 import argparse

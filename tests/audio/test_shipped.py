@@ -11,24 +11,18 @@ import pytest
 import soundfile
 
 from nearfar.apps.speaker_verification.cli import app as speaker_verification
-from nearfar.audio.checkpoints import load_separator
-from nearfar.audio.separation.metrics import evaluate_mixture
-from nearfar.audio.separation.mixtures import find_mixtures
-from nearfar.audio.separation.windows import model_separator
-from nearfar.audio.shipped import DEFAULTS, shipped_model, shipped_models
+from nearfar.audio.shipped import DEFAULT_SPEAKERS, shipped_speakers, speaker_folder
 from nearfar.audio.speakers.embedding import Embedder
 from nearfar.audio.speakers.scoring.rates import eer
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.errors import UserError
-from nearfar.core.fingerprint import content_digest
-from nearfar.core.model_folder import trained_on
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", shipped_models("speakers"))
+@pytest.mark.parametrize("name", shipped_speakers())
 def test_each_speaker_model_is_whole_small_calibrated_and_has_a_card(name):
-    folder = shipped_model("speakers", name)
+    folder = speaker_folder(name)
     system = SpeakerSystem.load(folder)
     assert system.calibration is not None
     assert system.threshold(0.2).threshold > system.threshold(0.4).threshold
@@ -38,18 +32,18 @@ def test_each_speaker_model_is_whole_small_calibrated_and_has_a_card(name):
     assert "EER" in card
 
 
-@pytest.mark.parametrize("kind", DEFAULTS)
-def test_the_default_is_there_and_other_names_are_refused(kind):
-    assert DEFAULTS[kind] in shipped_models(kind)
-    with pytest.raises(UserError, match=DEFAULTS[kind]):
-        shipped_model(kind, "large")
+def test_the_default_is_there_and_other_names_are_refused(tmp_path):
+    assert DEFAULT_SPEAKERS in shipped_speakers()
+    assert speaker_folder(tmp_path) == tmp_path
+    with pytest.raises(UserError, match=DEFAULT_SPEAKERS):
+        speaker_folder("large")
 
 
-@pytest.mark.parametrize("name", shipped_models("speakers"))
+@pytest.mark.parametrize("name", shipped_speakers())
 def test_people_who_took_no_part_are_told_apart(name, shared_data, tmp_path):
     """Two of fsdd, ten recordings of eight digits each; chance is 0.5."""
     digits = shared_data("fsdd") / "recordings"
-    system = SpeakerSystem.load(shipped_model("speakers", name))
+    system = SpeakerSystem.load(speaker_folder(name))
     embed, x, speakers = Embedder(system.model), [], []
     for speaker in ("jackson", "nicolas", "yweweler"):
         for number in range(8):
@@ -65,7 +59,7 @@ def test_people_who_took_no_part_are_told_apart(name, shared_data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", shipped_models("speakers"))
+@pytest.mark.parametrize("name", shipped_speakers())
 def test_no_condition_adds_more_than_five_points_of_errors(name, shared_data, tmp_path):
     """On the trials of `benchmarks/speakers.py`, whose people took no part in the training."""
     data = shared_data("fsdd").parent
@@ -76,18 +70,3 @@ def test_no_condition_adds_more_than_five_points_of_errors(name, shared_data, tm
     assert {row["condition"] for row in rows} >= {"zeros", "gate", "codec", "noise", "gain", "cut", "resampling"}
     assert rows[0]["eer"] < 0.1
     assert max(row.get("adds", 0.0) for row in rows) < 0.05
-
-
-@pytest.mark.parametrize("name", shipped_models("separation"))
-def test_the_separator_is_small_has_a_card_and_parts_people_it_does_not_know(name, shared_data):
-    folder = shipped_model("separation", name)
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 4 << 20
-    model = load_separator(folder)
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"{model.sample_rate // 1000} kHz" in card
-    assert "SI-SDR" in card
-    found = find_mixtures(shared_data("libri2mix"))[:6]
-    assert not any(trained_on(folder).seen(content_digest(path) for path in found[0].sources))
-    rows = [evaluate_mixture(*mixture.read(), model_separator(model), ["si_sdri"]) for mixture in found]
-    assert np.mean([row["si_sdri"] for row in rows]) > 1
-    assert not any(row["collapsed"] for row in rows)

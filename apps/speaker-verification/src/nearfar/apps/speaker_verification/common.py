@@ -8,7 +8,7 @@ import numpy as np
 import typer
 
 from nearfar.audio.corpora import Utterance
-from nearfar.audio.shipped import DEFAULTS, shipped_model, shipped_models
+from nearfar.audio.shipped import DEFAULT_SPEAKERS, shipped_speakers, speaker_folder
 from nearfar.audio.speakers.embedding import Embedded, Embedder, TableEmbedder
 from nearfar.audio.speakers.encoders import EmbeddingTable, read_encoder
 from nearfar.audio.speakers.encoders import ForeignEncoder as ForeignNetwork
@@ -25,8 +25,8 @@ Model = Annotated[
         "--model",
         "-m",
         help="Model folder that `train` or `calibrate` wrote, or one that comes along "
-        f"({', '.join(shipped_models('speakers'))}).",
-        show_default=DEFAULTS["speakers"],
+        f"({', '.join(shipped_speakers())}).",
+        show_default=DEFAULT_SPEAKERS,
         parser=whole,
     ),
 ]
@@ -76,7 +76,7 @@ def open_system(
     if encoder is not None and embeddings is not None:
         raise UserError("--encoder and --embeddings: name one of them")
     if encoder is None and embeddings is None:
-        return SpeakerSystem.load(shipped_model("speakers", model), device)
+        return SpeakerSystem.load(speaker_folder(model or DEFAULT_SPEAKERS), device)
     network: ForeignNetwork | EmbeddingTable
     if encoder is not None:
         network = read_encoder(encoder, rate)

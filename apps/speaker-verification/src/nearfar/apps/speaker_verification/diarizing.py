@@ -18,7 +18,6 @@ from nearfar.apps.speaker_verification.common import (
 )
 from nearfar.audio.checkpoints import load_separator
 from nearfar.audio.separation.windows import model_separator
-from nearfar.audio.shipped import shipped_model
 from nearfar.audio.sound import Recording, Samples, resample, stream_samples
 from nearfar.audio.speakers import diarization
 from nearfar.audio.speakers.diarization import Diarization
@@ -121,7 +120,7 @@ RESERVE = 96 << 20
 
 
 def _separator(path: Path, device: str) -> Callable[[Samples, int], Samples]:
-    net = load_separator(shipped_model("separation", path))
+    net = load_separator(path)
     separate = model_separator(net, device)
 
     def split(samples: Samples, rate: int) -> Samples:

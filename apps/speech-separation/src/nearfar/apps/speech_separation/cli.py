@@ -19,7 +19,6 @@ from nearfar.audio.checkpoints import load_separator
 from nearfar.audio.separation.live import WavPipe, read_pipe
 from nearfar.audio.separation.memory import fit_window
 from nearfar.audio.separation.windows import model_separator
-from nearfar.audio.shipped import DEFAULTS, shipped_model, shipped_models
 from nearfar.audio.sound import SUFFIXES, Recording, writing
 from nearfar.core.cli.batch import Places, raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, progress, show_json, table
@@ -76,14 +75,7 @@ class Format(StrEnum):
 
 
 ModelPath = Annotated[
-    Path | None,
-    typer.Option(
-        "--model",
-        help="Folder made by `train`, a released checkpoint, or one that comes along "
-        f"({', '.join(shipped_models('separation'))}).",
-        show_default=DEFAULTS["separation"],
-        parser=whole,
-    ),
+    Path, typer.Option("--model", help="Folder made by `train`, or a released checkpoint.", parser=whole)
 ]
 Rate = Annotated[
     int | None, typer.Option(help="Hz of a released checkpoint, where its layout does not say: 8000 or 16000.")
@@ -107,7 +99,7 @@ def separate(
             "--output", "-o", help="Folder for the voices; what is done is skipped. -: a pipe.", parser=anywhere
         ),
     ],
-    model: ModelPath = None,
+    model: ModelPath,
     speakers: Annotated[str, typer.Option(help="Number of voices, or auto: estimated.")] = "auto",
     most: Annotated[int | None, typer.Option(help="Most voices that auto may find; else what the model gives.")] = None,
     speaker_model: Annotated[
@@ -172,7 +164,6 @@ def separate(
     if channel is not None and (piped or to_pipe or (channel == EACH and (stream or check))):
         raise UserError("--channel: is for files, and each for neither --stream nor --check")
     found = inputs if piped else _recordings(inputs)
-    model = shipped_model("separation", model)
     wished, budget = window, None if memory is None else parse_memory(memory)
 
     def make_job() -> Job:
@@ -416,7 +407,6 @@ def train(
             fixed=plan.seed,
             **options,
         )
-    start = None if start is None else shipped_model("separation", start)
     begun = None if start is None else load_separator(start)
     _, history = train_separation(
         plan,
@@ -440,7 +430,7 @@ def train(
 @app.command()
 def evaluate(
     mixtures: Annotated[Path, typer.Argument(help="Mixtures with their sources: a corpus, a folder, a list.")],
-    model: ModelPath = None,
+    model: ModelPath,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV for the scores of every file.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of the corpus, e.g. tt or test.")] = None,
     mix_folder: MixFolder = None,
@@ -463,7 +453,6 @@ def evaluate(
     if unknown := [name for name in chosen if name not in METRICS]:
         raise UserError(f"--metrics {metrics}: unknown {', '.join(unknown)}; known are {', '.join(METRICS)}")
     found = find_mixtures(mixtures, split, mix_folder, targets)
-    model = shipped_model("separation", model)
     net = load_separator(model, rate, False if mapping else None)
     separator, known = model_separator(net, device), trained_on(model)
 
