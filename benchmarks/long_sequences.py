@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -100,27 +101,35 @@ def overhead(repeats: int, device: str) -> None:
         "norm": "rmsnorm",
     }
     ids = torch.randint(256, (2 if device == "cpu" else 16, 256), device=device)
-    print("\nattention residuals, 12 layers, d = 512, S = 6: milliseconds of a training step, of a decoded token")
-    rows = {}
+    print("\nattention residuals, 12 layers, d = 512, S = 6")
     residual = {"type": "attention", "block_size": 6}
     models = {
         name: MixerForCausalLM(MixerConfig(**settings, residual=kind)).to(device)
         for name, kind in (("plain", "plain"), ("depth", residual))
     }
-    steps: dict[str, list[float]] = {name: [] for name in models}
-    tokens: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(repeats + 1):  # in turns, so that both meet the same machine
+    caches = {}
+    with torch.no_grad():
         for name, model in models.items():
-            steps[name].append(timed(partial(step, model.train(), ids), device))
-            model.zero_grad()
-            with torch.no_grad():
-                cache = model.eval()(ids[:1, :128], use_cache=True).past_key_values
-                tokens[name].append(timed(partial(decode, model, ids[:1, :1], cache), device))
-    for name in models:
-        rows[name] = (1000 * min(steps[name][1:]), 1000 * min(tokens[name][1:]) / 16)
-        print(f"  {name:>6}{rows[name][0]:>12.1f}{rows[name][1]:>10.2f}")
-    extra = [100 * (b / a - 1) for a, b in zip(rows["plain"], rows["depth"])]
-    print(f"  overhead {extra[0]:.1f} % of a step, {extra[1]:.1f} % of a token")
+            caches[name] = model.eval()(ids[:1, :128], use_cache=True).past_key_values
+    for what, pairs, unit in (("of a training step", repeats, 1), ("of a decoded token", 8 * repeats, 16)):
+        training = unit == 1
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for i in range(pairs + 1):  # in turns and in both orders, so that both meet the same machine
+            for name in sorted(models, reverse=i % 2 == 0):
+                model = models[name].train(training)
+                run = partial(step, model, ids)
+                if not training:
+                    run = partial(decode, model, ids[:1, :1], caches[name].copy())
+                with torch.set_grad_enabled(training):
+                    times[name].append(timed(run, device) / unit)
+                model.zero_grad()
+        ratios = sorted(100 * (b / a - 1) for a, b in list(zip(times["plain"], times["depth"]))[1:])
+        quarter = len(ratios) // 4
+        print(
+            f"  milliseconds {what}: plain {1000 * min(times['plain'][1:]):.1f}, depth "
+            f"{1000 * min(times['depth'][1:]):.1f}; overhead, median of {pairs} pairs {median(ratios):.1f} %, "
+            f"middle half {ratios[quarter]:.1f} to {ratios[-1 - quarter]:.1f} %"
+        )
 
 
 def main() -> None:
