@@ -5,8 +5,7 @@
 DATA holds `fsdd/recordings`, `voices`, `eegmmidb/S001`, `cifar10/cifar10-12k-imagefolder.zip` and
 `text/tinyshakespeare.txt`; the brain comes with nilearn. The commands are those of the apps' READMEs but for the seed,
 and, of text and pictures, fewer epochs; they are printed as they run. Called again, finished work is not repeated. An
-hour of one core for pictures, half of one for each of speakers, separation and text, a quarter for language-mixers and
-depth, minutes for the others.
+hour of one core for pictures, half of one for each of speakers, separation and text, minutes for the others.
 """
 
 import argparse
@@ -36,25 +35,6 @@ SMALL_MIXERS = {
 TISSUE_NETWORKS = [
     *("duoformer_small", "duoformer_small-identity", "resnet10t+vit_small", "resnet10t", "convnext_atto"),
 ]
-ROTARY = {"mixers": [{"type": "rotary-attention", "num_heads": 4}], "norm": "rmsnorm"}
-CHUNKS = {"attention_dim": 24, "chunk": 128}
-LANGUAGE_MIXERS = {
-    "TCNCA": {
-        "mixers": [{"type": "tcnca", "kernel_size": 17, "dilation_factor": 5, "depth": 3, **CHUNKS}],
-        "state_mixer": "nffn",
-    },
-    "Mega": {"mixers": [{"type": "mega", **CHUNKS}], "state_mixer": "nffn"},
-    "BaseConv and Mamba": {"mixers": ["base-conv", "mamba"], "state_mixer": {"type": "mlp", "hidden": 416}},
-    "attention": ROTARY | {"state_mixer": {"type": "glu", "activation": "silu", "hidden": 288}},
-}
-"""Four layers of width 96, half a million parameters each."""
-DEEP = ROTARY | {
-    "state_mixer": {"type": "glu", "activation": "silu", "hidden": 168},
-    "hidden_size": 64,
-    "num_hidden_layers": 12,
-    "batch_size": 4,
-}
-RESIDUALS = {"plain": "plain", "blocks of 6": {"type": "attention", "block_size": 6}}
 VOICES = ["--layout", r"(\d_)?(?P<speaker>[^/_]+)[/_].+", "--same", "en-f=es-f"]
 
 
@@ -233,48 +213,6 @@ def forecast(data: Path, output: Path, seed: int) -> dict[str, float]:
     }
 
 
-def one_epoch(output: Path, name: str, seed: int, **settings: Any) -> Path:
-    """A small language model that has read half a megabyte once, 1024 bytes a step."""
-    model = output / f"{name}-{seed}"
-    settings = {"epochs": 1, "validation_share": 0.005, "dropout": 0.0, "seed": seed} | settings
-    words = [word for setting, value in settings.items() for word in ("--set", f"{setting}={json.dumps(value)}")]
-    nearfar("language-model", "train", output / "train.txt", "--output", model, *words, "--json")
-    return model
-
-
-def bits_per_byte(output: Path, model: Path, *words: object) -> float:
-    return json.loads(nearfar("language-model", "evaluate", model, output / "test.txt", *words, "--json"))[
-        "bits_per_byte"
-    ]
-
-
-def short_text(data: Path, output: Path) -> None:
-    whole = (data / "text" / "tinyshakespeare.txt").read_bytes()
-    (output / "train.txt").write_bytes(whole[:500_000])
-    (output / "test.txt").write_bytes(whole[-50_000:])
-
-
-def language_mixers(data: Path, output: Path, seed: int) -> dict[str, float]:
-    short_text(data, output)
-    sizes, figures = {"hidden_size": 96, "num_hidden_layers": 4, "context": 512, "batch_size": 2}, {}
-    for name, mixers in LANGUAGE_MIXERS.items():
-        model = one_epoch(output, name, seed, **sizes, **mixers)
-        figures[f"bits per byte, {name}"] = bits_per_byte(output, model, "--piece", 512, "--no-carry")
-        if name != "attention":  # its state would grow with the text
-            figures[f"bits per byte, {name}, state carried"] = bits_per_byte(output, model)
-    return figures
-
-
-def depth(data: Path, output: Path, seed: int) -> dict[str, float]:
-    short_text(data, output)
-    figures = {}
-    for name, residual in RESIDUALS.items():
-        model = one_epoch(output, name, seed, residual=residual, **DEEP)
-        figures[name] = bits_per_byte(output, model, "--piece", 256, "--no-carry")
-    more = {f"{name} less plain": figures[name] - figures["plain"] for name in list(RESIDUALS)[1:]}
-    return {f"bits per byte, {name}": value for name, value in (figures | more).items()}
-
-
 def text(data: Path, output: Path, seed: int) -> dict[str, float]:
     whole = (data / "text" / "tinyshakespeare.txt").read_bytes()
     train, test, model = output / "train.txt", output / "test.txt", output / str(seed)
@@ -302,8 +240,6 @@ JOBS: dict[str, Callable[[Path, Path, int], dict[str, float]]] = {
     "small-mixers": small_mixers,
     "forecast": forecast,
     "text": text,
-    "language-mixers": language_mixers,
-    "depth": depth,
 }
 
 

@@ -91,7 +91,7 @@ def test_the_state_of_another_model_is_refused(trained, tmp_path):
 def test_audit_of_ours_passes(trained):
     folder, _, _ = trained
     rows = json.loads(run("audit", folder / "model", "--json"))
-    assert {row["verdict"] for row in rows} == {"ok"}
+    assert {row["verdict"] for row in rows if "compile" not in row["check"]} == {"ok"}
 
 
 @pytest.mark.parametrize(

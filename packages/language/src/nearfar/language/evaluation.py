@@ -20,7 +20,7 @@ from nearfar.language.texts import token_bytes
 def cache_argument(model: PreTrainedModel) -> str:
     """The name under which the model takes and returns its state."""
     names = inspect.signature(model.forward).parameters
-    return "past_key_values" if "past_key_values" in names else "cache_params"
+    return next((name for name in ("past_key_values", "cache_params", "state") if name in names), "past_key_values")
 
 
 def read_on(model: PreTrainedModel, ids: Tensor, state: Any = None, **more: Any) -> tuple[Tensor, Any]:
@@ -33,7 +33,7 @@ def read_on(model: PreTrainedModel, ids: Tensor, state: Any = None, **more: Any)
         if "longer than" in str(error) or "out of range" in str(error):
             raise UserError(f"the text is longer than the model can carry its state over ({error})") from error
         raise
-    return out.logits, out[name]
+    return out.logits, getattr(out, name, None)
 
 
 @torch.inference_mode()

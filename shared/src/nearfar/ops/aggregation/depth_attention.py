@@ -18,7 +18,7 @@ FEW = 64
 class _Mix(torch.autograd.Function):
     """`sum_i p_i v_i`, p = softmax_i(scale_i (v_i . key)) per head, from sources that are never stacked.
 
-    key `(h, d / h)`, scales and sources `(..., h, d / h)`; p `(n, ..., h)`. Keeps no copy of a source.
+    key `(h, d / h)`, scales `(n, ...)`, sources `(..., h, d / h)`; p `(n, ..., h)`. Keeps no copy of a source.
     """
 
     @staticmethod
@@ -28,16 +28,14 @@ class _Mix(torch.autograd.Function):
         out = sources[0] * p[0, ..., None]
         for v, weight in zip(sources[1:], p[1:]):
             out.addcmul_(v, weight[..., None])
-        ctx.save_for_backward(key, logits, p, *scales, *sources)
+        ctx.save_for_backward(key, logits, p, scales, *sources)
         ctx.mark_non_differentiable(p)
         return out, p
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        key, logits, p, *rest = ctx.saved_tensors
-        n = len(p)
-        scales, sources = rest[:n], rest[n:]
+        key, logits, p, scales, *sources = ctx.saved_tensors
         along = torch.stack([torch.linalg.vecdot(grad, v) for v in sources])
         slope = p * (along - (p * along).sum(0))  # of the logits
         size = key.numel()
@@ -136,9 +134,9 @@ class DepthAttention(nn.Module):
         dtype, unchanged = wide(x)
         with unchanged:
             parts = [v.to(dtype).unflatten(-1, heads) for v in sources]
-            if self.plain:
+            if self.plain and not torch.compiler.is_compiling():  # dynamo takes one number of sources for another
                 squares = [mean_square(v) for v in sources] if squares is None else squares
-                out, p = _Mix.apply(self.key(), [torch.rsqrt(m + self.eps) for m in squares], *parts)
+                out, p = _Mix.apply(self.key(), torch.rsqrt(torch.stack(squares) + self.eps), *parts)
             else:
                 p = self.logits(sources, parts)
                 p = torch.sigmoid(p) if self.sigmoid else p.softmax(0)
