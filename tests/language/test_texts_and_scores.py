@@ -1,5 +1,6 @@
 """Texts as tokens, scores with the state carried over, n-grams, writing on, and the audit."""
 
+import gzip
 import math
 import zipfile
 from collections import Counter
@@ -7,12 +8,16 @@ from importlib.util import find_spec
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from nearfar.core.errors import UserError
 from nearfar.language import modeling, texts
@@ -66,6 +71,52 @@ def test_a_long_text_is_read_in_pieces_of_lines(tmp_path):
         texts.read_tokens(tmp_path / "long.txt", BYTES)
 
 
+def test_a_line_longer_than_a_piece_is_read_in_parts(tmp_path):
+    for name, unit in (("words", "wörter "), ("characters", "€")):
+        data = (unit * (12_000_000 // len(unit.encode()))).encode()
+        (tmp_path / name).write_bytes(data)
+        pieces = list(texts.text_pieces(tmp_path / name))
+        assert len(pieces) > 2
+        assert max(map(len, pieces)) < 5e6
+        assert b"".join(pieces) == data
+        assert all(piece.decode().endswith(unit) for piece in pieces)
+
+
+def test_compressed_texts_are_read_and_hidden_ones_are_not(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"first"))
+    with pyarrow.CompressedOutputStream(str(tmp_path / "b.jsonl.zst"), "zstd") as file:
+        file.write(b'{"text": "second"}\n')
+    (tmp_path / ".c.txt").write_text("hidden")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "d.txt").write_text("hidden")
+    ids = texts.read_tokens(tmp_path, BYTES)
+    assert BYTES.decode(ids, skip_special_tokens=False) == "firstsecond</s>"
+
+
+def test_a_text_of_four_bytes(tmp_path):
+    (tmp_path / "four.txt").write_bytes(b"abcd")
+    tokens, size, first = texts.read_counted(tmp_path / "four.txt", BYTES)
+    assert (size, first) == (4, 1)
+    assert score(model(), tokens, BYTES, size=size - first)["bytes"] == 3
+
+
+def test_bytes_of_unknown_tokens_are_counted_in_the_text(tmp_path):
+    words = Tokenizer(WordLevel({"<unk>": 0, "known": 1, "</s>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    (tmp_path / "a.txt").write_text("straße known antidisestablishmentarianism\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "known"}\n{"text": "unbekannt known"}\n')
+    tokens, size, first = texts.read_counted([tmp_path / "a.txt", tmp_path / "b.jsonl"], tokenizer)
+    assert tokens.tolist() == [0, 1, 0, 1, 2, 0, 1, 2]
+    assert (size, first) == ((tmp_path / "a.txt").stat().st_size + 5 + 15, 7)
+    assert texts.read_counted(tmp_path / "a.txt", tokenizer, max_tokens=2)[1:] == (13, 7)
+    lm = model(vocab_size=3)
+    known = score(lm, tokens, tokenizer, size=size - first)
+    assert known["bits_per_byte"] == pytest.approx(known["bits_per_token"] * 7 / (size - first))
+    with pytest.raises(UserError, match="unknown to the tokenizer"):
+        score(lm, tokens, tokenizer)
+
+
 def test_a_datasets_corpus_is_streamed(tmp_path):
     (tmp_path / "train-0.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
     (tmp_path / "train-1.jsonl").write_text('{"text": "third"}\n{"text": ')
@@ -83,7 +134,10 @@ def test_a_datasets_corpus_is_streamed(tmp_path):
         ("latin.txt", "Käse ".encode("latin-1") * 9, r"latin\.txt: is not UTF-8"),
         ("bad.jsonl", b'{"text": "a"}\n{"text": ', r"bad\.jsonl: is damaged"),
         ("bad.parquet", b"PAR1 no table", r"bad\.parquet: is damaged"),
-        ("other.jsonl", b'{"words": "a"}\n', r"other\.jsonl: has no column `text`; it has words"),
+        ("other.jsonl", b'{"words": "a"}\n', r"other\.jsonl, row 1: has no column `text`; it has words"),
+        ("null.jsonl", b'{"text": "a"}\n{"text": null}\n', r"null\.jsonl, row 2: its `text` is no text but null"),
+        ("cut.txt.gz", gzip.compress(b"some text " * 99)[:-20], r"cut\.txt\.gz: cannot be read"),
+        ("no.txt.zst", b"some text", r"no\.txt\.zst: cannot be read"),
     ],
 )
 def test_a_bad_shard_in_a_folder_is_named(tmp_path, name, content, message):

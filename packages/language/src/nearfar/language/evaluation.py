@@ -43,11 +43,13 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     piece: int = 1024,
     carry: bool = True,
+    size: int | None = None,
 ) -> dict[str, Any]:
     """Predict every token but the first from those before it, in pieces of `piece`.
 
     With `carry` the state goes from piece to piece, so each token is predicted from all of the text; without, from its
-    own piece alone. Returns tokens, bytes, perplexity per token, bits per token and per byte, tokens per second.
+    own piece alone. `size`: bytes that all tokens but the first stand for; None: as the tokens tell them. Returns
+    tokens, bytes, perplexity per token, bits per token and per byte, tokens per second.
     """
     if len(tokens) < 2:
         raise UserError(f"the text has {len(tokens)} tokens; at least 2 are needed")
@@ -60,7 +62,8 @@ def score(
             logits = model(part[None, :-1]).logits
         total += torch.nn.functional.cross_entropy(logits[0].float(), part[1:], reduction="sum").item()
     check_finite(total, "the model's loss on the text")
-    count, size = len(tokens) - 1, max(1, sum(token_bytes(part, tokenizer) for part in tokens[1:].split(2**22)))
+    count = len(tokens) - 1
+    size = max(1, sum(token_bytes(part, tokenizer) for part in tokens[1:].split(2**22)) if size is None else size)
     return {
         "tokens": count,
         "bytes": size,

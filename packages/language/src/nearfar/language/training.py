@@ -20,6 +20,7 @@ from nearfar.core.model_folder import TrainedOn, writing
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.language.configuration import MixerConfig
 from nearfar.language.modeling import MixerForCausalLM
+from nearfar.language.registry import IMPORTED
 
 
 @dataclass
@@ -227,7 +228,9 @@ def train_language_model(
         mode="min",
         seed=recipe.seed,
         folder=Path(folder) / "run",
-        settings=dataclasses.asdict(recipe) | {"precision": precision},
+        settings=dataclasses.asdict(recipe)
+        | {"precision": precision}
+        | ({"imported": sorted(IMPORTED.values())} if IMPORTED else {}),
         fresh=fresh,
         show_progress=show_progress,
         device=device,

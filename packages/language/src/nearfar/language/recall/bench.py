@@ -34,6 +34,7 @@ from nearfar.core.training import train
 from nearfar.language.configuration import MixerConfig
 from nearfar.language.modeling import MixerForCausalLM
 from nearfar.language.recall.tasks import make_examples, segment_seeds
+from nearfar.language.registry import IMPORTED
 
 SEGMENT = {"task": "mqar", "num_examples": 1000}
 
@@ -125,7 +126,7 @@ class Point:
     @property
     def key(self) -> str:
         """Short and the same for the same settings and code."""
-        code = source_digest(RecallModule, MixerForCausalLM)
+        code = [source_digest(RecallModule, MixerForCausalLM), *sorted(IMPORTED.values())]
         return hashlib.sha256(json.dumps([self.settings, code], sort_keys=True).encode()).hexdigest()[:12]
 
     def build(self) -> MixerForCausalLM:
