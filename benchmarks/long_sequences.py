@@ -2,6 +2,7 @@
 
     uv run python benchmarks/long_sequences.py              # 2k .. 32k on a CPU, .. 131k on a GPU
     uv run python benchmarks/long_sequences.py --short      # fewer lengths and repeats
+    uv run python benchmarks/long_sequences.py --only blocks residuals
 
 Paper, on a GPU (TCNCA, arXiv 2312.05605): convolutions up to 7.07 (forward) and 2.86 (backward) times as fast as the
 average by FFT, to 131k; the enwik8 model 1.37 and 1.24 times. Times are the best of several, on a CPU the
@@ -137,7 +138,8 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="two lengths, two repeats")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--overhead", action="store_true", help="only that of attention residuals")
+    parts = ("fft", "scan", "blocks", "residuals")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="of these tables")
     chosen = parser.parse_args()
     device, repeats = chosen.device, 2 if chosen.short else chosen.repeats
     lengths = [2048, 8192] if chosen.short else [2048, 4096, 8192, 16384, 32768]
@@ -146,19 +148,20 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32, d = {DIM}, batch 1")
-    if chosen.overhead:
-        overhead(repeats, device)
-        return
     tcn = TCNMixer(DIM, KERNEL, KERNEL, 3)
     print(f"the average sees everything; the convolutions see {tcn.receptive_field} positions")
     memories = {"average by FFT": DampedEMA(DIM), "average by scan": DampedEMA(DIM, form="scan"), "convolutions": tcn}
-    for other in ("average by FFT", "average by scan"):
+    for part, other in (("fft", "average by FFT"), ("scan", "average by scan")):
+        if part not in chosen.only:
+            continue
         pair = {other: memories[other].to(device), "convolutions": memories["convolutions"].to(device)}
         compare(f"long memory, {other} against convolutions", pair, lengths, repeats, device)
     sizes = {"attention_dim": 128, "value_dim": 1024, "chunk": 2048}
     blocks = {"mega": mega(DIM, **sizes).to(device), "tcnca": tcnca(DIM, KERNEL, KERNEL, 3, **sizes).to(device)}
-    compare("one layer of the enwik8 base model", blocks, lengths[:3], repeats, device)
-    overhead(repeats, device)
+    if "blocks" in chosen.only:
+        compare("one layer of the enwik8 base model", blocks, lengths[:3], repeats, device)
+    if "residuals" in chosen.only:
+        overhead(repeats, device)
 
 
 if __name__ == "__main__":
