@@ -2,6 +2,7 @@
 
     uv run python benchmarks/long_sequences.py              # 2k .. 32k on a CPU, .. 131k on a GPU
     uv run python benchmarks/long_sequences.py --short      # fewer lengths and repeats
+    uv run python benchmarks/long_sequences.py --only blocks residuals
 
 Paper, on a GPU (TCNCA, arXiv 2312.05605): convolutions up to 7.07 (forward) and 2.86 (backward) times as fast as the
 average by FFT, to 131k; the enwik8 model 1.37 and 1.24 times. Times are the best of several, on a CPU the
@@ -14,6 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -100,27 +102,35 @@ def overhead(repeats: int, device: str) -> None:
         "norm": "rmsnorm",
     }
     ids = torch.randint(256, (2 if device == "cpu" else 16, 256), device=device)
-    print("\nattention residuals, 12 layers, d = 512, S = 6: milliseconds of a training step, of a decoded token")
-    rows = {}
+    print("\nattention residuals, 12 layers, d = 512, S = 6")
     residual = {"type": "attention", "block_size": 6}
     models = {
         name: MixerForCausalLM(MixerConfig(**settings, residual=kind)).to(device)
         for name, kind in (("plain", "plain"), ("depth", residual))
     }
-    steps: dict[str, list[float]] = {name: [] for name in models}
-    tokens: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(repeats + 1):  # in turns, so that both meet the same machine
+    caches = {}
+    with torch.no_grad():
         for name, model in models.items():
-            steps[name].append(timed(partial(step, model.train(), ids), device))
-            model.zero_grad()
-            with torch.no_grad():
-                cache = model.eval()(ids[:1, :128], use_cache=True).past_key_values
-                tokens[name].append(timed(partial(decode, model, ids[:1, :1], cache), device))
-    for name in models:
-        rows[name] = (1000 * min(steps[name][1:]), 1000 * min(tokens[name][1:]) / 16)
-        print(f"  {name:>6}{rows[name][0]:>12.1f}{rows[name][1]:>10.2f}")
-    extra = [100 * (b / a - 1) for a, b in zip(rows["plain"], rows["depth"])]
-    print(f"  overhead {extra[0]:.1f} % of a step, {extra[1]:.1f} % of a token")
+            caches[name] = model.eval()(ids[:1, :128], use_cache=True).past_key_values
+    for what, pairs, unit in (("of a training step", repeats, 1), ("of a decoded token", 8 * repeats, 16)):
+        training = unit == 1
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for i in range(pairs + 1):  # in turns and in both orders, so that both meet the same machine
+            for name in sorted(models, reverse=i % 2 == 0):
+                model = models[name].train(training)
+                run = partial(step, model, ids)
+                if not training:
+                    run = partial(decode, model, ids[:1, :1], caches[name].copy())
+                with torch.set_grad_enabled(training):
+                    times[name].append(timed(run, device) / unit)
+                model.zero_grad()
+        ratios = sorted(100 * (b / a - 1) for a, b in list(zip(times["plain"], times["depth"]))[1:])
+        quarter = len(ratios) // 4
+        print(
+            f"  milliseconds {what}: plain {1000 * min(times['plain'][1:]):.1f}, depth "
+            f"{1000 * min(times['depth'][1:]):.1f}; overhead, median of {pairs} pairs {median(ratios):.1f} %, "
+            f"middle half {ratios[quarter]:.1f} to {ratios[-1 - quarter]:.1f} %"
+        )
 
 
 def main() -> None:
@@ -128,7 +138,8 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="two lengths, two repeats")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--overhead", action="store_true", help="only that of attention residuals")
+    parts = ("fft", "scan", "blocks", "residuals")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="of these tables")
     chosen = parser.parse_args()
     device, repeats = chosen.device, 2 if chosen.short else chosen.repeats
     lengths = [2048, 8192] if chosen.short else [2048, 4096, 8192, 16384, 32768]
@@ -137,19 +148,20 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32, d = {DIM}, batch 1")
-    if chosen.overhead:
-        overhead(repeats, device)
-        return
     tcn = TCNMixer(DIM, KERNEL, KERNEL, 3)
     print(f"the average sees everything; the convolutions see {tcn.receptive_field} positions")
     memories = {"average by FFT": DampedEMA(DIM), "average by scan": DampedEMA(DIM, form="scan"), "convolutions": tcn}
-    for other in ("average by FFT", "average by scan"):
+    for part, other in (("fft", "average by FFT"), ("scan", "average by scan")):
+        if part not in chosen.only:
+            continue
         pair = {other: memories[other].to(device), "convolutions": memories["convolutions"].to(device)}
         compare(f"long memory, {other} against convolutions", pair, lengths, repeats, device)
     sizes = {"attention_dim": 128, "value_dim": 1024, "chunk": 2048}
     blocks = {"mega": mega(DIM, **sizes).to(device), "tcnca": tcnca(DIM, KERNEL, KERNEL, 3, **sizes).to(device)}
-    compare("one layer of the enwik8 base model", blocks, lengths[:3], repeats, device)
-    overhead(repeats, device)
+    if "blocks" in chosen.only:
+        compare("one layer of the enwik8 base model", blocks, lengths[:3], repeats, device)
+    if "residuals" in chosen.only:
+        overhead(repeats, device)
 
 
 if __name__ == "__main__":

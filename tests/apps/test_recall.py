@@ -54,6 +54,19 @@ def test_a_sweep_resumes_shows_and_plots(recipe, tmp_path):
     assert not list(out.rglob("*.ckpt")) + list(out.rglob("*.safetensors"))  # numbers stay, weights do not
 
 
+def test_other_settings_in_one_folder_are_shown_apart(recipe, tmp_path):
+    arguments = ("--output", tmp_path, "--model", "base-conv", "--set", "learning_rates=[0.01]", "--device", "cpu")
+    for epochs in (1, 2):
+        run("sweep", recipe, *arguments, "--set", f"epochs={epochs}")
+    rows = json.loads(run("show", tmp_path, "--json"))
+    assert [(row["seeds"], row["settings"]) for row in rows] == [(1, "epochs=1"), (1, "epochs=2")]
+    run("plot", tmp_path, "--output", tmp_path / "a.png")
+    table = (tmp_path / "results.csv").read_text()
+    (tmp_path / "results.csv").write_text(table.replace('""epochs""', "epochs"))
+    with pytest.raises(UserError, match=r"settings is .*no JSON"):
+        run("show", tmp_path)
+
+
 def test_the_same_point_gives_the_same_row(recipe, tmp_path):
     arguments = (
         "sweep",

@@ -919,7 +919,7 @@ def read_arena(path: Path) -> None:
 def make_sweep(folder: Path) -> list[str]:
     from nearfar.language.recall.bench import NUMBERS, ROW
 
-    columns = dict.fromkeys((*ROW, *NUMBERS, "key"), "1")
+    columns = dict.fromkeys((*ROW, *NUMBERS, "key"), "1") | {"settings": '"{""epochs"": 1}"'}
     return write(folder, {"results.csv": f"{','.join(columns)}\n{','.join(columns.values())}\n".encode()})
 
 

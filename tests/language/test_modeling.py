@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -270,6 +272,44 @@ def test_a_text_beyond_the_positions_is_refused():
     model = make("sliding")
     with pytest.raises(ValueError, match="longer than max_position_embeddings=64"):
         model(tokens(length=65))
+
+
+@torch.no_grad()
+def test_h3_keeps_rates_and_phases_in_float32(tmp_path):
+    """400 positions on, phases of bfloat16 would have lost all meaning."""
+    torch.manual_seed(0)
+    ids = tokens(rows=1, length=400)
+    model = MixerForCausalLM(MixerConfig(vocab_size=VOCABULARY, hidden_size=16, mixers=["h3"])).eval()
+    model.save_pretrained(tmp_path)
+    taps = model.model.layers[0].mixer.diagonal.taps(400)
+    reference = model(ids).logits
+    loaded = MixerForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for half in (model.bfloat16(), loaded):
+        mixer = half.model.layers[0].mixer
+        assert {p.dtype for part in (mixer.shift, mixer.diagonal) for p in part.parameters()} == {torch.float32}
+        assert mixer.q_proj.weight.dtype == half(ids).logits.dtype == torch.bfloat16
+        assert torch.equal(mixer.diagonal.taps(400), taps)
+        assert (half(ids).logits.float() - reference).norm() < 0.03 * reference.norm()
+
+
+COMPILE = """
+import json, sys, torch
+from nearfar.language.modeling import MixerConfig, MixerForCausalLM
+for settings in json.load(sys.stdin):
+    torch._dynamo.reset()
+    model, ids = MixerForCausalLM(MixerConfig(**settings)), torch.randint(40, (2, 9))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
+"""
+
+
+@pytest.mark.parametrize("kinds", [["mamba", "llama"], pytest.param([*LAYERS], marks=pytest.mark.ci)], ids=len)
+def test_one_graph_of_torch_compile_holds_a_model(kinds):
+    """In a process of its own, without the checks of shapes, which cannot be traced."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "max_position_embeddings": 64}
+    settings = [{**sizes, "mixers": LAYERS[kind], **SPECIAL.get(kind, {})} for kind in kinds]
+    subprocess.run([sys.executable, "-c", COMPILE], input=json.dumps(settings), text=True, check=True)
 
 
 def test_a_copied_state_is_a_branch(model):

@@ -103,11 +103,16 @@ def test_best_results_take_the_best_rate_by_its_mean():
     def row(rate, seed, accuracy):
         return {
             "data": "d", "model": "m", "dim": 8, "learning_rate": rate, "seed": seed, "accuracy": accuracy,
-            "state_size": 5, "parameters": 7, "epochs": 2, "seconds": 1.0,
+            "state_size": 5, "parameters": 7, "epochs": 2, "seconds": 1.0, "settings": '{"epochs": 2, "exact": false}',
         }  # fmt: skip
 
-    best = best_results([row(0.1, 0, 1.0), row(0.1, 1, 0.0), row(0.2, 0, 0.6), row(0.2, 1, 0.8)])
+    rows = [row(0.1, 0, 1.0), row(0.1, 1, 0.0), row(0.2, 0, 0.6), row(0.2, 1, 0.8)]
+    other = row(0.1, 0, 0.9) | {"settings": '{"epochs": 9, "exact": false}'}
+    apart = best_results([*rows, other])
+    assert [(b["accuracy"], b["seeds"], b["settings"]) for b in apart] == [(0.7, 2, "epochs=2"), (0.9, 1, "epochs=9")]
+    best = best_results(rows)
     assert len(best) == 1
+    assert "settings" not in best[0]
     assert best[0]["learning_rate"] == 0.2
     assert best[0]["accuracy"] == pytest.approx(0.7)
     assert best[0]["spread"] == pytest.approx(0.02**0.5)

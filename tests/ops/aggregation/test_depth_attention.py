@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nearfar.ops.aggregation.depth_attention import DepthAttention, DepthResiduals
+from nearfar.ops.aggregation.depth_attention import FEW, DepthAttention, DepthResiduals
 
 D = 12
 
@@ -112,7 +112,7 @@ def slow_run(embedding, attends, layers, size, window=None):  # noqa: RET503
 @pytest.mark.parametrize("how", [{}, {"two_phase": True}, {"window": 2}], ids=str)
 @pytest.mark.parametrize("heads", [1, 3])
 def test_blocks(size, how, heads):
-    attends = [shaken(DepthAttention(D, num_heads=heads)) for _ in range(11)]
+    attends = [shaken(DepthAttention(D, eps, heads)) for eps in torch.linspace(0.01, 0.5, 11).tolist()]
     layers = [torch.randn(D, D, requires_grad=True) for _ in range(10)]
     embedding = torch.randn(2, 5, D, requires_grad=True)
     ours = run(embedding, attends, layers, size, **how)
@@ -133,6 +133,34 @@ def test_without_gradients_two_phases_are_the_same():
     with torch.no_grad():
         expected = run(x, attends, layers, 4)
         torch.testing.assert_close(run(x, attends, layers, 4, two_phase=True), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 10, 12])
+@pytest.mark.parametrize("shape", [(2, 5), (1, 1), (1,)], ids=str)
+def test_few_tokens_without_gradients(size, shape):
+    attends = [shaken(DepthAttention(D, eps=eps)) for eps in torch.linspace(0.01, 0.5, 11).tolist()]
+    layers, x = [torch.randn(D, D) for _ in range(10)], torch.randn(*shape, D)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x, attends, layers, size), slow_run(x, attends, layers, size))
+        residuals = [DepthResiduals(t, attends, size) for t in (x, x.expand(FEW + 1, *x.shape))]
+        for r in residuals:
+            r.weights = []
+            for layer in layers:
+                r.add(r.next_input() @ layer)
+            r.next_input()
+    assert [r.few is None for r in residuals] == [False, True]
+    for few, many in zip(*(r.weights for r in residuals)):
+        torch.testing.assert_close(few, many[:, 0])
+
+
+def test_few_tokens_in_half_precision_are_summed_in_float32():
+    attends, layers = [shaken(DepthAttention(D)).float() for _ in range(7)], [torch.randn(D, D) for _ in range(6)]
+    x = torch.randn(1, 3, D).bfloat16()
+    with torch.no_grad():
+        few = run(x, attends, [layer.bfloat16() for layer in layers], 4)
+        exact = run(x.float(), attends, [layer.bfloat16().float() for layer in layers], 4)
+    assert few.dtype == torch.bfloat16
+    assert (few.float() - exact).norm() < 2e-2 * exact.norm()
 
 
 def test_large_logits_do_not_overflow():

@@ -1,4 +1,5 @@
-"""State hygiene of a causal language model: do padding, batching, pieces and copies of the state change its numbers?
+"""State hygiene of a causal language model: do padding, batching, pieces and copies of the state change its numbers,
+do documents that share a row, gradient checkpointing, generating from a state and compiling?
 
 Works on any causal language model of transformers. Every check compares with the plainest way to compute the same
 logits: one text alone, unpadded, in one piece, in float32.
@@ -191,6 +192,57 @@ def half_precision(bench: Bench) -> float:
     return bench.error(out, [len(t) - 4 for t in bench.texts])
 
 
+def packed(bench: Bench) -> float:
+    """All texts in one row, told apart by positions that restart."""
+    if not bench.takes_positions:
+        raise ValueError("takes no position_ids, so documents cannot share a row")
+    positions = torch.cat([torch.arange(len(t), device=t.device) for t in bench.texts])
+    logits = bench.model(torch.cat(bench.texts)[None], position_ids=positions[None], use_cache=False).logits[0]
+    return bench.error(list(logits.split([len(t) for t in bench.texts])))
+
+
+def checkpointed(bench: Bench) -> float:
+    """The gradient of a text that is read in two pieces, with and without gradient checkpointing."""
+    model, text, gradients = bench.model, bench.texts[0], []
+    try:
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+            with torch.inference_mode(False), torch.enable_grad():
+                model.train().zero_grad()
+                torch.manual_seed(0)  # of dropout
+                half = len(text) // 2
+                first, state = read_on(model, text[None, :half])
+                if state is None:
+                    raise ValueError("keeps no state in training")
+                second, _ = read_on(model, text[None, half:], state)
+                (first.float().square().mean() + second.float().square().mean()).backward()
+                gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval().zero_grad()
+    plain, other = gradients
+    return ((other - plain).norm() / plain.norm()).item()
+
+
+def generated(bench: Bench) -> float:
+    """Tokens that differ when a text is generated on from a state that has read its first half."""
+    text = bench.texts[0][None]
+    how: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones_like(text)
+    whole = bench.model.generate(text, attention_mask=mask, **how)
+    _, state = read_on(bench.model, text[:, : text.shape[1] // 2])
+    asked = bench.model.generate(text, attention_mask=mask, **{cache_argument(bench.model): state}, **how)
+    return (asked[:, -8:] != whole[:, -8:]).float().mean().item()
+
+
+def compiled(bench: Bench) -> float:
+    """The model as one graph of torch.compile, not optimized."""
+    torch._dynamo.reset()
+    model = torch.compile(bench.model, backend="eager", fullgraph=True)
+    return bench.error([model(t[None], use_cache=False).logits[0] for t in bench.texts[:1]])
+
+
 CHECKS: dict[str, Callable[[Bench], float]] = {
     "left padding": padding("left"),
     "right padding": padding("right"),
@@ -202,5 +254,9 @@ CHECKS: dict[str, Callable[[Bench], float]] = {
     "prefill in odd pieces": pieces(lambda n: [3, 1, n - 4]),
     "state saved and restored": restored,
     "state reordered (beams)": reordered,
+    "documents in one row": packed,
+    "gradient checkpointing with a state": checkpointed,
+    "generating from a state": generated,
+    "one graph of torch.compile": compiled,
     "half precision": half_precision,
 }

@@ -20,7 +20,7 @@ from nearfar.language.texts import token_bytes
 def cache_argument(model: PreTrainedModel) -> str:
     """The name under which the model takes and returns its state."""
     names = inspect.signature(model.forward).parameters
-    return "past_key_values" if "past_key_values" in names else "cache_params"
+    return next((name for name in ("past_key_values", "cache_params", "state") if name in names), "past_key_values")
 
 
 def read_on(model: PreTrainedModel, ids: Tensor, state: Any = None, **more: Any) -> tuple[Tensor, Any]:
@@ -33,7 +33,7 @@ def read_on(model: PreTrainedModel, ids: Tensor, state: Any = None, **more: Any)
         if "longer than" in str(error) or "out of range" in str(error):
             raise UserError(f"the text is longer than the model can carry its state over ({error})") from error
         raise
-    return out.logits, out[name]
+    return out.logits, getattr(out, name, None)
 
 
 @torch.inference_mode()
@@ -43,11 +43,13 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     piece: int = 1024,
     carry: bool = True,
+    size: int | None = None,
 ) -> dict[str, Any]:
     """Predict every token but the first from those before it, in pieces of `piece`.
 
     With `carry` the state goes from piece to piece, so each token is predicted from all of the text; without, from its
-    own piece alone. Returns tokens, bytes, perplexity per token, bits per token and per byte, tokens per second.
+    own piece alone. `size`: bytes that all tokens but the first stand for; None: as the tokens tell them. Returns
+    tokens, bytes, perplexity per token, bits per token and per byte, tokens per second.
     """
     if len(tokens) < 2:
         raise UserError(f"the text has {len(tokens)} tokens; at least 2 are needed")
@@ -60,7 +62,8 @@ def score(
             logits = model(part[None, :-1]).logits
         total += torch.nn.functional.cross_entropy(logits[0].float(), part[1:], reduction="sum").item()
     check_finite(total, "the model's loss on the text")
-    count, size = len(tokens) - 1, max(1, sum(token_bytes(part, tokenizer) for part in tokens[1:].split(2**22)))
+    count = len(tokens) - 1
+    size = max(1, sum(token_bytes(part, tokenizer) for part in tokens[1:].split(2**22)) if size is None else size)
     return {
         "tokens": count,
         "bytes": size,

@@ -28,7 +28,7 @@ from nearfar.language.configuration import MixerConfig
 from nearfar.language.packing import Layout, check_arguments, document_starts
 from nearfar.language.registry import MIXERS, NORMS, RESIDUALS, STATE_MIXERS, build
 from nearfar.ops.aggregation.depth_attention import DepthResiduals
-from nearfar.ops.common.streaming import State, StreamingMixer
+from nearfar.ops.common.streaming import FullPrecision, State, StreamingMixer
 
 LAYOUTS = list(iter_modules(layouts.__path__))
 
@@ -152,6 +152,8 @@ class MixerModel(MixerPreTrainedModel):
             )
             DepthResiduals(torch.empty(0), self.depth, self.block_size)  # refuses a bad block size now
         self.gradient_checkpointing = False
+        wide = {name for name, module in self.named_modules() if isinstance(module, FullPrecision)}
+        self._keep_in_fp32_modules_strict = wide  # in what `from_pretrained` loads; `_apply` does the rest
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -1,6 +1,7 @@
 """Text as tokens: plain files, folders, tables and `datasets` corpora; bytes or any tokenizer; models by name."""
 
 import codecs
+import io
 import json
 import tempfile
 import zipfile
@@ -25,6 +26,7 @@ from nearfar.core.reading import check_announced, read_json, reading, reason, wh
 
 TEXT_ENDINGS = (".txt", ".raw", ".md", ".rst", ".py", ".html", ".csv", ".tex", "")
 TABLE_ENDINGS = (".jsonl", ".json", ".parquet")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 BYTE_OFFSET = 3
 """ByT5's ids are bytes + 3, after padding, end and unknown."""
 
@@ -102,19 +104,45 @@ def read_tokens(
 ) -> Tensor:
     """The tokens of texts, one after the other.
 
-    A source is a text file (UTF-8), a table (.jsonl, .parquet) with a column `text`, a folder of either (in the order
-    of their names), or `hub:NAME`, `hub:NAME:CONFIG` or `hub:NAME:CONFIG:SPLIT`, a `datasets` corpus that is streamed.
-    Documents of tables and corpora are followed by the tokenizer's end of text. Bytes are taken as they are.
+    A source is a text file (UTF-8), a table (.jsonl, .parquet) with a column `text`, either of them compressed (.gz,
+    .zst; no .parquet), a folder of such (in the order of their names, hidden ones left out), or `hub:NAME`,
+    `hub:NAME:CONFIG` or `hub:NAME:CONFIG:SPLIT`, a `datasets` corpus that is streamed. Documents of tables and corpora
+    are followed by the tokenizer's end of text. Bytes are taken as they are.
 
     Texts are read in pieces and the tokens kept as int32 in a temporary file that is mapped into memory, so a corpus
     may be larger than the memory.
 
     Raises UserError that names the file for one that is missing, empty, binary or damaged.
     """
-    count = 0
+    return _read(sources, tokenizer, max_tokens, counting=False)[0]
+
+
+def read_counted(
+    sources: str | Path | Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None = None,
+) -> tuple[Tensor, int, int]:
+    """`read_tokens`, and the bytes of the texts that all tokens stand for, and those of the first token alone.
+
+    Counted in the texts as they are read: tokens need not tell their bytes, unknown ones do not. Ends of documents
+    stand for none.
+    """
+    return _read(sources, tokenizer, max_tokens, counting=True)
+
+
+def _read(
+    sources: str | Path | Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None,
+    counting: bool,
+) -> tuple[Tensor, int, int]:
+    count = size = first = 0
     with tempfile.TemporaryFile() as file:
-        for ids in token_parts([sources] if isinstance(sources, str | Path) else sources, tokenizer):
+        for ids, text in token_parts([sources] if isinstance(sources, str | Path) else sources, tokenizer):
             kept = ids[: None if max_tokens is None else max_tokens - count]
+            if counting:
+                first = first if count else prefix_bytes(text, tokenizer, 1)
+                size += text_size(text) if len(kept) == len(ids) else prefix_bytes(text, tokenizer, len(kept))
             file.write(kept.astype(np.int32).tobytes())
             count += len(kept)
             if count == max_tokens:
@@ -122,7 +150,24 @@ def read_tokens(
         if not count:
             raise UserError(f"{sources}: holds no text")
         file.flush()
-        return torch.from_numpy(np.memmap(file, np.int32, "r+", shape=(count,)))
+        return torch.from_numpy(np.memmap(file, np.int32, "r+", shape=(count,))), size, first
+
+
+def text_size(text: bytes | str) -> int:
+    return len(text if isinstance(text, bytes) else text.encode())
+
+
+def prefix_bytes(text: bytes | str, tokenizer: PreTrainedTokenizerBase, count: int) -> int:
+    """The bytes of UTF-8 that the first `count` tokens of a text stand for, the end behind it for none."""
+    if isinstance(tokenizer, ByT5Tokenizer):
+        return min(count, text_size(text))
+    if not tokenizer.is_fast:
+        ids = encode(text[:100_000] if count == 1 else text, tokenizer)
+        return token_bytes(torch.from_numpy(ids[:count]), tokenizer)
+    text = text.decode(errors="replace") if isinstance(text, bytes) else text
+    text = text[:1000] if count == 1 else text
+    places: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return len(text[: places["offset_mapping"][:count][-1][1]].encode())
 
 
 def read_bytes(sources: str | Path | Sequence[str | Path], max_bytes: int | None = None) -> np.ndarray:
@@ -131,21 +176,24 @@ def read_bytes(sources: str | Path | Sequence[str | Path], max_bytes: int | None
     return tokens[tokens >= 0]
 
 
-def token_parts(sources: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+def token_parts(
+    sources: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[np.ndarray, bytes | str]]:
+    """Pieces of texts as tokens, documents with their ends, each with the text itself."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for source in sources:
         if str(source).startswith("hub:"):
             for text in hub_texts(str(source)):
-                yield np.array([*encode(text, tokenizer).tolist(), *end], np.int64)
+                yield np.array([*encode(text, tokenizer).tolist(), *end], np.int64), text
             continue
         from_hub(source, "a corpus")
         for path in text_files(Path(source)):
-            if path.suffix.lower() in TABLE_ENDINGS:
+            if ending(path) in TABLE_ENDINGS:
                 for text in table_texts(path):
-                    yield np.array([*encode(text, tokenizer).tolist(), *end], np.int64)
+                    yield np.array([*encode(text, tokenizer).tolist(), *end], np.int64), text
             else:
                 for piece in text_pieces(path):
-                    yield encode(piece, tokenizer)
+                    yield encode(piece, tokenizer), piece
 
 
 def encode(text: bytes | str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -159,9 +207,12 @@ def encode(text: bytes | str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
 
 def token_bytes(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many bytes of UTF-8 the tokens stand for; special tokens for none."""
+    """How many bytes of UTF-8 the tokens stand for; special tokens for none. Unknown ones, which do not tell, are a
+    UserError: `read_counted` counts in the text."""
     if isinstance(tokenizer, ByT5Tokenizer):
         return int((tokens >= BYTE_OFFSET).sum())
+    if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id) and (tokens == tokenizer.unk_token_id).any():
+        raise UserError("the text has tokens that are unknown to the tokenizer, and their bytes cannot be counted")
     text: Any = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return len(text.encode())
 
@@ -173,32 +224,62 @@ def text_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     known = (*TEXT_ENDINGS[:-1], *TABLE_ENDINGS)
-    found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in known)
+    shown = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    found = sorted(p for p in shown if p.is_file() and ending(p) in known)
     if not found:
         raise UserError(f"{path}: no texts in this folder (looked for {', '.join(known)})")
     return found
 
 
+def ending(path: Path) -> str:
+    """What a file is by its name, whether compressed or not."""
+    return (Path(path.stem) if path.suffix.lower() in COMPRESSED else path).suffix.lower()
+
+
+def opened(path: Path) -> io.BufferedReader:
+    """A file's bytes, decompressed by its name's ending."""
+    kind = COMPRESSED.get(path.suffix.lower())
+    if kind is None:
+        return path.open("rb")
+    import pyarrow  # takes a while to import, and few need it
+
+    stream: Any = pyarrow.input_stream(str(path), compression=kind)
+    return io.BufferedReader(stream)
+
+
+def whole_lines(file: io.BufferedReader, size: int = 2**22) -> Iterator[bytes]:
+    """A file in pieces of about `size` bytes that end with a line, in a longer line with a word, else a character."""
+    rest = b""
+    while data := file.read(size):
+        data, rest = rest + data, b""
+        cut = data.rfind(b"\n") + 1 or data.rfind(b" ") + 1
+        if not cut:
+            cut = next(
+                (i for i in range(len(data) - 1, max(0, len(data) - 4), -1) if not 0x80 <= data[i] < 0xC0), len(data)
+            )
+        rest = data[cut:]
+        yield data[:cut]
+    if rest:
+        yield rest
+
+
 def text_pieces(path: Path) -> Iterator[bytes]:
     """The bytes of a text file, about 4 MB of whole lines at a time; an empty or binary file is refused."""
     read, empty = 0, True
-    try:
-        with path.open("rb") as file:
-            while data := b"".join(file.readlines(2**22)):
-                if b"\0" in data:
-                    raise UserError(f"{path}: is binary, not text (zero byte at {read + data.index(0)})")
-                # a file cut inside a character at its beginning or end, as EnWik8's parts may be, is sound
-                start = 0 if read else next((i for i in range(min(3, len(data))) if not 0x80 <= data[i] < 0xC0), 0)
-                try:
-                    codecs.getincrementaldecoder("utf-8")().decode(data[start:])
-                except UnicodeDecodeError as error:
-                    place = read + start + error.start
-                    raise UserError(f"{path}: is not UTF-8 text (byte {place}); convert it first") from error
-                read += len(data)
-                empty = empty and not data.strip()
-                yield data
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with reading(path, "cannot be read"), opened(path) as file:
+        for data in whole_lines(file):
+            if b"\0" in data:
+                raise UserError(f"{path}: is binary, not text (zero byte at {read + data.index(0)})")
+            # a file cut inside a character at its beginning or end, as EnWik8's parts may be, is sound
+            start = 0 if read else next((i for i in range(min(3, len(data))) if not 0x80 <= data[i] < 0xC0), 0)
+            try:
+                codecs.getincrementaldecoder("utf-8")().decode(data[start:])
+            except UnicodeDecodeError as error:
+                place = read + start + error.start
+                raise UserError(f"{path}: is not UTF-8 text (byte {place}); convert it first") from error
+            read += len(data)
+            empty = empty and not data.strip()
+            yield data
     if empty:
         raise UserError(f"{path}: is empty")
 
@@ -206,7 +287,7 @@ def text_pieces(path: Path) -> Iterator[bytes]:
 def table_texts(path: Path) -> Iterator[str]:
     """The column `text` of a table."""
     with reading(path, "is damaged or no table"):
-        if path.suffix.lower() == ".parquet":
+        if ending(path) == ".parquet":
             import datasets  # takes a second to import, and few need it
 
             datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else reading a local file is told to the hub
@@ -214,18 +295,17 @@ def table_texts(path: Path) -> Iterator[str]:
         else:
             rows = json_rows(path)
         empty = True
-        for row in rows:
+        for number, row in enumerate(rows, 1):
             empty = False
-            yield text_of(row, path)
+            yield text_of(row, f"{path}, row {number}")
         if empty:
             raise UserError(f"{path}: is empty")
 
 
 def json_rows(path: Path) -> Iterator[Any]:
     """The records of a JSON file: one a line, or all in one list. Nesting that is too deep is an error, no crash."""
-    with path.open("rb") as file:
-        listed = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-        file.seek(0)
+    with opened(path) as file:
+        listed = file.peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
         if listed:
             yield from json.loads(file.read().decode("utf-8-sig"))
             return
@@ -253,6 +333,8 @@ def hub_texts(source: str) -> Iterator[str]:
 
 def text_of(row: Any, source: object) -> str:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        if isinstance(row, dict) and "text" in row:
+            raise UserError(f"{source}: its `text` is no text but {json.dumps(row['text'])[:80]}; leave such rows out")
         there = some(row) if isinstance(row, dict) else f"a {type(row).__name__} in its place"
         raise UserError(f"{source}: has no column `text`; it has {there}")
     if not row["text"].isascii() and any(0xD800 <= ord(c) < 0xE000 for c in row["text"]):

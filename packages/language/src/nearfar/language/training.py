@@ -20,6 +20,7 @@ from nearfar.core.model_folder import TrainedOn, writing
 from nearfar.core.training import data_loader, train, warmup_cosine
 from nearfar.language.configuration import MixerConfig
 from nearfar.language.modeling import MixerForCausalLM
+from nearfar.language.registry import IMPORTED
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Recipe:
     """A model and how to train it.
 
     Args:
-        mixers, hidden_size, num_hidden_layers, state_mixer, norm, dropout, learned_positions,
+        mixers, hidden_size, num_hidden_layers, state_mixer, residual, norm, dropout, learned_positions,
         max_position_embeddings: of the model, see `MixerConfig`; the last is at least `context`.
         tokenizer: "bytes", a folder, or hub:NAME.
         context: tokens per example.
@@ -49,6 +50,7 @@ class Recipe:
     hidden_size: int = 128
     num_hidden_layers: int = 6
     state_mixer: str | dict = "mlp"
+    residual: str | dict = "plain"
     norm: str = "layernorm"
     dropout: float = 0.1
     learned_positions: bool = False
@@ -77,13 +79,14 @@ class Recipe:
 
     def model(self, tokenizer: PreTrainedTokenizerBase) -> MixerForCausalLM:
         """The untrained model."""
-        names = ("mixers", "hidden_size", "num_hidden_layers", "state_mixer", "norm", "dropout", "learned_positions")
+        names = ("mixers", "hidden_size", "num_hidden_layers", "state_mixer", "residual", "norm", "dropout")
         torch.manual_seed(self.seed)
         config = MixerConfig(
             vocab_size=len(tokenizer),
             max_position_embeddings=max(self.max_position_embeddings, self.context),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            learned_positions=self.learned_positions,
             **{name: getattr(self, name) for name in names},
         )
         return MixerForCausalLM(config)
@@ -225,7 +228,9 @@ def train_language_model(
         mode="min",
         seed=recipe.seed,
         folder=Path(folder) / "run",
-        settings=dataclasses.asdict(recipe) | {"precision": precision},
+        settings=dataclasses.asdict(recipe)
+        | {"precision": precision}
+        | ({"imported": sorted(IMPORTED.values())} if IMPORTED else {}),
         fresh=fresh,
         show_progress=show_progress,
         device=device,

@@ -11,31 +11,31 @@ from torch.autograd.function import once_differentiable
 from nearfar.ops.common.streaming import wide
 
 QUERIES = ("static", "input", "scalar")
+FEW = 64
+"""Tokens up to which a pass without gradients is bound by the number of calls, see `FewTokens`."""
 
 
 class _Mix(torch.autograd.Function):
     """`sum_i p_i v_i`, p = softmax_i(scale_i (v_i . key)) per head, from sources that are never stacked.
 
-    key `(h, d / h)`, scales and sources `(..., h, d / h)`; p `(n, ..., h)`. Keeps no copy of a source.
+    key `(h, d / h)`, scales `(n, ...)`, sources `(..., h, d / h)`; p `(n, ..., h)`. Keeps no copy of a source.
     """
 
     @staticmethod
-    def forward(ctx, key, eps, scales, *sources):
+    def forward(ctx, key, scales, *sources):
         logits = torch.stack([project(v, key) * s[..., None] for v, s in zip(sources, scales)])
         p = logits.softmax(0)
         out = sources[0] * p[0, ..., None]
         for v, weight in zip(sources[1:], p[1:]):
             out.addcmul_(v, weight[..., None])
-        ctx.save_for_backward(key, logits, p, *scales, *sources)
+        ctx.save_for_backward(key, logits, p, scales, *sources)
         ctx.mark_non_differentiable(p)
         return out, p
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        key, logits, p, *rest = ctx.saved_tensors
-        n = len(p)
-        scales, sources = rest[:n], rest[n:]
+        key, logits, p, scales, *sources = ctx.saved_tensors
         along = torch.stack([torch.linalg.vecdot(grad, v) for v in sources])
         slope = p * (along - (p * along).sum(0))  # of the logits
         size = key.numel()
@@ -51,7 +51,7 @@ class _Mix(torch.autograd.Function):
             g.addcmul_(step[..., None], key)
             shrink = (dl * logit).sum(-1, keepdim=True) * s * s / -size  # the norm's own slope
             grads.append(g.addcmul_(v, shrink[..., None]))
-        return grad_key, None, None, *grads
+        return grad_key, None, *grads
 
 
 def project(v: Tensor, key: Tensor) -> Tensor:
@@ -119,13 +119,13 @@ class DepthAttention(nn.Module):
         return torch.mul(*weights).view(self.num_heads, -1)
 
     def forward(
-        self, sources: Sequence[Float[Tensor, "*s d"]], scales: Sequence[Tensor] | None = None
+        self, sources: Sequence[Float[Tensor, "*s d"]], squares: Sequence[Tensor] | None = None
     ) -> Float[Tensor, "*s d"]:
-        """`scales`: 1 / rms of each source, where already known (see `inverse_rms`)."""
-        return self.mix(sources, scales)[0]
+        """`squares`: `mean_square` of each source, where already known."""
+        return self.mix(sources, squares)[0]
 
     def mix(
-        self, sources: Sequence[Tensor], scales: Sequence[Tensor] | None = None
+        self, sources: Sequence[Tensor], squares: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Float[Tensor, "n *s h"]]:
         """The mixture, and the weight of every source for each token and head."""
         if not sources:
@@ -134,10 +134,9 @@ class DepthAttention(nn.Module):
         dtype, unchanged = wide(x)
         with unchanged:
             parts = [v.to(dtype).unflatten(-1, heads) for v in sources]
-            if self.plain:
-                if scales is None:
-                    scales = [inverse_rms(v, self.eps) for v in sources]
-                out, p = _Mix.apply(self.key(), self.eps, scales, *parts)
+            if self.plain and not torch.compiler.is_compiling():  # dynamo takes one number of sources for another
+                squares = [mean_square(v) for v in sources] if squares is None else squares
+                out, p = _Mix.apply(self.key(), torch.rsqrt(torch.stack(squares) + self.eps), *parts)
             else:
                 p = self.logits(sources, parts)
                 p = torch.sigmoid(p) if self.sigmoid else p.softmax(0)
@@ -164,10 +163,53 @@ class DepthAttention(nn.Module):
 
 
 @torch.no_grad()
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """`1 / sqrt(mean(x^2) + eps)` over the last axis, in float32 or better; a source's never changes."""
+def mean_square(x: Tensor) -> Tensor:
+    """`mean(x^2)` over the last axis, in float32 or better; a source's never changes."""
     x = x.to(wide(x)[0])
-    return torch.rsqrt(torch.linalg.vecdot(x, x) / x.shape[-1] + eps)
+    return torch.linalg.vecdot(x, x) / x.shape[-1]
+
+
+class FewTokens:
+    """The sources of few tokens side by side in one tensor `(sources, ..., d)`, without gradients.
+
+    An aggregation is then six calls whatever the number of sources, where a call for each source would cost more than
+    what it computes. Attends are `plain` and of one head.
+    """
+
+    def __init__(self, embedding: Tensor, attends: Sequence[DepthAttention], block_size: int) -> None:
+        self.like, self.block_size, d = embedding, block_size, embedding.shape[-1]
+        dtype = wide(embedding)[0]
+        self.single = embedding.numel() == d
+        shape = () if self.single else embedding.shape[:-1]
+        sources = 1 + -(-(len(attends) - 1) // block_size)
+        self.values = embedding.new_empty((sources, *shape, d), dtype=dtype)
+        self.lengths = self.values.new_empty((sources, *shape))
+        keys = torch.stack([a.query for a in attends]).to(dtype) * torch.stack([a.norm_weight for a in attends])
+        self.keys = (keys * d**0.5).unbind()  # rms = length / sqrt(d)
+        self.floors = {eps: self.values.new_tensor((eps * d) ** 0.5) for eps in {a.eps for a in attends}}
+        self.count, self.begun = 0, False
+        self.row, self.length = self.values[0], self.lengths[0]
+        self.add(embedding)
+
+    def add(self, y: Tensor) -> None:
+        if self.single:
+            y = y.view(-1)
+        self.row.add_(y) if self.begun else self.row.copy_(y)
+        self.begun = True
+        torch.linalg.vector_norm(self.row, dim=-1, out=self.length)
+
+    def read(self, number: int, eps: float) -> tuple[Tensor, Tensor]:
+        """The mixture for sub-layer `number`, and the weights `(sources, ...)`."""
+        finished, place = number // self.block_size + 1, number % self.block_size
+        count = finished + (place > 0)
+        if count != self.count:
+            self.count, self.seen, self.seen_lengths = count, self.values[:count], self.lengths[:count]
+        if place == 0 and finished < len(self.values):
+            self.row, self.length, self.begun = self.values[finished], self.lengths[finished], False
+        p = (self.seen @ self.keys[number]).div_(torch.hypot(self.seen_lengths, self.floors[eps])).softmax(0)
+        if self.single:
+            return (p @ self.seen).view(self.like.shape).type_as(self.like), p
+        return (p[..., None] * self.seen).sum(0).type_as(self.like), p
 
 
 class DepthResiduals:
@@ -186,7 +228,7 @@ class DepthResiduals:
     Queries do not depend on data, so `two_phase` computes what all sub-layers of a block take from the finished
     blocks at once, and adds the sum so far to each by an online softmax: the same numbers, each finished source read
     once per block. In plain PyTorch that does not pay on a CPU, so it is off. `window`: only the last so many sources
-    and the embedding (an ablation).
+    and the embedding (an ablation). Without gradients few tokens, as in decoding, take the form of `FewTokens`.
     """
 
     def __init__(
@@ -204,42 +246,62 @@ class DepthResiduals:
         self.attends, self.block_size, self.window = list(attends), block_size, window
         self.two_phase = two_phase and block_size > 1 and window is None and all(a.plain for a in self.attends)
         self.blocks: list[Tensor] = []
-        self.scales: list[Tensor] = []
+        self.squares: list[Tensor] = []
         self.partial: Tensor | None = embedding
         self.number = 0
         self.weights: list[Tensor] | None = None
         """Set to a list to collect the weights `(n, ..., h)` of each aggregation (without two phases)."""
         self.prepared: tuple[Tensor, Tensor, Tensor] | None = None
+        self.few: FewTokens | None = None
 
     def next_input(self) -> Tensor:
         """What the next sub-layer reads, or after the last one the output."""
         if self.number >= len(self.attends):
             raise ValueError(f"there are {len(self.attends)} aggregations and all have been made")
         attend, place = self.attends[self.number], self.number % self.block_size
+        if self.number == 0 and self.few_tokens():
+            self.few = FewTokens(self.partial, self.attends, self.block_size)
+        if self.few is not None:
+            out, p = self.few.read(self.number, attend.eps)
+            self.number += 1
+            if self.weights is not None:
+                self.weights.append(p.view(len(p), *out.shape[:-1], 1))
+            return out
         if place == 0:
             self.blocks.append(self.partial)
             if attend.plain:
-                self.scales.append(inverse_rms(self.partial, attend.eps))
+                self.squares.append(mean_square(self.partial))
             self.partial = None
         self.number += 1
         if self.two_phase and self.weights is None:
             if place == 0:
                 self.prepare(self.attends[self.number - 1 : self.number - 1 + self.block_size])
             return self.merge(place, attend)
-        sources, scales = [*self.blocks], [*self.scales]
+        sources, squares = [*self.blocks], [*self.squares]
         if self.partial is not None:
             sources.append(self.partial)
             if attend.plain:
-                scales.append(inverse_rms(self.partial, attend.eps))
+                squares.append(mean_square(self.partial))
         if self.window is not None and len(sources) > self.window + 1:
-            sources, scales = ([t[0], *t[-self.window :]] if t else t for t in (sources, scales))
-        out, p = attend.mix(sources, scales or None)
+            sources, squares = ([t[0], *t[-self.window :]] if t else t for t in (sources, squares))
+        out, p = attend.mix(sources, squares or None)
         if self.weights is not None:
             self.weights.append(p)
         return out
 
+    def few_tokens(self) -> bool:
+        """Whether `FewTokens` computes what is asked for."""
+        x = self.partial
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return False
+        few = x.shape[:-1].numel() <= FEW and not self.two_phase and self.window is None
+        return few and all(attend.plain and attend.num_heads == 1 for attend in self.attends)
+
     def add(self, y: Tensor) -> None:
         """Take in what a sub-layer computed."""
+        if self.few is not None:
+            self.few.add(y)
+            return
         self.partial = y if self.partial is None else self.partial + y
 
     def prepare(self, attends: Sequence[DepthAttention]) -> None:
@@ -248,8 +310,8 @@ class DepthResiduals:
         with unchanged:
             keys = torch.stack([attend.key().to(dtype) for attend in attends])
             values = torch.stack([v.to(dtype) for v in self.blocks]).unflatten(-1, keys.shape[1:])
-            scales = torch.rsqrt(values.square().mean((-2, -1)) + attends[0].eps) if values.requires_grad else None
-            scales = torch.stack(self.scales) if scales is None else scales
+            squares = values.square().mean((-2, -1)) if values.requires_grad else torch.stack(self.squares)
+            scales = torch.stack([torch.rsqrt(squares + attend.eps) for attend in attends])
             logits = torch.einsum("shc,n...hc->sn...h", keys, values) * scales[..., None]
             top = logits.amax(1).detach()
             weights = torch.exp(logits - top[:, None])

@@ -12,6 +12,8 @@ file keeps it as it is. Sequences of different lengths share a batch by `lengths
 outputs; `lengths` only says where the state of each row stands.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +55,18 @@ class StreamingMixer(nn.Module):
     def state_size(self, length: int) -> int:
         """Numbers that one sequence of `length` tokens leaves behind, as the literature counts them."""
         raise NotImplementedError
+
+
+class FullPrecision(nn.Module):
+    """A module whose parameters stay in float32 or better when a model around it is turned to half precision: rates
+    and phases that are multiplied by positions, where eight bits would be wrong after a few hundred."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FullPrecision":
+        def keep(t: Tensor) -> Tensor:
+            out = fn(t)
+            return t.to(out.device) if out.dtype in (torch.float16, torch.bfloat16) else out
+
+        return super()._apply(keep, recurse)
 
 
 def state_numbers(state: State) -> int:

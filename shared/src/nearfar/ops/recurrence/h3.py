@@ -8,14 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.common.real_fft import rfft
-from nearfar.ops.common.streaming import State, StreamingMixer, shift_in, wide
+from nearfar.ops.common.streaming import FullPrecision, State, StreamingMixer, shift_in, wide
 from nearfar.ops.convolution.causal import fft_convolution
 
 
-class ShiftSSM(nn.Module):
+class ShiftSSM(FullPrecision):
     """Convolution with `k[t] = sum_n B[n] C[n + t]`, t < N: a state space model that only shifts. Parameters (d, N).
 
-    B starts as the first unit vector, so that k = C.
+    B starts as the first unit vector, so that k = C. In half precision the parameters stay in float32.
     """
 
     def __init__(self, dim: int, d_state: int):
@@ -39,11 +39,12 @@ class ShiftSSM(nn.Module):
         return torch.fft.irfft(spectrum, n=size)[..., :n]
 
 
-class DiagonalSSM(nn.Module):
+class DiagonalSSM(FullPrecision):
     """S4D: `s_t = Abar s_{t-1} + x_t`, `y_t = 2 Re sum_n Cbar_n s_t[n]`, N/2 complex modes for each of H heads.
 
     A = -exp(log_real) + i imag, dt = exp(log_dt), bilinear: Abar = (1 + dt A / 2) / (1 - dt A / 2) and
-    Cbar = B C dt / (1 - dt A / 2). B and C are kept as pairs of reals. S4D (Gu et al. 2022, arXiv 2206.11893).
+    Cbar = B C dt / (1 - dt A / 2). B and C are kept as pairs of reals. S4D (Gu et al. 2022, arXiv 2206.11893). In half
+    precision the parameters stay in float32.
     """
 
     def __init__(self, heads: int, d_state: int):

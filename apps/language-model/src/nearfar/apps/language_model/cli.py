@@ -33,6 +33,7 @@ from nearfar.language import evaluation, texts
 from nearfar.language.audit import audit as audit_model
 from nearfar.language.cache import MixerCache
 from nearfar.language.modeling import MixerForCausalLM
+from nearfar.language.registry import import_mixers
 from nearfar.language.texts import quiet_transformers
 from nearfar.language.training import Recipe, text_marks, train_language_model
 
@@ -47,6 +48,18 @@ app = typer.Typer(
 )
 
 app.add_typer(lra.app, name="lra")
+
+
+@app.callback()
+def options(
+    mixers: Annotated[
+        list[Path] | None,
+        typer.Option("--import", help="Python file that is run for its tables MIXERS and STATE_MIXERS (repeatable)."),
+    ] = None,
+) -> None:
+    for path in mixers or ():
+        import_mixers(path)
+
 
 Model = Annotated[str, typer.Argument(help="Folder of a causal language model, or hub:NAME.")]
 Texts = Annotated[list[str], typer.Argument(help="Text files, folders, tables, or hub:NAME[:CONFIG[:SPLIT]].")]
@@ -120,13 +133,13 @@ def evaluate(
     lm, tokenizer = texts.load_causal_lm(model, device)
     result: dict[str, object] = {"model": model}
     if sources:
-        tokens = texts.read_tokens(sources, tokenizer, max_tokens)
-        result |= evaluation.score(lm, tokens, tokenizer, piece, carry)
+        tokens, size, first = texts.read_counted(sources, tokenizer, max_tokens)
+        result |= evaluation.score(lm, tokens, tokenizer, piece, carry, size - first)
         if mark := mark_seen(model, text_marks(tokens)):
             result["pieces of this text"] = mark
         if ngram:
             counted = texts.read_bytes(ngram)
-            scored = texts.read_bytes(sources, texts.token_bytes(tokens, tokenizer))
+            scored = texts.read_bytes(sources, size)
             result["5-gram_bits_per_byte"] = evaluation.ngram_bits(counted, scored, 256)
     if task:
         for name, scores in evaluation.run_tasks(

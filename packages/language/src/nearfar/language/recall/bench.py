@@ -12,7 +12,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from nearfar.core.training import train
 from nearfar.language.configuration import MixerConfig
 from nearfar.language.modeling import MixerForCausalLM
 from nearfar.language.recall.tasks import make_examples, segment_seeds
+from nearfar.language.registry import IMPORTED
 
 SEGMENT = {"task": "mqar", "num_examples": 1000}
 
@@ -96,6 +97,12 @@ class Recipe:
                 yield Point(self, data, model, int(dim), rate, seed)
 
 
+def code_digest() -> str:
+    """The same for the same code of models, training and mixers from outside."""
+    parts = [source_digest(RecallModule, MixerForCausalLM), *sorted(IMPORTED.values())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
 @dataclass
 class Point:
     """One run of a recipe."""
@@ -125,8 +132,13 @@ class Point:
     @property
     def key(self) -> str:
         """Short and the same for the same settings and code."""
-        code = source_digest(RecallModule, MixerForCausalLM)
-        return hashlib.sha256(json.dumps([self.settings, code], sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps([self.settings, code_digest()], sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def shared(self) -> str:
+        """What runs have in common that differ in rate and seed alone, as JSON: the other settings, and the code."""
+        rest = {name: value for name, value in self.settings.items() if name not in ROW}
+        return json.dumps(rest | {"data": self.settings["data"], "code": code_digest()}, sort_keys=True)
 
     def build(self) -> MixerForCausalLM:
         """The untrained model."""
@@ -279,6 +291,7 @@ def run_point(point: Point, folder: Path, device: str = "auto") -> dict[str, Any
         "epochs": 0 if failure else len(history),
         "seconds": round(sum(epoch["seconds"] for epoch in history) or time.monotonic() - started, 1),
         "key": point.key,
+        "settings": point.shared,
     }
     row |= {"failure": failure} if failure else {}
     for weights in ("last.ckpt", "best.safetensors"):  # the numbers are what a sweep is for
@@ -327,7 +340,7 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
         table = csv.DictReader(stream, strict=True)
         rows = [{name: number(value) for name, value in row.items() if value != ""} for row in table]
     for line, row in enumerate(rows, 2):
-        if lacking := [name for name in (*ROW, *NUMBERS, "key") if name not in row]:
+        if lacking := [name for name in (*ROW, *NUMBERS, "key", "settings") if name not in row]:
             raise UserError(f"{path}: no results of a recall sweep, line {line} lacks {some(lacking)}")
         if odd := [name for name in ("dim", "learning_rate", *NUMBERS) if not isinstance(row[name], int | float)]:
             raise UserError(
@@ -337,7 +350,21 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}, line {line}: a number is not finite; run the sweep again")
     if not rows:
         raise UserError(f"{path}: no results of a recall sweep")
+    for line, row in enumerate(rows, 2):
+        if not settings_of(row):
+            raise UserError(
+                f"{path}, line {line}: settings is {row['settings']!r}, no JSON object; run the sweep again"
+            )
     return [row | {"key": str(row["key"]), "model": str(row["model"]), "data": str(row["data"])} for row in rows]
+
+
+def settings_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a row; {} where they cannot be read."""
+    try:
+        found = json.loads(row["settings"])
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def number(text: str) -> int | float | str:
@@ -351,16 +378,18 @@ def number(text: str) -> int | float | str:
 
 
 def best_results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per data, model and width: the best learning rate by its mean accuracy over the seeds.
+    """One row per data, model, width and other settings: the best learning rate by its mean accuracy over the seeds.
 
     `spread` is the standard deviation over the seeds (0 for one). The rate is chosen on the test examples, as in the
-    published figures.
+    published figures. Where a model was run with several settings, `settings` says what differs.
     """
     groups: dict[tuple, dict[float, list[dict[str, Any]]]] = {}
     for row in rows:
-        groups.setdefault((row["data"], row["model"], row["dim"]), {}).setdefault(row["learning_rate"], []).append(row)
+        place = groups.setdefault((row["data"], row["model"], row["dim"], row["settings"]), {})
+        place.setdefault(row["learning_rate"], []).append(row)
+    told = differences(groups)
     best = []
-    for (data, model, dim), rates in groups.items():
+    for (data, model, dim, shared), rates in groups.items():
         rate = max(rates, key=lambda r: statistics.mean(row["accuracy"] for row in rates[r]))
         chosen = rates[rate]
         scores = [row["accuracy"] for row in chosen]
@@ -379,9 +408,24 @@ def best_results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "parameters": chosen[0]["parameters"],
                 "epochs": max(row["epochs"] for row in chosen),
                 "seconds": round(sum(row["seconds"] for row in chosen), 1),
+                **({"settings": told[data, model, dim, shared]} if any(told.values()) else {}),
             }
         )
     return best
+
+
+def differences(groups: Iterable[tuple]) -> dict[tuple, str]:
+    """For each (data, model, width, settings) what sets it apart from the others of the same data, model and width."""
+    alike: dict[tuple, list[tuple]] = {}
+    for group in groups:
+        alike.setdefault(group[:3], []).append(group)
+    told = {}
+    for family in alike.values():
+        settings = [json.loads(group[3]) for group in family]
+        names = [name for name in settings[0] if any(s.get(name) != settings[0][name] for s in settings)]
+        for group, own in zip(family, settings):
+            told[group] = ", ".join(f"{name}={json.dumps(own.get(name))}" for name in names)
+    return told
 
 
 AXES = {"dim": "model width d", "state_size": "state size (numbers per sequence)"}
@@ -392,6 +436,7 @@ def plot_results(rows: list[dict[str, Any]], axis: str = "dim") -> Figure:
     if axis not in AXES:
         raise UserError(f"cannot plot against {axis!r}; known are {', '.join(AXES)}")
     best = best_results(rows)
+    best = [row | {"model": f"{row['model']} {row.get('settings', '')}".strip()} for row in best]
     data = list(dict.fromkeys(row["data"] for row in best))
     models = list(dict.fromkeys(row["model"] for row in best))
     columns = min(4, len(data))
