@@ -227,12 +227,13 @@ def checkpointed(bench: Bench) -> float:
 
 def generated(bench: Bench) -> float:
     """Tokens that differ when a text is generated on from a state that has read its first half."""
+    model: Any = bench.model
     text = bench.texts[0][None]
     how: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     mask = torch.ones_like(text)
-    whole = bench.model.generate(text, attention_mask=mask, **how)
-    _, state = read_on(bench.model, text[:, : text.shape[1] // 2])
-    asked = bench.model.generate(text, attention_mask=mask, **{cache_argument(bench.model): state}, **how)
+    whole = model.generate(text, attention_mask=mask, **how)
+    _, state = read_on(model, text[:, : text.shape[1] // 2])
+    asked = model.generate(text, attention_mask=mask, **{cache_argument(model): state}, **how)
     return (asked[:, -8:] != whole[:, -8:]).float().mean().item()
 
 

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ class Embedder:
         for seconds in (2, 4):
             sound = torch.randn(1, seconds * rate, device=self.device)
             with torch.inference_mode():
-                measured.append(SURPLUS * peak_memory(lambda x=sound: self.model(x), self.device.type))
+                measured.append(SURPLUS * peak_memory(partial(self.model, sound), self.device.type))
         each = (measured[1] - measured[0]) / 2
         kept = 4 * rate * self.KEPT
         left = budget - resident_memory() - kept - measured[0]
