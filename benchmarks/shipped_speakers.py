@@ -1,6 +1,6 @@
 """The speaker models that come with the package: trained, scored and stressed by one command.
 
-    uv run python benchmarks/shipped_speakers.py DATA OUTPUT [--debian FOLDER] [--models small-8k small] [--seed 0]
+    uv run python benchmarks/shipped_speakers.py DATA OUTPUT [--debian FOLDER] [--models small-8k small-16k] [--seed 0]
 
 OUTPUT gets the corpus of `benchmarks/speech_corpus.py`, the trials of `benchmarks/speakers.py`, whose people take no
 part in training, and for each model its folder, scores, evaluation and stress. What of a folder is copied to
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-RECIPES = {"small": "shipped", "small-8k": "shipped-8k"}
+RECIPES = {"small-16k": "shipped-16k", "small-8k": "shipped-8k"}
 
 
 def run(*words: object) -> None:

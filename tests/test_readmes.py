@@ -132,9 +132,11 @@ def commands():
 def test_commands_and_options_exist(line):
     words = shlex.split(re.split(r"\s{2,}|\s#", re.sub(r"^(nearfar [a-z-]+ [a-z]+)\s+", r"\1 ", line))[0])
     app = {point.name: point for point in entry_points(group="nearfar.apps")}[words[1]].load()
-    command = typer.main.get_command(app).commands[words[2]]
+    command, rest = typer.main.get_command(app).commands[words[2]], words[3:]
+    while hasattr(command, "commands"):
+        command, *rest = command.commands[rest[0]], *rest[1:]
     options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-    asked = {word for word in words[3:] if re.match(r"--?[a-z]", word)}
+    asked = {word for word in rest if re.match(r"--?[a-z]", word)}
     assert asked <= options, f"{asked - options} of {line}"
 
 
