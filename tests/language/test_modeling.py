@@ -306,7 +306,9 @@ for settings in json.load(sys.stdin):
 
 @pytest.mark.parametrize("kinds", [["mamba", "llama"], pytest.param([*LAYERS], marks=pytest.mark.ci)], ids=len)
 def test_one_graph_of_torch_compile_holds_a_model(kinds):
-    """In a process of its own, without the checks of shapes, which cannot be traced."""
+    """In a process of its own, without the checks of shapes, which cannot be traced. How many tokens an expert gets is
+    known only when it runs, so those break the graph."""
+    kinds = [kind for kind in kinds if kind != "kimi"]
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "max_position_embeddings": 64}
     settings = [{**sizes, "mixers": LAYERS[kind], **SPECIAL.get(kind, {})} for kind in kinds]
     subprocess.run([sys.executable, "-c", COMPILE], input=json.dumps(settings), text=True, check=True)
