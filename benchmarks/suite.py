@@ -436,6 +436,7 @@ READMES = {
     "packages/vision/README.md": [name for name, row in ROWS.items() if row.inputs is LARGE and name != "macmd"]
     + ["halonet26t", "sit-atconv-s/2"],
     "packages/language/README.md": [f"{name} {length}" for name in MIXERS for length in (512, 2048)],
+    "packages/audio/README.md": ["l-tdnn", "lap", "mossformer2"],
     "packages/medical/README.md": [*(n for n in ROWS if n.startswith("crf")), "macmd", "guided attention"],
 }
 """README -> the systems of its table; the first has the means alone."""

@@ -421,9 +421,10 @@ def test_codecs_keep_length_and_speech(codec):
     assert max(np.corrcoef(np.roll(y, d), x)[0, 1] for d in delays) > 0.7
 
 
-def test_degraded_crops_keep_their_length_and_follow_the_seed():
+@pytest.mark.parametrize("surroundings", [False, True])
+def test_degraded_crops_keep_their_length_and_follow_the_seed(surroundings):
     x = voice(1.0)
-    augment = Augmentation(degraded=1.0)
+    augment = Augmentation(degraded=1.0, surroundings=surroundings)
 
     def changed(seed):
         torch.manual_seed(seed)

@@ -117,29 +117,35 @@ def narrow(samples: Samples, rate: int, to: int) -> Samples:
     return resample(resample(samples, rate, to), to, rate, len(samples))
 
 
-def degrade(samples: Samples, rate: int, rng: np.random.Generator) -> Samples:
-    """What rooms, devices and lines may do to speech.
+def degrade(samples: Samples, rate: int, rng: np.random.Generator, surroundings: bool = False) -> Samples:
+    """What a device or a line may do to speech: one thing drawn evenly, at a gain of -30 to +6 dB.
 
-    A room (one time in four), white to brown noise (every second time, at 5 to 35 dB), one of codecs, gates, lost
-    packets, a narrow band and dither (or none), and a gain of -30 to +6 dB.
+    It is a codec, white noise at 10 to 40 dB, a gate, lost packets, a narrow band, or dither. With `surroundings` a
+    simulated room (one time in four) and white to brown noise (every second time, at 5 to 35 dB) come first, and
+    nothing takes the place of white noise.
     """
-    if rng.random() < 0.25:
-        response = room_response(rate, rng, rng.uniform(0.15, 0.7), rng.uniform(-12, 3))
-        samples = add_reverberation(samples, response)
-    if rng.random() < 0.5:
-        samples = add_noise(samples, colored_noise(len(samples), rng, rng.uniform(0, 2)), rng.uniform(5, 35))
-    kind = int(rng.integers(1, 7))
-    if kind == 1:
+    kinds = ["codec", "noise", "gate", "packets", "narrow", "dither"]
+    if surroundings:
+        kinds = ["codec", "gate", "packets", "narrow", "dither", "nothing"]
+        if rng.random() < 0.25:
+            response = room_response(rate, rng, rng.uniform(0.15, 0.7), rng.uniform(-12, 3))
+            samples = add_reverberation(samples, response)
+        if rng.random() < 0.5:
+            samples = add_noise(samples, colored_noise(len(samples), rng, rng.uniform(0, 2)), rng.uniform(5, 35))
+    kind = kinds[rng.integers(6)]
+    if kind == "codec":
         samples = through_codec(samples, rate, str(rng.choice(list(CODECS))))
-    elif kind == 2:
+    elif kind == "noise":
+        samples = add_white_noise(samples, rng, rng.uniform(10, 40))
+    elif kind == "gate":
         samples = gate(samples, rng.uniform(30, 60))
-    elif kind == 3:
+    elif kind == "packets":
         samples = lose_packets(samples, rate, rng, rng.uniform(0.01, 0.1))
-    elif kind == 4:
+    elif kind == "narrow":
         least = min(0.7, 8000 / rate)  # telephone's, where the rate is above that
         samples = narrow(samples, rate, round(rate * rng.uniform(least, 0.95) / 100) * 100)
     samples = apply_gain(samples, rng.uniform(-30, 6))
-    return quantize(samples, rng) if kind == 5 or rng.random() < 0.5 else samples
+    return quantize(samples, rng) if kind == "dither" or rng.random() < 0.5 else samples
 
 
 class Augmentation:
@@ -149,7 +155,7 @@ class Augmentation:
         noise: MUSAN's folder, or any with sub-folders named noise, music or speech.
         responses: folder of room impulse responses. Of files with several channels, here and there, the first counts.
         probability: that a crop is changed at all (0.6).
-        degraded: probability of `degrade`, which needs no recordings (0).
+        degraded: probability of `degrade`, which needs no recordings (0). surroundings: with rooms and noise.
 
     All randomness comes from torch's generator, so it follows the seed of the epoch.
 
@@ -162,11 +168,12 @@ class Augmentation:
         responses: str | Path | None = None,
         probability: float = 0.6,
         degraded: float = 0.0,
+        surroundings: bool = False,
     ) -> None:
         for name, value in (("probability", probability), ("degraded", degraded)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {value}")
-        self.probability, self.degraded = probability, degraded
+        self.probability, self.degraded, self.surroundings = probability, degraded, surroundings
         self.noises: dict[str, list[Path]] = {}
         for path in _recordings(noise):
             kind = next((part for part in reversed(path.parts[:-1]) if part in SNR), "noise")
@@ -178,7 +185,7 @@ class Augmentation:
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         if self.kinds and rng.random() < self.probability:
             samples = self._add(samples, rate, rng)
-        return degrade(samples, rate, rng) if rng.random() < self.degraded else samples
+        return degrade(samples, rate, rng, self.surroundings) if rng.random() < self.degraded else samples
 
     def _add(self, samples: Samples, rate: int, rng: np.random.Generator) -> Samples:
         kind = self.kinds[rng.integers(len(self.kinds))]

@@ -41,10 +41,10 @@ class Recipe:
     validation speakers with gates, zeros and gains).
     Data: crops of `crop_seconds`; `crops_per_utterance` per epoch; `speeds` other than 1 make new speakers; `noise` and
     `responses` are folders for augmentation, applied with `augment_probability`; what devices and lines do (gain,
-    codecs, noise, gates, lost packets, `nearfar.audio.augment.degrade`) happens with `degrade_probability`; digital
-    silence is dropped; of recordings with several channels `channel` (1, 2 ...) is taken, or with `mix_channels` their
-    mean; with neither they are refused, for two channels are often two speakers; `validation` is the share of the
-    speakers that is kept apart to choose the epoch.
+    codecs, noise, gates, lost packets, `nearfar.audio.augment.degrade`) happens with `degrade_probability`, with
+    `surroundings` in simulated rooms and more noise; digital silence is dropped; of recordings with several channels
+    `channel` (1, 2 ...) is taken, or with `mix_channels` their mean; with neither they are refused, for two channels
+    are often two speakers; `validation` is the share of the speakers that is kept apart to choose the epoch.
     Loss: AAM-softmax with `margin` (ramped up over `margin_epochs`), `scale`, `sub_centers`, `top_k`, `penalty`.
     Optimization: `epochs` (0 leaves the network untrained, to compare with), Adam, `schedule` "cosine" (10 % warm-up)
     or "onecycle", `learning_rate` for the head and `backbone_learning_rate` for what is tuned of the backbone,
@@ -69,6 +69,7 @@ class Recipe:
     responses: str | None = None
     augment_probability: float = 0.6
     degrade_probability: float = 0.0
+    surroundings: bool = False
     channel: int | None = None
     mix_channels: bool = False
     validation: float = 0.1
@@ -140,7 +141,11 @@ class Crops(Dataset):
         self.speakers = sorted({str(utterance.speaker) for utterance in utterances})
         self.classes = {speaker: number for number, speaker in enumerate(self.speakers)}
         self.augment = Augmentation(
-            recipe.noise, recipe.responses, recipe.augment_probability, recipe.degrade_probability
+            recipe.noise,
+            recipe.responses,
+            recipe.augment_probability,
+            recipe.degrade_probability,
+            recipe.surroundings,
         )
 
     @property
