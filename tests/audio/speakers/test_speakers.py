@@ -316,10 +316,10 @@ def test_parts_are_shortened_to_a_memory_budget():
     embed, held = Embedder(model), resident_memory()
     embed.keep_within(held + (8 << 30))
     assert embed.max_seconds == 60
-    embed.keep_within(held + (120 << 20))
+    embed.keep_within(held + (320 << 20))
     assert 2 <= embed.max_seconds < 60
     with pytest.raises(UserError, match="2 s in the model"):
-        embed.keep_within(held)
+        embed.keep_within(held + (200 << 20))
 
 
 def test_long_files_are_embedded_in_flat_memory_as_they_are_at_once(tmp_path, monkeypatch):

@@ -24,8 +24,8 @@ from nearfar.core.memory import refuse_memory, resident_memory
 from nearfar.core.reading import read_arrays, reading
 from nearfar.core.tensor_memory import peak_memory
 
-SURPLUS = 2.0
-"""What kernels and the allocator take beyond the tensors."""
+SURPLUS, RESERVE = 2.0, 200 << 20
+"""What kernels and the allocator take beyond the tensors: a factor, and bytes for their code, for sound and pages."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ class Embedder:
                 measured.append(SURPLUS * peak_memory(partial(self.model, sound), self.device.type))
         each = (measured[1] - measured[0]) / 2
         kept = 4 * rate * self.KEPT
-        left = budget - resident_memory() - kept - measured[0]
+        left = budget - resident_memory() - RESERVE - kept - measured[0]
         if left < 0:
             raise refuse_memory(
-                budget, {"the program": resident_memory(), "sound": kept, "2 s in the model": measured[0]}
+                budget, {"the program": resident_memory() + RESERVE, "sound": kept, "2 s in the model": measured[0]}
             )
         self.max_seconds = min(self.max_seconds, 2 + left / each)
 
