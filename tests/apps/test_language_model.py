@@ -1,6 +1,9 @@
 """`nearfar language-model` from its command line."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -170,6 +173,19 @@ def test_a_mixer_of_ones_own(tmp_path):
         own.write_text(content)
         with pytest.raises(UserError, match=message):
             run("--import", own, *arguments)
+
+
+def test_a_mixer_of_an_installed_package(tmp_path):
+    """In a process of its own: packages are looked for once."""
+    (tmp_path / "own.py").write_text(OWN)
+    info = tmp_path / "own-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[nearfar.mixers]\nown = own\n")
+    code = "from nearfar.language.registry import MIXERS; print(MIXERS['late'].operator.__module__)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "own", done.stderr
 
 
 def test_the_chapter_of_the_tour(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from nearfar.language import evaluation, texts
 from nearfar.language.audit import audit as audit_model
 from nearfar.language.cache import MixerCache
 from nearfar.language.modeling import MixerForCausalLM
-from nearfar.language.registry import import_mixers
+from nearfar.language.options import imports
 from nearfar.language.texts import quiet_transformers
 from nearfar.language.training import Recipe, text_marks, train_language_model
 
@@ -50,15 +50,7 @@ app = typer.Typer(
 app.add_typer(lra.app, name="lra")
 
 
-@app.callback()
-def options(
-    mixers: Annotated[
-        list[Path] | None,
-        typer.Option("--import", help="Python file that is run for its tables MIXERS and STATE_MIXERS (repeatable)."),
-    ] = None,
-) -> None:
-    for path in mixers or ():
-        import_mixers(path)
+app.callback()(imports)
 
 
 Model = Annotated[str, typer.Argument(help="Folder of a causal language model, or hub:NAME.")]

@@ -12,9 +12,9 @@ from nearfar.core.files import atomic_path, write_json
 from nearfar.core.model_folder import mark_seen
 from nearfar.core.recipes import read_recipe, shipped_recipes
 from nearfar.core.report import Report
+from nearfar.language.options import imports
 from nearfar.language.recall import bench as recall
 from nearfar.language.recall.ar_slices import BigramCounts, gap_explained, slice_scores
-from nearfar.language.registry import import_mixers
 from nearfar.language.texts import load_causal_lm, quiet_transformers, read_tokens
 from nearfar.language.training import text_marks
 
@@ -31,15 +31,7 @@ app = typer.Typer(
 Folder = Annotated[Path, typer.Argument(help="Folder of a sweep.")]
 
 
-@app.callback()
-def options(
-    mixers: Annotated[
-        list[Path] | None,
-        typer.Option("--import", help="Python file that is run for its tables MIXERS and STATE_MIXERS (repeatable)."),
-    ] = None,
-) -> None:
-    for path in mixers or ():
-        import_mixers(path)
+app.callback()(imports)
 
 
 @app.command()
