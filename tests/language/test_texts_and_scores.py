@@ -117,6 +117,25 @@ def test_bytes_of_unknown_tokens_are_counted_in_the_text(tmp_path):
         score(lm, tokens, tokenizer)
 
 
+@pytest.mark.parametrize("lead", [0, 3000])
+def test_bytes_of_empty_documents_and_after_white_space(tmp_path, lead):
+    words = Tokenizer(WordLevel({"<unk>": 0, "known": 1, "</s>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    (tmp_path / "a.jsonl").write_text('{"text": "' + " " * lead + 'unbekannt known"}\n{"text": ""}\n')
+    assert texts.read_counted(tmp_path / "a.jsonl", tokenizer)[1:] == (lead + 15, lead + 9)
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n{"text": "known"}\n')
+    tokens, size, first = texts.read_counted(tmp_path / "b.jsonl", tokenizer)
+    assert (tokens.tolist(), size, first) == ([2, 1, 2], 5, 0)
+
+
+def test_a_model_that_gives_no_state_back_is_refused():
+    sizes = {"vocab_size": 259, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    theirs = transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**sizes))
+    with pytest.raises(UserError, match="gives no state back"):
+        score(theirs, torch.randint(3, 250, (40,)), BYTES, piece=16)
+
+
 def test_a_datasets_corpus_is_streamed(tmp_path):
     (tmp_path / "train-0.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
     (tmp_path / "train-1.jsonl").write_text('{"text": "third"}\n{"text": ')

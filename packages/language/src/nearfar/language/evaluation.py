@@ -58,6 +58,8 @@ def score(
         part = tokens[start : start + piece + 1].long().to(model.device)
         if carry:
             logits, state = read_on(model, part[None, :-1], state)
+            if state is None:
+                raise UserError(f"{type(model).__name__} gives no state back to carry over; score its pieces alone")
         else:
             logits = model(part[None, :-1]).logits
         total += torch.nn.functional.cross_entropy(logits[0].float(), part[1:], reduction="sum").item()

@@ -165,9 +165,13 @@ def prefix_bytes(text: bytes | str, tokenizer: PreTrainedTokenizerBase, count: i
         ids = encode(text[:100_000] if count == 1 else text, tokenizer)
         return token_bytes(torch.from_numpy(ids[:count]), tokenizer)
     text = text.decode(errors="replace") if isinstance(text, bytes) else text
-    text = text[:1000] if count == 1 else text
-    places: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return len(text[: places["offset_mapping"][:count][-1][1]].encode())
+    end, size = 0, 1000 if count == 1 else len(text)
+    while True:  # a first token may lie behind much white space, or be long
+        found: Any = tokenizer(text[:size], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        end = max((stop for _, stop in found["offset_mapping"][:count]), default=0)
+        if size >= len(text) or 0 < end < size:
+            return len(text[:end].encode())
+        size *= 10
 
 
 def read_bytes(sources: str | Path | Sequence[str | Path], max_bytes: int | None = None) -> np.ndarray:
