@@ -60,8 +60,8 @@ class PositionAttention(nn.Module):
         parts = []
         for query in q.mT.split(max(1, PRODUCTS // (len(x) * k.shape[-1])), dim=1):
             products = query @ k
-            weights = (products - products.amax(-1, keepdim=True)).to(v.dtype).softmax(-1)
-            parts.append(weights @ v)
+            weights = (products - products.amax(-1, keepdim=True)).to(x.dtype).softmax(-1)
+            parts.append(weights.to(v.dtype) @ v)
         return torch.cat(parts, 1).mT.reshape(x.shape).to(x.dtype)
 
     @staticmethod
