@@ -355,6 +355,21 @@ def test_fourier_filters_give_the_signal_back(filters, size):
         Recipe("mossformer-s", {**SMALL, "kernel_size": 128}, filters="fourier").build()
 
 
+@pytest.mark.ci
+def test_compiled_steps_learn_the_same(tmp_path):
+    voices_folder(tmp_path / "voices")
+    drawn = DrawnMixtures(find_voices(tmp_path / "voices"), 4, seconds=0.5, fill=True, fixed=0)
+    losses = []
+    for compiled in (False, True):
+        net = SMALL | {"dropout": 0.0}  # whose draws are others when compiled
+        recipe = Recipe("mossformer-s", net, epochs=2, batch_size=2, accumulate=1, compile=compiled)
+        _, history = train_separation(recipe, drawn, drawn, tmp_path / str(compiled), device="cpu")
+        losses.append([row["loss"] for row in history])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    kept = torch.load(tmp_path / "True/last.ckpt", weights_only=True)["state_dict"]
+    assert {name.split(".")[0] for name in kept} == {"model"}
+
+
 def test_a_cosine_warms_up_and_ends_at_zero(tmp_path):
     voices_folder(tmp_path / "voices")
     drawn = DrawnMixtures(find_voices(tmp_path / "voices"), 8, seconds=0.5)
@@ -378,6 +393,8 @@ def test_recipes_are_read_from_yaml(tmp_path):
     assert (settings.variant, settings.learning_rate, settings.epochs) == ("mossformer2", 0.001, 3)
     with pytest.raises(UserError, match="unknown setting rate_of_learning"):
         read_recipe(Recipe, None, ["rate_of_learning=1"])
+    with pytest.raises(UserError, match=r"model: .*num_filter"):
+        read_recipe(Recipe, None, ["model={num_filter: 8}"]).build()
     with pytest.raises(UserError, match="epochs is 0"):
         read_recipe(Recipe, None, ["epochs=0"])
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from nearfar.audio.separation.mixtures import pad_batch
 from nearfar.audio.separation.mossformer import MossFormer, create_model
 from nearfar.audio.separation.pit import pit_si_sdr, training_loss
+from nearfar.core.errors import UserError
 from nearfar.core.fingerprint import content_digest, data_digest
 from nearfar.core.model_folder import TrainedOn, writing
 from nearfar.core.training import data_loader, train, warmup_cosine
@@ -83,9 +84,12 @@ class Recipe:
             raise ValueError("overlap, rooms and hiss are shares between 0 and 1, overlap more than 0")
 
     def build(self) -> MossFormer:
-        """A freshly initialized model."""
+        """A freshly initialized model. Raises UserError for a setting that it does not have."""
         settings = {"num_speakers": self.num_speakers, "sample_rate": self.rate, **self.model}
-        model = create_model(self.variant, **settings)
+        try:
+            model = create_model(self.variant, **settings)
+        except TypeError as error:
+            raise UserError(f"model: {error}") from error
         if self.filters == "fourier":
             set_fourier_filters(model)
         return model
@@ -129,7 +133,7 @@ class SeparationTraining(pl.LightningModule):
     def __init__(self, model: MossFormer, recipe: Recipe) -> None:
         super().__init__()
         self.model, self.recipe = model, recipe
-        self.compiled = torch.compile(model.forward, dynamic=False) if recipe.compile else model
+        self.compiled = torch.compile(model.forward, dynamic=False) if recipe.compile else None
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
         mix, sources, lengths = batch
@@ -146,7 +150,7 @@ class SeparationTraining(pl.LightningModule):
 
     def _separate(self, mix: Tensor, lengths: Tensor) -> Tensor:
         padded = bool((lengths < mix.shape[-1]).any())
-        forward = self.compiled if self.training and not padded else self.model
+        forward = self.compiled if self.compiled and self.training and not padded else self.model
         return forward(mix, lengths if padded else None).float()
 
     def configure_optimizers(self) -> dict[str, Any]:
