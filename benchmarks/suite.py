@@ -177,7 +177,7 @@ def latents(batch: int) -> tuple[Tensor, ...]:
 
 
 def second(batch: int) -> tuple[Tensor, ...]:
-    """A second of sound."""
+    """16,000 samples of sound."""
     return (torch.randn(batch, 16000),)
 
 
@@ -217,13 +217,7 @@ def picture_row(peer: str, make: Callable[[], Pair] | str, **settings: Any) -> R
 
 def mixer_row(peer: str, make: Callable[[], Pair], length: int) -> Row:
     train = None if peer == "transformers" and length > 512 else sequences(length)  # their loop takes minutes
-    return Row(
-        peer, make, sequences(length), (1,), train, 1, LENGTHS if length == 2048 and make is not quadratic else None
-    )
-
-
-def quadratic() -> Pair:
-    return beside_plain(lambda: CausalAttention(DIM, num_heads=4))()
+    return Row(peer, make, sequences(length), (1,), train, 1, LENGTHS if length == 2048 else None)
 
 
 MIXERS: dict[str, tuple[str, Callable[[], Pair]]] = {
@@ -234,7 +228,7 @@ MIXERS: dict[str, tuple[str, Callable[[], Pair]]] = {
     "based": ("plain", beside_plain(lambda: Based(DIM, num_heads=4, feature_dim=16))),
     "retnet": ("plain", beside_plain(lambda: Retention(DIM, num_heads=4))),
     "rwkv4": ("transformers", rwkv),
-    "full attention": ("plain", quadratic),
+    "full attention": ("plain", beside_plain(lambda: CausalAttention(DIM, num_heads=4))),
 }
 
 INFERENCE: dict[str, Any] = {"train": None, "sizes": None}

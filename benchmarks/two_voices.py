@@ -8,15 +8,10 @@ finished work is not repeated.
 """
 
 import argparse
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
-
-def run(*words: object) -> None:
-    print("$", shlex.join(map(str, words)), flush=True)
-    subprocess.run(list(map(str, words)), check=True)
+from shipped_speakers import run
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The memory that a call adds, in tensors."""
+"""The memory that tensors take."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from nearfar.core.memory import resident_memory
 
 
 class _Live(TorchDispatchMode):
@@ -31,6 +33,11 @@ class _Live(TorchDispatchMode):
 
 def _storage(value: Any) -> torch.UntypedStorage | None:
     return value.untyped_storage() if isinstance(value, Tensor) and value.layout == torch.strided else None
+
+
+def held_memory(device: torch.device) -> int:
+    """Bytes that count against a budget: of the tensors on a GPU, else of the process."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory()
 
 
 def peak_memory(action: Callable[[], Any], device: str = "cpu") -> int:

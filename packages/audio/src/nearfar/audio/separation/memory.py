@@ -1,9 +1,8 @@
 """How long a window may be so that separating it stays within a memory budget."""
 
-import torch
-
 from nearfar.audio.separation.mossformer import MossFormer, MossFormer2
-from nearfar.core.memory import refuse_memory, resident_memory
+from nearfar.core.memory import refuse_memory
+from nearfar.core.tensor_memory import held_memory
 
 LEAST_WINDOW = 4.0
 """Seconds; shorter windows are not chosen, the quality suffers."""
@@ -39,7 +38,7 @@ def fit_window(model: MossFormer, budget: int, window: float) -> tuple[float, in
     Raises UserError where the budget is too small, saying what would do.
     """
     device = next(model.parameters()).device
-    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory()
+    held = held_memory(device)
     group = model.blocks[0].attention.group_size
     frames = model.sample_rate / model.stride  # per second
     seconds, least = 0.0, 0.0

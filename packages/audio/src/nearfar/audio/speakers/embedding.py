@@ -20,9 +20,9 @@ from nearfar.core.errors import UserError
 from nearfar.core.files import atomic_path
 from nearfar.core.fingerprint import content_digest, source_digest
 from nearfar.core.finite import check_finite
-from nearfar.core.memory import refuse_memory, resident_memory
+from nearfar.core.memory import refuse_memory
 from nearfar.core.reading import read_arrays, reading
-from nearfar.core.tensor_memory import peak_memory
+from nearfar.core.tensor_memory import held_memory, peak_memory
 
 SURPLUS, RESERVE = 2.0, 200 << 20
 """What kernels and the allocator take beyond the tensors: a factor, and bytes for their code, for sound and pages."""
@@ -78,7 +78,7 @@ class Embedder:
         return self.model.digest
 
     def keep_within(self, budget: int) -> None:
-        """Shorten `max_seconds` so that the process stays below `budget` bytes: what the model holds is measured once.
+        """Shorten `max_seconds` so that `held_memory` stays below `budget` bytes; what the model holds is measured.
 
         Raises UserError where a part of 2 s is too much, and for models of others, whose memory is not seen.
         """
@@ -91,11 +91,10 @@ class Embedder:
                 measured.append(SURPLUS * peak_memory(partial(self.model, sound), self.device.type))
         each = (measured[1] - measured[0]) / 2
         kept = 4 * rate * self.KEPT
-        left = budget - resident_memory() - RESERVE - kept - measured[0]
+        held = held_memory(self.device) + RESERVE
+        left = budget - held - kept - measured[0]
         if left < 0:
-            raise refuse_memory(
-                budget, {"the program": resident_memory() + RESERVE, "sound": kept, "2 s in the model": measured[0]}
-            )
+            raise refuse_memory(budget, {"the program": held, "sound": kept, "2 s in the model": measured[0]})
         self.max_seconds = min(self.max_seconds, 2 + left / each)
 
     def embed_samples(self, samples: Samples) -> NDArray[np.float32]:
