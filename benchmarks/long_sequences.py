@@ -6,12 +6,16 @@
 
 Paper, on a GPU (TCNCA, arXiv 2312.05605): convolutions up to 7.07 (forward) and 2.86 (backward) times as fast as the
 average by FFT, to 131k; the enwik8 model 1.37 and 1.24 times. Times are the best of several, on a CPU the
-processor time of one thread; parameter counts are equal
-to a few percent. Growth is the exponent e of time ~ L^e fitted over the lengths.
+processor time of one thread; parameter counts are equal to a few percent. Growth is the exponent e of
+time ~ L^e fitted over the lengths. glibc gives freed tensors of 32 MB and more back at once, and to fault the
+next ones in took up to half the time at 32k; here it keeps them, as MALLOC_MMAP_MAX_=0 and
+MALLOC_TRIM_THRESHOLD_=9000000000000000000 do for any program, at the price of memory that other programs miss.
 """
 
 import argparse
+import ctypes
 import math
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +31,15 @@ from nearfar.ops.convolution.tcn import TCNMixer
 from nearfar.ops.recurrence.ema import DampedEMA
 
 DIM, KERNEL = 512, 20  # 20 taps, 3 layers: 512 (3 (20 + 1) + 1) parameters, as the average's 512 (4 * 16 + 1)
+
+
+def keep_freed_memory() -> None:
+    """No block of its own for a large tensor, nothing given back to the system: mallopt(3)."""
+    if sys.platform == "linux":
+        trim_threshold, mmap_max = -1, -4
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
 
 
 def best(run: Callable[[], object], repeats: int, device: str) -> float:
@@ -145,6 +158,7 @@ def main() -> None:
     lengths = [2048, 8192] if chosen.short else [2048, 4096, 8192, 16384, 32768]
     if device == "cuda" and not chosen.short:
         lengths += [65536, 131072]
+    keep_freed_memory()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32, d = {DIM}, batch 1")

@@ -7,7 +7,8 @@ from torch.utils._pytree import tree_leaves
 
 from nearfar.ops.attention.causal import CausalAttention
 from nearfar.ops.attention.gated import MegaLayer, MemoryAttention
-from nearfar.ops.common.streaming import state_numbers
+from nearfar.ops.common import streaming
+from nearfar.ops.common.streaming import shift_in, state_numbers
 from nearfar.ops.convolution.base_conv import BaseConv
 from nearfar.ops.convolution.causal import ExplicitLongConv, ImplicitLongConv, ShortConv
 from nearfar.ops.convolution.hyena import Hyena
@@ -98,6 +99,24 @@ def test_streaming_equals_parallel(mixer, pieces):
         y, state = mixer.extend(piece, state)
         out.append(y)
     torch.testing.assert_close(torch.cat(out, 1), mixer(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["base-conv", "based", "retention", "rwkv4-time-mix", "rwkv4-channel-mix", "mamba", "mamba2", "deltanet",
+     "gated-deltanet", "kda", "gla", "rwkv7-time-mix", "hyena"],
+)  # fmt: skip
+def test_without_gradients_a_long_text_goes_in_pieces_with_the_same_numbers(name, monkeypatch):
+    torch.manual_seed(0)
+    mixer = (Hyena(DIM, 700, order=8, inner=1) if name == "hyena" else MIXERS[name]()).double().eval()
+    x, sizes = text(length=700), []
+    whole = mixer(x)
+    monkeypatch.setattr(streaming, "PIECE", 1)
+    inner = mixer.gates if name == "hyena" else mixer.extend
+    monkeypatch.setattr(mixer, inner.__name__, lambda x, *state: sizes.append(x.shape[1]) or inner(x, *state))
+    with torch.no_grad():
+        torch.testing.assert_close(mixer(x), whole, rtol=1e-9, atol=1e-9)
+    assert sizes == [256, 256, 188]
 
 
 def test_streaming_has_the_parallel_gradient(mixer):
@@ -255,3 +274,11 @@ def test_a_text_longer_than_a_filter_is_refused():
     _, state = conv.extend(torch.randn(1, 8, 4))
     with pytest.raises(ValueError, match="longer than max_length=8"):
         conv.extend(torch.randn(1, 1, 4), state)
+
+
+def test_a_state_holds_no_more_than_its_own_numbers():
+    """A view of the last inputs would keep a whole text in memory."""
+    x = text(length=5000)
+    for kept in (shift_in(x[:, :0], x, 3), ShortConv(DIM, 4).double().extend(x)[1][0]):
+        assert kept.untyped_storage().nbytes() == kept.numel() * 8
+        torch.testing.assert_close(kept, x[:, -3:])

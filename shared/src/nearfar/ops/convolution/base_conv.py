@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.common.streaming import State, StreamingMixer
+from nearfar.ops.common.streaming import State, StreamingMixer, in_pieces
 from nearfar.ops.convolution.causal import ExplicitLongConv, ImplicitLongConv, LongConv, ShortConv
 
 
@@ -58,7 +58,9 @@ class BaseConv(StreamingMixer):
         return convolved * gate + x
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return self.gate(x, self.conv.with_skip(x, 1.0) if isinstance(self.conv, LongConv) else self.conv(x))
+        if isinstance(self.conv, LongConv):
+            return self.gate(x, self.conv.with_skip(x, 1.0))
+        return in_pieces(self.extend, x)
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         convolved, state = self.conv.extend(x, state, lengths)

@@ -98,8 +98,9 @@ class ShortConv(StreamingMixer):
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         keep = self.kernel_size - 1
-        past = x.new_zeros(x.shape[0], keep, self.dim) if state is None else state[0]
-        return self.convolve(torch.cat([past, x], 1), 0), (shift_in(past, x, keep, lengths),)
+        if state is None:
+            return self.convolve(x, keep), (shift_in(x.new_zeros(len(x), keep, self.dim), x, keep, lengths),)
+        return self.convolve(torch.cat([state[0], x], 1), 0), (shift_in(state[0], x, keep, lengths),)
 
     def state_size(self, length: int) -> int:
         return self.dim * self.kernel_size

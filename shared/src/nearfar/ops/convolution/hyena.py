@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.common.streaming import State, StreamingMixer
+from nearfar.ops.common.streaming import State, StreamingMixer, in_pieces
 from nearfar.ops.common.tables import cached_table
 from nearfar.ops.convolution.causal import LongConv, ShortConv, position_features
 
@@ -113,15 +113,22 @@ class Hyena(StreamingMixer):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        x1, x2, v = self.short(self.in_proj(x)).chunk(3, -1)
-        return self.out_proj(x2 * self.filter(v * x1))
+        x2, gated = in_pieces(self.gates, x)
+        return self.out_proj(x2 * self.filter(gated))
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         short, long = (None, None) if state is None else (state[:1], state[1:])
-        y, short = self.short.extend(self.in_proj(x), short, lengths)
-        x1, x2, v = y.chunk(3, -1)
-        y, long = self.filter.extend(v * x1, long, lengths)
+        (x2, gated), short = self.gates(x, short, lengths)
+        y, long = self.filter.extend(gated, long, lengths)
         return self.out_proj(y * x2), (*short, *long)
+
+    def gates(
+        self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[tuple[Tensor, Tensor], State]:
+        """x2 and v * x1, and the state of the short convolution."""
+        y, state = self.short.extend(self.in_proj(x), state, lengths)
+        x1, x2, v = y.chunk(3, -1)
+        return (x2, v * x1), state
 
     def state_size(self, length: int) -> int:
         return self.filter.state_size(length)

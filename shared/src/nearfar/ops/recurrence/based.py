@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.common.kernels import kernel
-from nearfar.ops.common.streaming import State, StreamingMixer, real_positions, wide
+from nearfar.ops.common.streaming import State, StreamingMixer, in_pieces, real_positions, wide
 
 FUSED_LENGTH = 2048  # fla's kernel is quadratic in the length
-QUADRATIC_LENGTH = 512  # to here the quadratic view alone is as fast as chunks
+QUADRATIC_LENGTH = 512  # to here the quadratic view alone is as fast as chunks; to half of it in training, for memory
 
 
 def taylor_features(x: Tensor, compressed: bool = False) -> Tensor:
@@ -37,8 +37,8 @@ class Based(StreamingMixer):
     2024, arXiv 2402.18668). No biases.
 
     Parallel form: chunks of `chunk` positions, quadratic inside a chunk, through the running sums before it; to 512
-    positions the purely quadratic view. The published linear view materializes the outer products of every position.
-    Cost O(N d (f^2 / 2 + chunk)).
+    positions (256 in training) the purely quadratic view. The published linear view materializes the outer products of
+    every position. Cost O(N d (f^2 / 2 + chunk)).
     On CUDA fla's quadratic kernel (eps 1e-6) takes texts of up to 2048 positions where it is installed.
     State: sums of phi(k) v and phi(k), h (1 + f + f (f + 1) / 2) (d / h + 1) numbers.
 
@@ -68,8 +68,8 @@ class Based(StreamingMixer):
         if fused is not None and x.shape[1] <= FUSED_LENGTH and self.feature_dim <= 128:
             q, k, v = (t.transpose(1, 2).contiguous().to(x.dtype) for t in self.heads(x)[:3])
             return self.output(fused(q, k, v).transpose(1, 2), x)
-        if x.shape[1] > max(self.chunk, QUADRATIC_LENGTH):
-            return self.extend(x)[0]
+        if x.shape[1] > max(self.chunk, QUADRATIC_LENGTH // (2 if torch.is_grad_enabled() else 1)):
+            return in_pieces(self.extend, x)
         q, k, v, unchanged = self.heads(x)
         with unchanged:
             top, bottom = attend(q, k, v)

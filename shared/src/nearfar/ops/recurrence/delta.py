@@ -8,7 +8,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.common.streaming import State, StreamingMixer, real_positions, wide
+from nearfar.ops.common.streaming import State, StreamingMixer, in_pieces, real_positions, wide
 from nearfar.ops.convolution.causal import ShortConv
 
 CHUNK = 64
@@ -181,7 +181,7 @@ class MatrixMemory(StreamingMixer):
         return None
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return self.extend(x)[0]
+        return in_pieces(self.extend, x)
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)

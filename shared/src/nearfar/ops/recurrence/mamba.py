@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from nearfar.ops.common.kernels import kernel
 from nearfar.ops.common.precision import full_precision
-from nearfar.ops.common.streaming import State, StreamingMixer, real_positions, wide
+from nearfar.ops.common.streaming import State, StreamingMixer, in_pieces, real_positions, wide
 from nearfar.ops.convolution.causal import ShortConv
 
 LANE = 8  # neighbours that are scanned one after the other, in all lanes of a block side by side
@@ -357,7 +357,7 @@ class Mamba(StreamingMixer):
             self.out_proj.weight.mul_(num_layers**-0.5)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return self.extend(x)[0]
+        return in_pieces(self.extend, x)
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         conv_state, h = (None, None) if state is None else (state[:1], state[1])

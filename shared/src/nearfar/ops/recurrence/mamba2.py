@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.common.streaming import State, StreamingMixer, real_positions, wide
+from nearfar.ops.common.streaming import State, StreamingMixer, in_pieces, real_positions, wide
 from nearfar.ops.convolution.causal import ShortConv
 from nearfar.ops.recurrence.ssd import ssd
 
@@ -71,7 +71,7 @@ class Mamba2(StreamingMixer):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus undone
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return self.extend(x)[0]
+        return in_pieces(self.extend, x)
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         past, h = (None, None) if state is None else (state[:1], state[1])

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.common.kernels import kernel, loses_gradients
-from nearfar.ops.common.streaming import State, StreamingMixer, advance, real_positions, wide
+from nearfar.ops.common.streaming import State, StreamingMixer, advance, in_pieces, real_positions, wide
 
 
 def rotate_halves(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
@@ -62,7 +62,7 @@ class Retention(StreamingMixer):
         nn.init.ones_(self.norm)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return self.extend(x)[0]
+        return in_pieces(self.extend, x)
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         b, n, _ = x.shape

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.common.kernels import kernel
-from nearfar.ops.common.streaming import State, StreamingMixer, real_positions, shift_in, wide
+from nearfar.ops.common.streaming import State, StreamingMixer, in_pieces, real_positions, shift_in, wide
 
 CHUNK = 16
 BLOCK = 512  # positions that are worked on at a time, so that a CPU's cache holds them
@@ -104,7 +104,7 @@ class RWKV4TimeMix(StreamingMixer):
                 mix.fill_(0.5)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return self.extend(x)[0]
+        return in_pieces(self.extend, x)
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         dtype, _ = wide(x)
@@ -156,7 +156,7 @@ class RWKV4ChannelMix(StreamingMixer):
             nn.init.constant_(mix, 0.5)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return self.extend(x)[0]
+        return in_pieces(self.extend, x)
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         before = x.new_zeros(x.shape[0], 1, self.dim) if state is None else state[0]

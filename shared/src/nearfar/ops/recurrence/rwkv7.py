@@ -8,7 +8,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.common.streaming import State, StreamingMixer, real_positions, shift_in, wide
+from nearfar.ops.common.streaming import State, StreamingMixer, in_pieces, real_positions, shift_in, wide
 from nearfar.ops.recurrence.delta import CHUNK, check_heads, chunked_recurrence, step_recurrence
 
 FASTEST = -math.exp(-0.5)  # logarithm of the fastest decay of a step
@@ -78,7 +78,7 @@ class RWKV7TimeMix(StreamingMixer):
                 parameter.fill_(value)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return self.extend(x)[0]
+        return in_pieces(self.extend, x)
 
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         before, memory = (x.new_zeros(len(x), 1, self.dim), None) if state is None else state
