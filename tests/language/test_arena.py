@@ -157,6 +157,31 @@ def test_missing_files_say_what_to_do(tmp_path):
             Part(task, tmp_path, "train")
 
 
+@pytest.mark.slow
+def test_short_lists_are_learned_in_a_minute(tmp_path):
+    """Ten points above the commonest class, on lists that took no part; 40 s of one core."""
+    run = CliRunner().invoke
+    sizes = ["--train", "20000", "--val", "1000", "--test", "1000"]
+    made = run(
+        app, ["lra", "make", str(tmp_path), *sizes, "--min-length", "10", "--max-length", "60", "--max-depth", "4"]
+    )
+    assert made.exit_code == 0, made.output
+    arguments = ["--output", str(tmp_path / "m"), "--set", "model={hidden_size: 64, num_hidden_layers: 2}"]
+    arguments += ["--set", "steps=600", "--set", "batch_size=32", "--set", "learning_rate=0.003", "--device", "cpu"]
+    trained = run(app, ["lra", "train", str(tmp_path), *arguments])
+    assert trained.exit_code == 0, trained.output
+    scored = run(app, ["lra", "evaluate", str(tmp_path / "m"), str(tmp_path), "--json"])
+    result = json.loads(scored.output[scored.output.index("{") :])
+    assert result["accuracy"] > result["majority"] + 10
+
+
+def test_lists_that_cannot_be_are_refused(tmp_path):
+    shape = ["--min-length", "3000", "--max-length", "2000"]
+    made = CliRunner().invoke(app, ["lra", "make", str(tmp_path), *shape])
+    assert made.exit_code != 0
+    assert "--min-length 3000" in str(made.exception)
+
+
 def test_commands_make_train_and_evaluate(tmp_path):
     run = CliRunner().invoke
     made = run(app, ["lra", "make", str(tmp_path), "--train", "8", "--val", "4", "--test", "4"])

@@ -10,7 +10,7 @@ from nearfar.core.errors import UserError
 from nearfar.language.configuration import MixerConfig
 from nearfar.language.modeling import MixerForCausalLM
 from nearfar.language.recall.ar_slices import BigramCounts, ar_hits, gap_explained, slice_scores
-from nearfar.language.recall.bench import Point, RecallModule, Recipe, best_results, read_results
+from nearfar.language.recall.bench import Point, RecallModule, Recipe, best_results, read_results, sweep
 
 
 def test_ar_hits_by_looking_back():
@@ -117,6 +117,24 @@ def test_best_results_take_the_best_rate_by_its_mean():
     assert best[0]["accuracy"] == pytest.approx(0.7)
     assert best[0]["spread"] == pytest.approx(0.02**0.5)
     assert best[0]["seeds"] == 2
+
+
+def test_the_rate_is_chosen_on_examples_of_their_own(tmp_path):
+    r = recipe(learning_rates=[1e-3, 1e-2], epochs=1)
+    segment = r.data["d"]["test"][0]
+    plain = Point(r, "d", "m", 8, 1e-3, 0).loaders()[1]
+    r.data["d"]["choose"] = [segment]
+    _, loaders, names = Point(r, "d", "m", 8, 1e-3, 0).loaders()
+    assert names == ["mqar 16x2", "mqar 16x4", "choose mqar 16x2"]
+    first, _, third = (next(iter(loader))[0] for loader in loaders)
+    assert torch.equal(first, next(iter(plain[0]))[0])  # the test's examples stay what they are
+    assert not torch.equal(first, third)
+    rows = sweep(r, tmp_path, "cpu")
+    assert {"accuracy", "choice", "accuracy choose mqar 16x2"} <= set(rows[0])
+    rows[0] |= {"choice": 0.9, "accuracy": 0.2}
+    rows[1] |= {"choice": 0.8, "accuracy": 0.7}
+    (best,) = best_results(rows)
+    assert (best["learning_rate"], best["accuracy"], best["marked"]) == (1e-3, 0.2, "")
 
 
 def test_results_of_something_else_are_refused(tmp_path):

@@ -39,10 +39,20 @@ def make(
     train: Annotated[int, typer.Option(help="Training examples.")] = 96000,
     val: Annotated[int, typer.Option(help="Validation examples.")] = 2000,
     test: Annotated[int, typer.Option(help="Test examples.")] = 2000,
+    min_length: Annotated[int, typer.Option(help="Lists have more tokens; smaller ones are easier to learn.")] = 500,
+    max_length: Annotated[int, typer.Option(help="Lists have fewer tokens.")] = 2000,
+    max_depth: Annotated[int, typer.Option(help="Levels of the deepest lists, digits included.")] = 10,
     seed: Seed = 0,
 ) -> None:
-    """Write ListOps."""
-    for path in listops.make(folder, {"train": train, "val": val, "test": test}, seed):
+    """Write ListOps, by default as Long Range Arena has it."""
+    sizes = {"train": train, "val": val, "test": test}
+    try:
+        made = listops.make(folder, sizes, seed, min_length=min_length, max_length=max_length, max_depth=max_depth)
+    except ValueError as error:
+        raise UserError(
+            f"--min-length {min_length} --max-length {max_length} --max-depth {max_depth}: {error}"
+        ) from error
+    for path in made:
         console.print(str(path))
 
 

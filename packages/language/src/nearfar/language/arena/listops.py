@@ -172,15 +172,16 @@ def text_of(ids: Iterable[int]) -> str:
     return " ".join(TOKENS[i] for i in ids)
 
 
-def make(folder: str | Path, sizes: dict[str, int] | None = None, seed: int = 0) -> list[Path]:
+def make(folder: str | Path, sizes: dict[str, int] | None = None, seed: int = 0, **shape: int) -> list[Path]:
     """Write `folder/listops-1000/basic_{train,val,test}.tsv` as Long Range Arena names them: Source, Target.
 
-    The texts have no parentheses, which the original writes and its readers take out.
+    The texts have no parentheses, which the original writes and its readers take out. shape: `min_length`, `max_length`
+    and `max_depth` of `sequences`, Long Range Arena's by default.
     """
     sizes = SPLIT if sizes is None else sizes
     if any(size < 1 for size in sizes.values()):
         raise UserError(f"every part of ListOps needs at least one example, asked are {sizes}")
-    source = sequences(sum(sizes.values()), seed)
+    source = sequences(sum(sizes.values()), seed, **shape)
     paths = []
     for part, size in sizes.items():
         path = Path(folder) / "listops-1000" / f"basic_{part}.tsv"

@@ -41,6 +41,9 @@ SEGMENT = {"task": "mqar", "num_examples": 1000}
 ROW = ("data", "model", "dim", "learning_rate", "seed")
 """The columns that tell runs apart."""
 
+CHOOSE = "choose "
+"""Before the name of a segment on which the learning rate is chosen."""
+
 NUMBERS = ("accuracy", "parameters", "state_size", "epochs", "seconds")
 """What every run has beside."""
 
@@ -50,14 +53,16 @@ class Recipe:
     """What to train, and on what.
 
     Args:
-        data: name -> `{"train": [segment, ...], "test": [segment, ...]}` and optionally a `batch_size` of its own. A
-            segment is `{"task": name, setting: value, ...}`, by default MQAR with 1000 examples.
+        data: name -> `{"train": [segment, ...], "test": [segment, ...]}` and optionally a `batch_size` of its own, and
+            `"choose": [segment, ...]`, examples of their own on which the learning rate is chosen and a run ends; else
+            those are the test's. A segment is `{"task": name, setting: value, ...}`, by default MQAR with 1000
+            examples.
         models: name -> settings of `MixerConfig`, above all `mixers`; also `dims` to override the recipe's.
         dims: widths d.
         learning_rates: all are tried; the best counts.
         seeds: of the initial weights; a result is the mean over them.
         vocab_size: tokens V, of every segment and model.
-        epochs: at most; a run ends when the test accuracy exceeds `stop_above`.
+        epochs: at most; a run ends when the accuracy exceeds `stop_above`.
         batch_size: examples per step. Batches never mix segments; their order is the segments'.
         weight_decay: AdamW's.
         data_seed: of the examples.
@@ -82,9 +87,11 @@ class Recipe:
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty")
         for name, value in self.data.items():
-            unknown = set(value) - {"train", "test", "batch_size"}
+            unknown = set(value) - {"train", "test", "choose", "batch_size"}
             if unknown or not value.get("train") or not value.get("test"):
-                raise ValueError(f"data {name}: needs train and test, may have batch_size; it has {', '.join(value)}")
+                raise ValueError(
+                    f"data {name}: needs train and test, may have choose and batch_size; it has {', '.join(value)}"
+                )
         self.learning_rates = [float(rate) for rate in self.learning_rates]
         if min(self.epochs, self.batch_size) < 1 or min(self.learning_rates) <= 0:
             raise ValueError("epochs, batch_size and learning_rates must be positive")
@@ -156,14 +163,15 @@ class Point:
         return MixerForCausalLM(MixerConfig(vocab_size=self.recipe.vocab_size, hidden_size=self.dim, **settings))
 
     def loaders(self) -> tuple[DataLoader, list[DataLoader], list[str]]:
-        """Training batches, one loader per test segment, and the names of the test segments."""
+        """Training batches, one loader per segment to test and to choose on, and the names of these segments."""
         recipe, data = self.recipe, self.recipe.data[self.data]
         size = data.get("batch_size", recipe.batch_size)
-        seeds = segment_seeds(recipe.data_seed, len(data["train"]), len(data["test"]))
+        chosen_on = data.get("choose", [])
+        seeds = segment_seeds(recipe.data_seed, len(data["train"]), len(data["test"]) + len(chosen_on))
         parts = []
-        for segments, part_seeds in zip((data["train"], data["test"]), seeds):
+        for segments, part_seeds in zip((data["train"], data["test"] + chosen_on), seeds):
             parts.append([cached_examples(recipe, s, seed) for s, seed in zip(segments, part_seeds)])
-        names = [segment_name(s) for s in data["test"]]
+        names = [segment_name(s) for s in data["test"]] + [f"{CHOOSE}{segment_name(s)}" for s in chosen_on]
         train_data = DataLoader(Batches(parts[0], size), batch_size=None)
         return train_data, [DataLoader(Batches([p], size), batch_size=None) for p in parts[1]], names
 
@@ -237,11 +245,15 @@ class RecallModule(pl.LightningModule):
         self.scores[self.names[dataloader_idx]].append(right.sum(1) / marked.sum(1))
 
     def on_validation_epoch_end(self) -> None:
-        """The share of right answers per example, averaged over examples: of each test segment and of all."""
+        """The share of right answers per example, averaged over examples: of each segment, and of all to test or to
+        choose on."""
         scores = {name: torch.cat(values) for name, values in self.scores.items()}
         for name, values in scores.items():
             self.log(f"accuracy {name}", values.mean())
-        self.log("accuracy", torch.cat(list(scores.values())).mean())
+        for measure, chosen_on in (("accuracy", False), ("choice", True)):
+            parts = [values for name, values in scores.items() if name.startswith(CHOOSE) is chosen_on]
+            if parts:
+                self.log(measure, torch.cat(parts).mean())
 
     def configure_optimizers(self) -> Any:
         slow = [p for n, p in self.named_parameters() if n.endswith("filter.positions")]
@@ -260,7 +272,8 @@ def run_point(point: Point, folder: Path, device: str = "auto") -> dict[str, Any
     train_data, test_data, names = point.loaders()
     recipe = point.recipe
     module = RecallModule(model, point.learning_rate, recipe.weight_decay, recipe.epochs, names)
-    stop = EarlyStopping("accuracy", mode="max", patience=recipe.epochs, stopping_threshold=recipe.stop_above)
+    measure = "choice" if recipe.data[point.data].get("choose") else "accuracy"
+    stop = EarlyStopping(measure, mode="max", patience=recipe.epochs, stopping_threshold=recipe.stop_above)
     started = time.monotonic()
     threads = torch.get_num_threads()
     if point.dim <= 64:
@@ -279,7 +292,7 @@ def run_point(point: Point, folder: Path, device: str = "auto") -> dict[str, Any
             device=device,
         )
     except DivergedError as error:  # a rate of the grid that is too high: no right answer, and no end of the sweep
-        history, failure = [{"accuracy": 0.0, "seconds": 0.0}], str(error)
+        history, failure = [{"accuracy": 0.0, measure: 0.0, "seconds": 0.0}], str(error)
     finally:
         torch.set_num_threads(threads)
     length = max(s.get("input_seq_len", 64) for s in recipe.data[point.data]["test"])
@@ -293,6 +306,7 @@ def run_point(point: Point, folder: Path, device: str = "auto") -> dict[str, Any
         "key": point.key,
         "settings": point.shared,
     }
+    row |= {"choice": last["choice"]} if measure == "choice" else {}
     row |= {"failure": failure} if failure else {}
     for weights in ("last.ckpt", "best.safetensors"):  # the numbers are what a sweep is for
         (folder / weights).unlink(missing_ok=True)
@@ -380,8 +394,9 @@ def number(text: str) -> int | float | str:
 def best_results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per data, model, width and other settings: the best learning rate by its mean accuracy over the seeds.
 
-    `spread` is the standard deviation over the seeds (0 for one). The rate is chosen on the test examples, as in the
-    published figures. Where a model was run with several settings, `settings` says what differs.
+    `spread` is the standard deviation over the seeds (0 for one). The rate is chosen on the examples that the recipe
+    has for it, else on the test's, as in the published figures. Where a model was run with several settings, `settings`
+    says what differs.
     """
     groups: dict[tuple, dict[float, list[dict[str, Any]]]] = {}
     for row in rows:
@@ -390,7 +405,9 @@ def best_results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     told = differences(groups)
     best = []
     for (data, model, dim, shared), rates in groups.items():
-        rate = max(rates, key=lambda r: statistics.mean(row["accuracy"] for row in rates[r]))
+        apart = all("choice" in row for group in rates.values() for row in group)
+        measure = "choice" if apart else "accuracy"
+        rate = max(rates, key=lambda r: statistics.mean(row[measure] for row in rates[r]))
         chosen = rates[rate]
         scores = [row["accuracy"] for row in chosen]
         best.append(
@@ -403,7 +420,7 @@ def best_results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": len(scores),
                 "learning_rate": rate,
                 "rates": len(rates),
-                "marked": "rate chosen on the test examples" if len(rates) > 1 else "",
+                "marked": "rate chosen on the test examples" if len(rates) > 1 and not apart else "",
                 "state_size": chosen[0]["state_size"],
                 "parameters": chosen[0]["parameters"],
                 "epochs": max(row["epochs"] for row in chosen),
