@@ -86,7 +86,7 @@ def test_consistency_and_levels(recording, model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("rate", "channels", "ending"), [(44100, 2, "flac"), (16000, 1, "ogg"), (8000, 3, "wav")])
-def test_any_rate_and_channel_count(model, tmp_path, rate, channels, ending):
+def test_any_rate_and_channel_count(model, tmp_path, capsys, rate, channels, ending):
     mix = sound(110, 3, 0, rate) + sound(190, 3, 1, rate)
     soundfile.write(tmp_path / f"x.{ending}", np.stack([mix] * channels, axis=1), rate)
     done = run("separate", tmp_path / f"x.{ending}", "-o", tmp_path / "o", "--model", model, "--format", "flac")
@@ -94,6 +94,7 @@ def test_any_rate_and_channel_count(model, tmp_path, rate, channels, ending):
     info = soundfile.info(tmp_path / "o/x/voice1.flac")
     assert (info.samplerate, info.channels) == (rate, 1)
     assert abs(info.frames - 3 * rate) <= 1
+    assert (f"is at {rate} Hz, the model at {RATE}" in error(capsys)) is (rate > RATE)
 
 
 def test_a_folder_goes_on_past_bad_files_and_names_them(model, tmp_path, capsys):

@@ -11,13 +11,27 @@ import pytest
 import soundfile
 
 from nearfar.apps.speaker_verification.cli import app as speaker_verification
-from nearfar.audio.shipped import DEFAULT_SPEAKERS, shipped_speakers, speaker_folder
+from nearfar.apps.speech_separation.cli import app as speech_separation
+from nearfar.audio.checkpoints import load_separator
+from nearfar.audio.separation.metrics import evaluate_mixture
+from nearfar.audio.separation.mixtures import find_mixtures
+from nearfar.audio.separation.windows import model_separator
+from nearfar.audio.shipped import (
+    DEFAULT_SEPARATOR,
+    DEFAULT_SPEAKERS,
+    separator_folder,
+    shipped_separators,
+    shipped_speakers,
+    speaker_folder,
+)
 from nearfar.audio.speakers.embedding import Embedder
 from nearfar.audio.speakers.scoring.rates import eer
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+GAIN = {"two-voices-8k": 2.2}
+"""What the cards say of Libri2Mix, dB."""
 
 
 @pytest.mark.parametrize("name", shipped_speakers())
@@ -32,11 +46,44 @@ def test_each_speaker_model_is_whole_small_calibrated_and_has_a_card(name):
     assert "EER" in card
 
 
-def test_the_default_is_there_and_other_names_are_refused(tmp_path):
+def test_the_defaults_are_there_and_other_names_are_refused(tmp_path):
     assert DEFAULT_SPEAKERS in shipped_speakers()
-    assert speaker_folder(tmp_path) == tmp_path
+    assert DEFAULT_SEPARATOR in shipped_separators()
+    assert speaker_folder(tmp_path) == separator_folder(tmp_path) == tmp_path
     with pytest.raises(UserError, match=DEFAULT_SPEAKERS):
         speaker_folder("large")
+    with pytest.raises(UserError, match=DEFAULT_SEPARATOR):
+        separator_folder("large")
+
+
+@pytest.mark.parametrize("name", shipped_separators())
+def test_each_separator_is_whole_small_and_has_a_card(name):
+    folder = separator_folder(name)
+    model = load_separator(folder)
+    assert not model.training
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 6 << 20
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"{model.sample_rate // 1000} kHz" in card
+    assert "Libri2Mix" in card
+
+
+@pytest.mark.parametrize("name", shipped_separators())
+def test_voices_of_people_who_took_no_part_are_told_apart_and_none_is_lost(name, shared_data):
+    mixtures = find_mixtures(shared_data("libri2mix"))
+    separator = model_separator(load_separator(separator_folder(name)))
+    rows = [evaluate_mixture(*mixture.read(), separator, ["si_sdri"]) for mixture in mixtures]
+    assert np.mean([row["si_sdri"] for row in rows]) > GAIN[name] - 0.3
+    assert np.mean([row["separate_si_sdri"] for row in rows]) > GAIN[name] - 0.3
+    assert not any(row["collapsed"] for row in rows)
+
+
+def test_without_a_model_named_a_recording_is_separated_by_the_one_that_comes_along(tmp_path):
+    t = np.arange(16000) / 8000
+    soundfile.write(tmp_path / "a.wav", 0.3 * np.sin(440 * t) + 0.1 * np.sin(1900 * t), 8000)
+    words = ["separate", tmp_path / "a.wav", "-o", tmp_path / "out", "--speakers", "2"]
+    speech_separation(list(map(str, words)), standalone_mode=False)
+    for voice in ("voice1.wav", "voice2.wav"):
+        assert len(soundfile.read(tmp_path / "out" / "a" / voice)[0]) == len(t)
 
 
 @pytest.mark.parametrize("name", shipped_speakers())

@@ -18,13 +18,14 @@ from nearfar.apps.speaker_verification.common import (
 )
 from nearfar.audio.checkpoints import load_separator
 from nearfar.audio.separation.windows import model_separator
+from nearfar.audio.shipped import separator_folder, shipped_separators
 from nearfar.audio.sound import Recording, Samples, resample, stream_samples
 from nearfar.audio.speakers import diarization
 from nearfar.audio.speakers.diarization import Diarization
 from nearfar.audio.speakers.gallery import Gallery
 from nearfar.audio.speakers.system import SpeakerSystem
 from nearfar.core.cli.console import console, messages, progress, show_json, table
-from nearfar.core.cli.options import Device, Json, Memory
+from nearfar.core.cli.options import Device, Json, Memory, whole
 from nearfar.core.errors import UserError
 from nearfar.core.memory import parse_memory, resident_memory
 
@@ -40,7 +41,12 @@ def diarize(
         float, typer.Option(help="From which two groups of windows are one talker: 1 is two halves of one talker.")
     ] = diarization.LIKENESS,
     separator: Annotated[
-        Path | None, typer.Option(help="Model of speech-separation: finds where two speak at once.")
+        Path | None,
+        typer.Option(
+            help="Model of speech-separation that finds where two speak at once: a folder, or one that comes along "
+            f"({', '.join(shipped_separators())}).",
+            parser=whole,
+        ),
     ] = None,
     gallery: Annotated[Path | None, typer.Option("--gallery", "-g", help="Gallery whose speakers are named.")] = None,
     far: Annotated[float, typer.Option(help="Wanted false-accept rate of names from the gallery.")] = 0.01,
@@ -120,7 +126,7 @@ RESERVE = 96 << 20
 
 
 def _separator(path: Path, device: str) -> Callable[[Samples, int], Samples]:
-    net = load_separator(path)
+    net = load_separator(separator_folder(path))
     separate = model_separator(net, device)
 
     def split(samples: Samples, rate: int) -> Samples:

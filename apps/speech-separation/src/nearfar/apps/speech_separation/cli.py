@@ -19,6 +19,7 @@ from nearfar.audio.checkpoints import load_separator
 from nearfar.audio.separation.live import WavPipe, read_pipe
 from nearfar.audio.separation.memory import fit_window
 from nearfar.audio.separation.windows import model_separator
+from nearfar.audio.shipped import DEFAULT_SEPARATOR, separator_folder, shipped_separators, speaker_folder
 from nearfar.audio.sound import SUFFIXES, Recording, writing
 from nearfar.core.cli.batch import Places, raise_failures, run_batch
 from nearfar.core.cli.console import console, messages, progress, show_json, table
@@ -75,7 +76,15 @@ class Format(StrEnum):
 
 
 ModelPath = Annotated[
-    Path, typer.Option("--model", help="Folder made by `train`, or a released checkpoint.", parser=whole)
+    Path | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Folder made by `train`, a released checkpoint, or a model that comes along "
+        f"({', '.join(shipped_separators())}).",
+        show_default=DEFAULT_SEPARATOR,
+        parser=whole,
+    ),
 ]
 Rate = Annotated[
     int | None, typer.Option(help="Hz of a released checkpoint, where its layout does not say: 8000 or 16000.")
@@ -99,12 +108,12 @@ def separate(
             "--output", "-o", help="Folder for the voices; what is done is skipped. -: a pipe.", parser=anywhere
         ),
     ],
-    model: ModelPath,
+    model: ModelPath = None,
     speakers: Annotated[str, typer.Option(help="Number of voices, or auto: estimated.")] = "auto",
     most: Annotated[int | None, typer.Option(help="Most voices that auto may find; else what the model gives.")] = None,
     speaker_model: Annotated[
         Path | None,
-        typer.Option(help="Folder that speaker-verification train wrote: tells voices apart.", parser=whole),
+        typer.Option(help="Model of speaker-verification, a folder or a name: tells voices apart.", parser=whole),
     ] = None,
     window: Annotated[
         float | None, typer.Option(help="Seconds separated at once: 10, with --stream 4 (the delay).")
@@ -143,6 +152,7 @@ def separate(
     channel per voice to standard output, both as the sound comes. --memory counts all of a process; windows are
     shortened to keep to it.
     """
+    weights = separator_folder(model or DEFAULT_SEPARATOR)
     piped, to_pipe = inputs == [Path("-")], output == Path("-")
     if speakers != "auto" and (not speakers.isdecimal() or int(speakers) < 1):
         raise UserError(f"--speakers {speakers}: must be a number, at least 1, or auto")
@@ -164,16 +174,17 @@ def separate(
     if channel is not None and (piped or to_pipe or (channel == EACH and (stream or check))):
         raise UserError("--channel: is for files, and each for neither --stream nor --check")
     found = inputs if piped else _recordings(inputs)
+    prints = None if speaker_model is None else speaker_folder(speaker_model)
     wished, budget = window, None if memory is None else parse_memory(memory)
 
     def make_job() -> Job:
-        net = load_separator(model, rate, False if mapping else None).to(device)
+        net = load_separator(weights, rate, False if mapping else None).to(device)
         embed = None
-        if speaker_model is not None:
+        if prints is not None:
             from nearfar.audio.separation.voice_embedding import SpeakerPrint
             from nearfar.audio.speakers.system import SpeakerSystem
 
-            embed = SpeakerPrint(SpeakerSystem.load(speaker_model, device))
+            embed = SpeakerPrint(SpeakerSystem.load(prints, device))
         window, frames_at_once = (wished, None) if budget is None else fit_window(net, budget, wished)
         return Job(
             net, model_separator(net, device, frames_at_once), device, window, hop, embed,
@@ -207,12 +218,12 @@ def separate(
             source, found_rate = _source(found[0], raw)
             results, failures = [separating.separate_pipe(job, source, found_rate, folder, advance)], []
         else:
-            of_model = model_digest(model)
+            of_model = model_digest(weights)
             options = {
                 name: getattr(job, name) for name in ("window", "hop", "speakers", "most", "stream", "consistency")
             }
             options |= {"level": job.level, "ending": job.ending, "rate": rate, "mapping": mapping, "channel": channel}
-            options["voices"] = None if speaker_model is None else model_digest(speaker_model)
+            options["voices"] = None if prints is None else model_digest(prints)
             places = Places(workers, engine, timeout)
             tell = advance if places.here else quiet
 
@@ -242,6 +253,11 @@ def separate(
             if check:
                 lines = [{**line, "si_sdr": line.get("si_sdr", "")} for line in row["check"]]
                 console.print(table(lines, f"check: {row['file']}"))
+            if (rate_of_model := row.get("model_rate", row["rate"])) < row["rate"]:
+                messages.print(
+                    f"{row['file']}: is at {row['rate']} Hz, the model at {rate_of_model}: its voices hold nothing "
+                    f"above {rate_of_model // 2} Hz"
+                )
             if row["clipped"] > 1e-4:
                 messages.print(f"{row['file']}: clipped ({100 * row['clipped']:.2f} % of its samples at full scale)")
             if row.get("collapsed"):
@@ -350,7 +366,7 @@ def train(
     mix_folder: MixFolder = None,
     targets: Targets = None,
     noise: Annotated[Path | None, typer.Option(help="Folder of noises to add to drawn mixtures, -6 to 3 dB.")] = None,
-    start: Annotated[Path | None, typer.Option(help="Fine-tune this model.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Fine-tune this model: what --model takes elsewhere.")] = None,
     layout: Layout = "auto",
     same: Same = None,
     device: Device = "auto",
@@ -407,6 +423,7 @@ def train(
             fixed=plan.seed,
             **options,
         )
+    start = None if start is None else separator_folder(start)
     begun = None if start is None else load_separator(start)
     _, history = train_separation(
         plan,
@@ -430,7 +447,7 @@ def train(
 @app.command()
 def evaluate(
     mixtures: Annotated[Path, typer.Argument(help="Mixtures with their sources: a corpus, a folder, a list.")],
-    model: ModelPath,
+    model: ModelPath = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV for the scores of every file.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of the corpus, e.g. tt or test.")] = None,
     mix_folder: MixFolder = None,
@@ -449,12 +466,13 @@ def evaluate(
     from nearfar.audio.separation.metrics import METRICS, evaluate_mixture, summary
     from nearfar.audio.separation.mixtures import Mixture, find_mixtures
 
+    weights = separator_folder(model or DEFAULT_SEPARATOR)
     chosen = [name.strip() for name in metrics.split(",")]
     if unknown := [name for name in chosen if name not in METRICS]:
         raise UserError(f"--metrics {metrics}: unknown {', '.join(unknown)}; known are {', '.join(METRICS)}")
     found = find_mixtures(mixtures, split, mix_folder, targets)
-    net = load_separator(model, rate, False if mapping else None)
-    separator, known = model_separator(net, device), trained_on(model)
+    net = load_separator(weights, rate, False if mapping else None)
+    separator, known = model_separator(net, device), trained_on(weights)
 
     def one(mixture: Mixture) -> dict[str, Any]:
         mixed, sources, found_rate = mixture.read()

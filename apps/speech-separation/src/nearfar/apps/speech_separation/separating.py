@@ -144,6 +144,7 @@ def stream(
     return {
         "seconds": live.taken / rate,
         "rate": rate,
+        "model_rate": job.model.sample_rate,
         "speakers": job.model.num_speakers,
         **meter.as_dict(),
         "confidence": round(live.confidence, 3),
@@ -208,6 +209,7 @@ def _whole(job: Job, recording: Recording, place: Path, tell: Callable[[float], 
             out.write(gain * block)
     assert separation.report is not None
     settings = {"window": round(job.window, 3), "level": job.level, "gain": [round(float(g), 5) for g in gain[:, 0]]}
+    settings["model_rate"] = job.model.sample_rate
     return {**separation.report.as_dict(), **settings, "lowered_db": lowered, "clipped_out": sum(out.clipped)}
 
 
