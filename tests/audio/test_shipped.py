@@ -115,5 +115,5 @@ def test_conditions_add_what_the_cards_say(name, shared_data, tmp_path):
     speaker_verification([*map(str, words), "-o", str(tmp_path / "stress"), "--draws", "0"], standalone_mode=False)
     rows = json.loads((tmp_path / "stress" / "stress.json").read_text())["conditions"]
     assert {row["condition"] for row in rows} >= {"zeros", "gate", "codec", "noise", "gain", "cut", "resampling"}
-    assert rows[0]["eer"] < 0.1
-    assert max(row.get("adds", 0.0) for row in rows) < {"small-8k": 0.065, "small-16k": 0.11}[name]
+    assert rows[0]["eer"] < 0.105
+    assert max(row.get("adds", 0.0) for row in rows) < 0.055

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torchaudio.compliance import kaldi
 
 from nearfar.audio.augment import (
     CODECS,
@@ -344,6 +345,27 @@ def test_the_floor_is_the_models_own(tmp_path):
     assert SpeakerEncoder.from_pretrained(tmp_path).frontend.floor == pytest.approx(2**-23)
     with pytest.raises(ValueError, match="floor must be"):
         KaldiFbank(24, RATE, floor=0)
+
+
+def test_faint_power_and_high_frequencies_are_left_out(tmp_path):
+    """torchaudio's filters to the same frequency; nothing lies further below the loudest than `top_db`, by item."""
+    x = 0.1 * torch.randn(2, RATE, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [0.01]])
+    front = KaldiFbank(24, RATE, 1.0, top_db=30, high_freq=3000)
+    found, _ = front(x, torch.tensor([RATE, RATE // 2]))
+    for row, size, own in zip(x, (RATE, RATE // 2), found):
+        settings = {"num_mel_bins": 24, "sample_frequency": RATE, "high_freq": 3000, "dither": 0}
+        power = kaldi.fbank(row[None, :size] * 32768, **settings).exp()
+        power = power.clamp(min=max(1.0, float(power.max()) / 1000)).log()
+        torch.testing.assert_close(own[: len(power)], power - power.mean(0), rtol=1e-3, atol=1e-3)
+        assert float(own[: len(power)].max() - own[: len(power)].min()) < 40
+    assert front.settings["high_freq"] == 3000
+    model = build_model(Recipe(sample_rate=RATE, channels=16, num_mels=24, embedding_dim=8, top_db=30, high_freq=3000))
+    model.save_pretrained(tmp_path)
+    again = SpeakerEncoder.from_pretrained(tmp_path).frontend
+    assert (again.top_db, again.high_freq) == (30, 3000)
+    for bad in ({"top_db": 0}, {"high_freq": RATE}, {"high_freq": 10}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            KaldiFbank(24, RATE, **bad)
 
 
 # Augmentation ------------------------------------------------------------------------------------------------------

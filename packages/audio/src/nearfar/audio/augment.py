@@ -117,21 +117,36 @@ def narrow(samples: Samples, rate: int, to: int) -> Samples:
     return resample(resample(samples, rate, to), to, rate, len(samples))
 
 
+def _narrower(samples: Samples, rate: int, rng: np.random.Generator) -> Samples:
+    """Through 0.7 to 0.95 of the rate; of a rate above telephone's 8 kHz every second time through that."""
+    if rate > 8000 and rng.random() < 0.5:
+        return narrow(samples, rate, 8000)
+    return narrow(samples, rate, round(rate * rng.uniform(0.7, 0.95) / 100) * 100)
+
+
 def degrade(samples: Samples, rate: int, rng: np.random.Generator, surroundings: bool = False) -> Samples:
     """What a device or a line may do to speech: one thing drawn evenly, at a gain of -30 to +6 dB.
 
     It is a codec, white noise at 10 to 40 dB, a gate, lost packets, a narrow band, or dither. With `surroundings` a
-    simulated room (one time in four) and white to brown noise (every second time, at 5 to 35 dB) come first, and
-    nothing takes the place of white noise.
+    shorter stretch, repeated (one time in three), a simulated room (one in four), white to brown noise, rather white
+    (every second time, at 5 to 35 dB), and a narrow band (two times in five) come first; a codec is then twice as
+    likely, and white noise and a narrow band are not drawn again.
     """
     kinds = ["codec", "noise", "gate", "packets", "narrow", "dither"]
     if surroundings:
-        kinds = ["codec", "gate", "packets", "narrow", "dither", "nothing"]
+        kinds = ["codec", "codec", "gate", "packets", "dither", "nothing"]
+        if rng.random() < 1 / 3:
+            size = max(1, round(len(samples) * rng.uniform(0.35, 0.9)))
+            start = int(rng.integers(0, len(samples) - size + 1))
+            samples = np.resize(samples[start : start + size], len(samples))
         if rng.random() < 0.25:
             response = room_response(rate, rng, rng.uniform(0.15, 0.7), rng.uniform(-12, 3))
             samples = add_reverberation(samples, response)
         if rng.random() < 0.5:
-            samples = add_noise(samples, colored_noise(len(samples), rng, rng.uniform(0, 2)), rng.uniform(5, 35))
+            noise = colored_noise(len(samples), rng, 2 * rng.random() ** 2)
+            samples = add_noise(samples, noise, rng.uniform(5, 35))
+        if rng.random() < 0.4:
+            samples = _narrower(samples, rate, rng)
     kind = kinds[rng.integers(6)]
     if kind == "codec":
         samples = through_codec(samples, rate, str(rng.choice(list(CODECS))))
@@ -142,8 +157,7 @@ def degrade(samples: Samples, rate: int, rng: np.random.Generator, surroundings:
     elif kind == "packets":
         samples = lose_packets(samples, rate, rng, rng.uniform(0.01, 0.1))
     elif kind == "narrow":
-        least = min(0.7, 8000 / rate)  # telephone's, where the rate is above that
-        samples = narrow(samples, rate, round(rate * rng.uniform(least, 0.95) / 100) * 100)
+        samples = _narrower(samples, rate, rng)
     samples = apply_gain(samples, rng.uniform(-30, 6))
     return quantize(samples, rng) if kind == "dither" or rng.random() < 0.5 else samples
 
@@ -155,7 +169,7 @@ class Augmentation:
         noise: MUSAN's folder, or any with sub-folders named noise, music or speech.
         responses: folder of room impulse responses. Of files with several channels, here and there, the first counts.
         probability: that a crop is changed at all (0.6).
-        degraded: probability of `degrade`, which needs no recordings (0). surroundings: with rooms and noise.
+        degraded: probability of `degrade`, which needs no recordings (0). surroundings: see there.
 
     All randomness comes from torch's generator, so it follows the seed of the epoch.
 

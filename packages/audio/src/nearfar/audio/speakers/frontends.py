@@ -254,29 +254,46 @@ class KaldiFbank(nn.Module):
     """Log mel filter-bank energies as Kaldi's `compute-fbank-feats`, in batches, minus their mean over the utterance.
 
     Per frame (25 ms every 10 ms, only whole frames): subtract the mean, pre-emphasis 0.97, Povey window, power
-    spectrum, triangular mel filters from 20 Hz to the Nyquist frequency, log. The samples are scaled to the 16-bit
+    spectrum, triangular mel filters from 20 Hz to `high_freq`, log. The samples are scaled to the 16-bit
     range first, as Kaldi reads them. Equal to `torchaudio.compliance.kaldi.fbank` without dither, utterance by
     utterance.
 
     Kaldi's floor of the filters' power, 2^-23, lies far below a 16-bit step: a pause that an editor has filled with
-    zeros stands out by 20 nepers from one in a room. A higher `floor` hides what no microphone hears.
+    zeros stands out by 20 nepers from one in a room. A higher `floor` hides what no microphone hears; `top_db` hides
+    what is faint beside the speech, such as a hiss that fills the bands in which a voice has little.
 
     Args:
         num_mels: number of filters (80).
         sample_rate: in Hz (16000).
         floor: least power of a filter, in squared 16-bit steps (2^-23, what published weights were trained with).
+        top_db: least power of a filter, in dB below the utterance's greatest (None: no such bound, as published).
+        high_freq: upper end of the filters in Hz (None: the Nyquist frequency, as published).
 
     Shapes: `(B, N)` to `(B, T, num_mels)`.
     """
 
-    def __init__(self, num_mels: int = 80, sample_rate: int = 16000, floor: float = KALDI_FLOOR) -> None:
+    def __init__(
+        self,
+        num_mels: int = 80,
+        sample_rate: int = 16000,
+        floor: float = KALDI_FLOOR,
+        top_db: float | None = None,
+        high_freq: float | None = None,
+    ) -> None:
         super().__init__()
         if not 0 < floor < math.inf:
             raise ValueError(f"floor must be a positive number, got {floor}")
+        if top_db is not None and not 0 < top_db < math.inf:
+            raise ValueError(f"top_db must be a positive number, got {top_db}")
+        if high_freq is not None and not 20 < high_freq <= sample_rate / 2:
+            raise ValueError(f"high_freq must be above 20 and at most {sample_rate / 2:g} Hz, got {high_freq}")
         self.num_mels, self.sample_rate, self.floor = num_mels, sample_rate, float(floor)
+        self.top_db, self.high_freq = (None if value is None else float(value) for value in (top_db, high_freq))
         self.size, self.shift = sample_rate * 25 // 1000, sample_rate // 100
         self.fft_size = 1 << (self.size - 1).bit_length()
-        filters, _ = get_mel_banks(num_mels, self.fft_size, float(sample_rate), 20.0, 0.0, 100.0, -500.0, 1.0)
+        filters, _ = get_mel_banks(
+            num_mels, self.fft_size, float(sample_rate), 20.0, self.high_freq or 0.0, 100.0, -500.0, 1.0
+        )
         if not bool((filters.sum(1) > 0).all()):
             raise ValueError(f"{num_mels} mel filters are too many for {sample_rate} Hz: some would be empty")
         self.register_buffer("filters", nn.functional.pad(filters, (0, 1)).T.contiguous(), persistent=False)
@@ -286,12 +303,14 @@ class KaldiFbank(nn.Module):
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "KaldiFbank":
         """The front end that `settings` describes."""
-        return cls(settings["num_mels"], settings["sample_rate"], settings.get("floor", KALDI_FLOOR))
+        more = {name: settings[name] for name in ("floor", "top_db", "high_freq") if name in settings}
+        return cls(settings["num_mels"], settings["sample_rate"], **more)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What `from_settings` needs, as plain values."""
-        return {"type": "KaldiFbank", "num_mels": self.num_mels, "sample_rate": self.sample_rate, "floor": self.floor}
+        names = ("num_mels", "sample_rate", "floor", "top_db", "high_freq")
+        return {"type": "KaldiFbank"} | {name: getattr(self, name) for name in names}
 
     @property
     def min_samples(self) -> int:
@@ -317,11 +336,16 @@ class KaldiFbank(nn.Module):
             before = torch.cat([frames[..., :1], frames[..., :-1]], 2)
             spectrum = torch.fft.rfft((frames - 0.97 * before) * self.window, self.fft_size)
             power = spectrum.real.square() + spectrum.imag.square()
-            features = (power @ self.filters).clamp(min=self.floor).log()
-            if mask is None:
+            power, valid = power @ self.filters, None
+            if mask is not None:
+                counts = self.frame_lengths(lengths.to(waveforms.device))
+                valid = torch.arange(power.shape[1], device=waveforms.device) < counts[:, None]
+                power = power * valid[..., None]
+            if self.top_db is not None:
+                power = power.maximum(power.amax((1, 2), keepdim=True) * 10 ** (-self.top_db / 10))
+            features = power.clamp(min=self.floor).log()
+            if valid is None:
                 return features - features.mean(1, keepdim=True), None
-            counts = self.frame_lengths(lengths.to(waveforms.device))
-            valid = torch.arange(features.shape[1], device=waveforms.device) < counts[:, None]
             mean, _ = masked_moments(features.transpose(1, 2), valid, 0)
             return (features - mean.transpose(1, 2)).masked_fill(~valid[..., None], 0.0), valid
 

@@ -36,15 +36,16 @@ class Recipe:
 
     Model: `head` is "ecapa" (on filter banks), "ltdnn-ecapa", "ltdnn-d3net" or "lap" (on a `backbone`, a folder or
     hub:NAME); `num_layers` keeps the first transformer layers; `tune` frees the top n layers, or "all"; `normalize`
-    None follows the backbone's preprocessor; `channels`, `num_mels`, `sample_rate` and `floor` are of the filter-bank
-    model (`floor`: see `KaldiFbank`; 10 is about what rounding to 16 bits leaves, and did best of 1e-7 to 1e4 on
-    validation speakers with gates, zeros and gains).
+    None follows the backbone's preprocessor; `channels`, `num_mels`, `sample_rate`, `floor`, `top_db` and `high_freq`
+    are of the filter-bank model (see `KaldiFbank`; a floor of 10 is about what rounding to 16 bits leaves, and did best
+    of 1e-7 to 1e4 on validation speakers with gates, zeros and gains).
     Data: crops of `crop_seconds`; `crops_per_utterance` per epoch; `speeds` other than 1 make new speakers; `noise` and
     `responses` are folders for augmentation, applied with `augment_probability`; what devices and lines do (gain,
     codecs, noise, gates, lost packets, `nearfar.audio.augment.degrade`) happens with `degrade_probability`, with
-    `surroundings` in simulated rooms and more noise; digital silence is dropped; of recordings with several channels
-    `channel` (1, 2 ...) is taken, or with `mix_channels` their mean; with neither they are refused, for two channels
-    are often two speakers; `validation` is the share of the speakers that is kept apart to choose the epoch.
+    `surroundings` after rooms, noise, narrow bands and shorter stretches; digital silence is dropped; of recordings
+    with several channels `channel` (1, 2 ...) is taken, or with `mix_channels` their mean; with neither they are
+    refused, for two channels are often two speakers; `validation` is the share of the speakers that is kept apart to
+    choose the epoch.
     Loss: AAM-softmax with `margin` (ramped up over `margin_epochs`), `scale`, `sub_centers`, `top_k`, `penalty`.
     Optimization: `epochs` (0 leaves the network untrained, to compare with), Adam, `schedule` "cosine" (10 % warm-up)
     or "onecycle", `learning_rate` for the head and `backbone_learning_rate` for what is tuned of the backbone,
@@ -61,6 +62,8 @@ class Recipe:
     num_mels: int = 80
     sample_rate: int = 16000
     floor: float = 10.0
+    top_db: float | None = None
+    high_freq: float | None = None
     embedding_dim: int = 192
     crop_seconds: float = 3.0
     crops_per_utterance: int = 1
@@ -113,7 +116,9 @@ def build_model(recipe: Recipe) -> SpeakerEncoder:
     """The model of a recipe, its head (and filter-bank network) with random weights. Raises UserError."""
     if recipe.backbone is None:
         head = ECAPA(recipe.num_mels, recipe.channels, recipe.embedding_dim)
-        return SpeakerEncoder(KaldiFbank(recipe.num_mels, recipe.sample_rate, recipe.floor), head)
+        return SpeakerEncoder(
+            KaldiFbank(recipe.num_mels, recipe.sample_rate, recipe.floor, recipe.top_db, recipe.high_freq), head
+        )
     frontend = SelfSupervised.from_pretrained(recipe.backbone, recipe.num_layers, recipe.normalize)
     sizes: dict[str, Any] = {
         "hidden_size": frontend.hidden_size,
