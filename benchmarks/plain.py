@@ -78,10 +78,9 @@ class PlainATConv(ATConv):
 class PlainShortConv(ShortConv):
     """A padded convolution over (B, d, N), cut at N."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        keep = self.kernel_size - 1
-        y = F.conv1d(x.mT, self.weight, self.bias, padding=keep, groups=self.dim)
-        return y[..., : x.shape[1]].mT
+    def convolve(self, x: Tensor, before: int) -> Tensor:
+        y = F.conv1d(x.mT, self.weight, self.bias, padding=before, groups=self.dim)
+        return y[..., : x.shape[1] + before - self.kernel_size + 1].mT
 
 
 class PlainHyena(Hyena):
