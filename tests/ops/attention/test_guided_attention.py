@@ -107,3 +107,17 @@ def test_bad_arguments() -> None:
         SemanticModule(4)(torch.zeros(1, 4, 6, 8))
     with pytest.raises(ValueError, match="dims"):
         AttentionLayer(4, 4, torch.nn.Identity(), dims=5)
+
+
+def test_gradients_of_exact_products_are_those_in_float64():
+    """In eval mode the largest product is subtracted in place, which must not reach the gradient."""
+    torch.manual_seed(0)
+    layer = PositionAttention(16).eval()
+    torch.nn.init.constant_(layer.gamma, 0.5)
+    wide = PositionAttention(16).double()
+    wide.load_state_dict(layer.state_dict())
+    x, weight = torch.randn(1, 16, 6, 6), torch.randn(1, 16, 6, 6)
+    found = torch.autograd.grad((layer(x) * weight).sum(), list(layer.parameters()))
+    right = torch.autograd.grad((wide(x.double()) * weight.double()).sum(), list(wide.parameters()))
+    for a, b in zip(found, right):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from nearfar.ops.common.dims import CONVOLUTIONS, check_dims
 
-PRODUCTS = 2**21
-"""Products of queries and keys in float64 that stand at once."""
+PRODUCTS = 2**19
+"""Products of queries and keys in float64 that stand at once: what a CPU's caches hold."""
 
 
 class PositionAttention(nn.Module):
@@ -60,7 +60,7 @@ class PositionAttention(nn.Module):
         parts = []
         for query in q.mT.split(max(1, PRODUCTS // (len(x) * k.shape[-1])), dim=1):
             products = query @ k
-            weights = (products - products.amax(-1, keepdim=True)).to(x.dtype).softmax(-1)
+            weights = products.sub_(products.detach().amax(-1, keepdim=True)).to(x.dtype).softmax(-1)
             parts.append(weights.to(v.dtype) @ v)
         return torch.cat(parts, 1).mT.reshape(x.shape).to(x.dtype)
 
