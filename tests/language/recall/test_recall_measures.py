@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nearfar.core.errors import UserError
+from nearfar.core.files import write_csv
 from nearfar.language.configuration import MixerConfig
 from nearfar.language.modeling import MixerForCausalLM
 from nearfar.language.recall.ar_slices import BigramCounts, ar_hits, gap_explained, slice_scores
@@ -123,14 +124,18 @@ def test_the_rate_is_chosen_on_examples_of_their_own(tmp_path):
     r = recipe(learning_rates=[1e-3, 1e-2], epochs=1)
     segment = r.data["d"]["test"][0]
     plain = Point(r, "d", "m", 8, 1e-3, 0).loaders()[1]
-    r.data["d"]["choose"] = [segment]
+    r.data["d"]["choose"] = [segment | {"input_seq_len": 32}]
+    assert Point(r, "d", "m", 8, 1e-3, 0).build().config.max_position_embeddings == 32
     _, loaders, names = Point(r, "d", "m", 8, 1e-3, 0).loaders()
-    assert names == ["mqar 16x2", "mqar 16x4", "choose mqar 16x2"]
+    assert names == ["mqar 16x2", "mqar 16x4", "choose mqar 32x2"]
     first, _, third = (next(iter(loader))[0] for loader in loaders)
     assert torch.equal(first, next(iter(plain[0]))[0])  # the test's examples stay what they are
-    assert not torch.equal(first, third)
+    assert third.shape[1] == 32
     rows = sweep(r, tmp_path, "cpu")
-    assert {"accuracy", "choice", "accuracy choose mqar 16x2"} <= set(rows[0])
+    assert {"accuracy", "choice", "accuracy choose mqar 32x2"} <= set(rows[0])
+    write_csv(tmp_path / "results.csv", [row | {"choice": "much"} for row in rows])
+    with pytest.raises(UserError, match="choice is 'much', no number"):
+        read_results(tmp_path)
     rows[0] |= {"choice": 0.9, "accuracy": 0.2}
     rows[1] |= {"choice": 0.8, "accuracy": 0.7}
     (best,) = best_results(rows)

@@ -153,7 +153,7 @@ class Point:
         allowed = MixerConfig.__dataclass_fields__
         if unknown := [name for name in settings if name not in allowed or name in ("vocab_size", "hidden_size")]:
             raise UserError(f"model {self.model}: unknown setting {', '.join(unknown)}")
-        segments = [s for part in ("train", "test") for s in self.recipe.data[self.data][part]]
+        segments = [s for part in ("train", "test", "choose") for s in self.recipe.data[self.data].get(part, [])]
         longest = max(s.get("input_seq_len", 64) for s in segments)
         settings = {
             "max_position_embeddings": longest,
@@ -356,11 +356,12 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
     for line, row in enumerate(rows, 2):
         if lacking := [name for name in (*ROW, *NUMBERS, "key", "settings") if name not in row]:
             raise UserError(f"{path}: no results of a recall sweep, line {line} lacks {some(lacking)}")
-        if odd := [name for name in ("dim", "learning_rate", *NUMBERS) if not isinstance(row[name], int | float)]:
+        numbers = ["dim", "learning_rate", *NUMBERS, *(["choice"] if "choice" in row else [])]
+        if odd := [name for name in numbers if not isinstance(row[name], int | float)]:
             raise UserError(
                 f"{path}, line {line}: {odd[0]} is {row[odd[0]]!r}, no number; mend it or run the sweep again"
             )
-        if not all(math.isfinite(float(row[name])) for name in ("dim", "learning_rate", *NUMBERS)):
+        if not all(math.isfinite(float(row[name])) for name in numbers):
             raise UserError(f"{path}, line {line}: a number is not finite; run the sweep again")
     if not rows:
         raise UserError(f"{path}: no results of a recall sweep")
