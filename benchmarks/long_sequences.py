@@ -8,7 +8,7 @@ Paper, on a GPU (TCNCA, arXiv 2312.05605): convolutions up to 7.07 (forward) and
 average by FFT, to 131k; the enwik8 model 1.37 and 1.24 times. Times are the best of several, on a CPU the
 processor time of one thread; parameter counts are equal to a few percent. Growth is the exponent e of
 time ~ L^e fitted over the lengths. glibc gives freed tensors of 32 MB and more back at once, and to fault the
-next ones in took up to half the time at 32k; here it keeps them, as MALLOC_MMAP_MAX_=0 and
+next ones in took half to two thirds of the time at 32k; here it keeps them, as MALLOC_MMAP_MAX_=0 and
 MALLOC_TRIM_THRESHOLD_=9000000000000000000 do for any program, at the price of memory that other programs miss.
 """
 

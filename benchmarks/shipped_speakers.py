@@ -5,7 +5,7 @@
 OUTPUT gets the corpus of `benchmarks/speech_corpus.py`, the trials of `benchmarks/speakers.py`, whose people take no
 part in training, and for each model its folder, scores, evaluation and stress. What of a folder is copied to
 `packages/audio/src/nearfar/audio/speakers/weights/NAME` is what `nearfar.audio.shipped` offers. The training
-takes some twenty minutes of one core for each; called again, finished work is not repeated.
+takes some twelve minutes of one core for each; called again, finished work is not repeated.
 """
 
 import argparse

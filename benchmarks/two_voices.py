@@ -3,8 +3,8 @@
     uv run python benchmarks/two_voices.py DATA OUTPUT [--debian FOLDER] [--seed 0]
 
 OUTPUT gets the corpus of `benchmarks/speech_corpus.py --without libri2mix`, the training, and the scores on the
-mixtures of DATA/libri2mix, whose people took no part in it. The training takes about an hour of one core; called again,
-finished work is not repeated.
+mixtures of DATA/libri2mix, whose people took no part in it. The training takes some hundred minutes of one core; called
+again, finished work is not repeated.
 """
 
 import argparse

@@ -238,6 +238,16 @@ def test_a_pipe_in_and_a_pipe_out(recording, tmp_path, monkeypatch, capsysbinary
         np.testing.assert_allclose(voices, whole, atol=1e-5)
 
 
+def test_a_pipe_tells_the_band_that_a_model_loses_beside_the_sound(model, tmp_path, monkeypatch, capsysbinary):
+    soundfile.write(tmp_path / "wide.wav", sound(110, 2, 0, 2 * RATE), 2 * RATE)
+    with (tmp_path / "wide.wav").open("rb") as file:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        assert run("separate", "-", "--stream", "--model", model, "-o", "-") == 0
+    found = capsysbinary.readouterr()
+    assert soundfile.read(io.BytesIO(found.out))[1] == 2 * RATE
+    assert f"nothing above {RATE // 2} Hz" in " ".join(found.err.decode().split())
+
+
 @pytest.mark.ci
 def test_voices_leave_the_pipe_while_sound_still_comes_and_ctrl_c_keeps_them(tmp_path):
     net = MossFormer(num_filters=16, dim=12, depth=1, group_size=32, query_key_dim=8, causal=True)

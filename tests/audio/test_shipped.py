@@ -80,10 +80,19 @@ def test_voices_of_people_who_took_no_part_are_told_apart_and_none_is_lost(name,
 def test_without_a_model_named_a_recording_is_separated_by_the_one_that_comes_along(tmp_path):
     t = np.arange(16000) / 8000
     soundfile.write(tmp_path / "a.wav", 0.3 * np.sin(440 * t) + 0.1 * np.sin(1900 * t), 8000)
-    words = ["separate", tmp_path / "a.wav", "-o", tmp_path / "out", "--speakers", "2"]
+    words = ["separate", tmp_path / "a.wav", "-o", tmp_path / "out", "--speakers", "2", "--speaker-model", "small-8k"]
     speech_separation(list(map(str, words)), standalone_mode=False)
     for voice in ("voice1.wav", "voice2.wav"):
         assert len(soundfile.read(tmp_path / "out" / "a" / voice)[0]) == len(t)
+
+
+def test_a_shipped_separator_finds_overlap_in_a_talk(shared_data, tmp_path):
+    mixture = shared_data("libri2mix") / "item0_mix.wav"
+    words = ["diarize", mixture, "-o", tmp_path / "a.rttm", "--separator", DEFAULT_SEPARATOR]
+    speaker_verification(list(map(str, words)), standalone_mode=False)
+    assert (tmp_path / "a.rttm").read_text(encoding="utf-8").startswith("SPEAKER item0_mix ")
+    with pytest.raises(UserError, match=DEFAULT_SEPARATOR):
+        speaker_verification([*map(str, words[:-1]), "large"], standalone_mode=False)
 
 
 @pytest.mark.parametrize("name", shipped_speakers())
@@ -115,5 +124,5 @@ def test_conditions_add_what_the_cards_say(name, shared_data, tmp_path):
     speaker_verification([*map(str, words), "-o", str(tmp_path / "stress"), "--draws", "0"], standalone_mode=False)
     rows = json.loads((tmp_path / "stress" / "stress.json").read_text())["conditions"]
     assert {row["condition"] for row in rows} >= {"zeros", "gate", "codec", "noise", "gain", "cut", "resampling"}
-    assert rows[0]["eer"] < 0.105
+    assert rows[0]["eer"] < 0.1
     assert max(row.get("adds", 0.0) for row in rows) < 0.055

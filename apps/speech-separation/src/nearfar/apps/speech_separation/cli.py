@@ -207,6 +207,7 @@ def separate(
 
         if to_pipe:
             source, found_rate = _source(found[0], raw)
+            tell_band(str(found[0]), found_rate, job.model.sample_rate)
             with broken_pipe():
                 out = WavPipe(sys.stdout.buffer, found_rate, job.model.num_speakers)
                 separating.stream(job, source, found_rate, out, lambda done: None, str(found[0]))
@@ -253,11 +254,7 @@ def separate(
             if check:
                 lines = [{**line, "si_sdr": line.get("si_sdr", "")} for line in row["check"]]
                 console.print(table(lines, f"check: {row['file']}"))
-            if (rate_of_model := row.get("model_rate", row["rate"])) < row["rate"]:
-                messages.print(
-                    f"{row['file']}: is at {row['rate']} Hz, the model at {rate_of_model}: its voices hold nothing "
-                    f"above {rate_of_model // 2} Hz"
-                )
+            tell_band(row["file"], row["rate"], row.get("model_rate", row["rate"]))
             if row["clipped"] > 1e-4:
                 messages.print(f"{row['file']}: clipped ({100 * row['clipped']:.2f} % of its samples at full scale)")
             if row.get("collapsed"):
@@ -273,6 +270,14 @@ def separate(
                 times = ", ".join(f"{t:g}" for t in row["uncertain"][:10])
                 messages.print(f"{row['file']}: which voice is which was not clear at {times} s")
     raise_failures(failures, len(found))
+
+
+def tell_band(name: str, rate: int, model_rate: int) -> None:
+    """What a model of a lower rate loses."""
+    if model_rate < rate:
+        messages.print(
+            f"{name}: is at {rate} Hz, the model at {model_rate}: its voices hold nothing above {model_rate // 2} Hz"
+        )
 
 
 def quiet(name: str, done: float, total: float) -> None:
