@@ -5,7 +5,7 @@
 
 One pass over the first `--size` bytes, 512 bytes a step by one recipe for all (Muon, rate 0.01, tuned for none of
 them), and bits per byte of the last 50,000 bytes of TEXT, over seeds; `help` as TEXT takes Python's help pages. Called
-again, finished trainings are not repeated. About ten minutes of one core each.
+again, finished trainings are not repeated. About twenty minutes of one core each.
 """
 
 import argparse
