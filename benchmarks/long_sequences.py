@@ -30,6 +30,7 @@ from nearfar.language.modeling import MixerConfig, MixerForCausalLM
 from nearfar.ops.convolution.tcn import TCNMixer
 from nearfar.ops.recurrence.ema import DampedEMA
 
+DECODED = 4  # tokens a time
 DIM, KERNEL = 512, 20  # 20 taps, 3 layers: 512 (3 (20 + 1) + 1) parameters, as the average's 512 (4 * 16 + 1)
 
 
@@ -97,10 +98,11 @@ def compare(title: str, modules: dict[str, nn.Module], lengths: list[int], repea
 
 def step(model: nn.Module, ids: Tensor) -> None:
     model(ids, labels=ids).loss.backward()
+    model.zero_grad()
 
 
 def decode(model: nn.Module, ids: Tensor, cache: MixerCache) -> None:
-    for _ in range(16):
+    for _ in range(DECODED):
         model(ids, past_key_values=cache)
 
 
@@ -121,29 +123,36 @@ def overhead(repeats: int, device: str) -> None:
         name: MixerForCausalLM(MixerConfig(**settings, residual=kind)).to(device)
         for name, kind in (("plain", "plain"), ("depth", residual))
     }
-    caches = {}
-    with torch.no_grad():
-        for name, model in models.items():
-            caches[name] = model.eval()(ids[:1, :128], use_cache=True).past_key_values
-    for what, pairs, unit in (("of a training step", repeats, 1), ("of a decoded token", 8 * repeats, 16)):
-        training = unit == 1
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for i in range(pairs + 1):  # in turns and in both orders, so that both meet the same machine
-            for name in sorted(models, reverse=i % 2 == 0):
-                model = models[name].train(training)
-                run = partial(step, model, ids)
-                if not training:
-                    run = partial(decode, model, ids[:1, :1], caches[name].copy())
-                with torch.set_grad_enabled(training):
-                    times[name].append(timed(run, device) / unit)
-                model.zero_grad()
-        ratios = sorted(100 * (b / a - 1) for a, b in list(zip(times["plain"], times["depth"]))[1:])
-        quarter = len(ratios) // 4
-        print(
-            f"  milliseconds {what}: plain {1000 * min(times['plain'][1:]):.1f}, depth "
-            f"{1000 * min(times['depth'][1:]):.1f}; overhead, median of {pairs} pairs {median(ratios):.1f} %, "
-            f"middle half {ratios[quarter]:.1f} to {ratios[-1 - quarter]:.1f} %"
-        )
+    beside("a training step", lambda name: partial(step, models[name].train(), ids), repeats, 1, device)
+    for texts, length in ((1, 128), (1, 4096), (32, 128)):
+        ids = torch.randint(256, (texts, length), device=device)
+        with torch.no_grad():
+            read = {name: model.eval()(ids, use_cache=True).past_key_values for name, model in models.items()}
+            prepare = partial(ready_to_decode, models, ids[:, :1], read)
+            what = f"a decoded token after {length}{f', {texts} texts at once' if texts > 1 else ''}"
+            beside(what, prepare, 8 * repeats, DECODED, device)
+
+
+def ready_to_decode(
+    models: dict[str, nn.Module], ids: Tensor, read: dict[str, MixerCache], name: str
+) -> Callable[[], None]:
+    return partial(decode, models[name], ids, read[name].copy())
+
+
+def beside(what: str, prepare: Callable[[str], Callable[[], None]], pairs: int, unit: int, device: str) -> None:
+    """Times in turns and in both orders, so that both meet the same machine; the first pair warms up."""
+    times: dict[str, list[float]] = {"plain": [], "depth": []}
+    for i in range(pairs + 1):
+        for name in sorted(times, reverse=i % 2 == 0):
+            run = prepare(name)
+            times[name].append(timed(run, device) / unit)
+    plain, depth = (found[1:] for found in times.values())
+    ratios = sorted(100 * (b / a - 1) for a, b in zip(plain, depth))
+    quarter = len(ratios) // 4
+    print(
+        f"  milliseconds of {what}: plain {1000 * min(plain):.1f}, depth {1000 * min(depth):.1f}; overhead, median of "
+        f"{pairs} pairs {median(ratios):.1f} %, middle half {ratios[quarter]:.1f} to {ratios[-1 - quarter]:.1f} %"
+    )
 
 
 def main() -> None:
