@@ -155,6 +155,86 @@ def test_generating_from_a_state(kind, tmp_path):
     assert torch.equal(found[:, 5:], beams)
 
 
+@pytest.mark.parametrize("kind", MIXERS)
+def test_what_was_read_is_taken_back(kind, tmp_path):
+    """Logits after a cut are those of a text that never had what was cut, whatever the cut and who goes on."""
+    model = make(MIXERS[kind])
+    ids = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 1:4] = 0  # within the piece that is cut
+    with torch.no_grad():
+        want = model(ids, mask).logits
+        state = model(ids[:, :3], mask[:, :3], use_cache=True).past_key_values
+        state.activate_past_recording()
+        piece = torch.cat([ids[:, 3:6], torch.full((2, 4), 9)], 1)
+        model(piece, torch.cat([mask[:, :6], torch.ones(2, 4)], 1), past_key_values=state)
+        model(piece[:, :1], past_key_values=state)
+        state.crop(-3)  # into the first of two pieces
+        assert state.get_seq_length() == 8
+        state.crop(6)
+        state.crop(0)
+        assert state.get_seq_length() == 6
+        assert state.has_read(ids)
+        assert not state.has_read(ids.flip(0))
+        state.save(tmp_path / "state.safetensors")
+        for again in (state.copy(), MixerCache.load(tmp_path / "state.safetensors"), state):
+            given = {"position_ids": torch.arange(6, 12)[None]} if again is state else {"attention_mask": mask}
+            got = model(ids[:, 6:], past_key_values=again, **given).logits
+            torch.testing.assert_close(got, want[:, 6:], rtol=1e-9, atol=1e-9)
+            assert again.get_seq_length() == 12
+            assert again.has_read(torch.cat([ids, ids], 1))
+        state.crop(-2)
+        hidden = model(ids[:, 10:], past_key_values=state, output_hidden_states=True).hidden_states
+        assert {h.shape[1] for h in hidden} == {2}
+
+
+def test_what_cannot_be_taken_back_is_said():
+    model = make(MIXERS["mamba"])
+    state = MixerCache(2)
+    state.activate_past_recording()
+    row = torch.tensor([list(chain(*DOCUMENTS))])
+    numbers = torch.arange(4).repeat_interleave(torch.tensor([len(d) for d in DOCUMENTS]))[None]
+    with torch.no_grad():
+        model(row, seq_idx=numbers, past_key_values=state)
+        with pytest.raises(ValueError, match="a state of 13 tokens cannot be cut to 12"):
+            state.crop(-1)
+        model(row, past_key_values=state)
+        state.crop(-3)
+        with pytest.raises(ValueError, match="cannot begin new documents"):
+            model(row, seq_idx=numbers, past_key_values=state)
+        assert state.get_seq_length() == 23
+        with pytest.raises(ValueError, match="cannot be cut to 12"):
+            state.crop(12)
+        state.reset()
+        assert state.get_seq_length() == 0
+        model(row, past_key_values=state)
+        state.crop(-13)
+        torch.testing.assert_close(model(row, past_key_values=state).logits, model(row).logits)
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_speculative_and_prompt_lookup_decoding(kind):
+    """The same text as greedy decoding; a draft that is always right takes fewer passes."""
+    model, other, twin = make(MIXERS[kind]), make(["base-conv"]), make(MIXERS[kind])
+    passes = []
+    model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    ids = torch.randint(4, 64, (1, 9), generator=torch.Generator().manual_seed(1)).repeat(1, 2)
+    for pad in (3, int(ids[0, 0])):  # the second stands in the prompt: transformers masks it
+        how = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": pad}
+        want = model.generate(ids, **how)
+        for draft in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": other}, {"assistant_model": twin}):
+            passes.clear()
+            assert torch.equal(model.generate(ids, **how, **draft), want)
+            assert len(passes) < (16 if draft == {"assistant_model": twin} else 27)
+    how["pad_token_id"] = 3
+    want = model.generate(ids, **how)
+    with torch.no_grad():
+        state = model(ids[:, :10], use_cache=True).past_key_values
+    for given, skipped in ((ids, 0), (ids[:, 10:], 10)):
+        found = model.generate(given, past_key_values=state.copy(), prompt_lookup_num_tokens=4, **how)
+        assert torch.equal(found, want[:, skipped:])
+
+
 def test_detached_states_end_the_gradient_and_cannot_be_cut():
     model = make(MIXERS["mamba"]).train()
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])

@@ -81,6 +81,37 @@ class MixerCache(Cache):
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[MixerLayerCache() for _ in range(num_layers)])
+        self.pieces: list[tuple[list[dict[str, State]], int, State]] | None = None
+        """Since `activate_past_recording`: the states before each piece, their tokens, and the piece."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.pieces = None if self.pieces is None else []
+
+    def activate_past_recording(self) -> None:
+        """From now on `crop` can take back what is read. The states before each piece are kept until it is called."""
+        self.pieces = [] if self.pieces is None else self.pieces
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that the text has, with those that `crop` left to be read again."""
+        again = self.layers[0].states.get("again")
+        return super().get_seq_length(layer_idx) + (0 if again is None else again[0].shape[1])
+
+    def begin(self, x: Tensor, ids: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The piece to read now, embedded `(B, N, d)`, as ids and which are real: what a `crop` left comes first."""
+        if mask is not None:
+            mask = mask[:, -x.shape[1] :]
+        again = self.layers[0].states.get("again")
+        if again is not None:
+            before, real, *known = again
+            mask = real.new_ones(x.shape[:2]) if mask is None else mask.to(real.dtype)
+            x, mask = torch.cat([before.to(x.dtype), x], 1), torch.cat([real, mask], 1)
+            ids = torch.cat([*known, ids], 1) if ids is not None and known else None
+        if self.pieces is not None:
+            real = x.new_ones(x.shape[:2], dtype=torch.long) if mask is None else mask.long()
+            piece = (x.detach(), real) if ids is None else (x.detach(), real, ids)
+            self.pieces.append(([dict(layer.states) for layer in self.layers], self.layers[0].tokens, piece))
+        return x, ids, mask
 
     def advance(
         self,
@@ -94,14 +125,21 @@ class MixerCache(Cache):
             layer.states, layer.tokens = dict(after), layer.tokens + tokens
             if layout is not None and layout.packed:
                 layer.map(lambda t: t.index_select(0, layout.last))
+        if self.pieces is not None and layout is not None and layout.packed:
+            self.pieces.clear()  # within several documents there is no way back
+        self.layers[0].states.pop("again", None)
         read = self.layers[0].states.pop("read", None)
         if ids is not None and (read is not None or self.get_seq_length() == tokens):
             self.layers[0].states["read"] = (digest(ids, None if read is None else read[0]),)
 
     def has_read(self, ids: Tensor) -> bool:
         """Whether `ids` `(B, N)` is a longer text that begins with what the cache has read."""
-        read, seen = self.layers[0].states.get("read"), self.get_seq_length()
-        return read is not None and ids.shape[1] > seen and torch.equal(digest(ids[:, :seen]), read[0].to(ids.device))
+        states, seen, now = self.layers[0].states, self.get_seq_length(), self.layers[0].tokens
+        if ("read" not in states and now) or ids.shape[1] <= seen:
+            return False
+        if seen > now and not (len(states["again"]) == 3 and torch.equal(ids[:, now:seen], states["again"][2])):
+            return False
+        return now == 0 or torch.equal(digest(ids[:, :now]), states["read"][0].to(ids.device))
 
     def copy(self) -> "MixerCache":
         """Another cache at the same place of the text, to go on differently; states are shared, never changed."""
@@ -122,16 +160,31 @@ class MixerCache(Cache):
             layer.map(change)
         return other
 
-    def crop(self, max_length: int) -> None:
-        """Only to the length that it has, or to nothing: a state cannot be taken back. Keep a `copy` to return to."""
-        if max_length < 0:
-            max_length += self.get_seq_length()
-        if max_length == 0:
-            self.reset()
-        elif max_length < self.get_seq_length():
-            raise ValueError(
-                f"a state of {self.get_seq_length()} tokens cannot be cut to {max_length}; keep a copy() made there"
-            )
+    def crop(self, tokens: int) -> None:
+        """Take back the last `-tokens` tokens, or all but the first `tokens`; 0 takes back none, as in transformers.
+
+        The states return to where a piece began, and the rest of that piece is read again with the next one. Without
+        `activate_past_recording` before it was read, a state cannot be taken back: keep a `copy` to return to.
+        """
+        length, now = self.get_seq_length(), self.layers[0].tokens
+        wanted = tokens + length if tokens <= 0 else tokens
+        pieces = list(self.pieces or ())
+        if length > now:  # cut already
+            pieces = [([layer.states for layer in self.layers], now, self.layers[0].states["again"])]
+        if wanted < length:
+            kept = [piece for piece in pieces if piece[1] <= wanted]
+            if not kept:
+                raise ValueError(
+                    f"a state of {length} tokens cannot be cut to {wanted}; keep a copy() made there, or call "
+                    "activate_past_recording() before what is to be taken back is read"
+                )
+            states, before, piece = kept[-1]
+            for layer, own in zip(self.layers, states):
+                layer.states, layer.tokens = {name: s for name, s in own.items() if name != "again"}, before
+            if wanted > before:
+                self.layers[0].states["again"] = tuple(t[:, : wanted - before] for t in piece)
+        if self.pieces is not None:
+            self.pieces.clear()
 
     def save(self, path: str | Path, model: "PreTrainedModel | None" = None) -> Path:
         """Write all states to `path`, atomically; with `model`, also whose they are."""
@@ -142,7 +195,7 @@ class MixerCache(Cache):
             for j, t in enumerate(state)
         }
         with atomic_path(path) as temporary:
-            about = {"tokens": str(self.get_seq_length()), "layers": str(len(self.layers))}
+            about = {"tokens": str(self.layers[0].tokens), "layers": str(len(self.layers))}
             if model is not None:
                 about["model"] = model.fingerprint()
             safetensors.torch.save_file(tensors, temporary, metadata=about)

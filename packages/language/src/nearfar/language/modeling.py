@@ -30,6 +30,9 @@ from nearfar.language.registry import MIXERS, NORMS, RESIDUALS, STATE_MIXERS, bu
 from nearfar.ops.aggregation.depth_attention import DepthResiduals
 from nearfar.ops.common.streaming import FullPrecision, State, StreamingMixer
 
+CONTINUED = "a piece that continues a cache cannot begin new documents; read those without the cache"
+TAKEN_BACK = 2
+"""Tokens of a prompt that an assistant of transformers reads again, at most."""
 LAYOUTS = list(iter_modules(layouts.__path__))
 
 
@@ -101,7 +104,6 @@ class MixerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("MixerBlock",)
     _skip_keys_device_placement = ("past_key_values",)
-    _is_stateful = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -197,8 +199,21 @@ class MixerModel(MixerPreTrainedModel):
         cache = MixerCache(len(self.layers)) if use_cache and past_key_values is None else past_key_values
         if cache is not None and not isinstance(cache, MixerCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}, it must be a MixerCache")
-        layout = self.layout(x, attention_mask, cache, position_ids, seq_idx, cu_seq_lens_q)
+        if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[1] < x.shape[1]):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, it must be (batch, length); documents in "
+                "one row are told apart by position_ids, seq_idx, cu_seq_lens_q or a mask that numbers them"
+            )
+        new = x.shape[1]
+        if cache is not None:
+            x, input_ids, attention_mask = cache.begin(x, input_ids, attention_mask)
         columns = x.shape[1]
+        if columns > new:
+            real = attention_mask[:, -new:].bool()
+            if document_starts(real.shape, real, position_ids, seq_idx, cu_seq_lens_q) is not None:
+                raise ValueError(CONTINUED)
+            position_ids = seq_idx = cu_seq_lens_q = None
+        layout = self.layout(x, attention_mask, cache, position_ids, seq_idx, cu_seq_lens_q)
         if layout is not None:
             x = layout.pack(x)
             if not self.streams:  # what looks ahead, or norms over positions, finds zeros in the padding
@@ -210,7 +225,7 @@ class MixerModel(MixerPreTrainedModel):
             states[0] = None if cache is None else cache.layers[0].states
         x = self.dropout(x)
         hidden, losses = [], []
-        undo = lambda h: h if layout is None else layout.undo(h)  # noqa: E731
+        undo = lambda h: (h if layout is None else layout.undo(h))[:, columns - new :]  # noqa: E731
         residuals = None if self.depth is None else DepthResiduals(x, self.depth, self.block_size)
         for i, block in enumerate(self.layers):
             if output_hidden_states and residuals is None:
@@ -276,11 +291,6 @@ class MixerModel(MixerPreTrainedModel):
         real, shape = None, (x.shape[0], x.shape[1])
         continued = cache is not None and cache.get_seq_length() > 0
         if attention_mask is not None:
-            if attention_mask.dim() != 2 or attention_mask.shape[1] < x.shape[1]:
-                raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}, it must be (batch, length); documents in "
-                    "one row are told apart by position_ids, seq_idx, cu_seq_lens_q or a mask that numbers them"
-                )
             mask = attention_mask[:, -x.shape[1] :]
             real = mask.bool()
             if mask.dtype not in (torch.bool, torch.uint8) and not mask.is_floating_point() and (mask > 1).any():
@@ -291,7 +301,7 @@ class MixerModel(MixerPreTrainedModel):
             position_ids = None  # a single token goes on with its text
         starts = document_starts(shape, real, position_ids, seq_idx, cu_seq_lens_q)
         if starts is not None and continued:
-            raise ValueError("a piece that continues a cache cannot begin new documents; read those without the cache")
+            raise ValueError(CONTINUED)
         if real is None and starts is None:
             return None
         return Layout(torch.ones(shape, dtype=torch.bool, device=x.device) if real is None else real, starts)
@@ -386,9 +396,28 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`. With `past_key_values` the ids may be the whole text, of which the cache has read
-        the beginning, or only what comes after that: the cache knows what it has read."""
+        the beginning, or only what comes after that: the cache knows what it has read. In speculative and prompt-lookup
+        decoding (`assistant_model`, `prompt_lookup_num_tokens`) tokens that are not accepted are taken back: states
+        return to where they were before a piece, see `MixerCache.crop`."""
         cache = kwargs.get("past_key_values")
         ids = kwargs.get("input_ids") if inputs is None else inputs
+        chosen = kwargs.get("generation_config") or self.generation_config
+
+        def option(name: str) -> Any:
+            value = kwargs.get(name)
+            return getattr(chosen, name, None) if value is None else value
+
+        if ids is not None and any(map(option, ("assistant_model", "prompt_lookup_num_tokens", "is_assistant"))):
+            mask, pad = kwargs.get("attention_mask"), option("pad_token_id")
+            told = mask is not None or pad is None or pad not in ids  # else transformers makes a mask of the padding
+            if cache is None and ids.shape[1] > TAKEN_BACK and told:
+                # all but what may be taken back, in a piece of its own that never has to be read again
+                mask = None if mask is None else mask[:, :-TAKEN_BACK]
+                with torch.no_grad():
+                    cache = self.model(ids[:, :-TAKEN_BACK], mask, use_cache=True).past_key_values
+                kwargs["past_key_values"] = cache
+            if isinstance(cache, MixerCache):
+                cache.activate_past_recording()
         if isinstance(cache, MixerCache) and cache.get_seq_length() and ids is not None and not cache.has_read(ids):
             mask = kwargs.get("attention_mask")
             if mask is None:
@@ -397,12 +426,18 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
                 read = mask.new_ones(len(mask), cache.get_seq_length())
                 kwargs["attention_mask"] = torch.cat([read, mask], 1)
         if isinstance(cache, MixerCache) and cache.get_seq_length():
-            chosen = kwargs.get("generation_config") or self.generation_config
-            wanted = [kwargs.get(n) or getattr(chosen, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
-            if max(wanted) > 1:  # every beam goes on from the state, which stays as it was
+            wanted = max(option(name) or 1 for name in ("num_beams", "num_return_sequences"))
+            if wanted > 1:  # every beam goes on from the state, which stays as it was
                 cache = kwargs["past_key_values"] = cache.copy()
-                cache.batch_repeat_interleave(max(wanted))
+                cache.batch_repeat_interleave(wanted)
         return super().generate(inputs, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, which in assisted decoding would have a text read again that the cache has read."""
+        cache = kwargs.get("past_key_values")
+        if kwargs.get("is_first_iteration") and isinstance(cache, MixerCache) and cache.has_read(input_ids):
+            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def state_size(self, length: int) -> int:
         """Numbers that a text of `length` tokens leaves in the mixers, as the literature counts them."""
