@@ -8,7 +8,8 @@ formulation in plain PyTorch (`plain.py`); speechbrain and MONAI hold none of th
 anything is timed. The two take turns, changing who is first; processor time counts, so that other work on the
 machine disturbs little. "factor" is the median of peer / ours over the pairs (above 1: ours is faster), in brackets
 the range from the first to the last decile. Memory is what a call adds at most, in tensors alive at once. OUTPUT gets
-`suite.html` and `suite.json`, in which a run replaces the rows that it measures. pydensecrf2 is left out where it is
+`suite.html` and `suite.json`, in which a run replaces the rows that it measures: those of `--compile` (inference, whose
+compilation takes minutes for each row) and of other numbers of threads stand beside the others. pydensecrf2 is left out where it is
 not installed.
 """
 
@@ -19,7 +20,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,7 @@ def rows_of(name: str, row: Row, repeats: int, compiled: bool) -> list[dict[str,
     models = [model.eval() for model in (ours, peer) if model is not None]
     if compiled:
         models = [torch.compile(model) for model in models]
+        row = replace(row, train=None, sizes=None)
     found = []
 
     def add(what: str, runs: Sequence[Callable[[], Any]]) -> dict[str, Any]:
@@ -483,7 +485,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for suite.json and suite.html")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of the rows' names")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="one table for each number of threads")
-    parser.add_argument("--compile", action="store_true", help="rows under torch.compile too")
+    parser.add_argument("--compile", action="store_true", help="inference under torch.compile instead")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tables", action="store_true", help="only write the READMEs' tables from suite.json")
     options = parser.parse_args()
@@ -503,12 +505,11 @@ def main() -> None:
     rows = known(written, title)
     for threads in options.threads:
         torch.set_num_threads(threads)
-        for compiled in (False, True) if options.compile else (False,):
-            for name, row in chosen.items():
-                about = {"system": name, "threads": threads, "compiled": compiled}
-                new = [about | one for one in rows_of(name, row, options.repeats, compiled)]
-                rows = [one for one in rows if about.items() - one.items()] + new
-                written.write_text(json.dumps({"processor": title, "rows": rows}, indent=2), encoding="utf-8")
+        for name, row in chosen.items():
+            about = {"system": name, "threads": threads, "compiled": options.compile}
+            new = [about | one for one in rows_of(name, row, options.repeats, options.compile)]
+            rows = [one for one in rows if about.items() - one.items()] + new
+            written.write_text(json.dumps({"processor": title, "rows": rows}, indent=2), encoding="utf-8")
     for line in means(rows):
         print(f"geometric mean {line}")
     page(rows, title).write(options.output / "suite.html")

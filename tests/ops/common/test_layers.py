@@ -16,15 +16,16 @@ def maps(batch: int, channels: int, height: int, width: int, *, last: bool) -> T
 
 @pytest.mark.parametrize("shape", [(1, 6, 5, 7), (3, 64, 16, 16), (2, 5, 1, 1), (2, 1, 4, 4)])
 @pytest.mark.parametrize("last", [True, False])
-@pytest.mark.parametrize("form", ["pointwise", "part of the channels", "strided", "wide"])
+@pytest.mark.parametrize("form", ["pointwise", "part of the channels", "strided", "wide", "many weights"])
 def test_convolution_is_torchs(shape: tuple[int, ...], last: bool, form: str) -> None:
     torch.manual_seed(0)
     x = maps(shape[0], 2 * shape[1] if form == "part of the channels" else shape[1], *shape[2:], last=last)
     if form == "part of the channels":
         x = x.chunk(2, dim=1)[1]
-    settings = {"strided": {"stride": 2}, "wide": {"padding": 1}}.get(form, {})
-    ours = Conv2d(shape[1], 11, 3 if form == "wide" else 1, **settings)
-    theirs = nn.Conv2d(shape[1], 11, 3 if form == "wide" else 1, **settings)
+    settings = {"strided": {"stride": 2}, "wide": {"padding": 1}, "many weights": {"stride": 2, "padding": 1}}
+    sizes = shape[1], 64 if form == "many weights" else 11, 3 if form in ("wide", "many weights") else 1
+    ours = Conv2d(*sizes, **settings.get(form, {}))
+    theirs = nn.Conv2d(*sizes, **settings.get(form, {}))
     theirs.load_state_dict(ours.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)

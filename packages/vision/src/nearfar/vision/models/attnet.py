@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count
+from nearfar.ops.common.dims import Conv2d
 from nearfar.ops.common.layers import ChannelNorm, DropPath
 from nearfar.ops.convolution.atconv import ATConv, GatedConvMLP
 from nearfar.ops.convolution.convnext import scale_output
@@ -158,7 +159,7 @@ class AttNet(Backbone):
 
 
 def _halve(dim_in: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(dim_in, dim, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(dim))
+    return nn.Sequential(Conv2d(dim_in, dim, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(dim))
 
 
 def _expansion(dim: int, hidden: int) -> float:

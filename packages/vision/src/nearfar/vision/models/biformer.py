@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.bilevel_routing import BiLevelRoutingAttention, EnhancedAttention
+from nearfar.ops.common.dims import Conv2d
 from nearfar.ops.common.layers import GELU, ChannelNorm, DepthwiseConv, DropPath
 from nearfar.vision.models.pyramid import Backbone, Head, Stage, drop_path_rates, init_weights
 from nearfar.vision.models.registry import Variant, Weights, register
@@ -195,9 +196,9 @@ class BiFormer(Backbone):
             ]
             down = nn.Identity()
             if i and patch_stem:
-                down = nn.Sequential(make(dims[i - 1]), nn.Conv2d(dims[i - 1], dim, 2, 2))
+                down = nn.Sequential(make(dims[i - 1]), Conv2d(dims[i - 1], dim, 2, 2))
             elif i:
-                down = nn.Sequential(nn.Conv2d(dims[i - 1], dim, 3, 2, 1), make(dim))
+                down = nn.Sequential(Conv2d(dims[i - 1], dim, 3, 2, 1), make(dim))
             self.stages.append(BiFormerStage(down, blocks, channels_first))
         last = nn.Identity() if feature_norms else make(dims[-1])
         self.head = Head(dims[-1], num_classes, last, norm_first=True, global_pool=global_pool, drop_rate=drop_rate)

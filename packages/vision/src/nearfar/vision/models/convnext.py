@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio, read
+from nearfar.ops.common.dims import Conv2d
 from nearfar.ops.common.layers import ChannelNorm
 from nearfar.ops.convolution.convnext import ConvNeXtBlock
 from nearfar.vision.models.pyramid import Backbone, Head, Stage, drop_path_rates, init_weights, twelve_layers
@@ -129,7 +130,7 @@ class ConvNeXt(Backbone):
         rates = drop_path_rates(drop_path_rate, depths)
         kernels = [kernel_size] * len(dims) if isinstance(kernel_size, int) else kernel_size
         for i, (dim, stage_rates) in enumerate(zip(dims, rates, strict=True)):
-            down = nn.Sequential(ChannelNorm(dims[i - 1]), nn.Conv2d(dims[i - 1], dim, 2, stride=2)) if i else None
+            down = nn.Sequential(ChannelNorm(dims[i - 1]), Conv2d(dims[i - 1], dim, 2, stride=2)) if i else None
             blocks = [ConvNeXtBlock(dim, kernels[i], mlp_ratio, layer_scale, rate) for rate in stage_rates]
             self.stages.append(Stage(down or nn.Identity(), blocks))
         self.head = Head(

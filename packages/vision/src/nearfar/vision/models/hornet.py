@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
+from nearfar.ops.common.dims import Conv2d
 from nearfar.ops.common.fused import FusedLinear
 from nearfar.ops.common.layers import GELU, ChannelNorm, DropPath
 from nearfar.ops.convolution.convnext import fold_norm, scale_output
@@ -130,7 +131,7 @@ class HorNet(Backbone):
         self.stages = nn.ModuleList()
         rates = drop_path_rates(drop_path_rate, depths)
         for i, (dim, order, filter_size) in enumerate(zip(dims, orders, filters, strict=True)):
-            down = nn.Sequential(ChannelNorm(dims[i - 1]), nn.Conv2d(dims[i - 1], dim, 2, stride=2)) if i else None
+            down = nn.Sequential(ChannelNorm(dims[i - 1]), Conv2d(dims[i - 1], dim, 2, stride=2)) if i else None
             blocks = [
                 HorBlock(
                     dim,

@@ -410,7 +410,7 @@ class OverLoCK(Backbone):
 
 
 def _halve(dim_in: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(dim_in, dim, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(dim))
+    return nn.Sequential(Conv2d(dim_in, dim, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(dim))
 
 
 def _variant(
