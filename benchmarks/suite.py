@@ -8,9 +8,9 @@ formulation in plain PyTorch (`plain.py`); speechbrain and MONAI hold none of th
 anything is timed. The two take turns, changing who is first; processor time counts, so that other work on the
 machine disturbs little. "factor" is the median of peer / ours over the pairs (above 1: ours is faster), in brackets
 the range from the first to the last decile. Memory is what a call adds at most, in tensors alive at once. OUTPUT gets
-`suite.html` and `suite.json`, in which a run replaces the rows that it measures: those of `--compile` (inference, whose
-compilation takes minutes for each row) and of other numbers of threads stand beside the others. pydensecrf2 is left out where it is
-not installed.
+`suite.html` and `suite.json`, in which a run replaces the rows that it measures: those of `--compile` (inference alone;
+to compile a row takes minutes) and of other numbers of threads stand beside the others. pydensecrf2 is left out where
+it is not installed.
 """
 
 import argparse
