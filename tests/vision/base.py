@@ -241,8 +241,9 @@ class PictureTester:
     def test_compile_without_graph_breaks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         without_shape_checks(monkeypatch)
         model, x = self.create(**self.least), self.input(1)
-        torch._dynamo.reset()
-        close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+        for form in (model, copy.deepcopy(model).fuse()):
+            torch._dynamo.reset()
+            close(torch.compile(form, fullgraph=True, backend="aot_eager")(x), model(x))
 
     @pytest.mark.ci
     @torch.no_grad()

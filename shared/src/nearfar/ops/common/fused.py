@@ -18,11 +18,11 @@ def runs_onednn(x: Tensor, weight: Tensor) -> bool:
     Weights made in inference mode do not tell when they change, so what is packed of them could not be kept.
     """
     return (
-        x.is_cpu
+        not torch.compiler.is_compiling()  # first: a graph would break at what comes
+        and x.is_cpu
         and not weight.is_inference()
         and x.dtype == torch.float32
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
     )
