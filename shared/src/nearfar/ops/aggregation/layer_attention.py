@@ -53,9 +53,8 @@ class LayerGate(nn.Module):
                 f"expected (B, a multiple of {self.num_heads}, {self.num_layers}, T), got {tuple(x.shape)}"
             )
         heads = x.unflatten(1, (self.num_heads, -1))
-        pooled = torch.stack([heads.mean(2), heads.amax(2)])  # (2, B, h, L, T)
-        inner = torch.einsum("pbhlt,hlm->pbhmt", pooled, self.w1) + self.b1.transpose(1, 2)
-        logits = torch.einsum("bhmt,hml->bhlt", torch.relu(inner).sum(0), self.w2) + 2 * self.b2.transpose(1, 2)
+        inner = [torch.relu(self.w1.mT @ z + self.b1.mT) for z in (heads.mean(2), heads.amax(2))]  # (B, h, hidden, T)
+        logits = self.w2.mT @ (inner[0] + inner[1]) + 2 * self.b2.mT
         return torch.sigmoid(logits)
 
     def forward(self, x: Float[Tensor, "b c l t"]) -> Float[Tensor, "b c t"]:
