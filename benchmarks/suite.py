@@ -317,6 +317,8 @@ def rows_of(name: str, row: Row, repeats: int, compiled: bool) -> list[dict[str,
     if compiled:
         models = [torch.compile(model) for model in models]
         row = replace(row, train=None, sizes=None)
+    if torch.get_num_threads() > 1:
+        models, row = models[:1], replace(row, sizes=None)
     found = []
 
     def add(what: str, runs: Sequence[Callable[[], Any]]) -> dict[str, Any]:
@@ -404,7 +406,11 @@ def page(rows: list[dict[str, Any]], title: str) -> Report:
 def side_by_side(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """A line for each system: factors with their ranges, compiled ones, memory, growth, what a second thread brings."""
     systems: dict[str, dict[str, str]] = {}
-    passed = {(row["system"], row["measured"]): row.get("passed ms") for row in rows if row["threads"] == 1}
+    passed = {
+        (row["system"], row["measured"]): row.get("passed ms")
+        for row in rows
+        if row["threads"] == 1 and not row["compiled"]
+    }
     for row in rows:
         line = systems.setdefault(row["system"], {"system": row["system"], "beside": row["peer"]})
         measured = row["measured"].replace("inference", "batch")
@@ -484,7 +490,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder for suite.json and suite.html")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of the rows' names")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="one table for each number of threads")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="with more than one ours alone is measured")
     parser.add_argument("--compile", action="store_true", help="inference under torch.compile instead")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tables", action="store_true", help="only write the READMEs' tables from suite.json")
@@ -509,6 +515,7 @@ def main() -> None:
             about = {"system": name, "threads": threads, "compiled": options.compile}
             new = [about | one for one in rows_of(name, row, options.repeats, options.compile)]
             rows = [one for one in rows if about.items() - one.items()] + new
+            rows.sort(key=lambda one: (list(ROWS).index(one["system"]), one["threads"], one["compiled"]))
             written.write_text(json.dumps({"processor": title, "rows": rows}, indent=2), encoding="utf-8")
     for line in means(rows):
         print(f"geometric mean {line}")
