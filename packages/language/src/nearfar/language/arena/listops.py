@@ -169,7 +169,7 @@ def sequences(
 
 def text_of(ids: Iterable[int]) -> str:
     """Tokens with spaces between them."""
-    return " ".join(TOKENS[i] for i in ids)
+    return " ".join(map(TOKENS.__getitem__, ids.tolist() if isinstance(ids, np.ndarray) else ids))
 
 
 def make(folder: str | Path, sizes: dict[str, int] | None = None, seed: int = 0, **shape: int) -> list[Path]:
