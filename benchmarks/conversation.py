@@ -1,10 +1,11 @@
 """A conversation composed of real recordings, with the RTTM of who speaks when, for `speaker-verification diarize`.
 
-    uv run python benchmarks/conversation.py CORPUS OUTPUT [--minutes 3] [--overlap 0.0]
+    uv run python benchmarks/conversation.py CORPUS OUTPUT [--minutes 3] [--overlap 0.0] [--people A B C] [--seed 0]
 
-CORPUS is what `benchmarks/speakers.py` writes: the people of its test take turns of one to three recordings, with
-pauses of 0.2 to 1 s; with `--overlap` so many of the turns begin before the last one ends, by up to 2 s. A floor of
-noise lies under all. OUTPUT gets `conversation.wav` and `conversation.rttm`, whose turns are those of the recordings.
+CORPUS is what `benchmarks/speakers.py` writes: the people of its test, or of any folder with a folder for each of
+`--people`, take turns of one to three recordings, with pauses of 0.2 to 1 s; with `--overlap` so many of the turns
+begin before the last one ends, by up to 2 s. A floor of noise lies under all. OUTPUT gets `conversation.wav` and
+`conversation.rttm`, whose turns are those of the recordings.
 """
 
 import argparse
@@ -22,9 +23,12 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--overlap", type=float, default=0.0)
+    parser.add_argument("--people", nargs="+", default=[])
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    rng = np.random.default_rng(0)
-    people = {folder.name: sorted(folder.glob("*.wav")) for folder in sorted((options.corpus / "test").iterdir())}
+    rng = np.random.default_rng(options.seed)
+    folders = [options.corpus / name for name in options.people] or sorted((options.corpus / "test").iterdir())
+    people = {folder.name: sorted(folder.glob("*.wav")) for folder in folders}
     rate = soundfile.info(next(iter(people.values()))[0]).samplerate
     sound = 3e-4 * rng.standard_normal(int((60 * options.minutes + 20) * rate)).astype(np.float32)
     turns, now, last = list[Turn](), 0.5, ""
@@ -32,7 +36,7 @@ def main() -> None:
         person = str(rng.choice([name for name in people if name != last]))
         first = now - rng.uniform(0.5, 2) if last and rng.random() < options.overlap else now + rng.uniform(0.2, 1)
         place = max(first, 0.0)
-        for path in rng.choice(people[person], int(rng.integers(1, 4)), replace=False):
+        for path in rng.choice(people[person], min(int(rng.integers(1, 4)), len(people[person])), replace=False):
             samples = soundfile.read(path, dtype="float32")[0]
             heard = np.flatnonzero(np.abs(samples) > 0.02 * np.abs(samples).max())
             samples = samples[heard[0] : heard[-1] + 1] * np.float32(0.1 / np.std(samples))

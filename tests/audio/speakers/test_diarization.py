@@ -82,7 +82,7 @@ def test_talkers_are_counted_and_found_whatever_the_blocks(system):
     again = diarize(in_blocks(sound, 1000), system)
     assert [t.speaker for t in again.turns] == [t.speaker for t in found.turns]
     np.testing.assert_allclose([(t.start, t.end) for t in again.turns], [(t.start, t.end) for t in found.turns])
-    assert len(diarize(in_blocks(sound), system, at_once=20).voices) == 4  # groups of several parts are merged
+    assert len(diarize(in_blocks(sound), system, at_once=20).voices) == 4  # every fourth window
     assert len(diarize(in_blocks(sound), system, speakers=2).voices) == 2
     assert found.turns[0].start == pytest.approx(0.5, abs=0.1)
 
@@ -102,7 +102,7 @@ def test_overlap_is_heard_through_a_separator(system):
 
     alone, split = diarize(in_blocks(sound), system, speakers=2), diarize(in_blocks(sound), system, 2, by_band)
     assert alone.overlap == 0
-    assert split.overlap == pytest.approx(4, abs=1)
+    assert split.overlap == pytest.approx(4, abs=1.5)  # windows of 2 s
     missed = [error_rate(turns, found.turns, 19)["missed_detection"] for found in (alone, split)]
     assert missed[1] < missed[0] - 0.1
 

@@ -1,6 +1,6 @@
 """Who spoke when: a recording of any length and any number of talkers to turns.
 
-    sound -> speech activity -> embeddings of windows -> small groups -> talkers -> turns
+    sound -> speech activity -> embeddings of windows -> talkers -> turns
 
 The sound is read twice, in blocks; what is kept of it is a level for every 10 ms and an embedding for every half second
 of speech (3 MB and 3 MB an hour with 96 numbers each). Clustering takes at most `at_once` windows together.
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import AgglomerativeClustering
+from scipy.cluster.hierarchy import fcluster, linkage
 
 from nearfar.audio.sound import Samples
 from nearfar.audio.speakers.encoders import ForeignEncoder
@@ -30,11 +30,14 @@ from nearfar.core.files import atomic_path
 from nearfar.core.finite import check_finite
 from nearfar.core.memory import refuse_memory
 
-FRAME, CELL, WINDOW, HOP = 0.01, 0.25, 1.5, 0.5
+FRAME, CELL, WINDOW, HOP = 0.01, 0.25, 2.0, 0.5
 """Seconds: of a level, of the smallest stretch that has its own talker, of a window, and from one to the next."""
 
-LIKENESS = 0.65
-"""Chosen on speakers that chose the epoch of an earlier `small-8k`: 0.5 to 0.65 counted them alike."""
+LIKENESS = 0.7
+"""Chosen, as the window's length, on conversations of speakers that chose the epoch of `small-8k` and its like."""
+
+MOST = 20
+"""Talkers that are looked for where their number is not given."""
 
 FAINT, ALIKE = -12.0, 0.6
 """dB under the mixture, and correlation, up to which a separator's second voice counts as an overlap."""
@@ -86,7 +89,8 @@ def diarize(
         separator: (n,) samples and their rate to (K, n) voices; where two of them speak there are two turns.
         likeness: from which two groups of windows are one talker: see `_likeness`.
         least: seconds; whoever speaks less goes to the nearest other talker.
-        at_once: windows that are clustered together, in 16 bytes times their square; the groups of all are then merged.
+        at_once: windows that are clustered, in 16 bytes times their square; of more, every second, third, ... is, and
+            who speaks in hardly any of those is no talker of its own.
         batch: windows that the model sees at once.
 
     Raises UserError where nothing is speech.
@@ -107,8 +111,7 @@ def diarize(
     places = [place for region in regions for place in _windows(*region)]
     cut = _cut(blocks(), places, rate)
     x, second = _embed(cut, model, system.mean, batch, separator)
-    labels, centres = _cluster(x, speakers, likeness, at_once)
-    labels, centres = _settle(x, labels, centres, least, speakers)
+    centres = _settle(x, _cluster(x, speakers, likeness, at_once), least, speakers)
     turns = _turns(x, places, regions, centres, second)
     order = list(dict.fromkeys(turn.speaker for turn in turns))
     names = {old: f"speaker{number + 1}" for number, old in enumerate(order)}
@@ -202,35 +205,24 @@ def _two_voices(voices: Samples, mix: Samples) -> Samples | None:
     return None if alike > ALIKE else two
 
 
-def _cluster(x: NDArray, speakers: int | None, likeness: float, at_once: int) -> tuple[NDArray[np.intp], NDArray]:
-    """Talker of each window and the centres of all.
-
-    Ward's method makes small groups of at most `at_once` windows at a time; average linkage then merges all groups by
-    how alike they are, until none reaches `likeness` or `speakers` are left.
-    """
-    groups = np.empty(len(x), np.intp)
-    total = 0
-    for start in range(0, len(x), at_once):
-        part = x[start : start + at_once]
-        count = max(min(speakers or 1, len(part)), min(16, len(part) // 6))
-        own = AgglomerativeClustering(count).fit_predict(part) if count > 1 else np.zeros(len(part), np.intp)
-        groups[start : start + at_once] = own + total
-        total += count
-    if total == 1:
-        return groups, _means(x, groups, 1)
-    distance = np.maximum(1 - _likeness(x, groups, total), 0.0)
-    np.fill_diagonal(distance, 0.0)
-    merged = AgglomerativeClustering(
-        min(speakers, total) if speakers else None,
-        metric="precomputed",
-        linkage="average",
-        distance_threshold=None if speakers else 1 - likeness,
-    ).fit_predict(distance)
-    labels = merged[groups]
-    return labels, _means(x, labels, int(merged.max()) + 1)
+def _cluster(x: NDArray, speakers: int | None, likeness: float, at_once: int) -> NDArray:
+    """The centres of all talkers: of the tree that Ward's method makes of at most `at_once` windows the cut into
+    `speakers`, or the finest one of which no two groups reach `likeness`."""
+    step = -(-len(x) // at_once)
+    part = x[::step]
+    labels = np.zeros(len(part), np.intp)
+    if len(part) > 1:
+        tree = linkage(part, "ward")
+        for count in [speakers] if speakers else range(2, min(MOST, len(x) // 6, len(part)) + 1):
+            cut = np.unique(fcluster(tree, count, "maxclust"), return_inverse=True)[1]
+            alike = _likeness(part, cut, int(cut.max()) + 1, int(WINDOW / HOP - 1) // step)
+            np.fill_diagonal(alike, -np.inf)
+            if speakers or alike.max() < likeness:
+                labels = cut
+    return _means(part, labels, int(labels.max()) + 1)
 
 
-def _likeness(x: NDArray, groups: NDArray[np.intp], total: int, near: int = 3) -> NDArray:
+def _likeness(x: NDArray, groups: NDArray[np.intp], total: int, near: int) -> NDArray:
     """Of groups a and b the mean cosine between their windows over that within them, (total, total).
 
     c_ab / sqrt(w_a w_b), where w_a is the mean over windows of a that are more than `near` apart, as neighbours share
@@ -258,18 +250,16 @@ def _means(x: NDArray, labels: NDArray, count: int) -> NDArray:
     return unit(sums)
 
 
-def _settle(
-    x: NDArray, labels: NDArray, centres: NDArray, least: float, speakers: int | None
-) -> tuple[NDArray[np.intp], NDArray]:
-    """Windows at their nearest centre, and, unless their number is given, no talker of less than `least` seconds."""
+def _settle(x: NDArray, centres: NDArray, least: float, speakers: int | None) -> NDArray:
+    """Centres of the windows nearest to them, and, unless their number is given, none of less than `least` seconds."""
     for _ in range(3):
         labels = np.argmax(x @ centres.T, 1)
         talk = np.bincount(labels, minlength=len(centres)) * HOP
         keep = talk > 0 if speakers else talk >= min(least, talk.max())
-        kept = x @ centres[keep].T
-        labels = np.argmax(kept, 1)
-        centres = _means(x, labels, int(keep.sum())) if np.bincount(labels).all() else centres[keep]
-    return labels, centres
+        labels = np.argmax(x @ centres[keep].T, 1)
+        heard = np.bincount(labels, minlength=int(keep.sum())) > 0
+        centres = _means(x, labels, len(heard)) if heard.all() else centres[keep]
+    return centres
 
 
 def _turns(
