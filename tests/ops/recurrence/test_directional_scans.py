@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nearfar.ops.convolution.gated_spatial import GatedSpatialConv
 from nearfar.ops.recurrence.directional_mamba import SS2D, DirectionalMamba
-from nearfar.ops.recurrence.mamba import Mamba, _SelectiveScan, _traced_scan, selective_scan
+from nearfar.ops.recurrence.mamba import Mamba, _compiled_scan, _SelectiveScan, _traced_scan, selective_scan
 from nearfar.ops.recurrence.scan_orders import ORDERS, SETS, invert, scan_order
 from nearfar.ops.recurrence.ssd import ssd
 
@@ -79,6 +79,10 @@ def test_the_traced_form_is_the_same_scan(n, ordered):
     u, dt, A, B, C, h = (torch.randn(s) for s in shapes)
     given = [t.requires_grad_() for t in (u, dt.abs(), -A.abs(), B, C, h)]
     agree(_traced_scan(*given, order), _SelectiveScan.apply(*given, order), given)
+    plain = [t.detach() for t in given]
+    for one, two in zip(_compiled_scan(*plain, order), _SelectiveScan.apply(*plain, order)):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+    torch.library.opcheck(_compiled_scan, (*plain, order), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_in_pieces_equals_whole():
