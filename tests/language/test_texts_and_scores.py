@@ -83,7 +83,7 @@ def test_a_line_longer_than_a_piece_is_read_in_parts(tmp_path):
 
 
 def test_compressed_texts_are_read_and_hidden_ones_are_not(tmp_path):
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"first"))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"first", mtime=0))
     with pyarrow.CompressedOutputStream(str(tmp_path / "b.jsonl.zst"), "zstd") as file:
         file.write(b'{"text": "second"}\n')
     (tmp_path / ".c.txt").write_text("hidden")
@@ -155,7 +155,7 @@ def test_a_datasets_corpus_is_streamed(tmp_path):
         ("bad.parquet", b"PAR1 no table", r"bad\.parquet: is damaged"),
         ("other.jsonl", b'{"words": "a"}\n', r"other\.jsonl, row 1: has no column `text`; it has words"),
         ("null.jsonl", b'{"text": "a"}\n{"text": null}\n', r"null\.jsonl, row 2: its `text` is no text but null"),
-        ("cut.txt.gz", gzip.compress(b"some text " * 99)[:-20], r"cut\.txt\.gz: cannot be read"),
+        ("cut.txt.gz", gzip.compress(b"some text " * 99, mtime=0)[:-20], r"cut\.txt\.gz: cannot be read"),
         ("no.txt.zst", b"some text", r"no\.txt\.zst: cannot be read"),
     ],
 )
