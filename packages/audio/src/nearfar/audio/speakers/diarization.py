@@ -85,7 +85,7 @@ def diarize(
     """Diarize sound that comes in blocks at the model's rate; `blocks()` gives them, each time from the beginning.
 
     Args:
-        speakers: how many there are; None lets `likeness` decide.
+        speakers: how many there are; None lets `likeness` decide, up to 20.
         separator: (n,) samples and their rate to (K, n) voices; where two of them speak there are two turns.
         likeness: from which two groups of windows are one talker: see `_likeness`.
         least: seconds; whoever speaks less goes to the nearest other talker.
