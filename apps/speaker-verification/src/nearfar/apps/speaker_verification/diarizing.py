@@ -36,7 +36,9 @@ def diarize(
     model: Model = None,
     encoder: ForeignEncoder = None,
     encoder_rate: EncoderRate = None,
-    speakers: Annotated[int | None, typer.Option(min=1, help="How many talk; by default --likeness decides, up to 20.")] = None,
+    speakers: Annotated[
+        int | None, typer.Option(min=1, help="How many talk; by default --likeness decides, up to 20.")
+    ] = None,
     likeness: Annotated[
         float, typer.Option(help="From which two groups of windows are one talker: 1 is two halves of one talker.")
     ] = diarization.LIKENESS,
