@@ -231,8 +231,16 @@ def test_speculative_and_prompt_lookup_decoding(kind):
     with torch.no_grad():
         state = model(ids[:, :10], use_cache=True).past_key_values
     for given, skipped in ((ids, 0), (ids[:, 10:], 10)):
-        found = model.generate(given, past_key_values=state.copy(), prompt_lookup_num_tokens=4, **how)
+        own = state.copy()
+        found = model.generate(given, past_key_values=own, prompt_lookup_num_tokens=4, **how)
         assert torch.equal(found, want[:, skipped:])
+        assert own.pieces is None  # and keeps no more states from here on
+    for short in (ids[:, :1], ids[:, :2]):
+        want = model.generate(short, **how)
+        assert torch.equal(model.generate(short, assistant_model=twin, **how), want)
+        found = model.generate(short, prompt_lookup_num_tokens=4, return_dict_in_generate=True, **how)
+        assert torch.equal(found.sequences, want)
+        assert found.past_key_values.pieces is None
 
 
 def test_detached_states_end_the_gradient_and_cannot_be_cut():

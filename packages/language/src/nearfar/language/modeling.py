@@ -407,6 +407,7 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
             value = kwargs.get(name)
             return getattr(chosen, name, None) if value is None else value
 
+        recording = isinstance(cache, MixerCache) and cache.pieces is not None
         if ids is not None and any(map(option, ("assistant_model", "prompt_lookup_num_tokens", "is_assistant"))):
             mask, pad = kwargs.get("attention_mask"), option("pad_token_id")
             told = mask is not None or pad is None or pad not in ids  # else transformers makes a mask of the padding
@@ -430,7 +431,12 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
             if wanted > 1:  # every beam goes on from the state, which stays as it was
                 cache = kwargs["past_key_values"] = cache.copy()
                 cache.batch_repeat_interleave(wanted)
-        return super().generate(inputs, **kwargs)
+        found = super().generate(inputs, **kwargs)
+        if not recording and not option("is_assistant"):  # whose states are cut after the call
+            for after in (cache, getattr(found, "past_key_values", None)):
+                if isinstance(after, MixerCache):
+                    after.pieces = None
+        return found
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers, which in assisted decoding would have a text read again that the cache has read."""
@@ -475,7 +481,9 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = MixerCache(self.config.num_hidden_layers)
+            cache = model_kwargs["past_key_values"] = MixerCache(self.config.num_hidden_layers)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
 
 
 AutoConfig.register(MixerConfig.model_type, MixerConfig, exist_ok=True)
