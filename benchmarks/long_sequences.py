@@ -128,15 +128,10 @@ def overhead(repeats: int, device: str) -> None:
         ids = torch.randint(256, (texts, length), device=device)
         with torch.no_grad():
             read = {name: model.eval()(ids, use_cache=True).past_key_values for name, model in models.items()}
-            prepare = partial(ready_to_decode, models, ids[:, :1], read)
             what = f"a decoded token after {length}{f', {texts} texts at once' if texts > 1 else ''}"
+            last = ids[:, :1]
+            prepare = lambda name, last=last, read=read: partial(decode, models[name], last, read[name].copy())  # noqa: E731
             beside(what, prepare, 8 * repeats, DECODED, device)
-
-
-def ready_to_decode(
-    models: dict[str, nn.Module], ids: Tensor, read: dict[str, MixerCache], name: str
-) -> Callable[[], None]:
-    return partial(decode, models[name], ids, read[name].copy())
 
 
 def beside(what: str, prepare: Callable[[str], Callable[[], None]], pairs: int, unit: int, device: str) -> None:

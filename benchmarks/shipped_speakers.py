@@ -41,17 +41,17 @@ def main() -> None:
         run(sys.executable, here / "speech_corpus.py", options.data, corpus, *more)
     listed = [trials / "trials.txt", "--root", trials / "test"]
     for name in options.models:
-        seed = "" if options.seed is None else f"-{options.seed}"
-        model = options.output / f"{name}{seed}"
+        suffix = "" if options.seed is None else f"-{options.seed}"
+        model = options.output / f"{name}{suffix}"
         train = ["--recipe", RECIPES[name], "--layout", "folder"]
-        if seed:
+        if suffix:
             train += ["--set", f"seed={options.seed}"]
         run(*speakers, "train", corpus, "-o", model, *train)
         run(*speakers, "score", *listed, "-o", f"{model}.txt", "-m", model)
         run(*speakers, "evaluate", f"{model}.txt", "-o", f"{model}-evaluation", "--draws", 0)
         run(*speakers, "stress", *listed, "-o", f"{model}-stress", "-m", model, "--draws", 0)
         found = json.loads(Path(f"{model}-evaluation", "evaluation.json").read_text(encoding="utf-8"))
-        print(f"{name}{seed}: EER {found['eer_nist']:.2%}")
+        print(f"{name}{suffix}: EER {found['eer_nist']:.2%}")
 
 
 if __name__ == "__main__":

@@ -508,14 +508,14 @@ def main() -> None:
     )
     print(title)
     written = options.output / "suite.json"
-    rows = known(written, title)
+    rows, order = known(written, title), {name: place for place, name in enumerate(ROWS)}
     for threads in options.threads:
         torch.set_num_threads(threads)
         for name, row in chosen.items():
             about = {"system": name, "threads": threads, "compiled": options.compile}
             new = [about | one for one in rows_of(name, row, options.repeats, options.compile)]
             rows = [one for one in rows if about.items() - one.items()] + new
-            rows.sort(key=lambda one: (list(ROWS).index(one["system"]), one["threads"], one["compiled"]))
+            rows.sort(key=lambda one: (order.get(one["system"], len(order)), one["threads"], one["compiled"]))
             written.write_text(json.dumps({"processor": title, "rows": rows}, indent=2), encoding="utf-8")
     for line in means(rows):
         print(f"geometric mean {line}")

@@ -252,6 +252,8 @@ def test_detached_states_end_the_gradient_and_cannot_be_cut():
     assert gradient[5].abs().max() < gradient[9].abs().max()  # the tied head alone reaches the tokens before
     with pytest.raises(ValueError, match="cannot be cut to 2"):
         first.past_key_values.crop(2)
+    first.past_key_values.crop(-4)  # nothing is always known
+    assert first.past_key_values.get_seq_length() == 0
 
 
 def test_settings_of_the_config_are_defaults():

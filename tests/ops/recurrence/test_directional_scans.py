@@ -82,6 +82,11 @@ def test_the_traced_form_is_the_same_scan(n, ordered):
     plain = [t.detach() for t in given]
     for one, two in zip(_compiled_scan(*plain, order), _SelectiveScan.apply(*plain, order)):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
+    with torch.no_grad():
+        compiled = torch.compile(selective_scan, backend="eager", fullgraph=True, dynamic=False)
+        mine = [torch.rand(2, n, 4), torch.rand(2, n, 4), -torch.rand(4, 2), torch.rand(2, n, 2), torch.rand(2, n, 2)]
+        for one, two in zip(compiled(*mine), selective_scan(*mine)):  # the very numbers of blocks, not of joined runs
+            torch.testing.assert_close(one, two, rtol=0, atol=0)
     torch.library.opcheck(_compiled_scan, (*plain, order), test_utils=("test_schema", "test_faketensor"))
 
 

@@ -137,7 +137,9 @@ class MixerCache(Cache):
         states, seen, now = self.layers[0].states, self.get_seq_length(), self.layers[0].tokens
         if ("read" not in states and now) or ids.shape[1] <= seen:
             return False
-        if seen > now and not (len(states["again"]) == 3 and torch.equal(ids[:, now:seen], states["again"][2])):
+        if seen > now and not (
+            len(states["again"]) == 3 and torch.equal(ids[:, now:seen], states["again"][2].to(ids.device))
+        ):
             return False
         return now == 0 or torch.equal(digest(ids[:, :now]), states["read"][0].to(ids.device))
 
@@ -164,14 +166,16 @@ class MixerCache(Cache):
         """Take back the last `-tokens` tokens, or all but the first `tokens`; 0 takes back none, as in transformers.
 
         The states return to where a piece began, and the rest of that piece is read again with the next one. Without
-        `activate_past_recording` before it was read, a state cannot be taken back: keep a `copy` to return to.
+        `activate_past_recording` before it was read, a state can only be taken back to nothing: keep a `copy`.
         """
         length, now = self.get_seq_length(), self.layers[0].tokens
         wanted = tokens + length if tokens <= 0 else tokens
         pieces = list(self.pieces or ())
         if length > now:  # cut already
             pieces = [([layer.states for layer in self.layers], now, self.layers[0].states["again"])]
-        if wanted < length:
+        if wanted == 0 < length:
+            self.reset()
+        elif wanted < length:
             kept = [piece for piece in pieces if piece[1] <= wanted]
             if not kept:
                 raise ValueError(

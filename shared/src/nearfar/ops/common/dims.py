@@ -17,7 +17,7 @@ class Conv2d(nn.Conv2d):
 
     A wider kernel with eight times as many weights as the map has numbers convolves channels-first, as the weights lie:
     else they and their gradient are turned round. (1, 384, 14, 14) to 768 by 2 x 2 at stride 2 takes 3.5 ms for 7.3,
-    both passes of (8, 224, 4, 4) to 448 by 3 x 3 6.3 for 17.2.
+    both passes of (8, 224, 4, 4) to 448 by 3 x 3 6.3 for 17.2 (2.9 for 6.2 and 5.2 for 13.0 with AVX2).
     """
 
     def forward(self, input: Tensor) -> Tensor:
