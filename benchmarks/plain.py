@@ -34,7 +34,7 @@ from nearfar.ops.recurrence.fsmn import DilatedDenseFSMN
 from nearfar.ops.recurrence.retnet import Retention
 from nearfar.ops.spectral.global_filter import GlobalLocalFilter
 from nearfar.vision.models.overlock import FocusBlock
-from nearfar.vision.models.pyramid import Backbone
+from nearfar.vision.models.pyramid import PictureConv2d
 
 
 class PlainNorm(ChannelNorm):
@@ -47,6 +47,12 @@ class PlainNorm(ChannelNorm):
 
 
 class PlainConv2d(Conv2d):
+    """torch's own."""
+
+    forward = nn.Conv2d.forward
+
+
+class PlainPictureConv2d(PictureConv2d):
     """torch's own."""
 
     forward = nn.Conv2d.forward
@@ -298,6 +304,7 @@ PLAIN = {
     for cls in (
         PlainNorm,
         PlainConv2d,
+        PlainPictureConv2d,
         PlainGatedConvMLP,
         PlainATConv,
         PlainTokenATConv,
@@ -327,11 +334,8 @@ PLAIN = {
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose operators are those of `PLAIN` and whose maps begin channels-first."""
+    """A copy of `model` whose operators are those of `PLAIN`."""
     model = copy.deepcopy(model)
-    if isinstance(model, Backbone):
-        first = next(module for module in model.stem.modules() if isinstance(module, nn.Conv2d))
-        first.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     for module in model.modules():
         module.__class__ = PLAIN.get(type(module), type(module))
     return model

@@ -1,16 +1,19 @@
 """Each sequence mixer against its obvious slow form, in float64, outputs and gradients."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from nearfar.core.tensor_memory import peak_memory
 from nearfar.ops.attention.causal import CausalAttention
 from nearfar.ops.convolution.base_conv import BaseConv
 from nearfar.ops.convolution.causal import ExplicitLongConv, ShortConv, fast_length, fft_convolution
 from nearfar.ops.convolution.hyena import Hyena
-from nearfar.ops.recurrence import based
+from nearfar.ops.recurrence import based, rwkv4
 from nearfar.ops.recurrence.based import Based, taylor_features
 from nearfar.ops.recurrence.h3 import H3
 from nearfar.ops.recurrence.mamba import Mamba, selective_scan
@@ -201,6 +204,50 @@ def test_rwkv4_survives_keys_that_overflow_an_exponential():
         m.key.weight.mul_(3000)
     y = m(torch.randn(1, 100, D, dtype=torch.float32))
     assert torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("n", [1, 16, 17, 300])
+def test_rwkv4_gradients_are_those_of_the_steps(n):
+    """Of rates, keys, values and the sums before, through outputs and the sums after; keys from tiny to huge."""
+    k, v = 30 * torch.randn(2, n, D), torch.randn(2, n, D)
+    given = [-torch.rand(D), torch.randn(D), k, v, torch.randn(2, D), torch.rand(2, D), torch.randn(2, D)]
+    given = [t.requires_grad_() for t in given]
+    weights = torch.randn(2, n, D), *torch.randn(2, 2, D)
+
+    def gradients(average):
+        wkv, top, bottom, m = average(*given)
+        results = wkv, top * (m - 30).exp(), bottom * (m - 30).exp()
+        return torch.autograd.grad(sum((y * w).sum() for y, w in zip(results, weights)), given)
+
+    for ours, steps in zip(gradients(rwkv4._WeightedAverage.apply), gradients(rwkv4.plain_average)):
+        torch.testing.assert_close(ours, steps, rtol=1e-9, atol=1e-12)
+
+
+def test_rwkv4_needs_little_memory():
+    """At most six tensors of the text's length at a time, as a loop over positions needs."""
+    mixer, x = RWKV4TimeMix(64).float(), torch.randn(1, 512, 64, dtype=torch.float32)
+    with torch.no_grad():
+        assert peak_memory(lambda: mixer(x)) < 6 * x.nbytes
+    assert peak_memory(lambda: mixer(x).sum().backward()) < 22 * x.nbytes
+
+
+COMPILED = """
+import torch
+from nearfar.ops.recurrence.rwkv4 import RWKV4TimeMix
+
+mixer, x = RWKV4TimeMix(16), torch.randn(2, 40, 16)
+compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+with torch.no_grad():
+    torch.testing.assert_close(compiled(x), mixer(x))
+gradients = [torch.autograd.grad(run(x).sum(), mixer.key.weight) for run in (compiled, mixer)]
+torch.testing.assert_close(*gradients)
+"""
+
+
+def test_rwkv4_compiles_as_one_graph():
+    """In a process of its own, without the checks of shapes, which cannot be traced."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_h3():

@@ -16,8 +16,8 @@ class LayerGate(nn.Module):
         gate = sigmoid(f(a) + f(m)),   f(z) = relu(z W1 + b1) W2 + b2
         y    = max over layers of gate * x
 
-    W1 `(h, L, hidden)` and W2 `(h, hidden, L)` belong to the head; f is the same for a and m. As W2 is linear, the two
-    branches are added before it. Layer-aware TDNN (arXiv 2409.07770), and LAP (arXiv 2512.22148).
+    W1 `(h, L, hidden)` and W2 `(h, hidden, L)` belong to the head; f is the same for a and m. Layer-aware TDNN
+    (arXiv 2409.07770), and LAP (arXiv 2512.22148).
     Cost is O(T L h (k + hidden)): linear in time.
 
     Args:
@@ -53,8 +53,9 @@ class LayerGate(nn.Module):
                 f"expected (B, a multiple of {self.num_heads}, {self.num_layers}, T), got {tuple(x.shape)}"
             )
         heads = x.unflatten(1, (self.num_heads, -1))
-        inner = [torch.relu(self.w1.mT @ z + self.b1.mT) for z in (heads.mean(2), heads.amax(2))]  # (B, h, hidden, T)
-        logits = self.w2.mT @ (inner[0] + inner[1]) + 2 * self.b2.mT
+        logits = 2 * self.b2.mT
+        for pooled in (heads.mean(2), heads.amax(2)):
+            logits = logits + self.w2.mT @ torch.relu(self.w1.mT @ pooled + self.b1.mT)
         return torch.sigmoid(logits)
 
     def forward(self, x: Float[Tensor, "b c l t"]) -> Float[Tensor, "b c t"]:

@@ -1,58 +1,155 @@
 """RWKV-4's two halves: time mixing (a decayed softmax-like average per channel) and channel mixing."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nearfar.ops.common.kernels import kernel
 from nearfar.ops.common.streaming import State, StreamingMixer, in_pieces, real_positions, shift_in, wide
 
 CHUNK = 16
-BLOCK = 512  # positions that are worked on at a time, so that a CPU's cache holds them
 LOG2_E = math.log2(math.e)  # torch computes powers of 2 three times as fast as powers of e
 NEVER = -1e30  # logarithm of a weight that is zero, finite so that differences stay defined
 
 Weighted = tuple[Tensor, Tensor, Tensor]
-"""A weighted sum with its scale apart: (top, bottom, m) stands for top e^m and bottom e^m."""
+"""Two weighted sums with their scale apart: (top, bottom, m) stands for top 2^m and bottom 2^m."""
 
 
 def merge(first: Weighted, second: Weighted) -> Weighted:
-    """The sum of two weighted sums, on the larger of the two scales; no result depends on the scale's gradient."""
-    scale = torch.maximum(first[2], second[2]).detach()
-    one, two = (torch.exp2((part[2] - scale) * LOG2_E) for part in (first, second))
-    return first[0] * one + second[0] * two, first[1] * one + second[1] * two, scale
+    """The sums of both, on the larger of the two scales."""
+    scale = torch.maximum(first[2], second[2]).detach()  # no result depends on it
+    one, two = torch.exp2(first[2] - scale), torch.exp2(second[2] - scale)
+    return torch.addcmul(first[0] * one, second[0], two), torch.addcmul(first[1] * one, second[1], two), scale
 
 
-def decayed_sums(decay: Tensor, items: Weighted, start: Weighted) -> tuple[Weighted, Weighted]:
-    """Before each position, the sum of the items so far, each decayed by `decay` (negative) per step since.
+def decayed_sums(
+    decay: Tensor,
+    tensors: Sequence[Tensor],
+    item: Callable[..., Weighted],
+    see: Callable[..., Sequence[Tensor]],
+    start: Weighted,
+    reverse: bool = False,
+) -> tuple[list[Tensor], Weighted]:
+    """Go along positions with the sums of the items before, each decayed by `decay` `(d,)` per step since.
 
-    items: three tensors `(B, N, d)`; start: `(B, d)`, the sum before position 0. Returns the sums before each
-    position `(B, N, d)` and the one after the last `(B, d)`.
+    At each position of the `tensors`, `(..., N, d)`, `see(sums, *rows)` is called once and gives rows of what is
+    returned, `(..., N, d)` each; then `item(*rows)` joins the sums. All rows are `(..., d)`, as is `start`, the sums
+    before the first position; those after the last are returned too. `reverse`: from the last position to the first.
 
-    All chunks of 16 positions advance side by side; the chunks' totals are a sequence of the same kind, 16 times
-    shorter and 16 times faster decaying, so the function calls itself: log16(N) levels, nothing in them grows with N
-    but the tensors. Each sum keeps its own maximum, so keys of any size are exact.
+    Chunks of 16 positions advance side by side, first for their totals alone. These are a sequence of the same kind,
+    16 times shorter and 16 times faster decaying, so the function calls itself: log16(N) levels. Each sum keeps its
+    own maximum, so keys of any size are exact.
     """
-    b, n, d = items[0].shape
+    n, flow = tensors[0].shape[-2], -1 if reverse else 1
     if n <= CHUNK:
-        before = []
-        for item in zip(*(t.unbind(1) for t in items)):
-            before.append(start)
-            start = merge((start[0], start[1], start[2] + decay), item)
-        return tuple(torch.stack(t, 1) for t in zip(*before)), start
-    pad = -n % CHUNK
-    folded = [F.pad(t, (0, 0, 0, pad), value=fill).reshape(-1, CHUNK, d) for t, fill in zip(items, (0.0, 0.0, NEVER))]
-    nothing = folded[0].new_zeros(len(folded[0]), d)
-    inside, total = decayed_sums(decay, tuple(folded), (nothing, nothing, nothing + NEVER))
-    chunks, last = decayed_sums(decay * CHUNK, tuple(t.view(b, -1, d) for t in total), start)
-    step = torch.arange(CHUNK, device=decay.device, dtype=decay.dtype)[:, None] * decay
-    top, bottom, scale = (t[:, :, None] for t in chunks)
-    merged = merge(tuple(t.view(b, -1, CHUNK, d) for t in inside), (top, bottom, scale + step))
-    before = tuple(t.flatten(1, 2)[:, :n] for t in merged)
-    return before, (last[0], last[1], last[2] - pad * decay)
+        seen = []
+        for i in range(n)[::flow]:
+            rows = [t[..., i, :] for t in tensors]
+            seen.append(see(start, *rows))
+            start = merge((*start[:2], start[2] + decay), item(*rows))
+        return [torch.stack(t[::flow], -2) for t in zip(*seen)], start
+    if rest := n % CHUNK:
+        seen = []
+        for part in (slice(n - rest), slice(n - rest, n))[::flow]:
+            out, start = decayed_sums(decay, [t[..., part, :] for t in tensors], item, see, start, reverse)
+            seen.append(out)
+        return [torch.cat(t[::flow], -2) for t in zip(*seen)], start
+    tensors = [t.unflatten(-2, (-1, CHUNK)) for t in tensors]
+    zero = torch.zeros_like(tensors[0][..., 0, :])
+    _, totals = decayed_sums(decay, tensors, item, lambda *_: (), (zero, zero, zero + NEVER), reverse)
+    starts, last = decayed_sums(decay * CHUNK, totals, lambda *t: t, lambda sums, *_: sums, start, reverse)
+    seen, _ = decayed_sums(decay, tensors, item, see, tuple(starts), reverse)
+    return [t.flatten(-3, -2) for t in seen], last
+
+
+def plain_average(
+    decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, top: Tensor, bottom: Tensor, m: Tensor, logs: bool = False
+) -> tuple[Tensor, ...]:
+    """wkv of `RWKV4TimeMix`, log2 of its denominators if wanted, and the sums after the last position on scales e^m.
+
+    decay, bonus `(d,)`; k, v `(B, N, d)`; top, bottom, m `(B, d)`, the sums before.
+    """
+    one = torch.ones_like(decay)
+
+    def see(sums: Weighted, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        above, below, scale = merge(sums, (value, one, (key + bonus) * LOG2_E))
+        return above / below, *([scale + torch.log2(below)] if logs else [])
+
+    seen, (top, bottom, m) = decayed_sums(
+        decay * LOG2_E, (k, v), lambda key, value: (value, one, key * LOG2_E), see, (top, bottom, m * LOG2_E)
+    )
+    return *seen, top, bottom, m / LOG2_E
+
+
+class _WeightedAverage(torch.autograd.Function):
+    """`plain_average` that keeps its arguments and results for the backward pass, nothing of the steps between.
+
+    No result depends on a scale as such, so it has no gradient. With B_t the denominator at position t and g_t the
+    gradient of its output, the sums from behind
+
+        P_t = sum_{s>t} e^((s-1-t) w) g_s / B_s,   Q_t = the same of g_s wkv_s,
+
+    give the gradients `e^k P + e^(u+k) g / B` of v and `e^k (v P - Q) + e^(u+k) (v - wkv) g / B` of k.
+    """
+
+    @staticmethod
+    def forward(ctx, decay, bonus, k, v, top, bottom, m):
+        wkv, weight, *sums, scale = plain_average(decay, bonus, k, v, top, bottom, m, logs=True)
+        ctx.save_for_backward(decay, bonus, k, v, top, bottom, m, wkv, weight, scale)
+        ctx.mark_non_differentiable(scale)
+        return wkv, *sums, scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_top, grad_bottom, _):
+        decay, bonus, k, v, top, bottom, m, wkv, weight, scale = ctx.saved_tensors
+        rate, bonus, m, one = decay * LOG2_E, bonus * LOG2_E, m * LOG2_E, torch.ones_like(decay)
+        before, _ = decayed_sums(
+            rate, (k, v), lambda key, value: (value, one, key * LOG2_E), lambda sums, *_: sums, (top, bottom, m)
+        )
+        grad_decay = grad_bonus = 0
+
+        def item(key: Tensor, value: Tensor, mean: Tensor, weight: Tensor, g: Tensor, *_: Tensor) -> Weighted:
+            return g, g * mean, -weight
+
+        def see(
+            sums: Weighted, key: Tensor, value: Tensor, mean: Tensor, weight: Tensor, g: Tensor, *before: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            nonlocal grad_decay, grad_bonus
+            (p, q, scale), (above, below, past) = sums, before
+            own = torch.exp2(key * LOG2_E + bonus - weight) * g
+            later = torch.exp2(key * LOG2_E + scale)
+            through = own * (value - mean)
+            grad_bonus = grad_bonus + through.sum(tuple(range(through.dim() - 1)))
+            passed = torch.exp2(past + rate + scale) * (above * p - below * q)
+            grad_decay = grad_decay + passed.sum(tuple(range(passed.dim() - 1)))
+            return later * (value * p - q) + through, later * p + own
+
+        (grad_k, grad_v), (p, q, scale) = decayed_sums(
+            rate, (k, v, wkv, weight, grad, *before), item, see, (grad_top, -grad_bottom, -LOG2_E * scale), reverse=True
+        )
+        share = torch.exp2(m + scale)
+        grad_top, grad_bottom = share * p, -share * q
+        return grad_decay, grad_bonus, grad_k, grad_v, grad_top, grad_bottom, top * grad_top + bottom * grad_bottom
+
+
+@torch.library.custom_op("nearfar::rwkv4_average", mutates_args=())
+def _compiled_average(
+    decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, top: Tensor, bottom: Tensor, m: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same as one node of a graph without gradients for a CPU, where compiling the steps takes minutes."""
+    return plain_average(decay, bonus, k, v, top, bottom, m)
+
+
+@_compiled_average.register_fake
+def _(decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, top: Tensor, bottom: Tensor, m: Tensor) -> Any:
+    return torch.empty_like(v), *(torch.empty_like(t) for t in (top, bottom, m))
 
 
 def weighted_average(
@@ -63,13 +160,14 @@ def weighted_average(
     if fused is not None:
         wkv, after = fused(time_decay, bonus, k, v, torch.stack(state, 1)[:, :, None])
         return wkv, tuple(after[:, :, 0].unbind(1))
-    decay, out = -torch.exp(time_decay), []
-    for key, value in zip(k.split(BLOCK, 1), v.split(BLOCK, 1)):
-        one = torch.ones_like(value)
-        before, state = decayed_sums(decay, (value, one, key), state)
-        top, bottom, _ = merge(before, (value, one, key + bonus))
-        out.append(top / bottom)
-    return torch.cat(out, 1), state
+    average = plain_average
+    if torch.compiler.is_compiling():
+        if k.is_cpu and not (torch.is_grad_enabled() or torch.compiler.is_exporting()):
+            average = _compiled_average
+    elif torch.is_grad_enabled():
+        average = _WeightedAverage.apply
+    wkv, *after = average(-torch.exp(time_decay), bonus, k, v, *state)
+    return wkv, tuple(after)
 
 
 class RWKV4TimeMix(StreamingMixer):
@@ -106,24 +204,23 @@ class RWKV4TimeMix(StreamingMixer):
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return in_pieces(self.extend, x)
 
+    def project(self, x: Tensor, before: Tensor) -> tuple[Tensor, ...]:
+        """k, v and r of x with the position before it mixed in."""
+        previous = torch.cat([before, x[:, :-1]], 1)
+        parts = (self.key, self.mix_k), (self.value, self.mix_v), (self.receptance, self.mix_r)
+        return tuple(linear(torch.lerp(previous, x, mix)) for linear, mix in parts)
+
     def extend(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         dtype, _ = wide(x)
         if state is None:
             zero = torch.zeros(x.shape[0], self.dim, dtype=dtype, device=x.device)
             state = (x.new_zeros(x.shape[0], 1, self.dim), zero, zero, zero + NEVER)
-        previous = torch.cat([state[0], x[:, :-1]], 1)
-        k, v, r = (
-            project(torch.lerp(previous, x, mix))
-            for project, mix in (
-                (self.key, self.mix_k),
-                (self.value, self.mix_v),
-                (self.receptance, self.mix_r),
-            )
-        )
+        k, v, r = self.project(x, state[0])
         k, v, time_decay, bonus = (t.to(dtype) for t in (k, v, self.time_decay, self.time_first))
         if lengths is not None:
             k = k.masked_fill(~real_positions(x, lengths)[..., None], NEVER)
         wkv, after = weighted_average(time_decay, bonus, k, v, state[1:])
+        del k, v  # a text long
         if lengths is not None:  # the padding added nothing but its decay
             after = (*after[:2], after[2] + (x.shape[1] - lengths)[:, None] * torch.exp(time_decay))
         y = self.output(torch.sigmoid(r) * wkv.to(r.dtype))

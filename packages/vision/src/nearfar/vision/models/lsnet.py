@@ -20,7 +20,7 @@ from nearfar.core.checkpoints import count
 from nearfar.ops.attention.offset_bias import OffsetBiasAttention
 from nearfar.ops.common.fused import FusedConv2d
 from nearfar.ops.convolution.lsconv import ConvNorm, LSConv, RepVGGDepthwise
-from nearfar.vision.models.pyramid import Backbone, BatchNorm, Head, Stage, channels_last
+from nearfar.vision.models.pyramid import Backbone, BatchNorm, Head, Stage
 from nearfar.vision.models.registry import Variant, Weights, register
 from nearfar.vision.tracing import whole
 
@@ -161,7 +161,7 @@ class LSNet(Backbone):
         return cls.CLASSIFIERS if settings.get("distillation") else cls.CLASSIFIERS[:1]
 
     def forward_pyramid(self, x: Tensor, last: int | None = None) -> list[Tensor]:
-        half = whole(self.stem[1], whole(self.stem[0], channels_last(x)))
+        half = whole(self.stem[1], whole(self.stem[0], x))
         if len(self.stem) == 2:
             return [half]
         quarter = whole(self.stem[3], whole(self.stem[2], half))

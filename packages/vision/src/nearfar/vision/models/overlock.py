@@ -27,7 +27,7 @@ from nearfar.ops.convolution.contmix import (
     large_kernels,
 )
 from nearfar.ops.convolution.reparam import DilatedReparam, ResidualDepthwise, fuse_pair
-from nearfar.vision.models.pyramid import Backbone, Head, Stage, channels_last, drop_path_rates, init_weights, linear
+from nearfar.vision.models.pyramid import Backbone, Head, Stage, drop_path_rates, init_weights, linear
 from nearfar.vision.models.registry import Variant, Weights, register
 from nearfar.vision.tracing import whole
 
@@ -294,7 +294,7 @@ class OverLoCK(Backbone):
 
     def forward_all(self, x: Tensor, last: int | None = None) -> tuple[list[Tensor], Tensor | None]:
         """The pyramid up to level `last`, and the overview where it was needed."""
-        x = whole(self.stem, channels_last(x))
+        x = whole(self.stem, x)
         levels = []
         most = 3 if self.focus_down is not None else len(self.stages) - 1 if self.focus is None else 2
         last = most if last is None else min(last, most)

@@ -98,11 +98,24 @@ class Head(nn.Module):
         return self.fc(x.movedim(1, -1)).movedim(-1, 1) if self.pool.is_identity() else self.fc(x)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """x with the channels of a position together, the layout of channel norms, on a CPU outside of traced graphs."""
-    if is_traced(x) or torch.compiler.is_compiling() or not x.is_cpu:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
+class PictureConv2d(nn.Conv2d):
+    """A backbone's first convolution, with the parameters of `conv`: its map lies with the channels of a position
+    together, the layout of channel norms, on a CPU outside of traced graphs.
+
+    With gradients the map is turned round, not the picture, of which training would keep the copy.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        form = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+        super().__init__(conv.in_channels, conv.out_channels, *form, conv.bias is not None, device="meta")
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        if is_traced(input) or torch.compiler.is_compiling() or not input.is_cpu:
+            return super().forward(input)
+        if torch.is_grad_enabled():
+            return super().forward(input).contiguous(memory_format=torch.channels_last)
+        return super().forward(input.contiguous(memory_format=torch.channels_last))
 
 
 def linear(dim: int, num_classes: int) -> nn.Module:
@@ -152,6 +165,7 @@ class Backbone(PictureModel):
         feature_norms: Sequence[nn.Module] = (),
     ) -> None:
         """Record what timm asks a model for. `dims`, `strides`: channels and stride of each pyramid level."""
+        self.set_submodule(self.FIRST_CONV, PictureConv2d(self.get_submodule(self.FIRST_CONV)))
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
@@ -173,7 +187,7 @@ class Backbone(PictureModel):
 
     def forward_pyramid(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         """Feature maps of every level, or up to level `last`, before any norm."""
-        x = whole(self.stem, channels_last(x))
+        x = whole(self.stem, x)
         levels = []
         for stage in self.stages[: None if last is None else last + 1]:
             x = stage(x)

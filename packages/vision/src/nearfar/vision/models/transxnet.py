@@ -17,7 +17,7 @@ from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.common.layers import DepthwiseConv, DropPath, LayerScale
 from nearfar.ops.common.tables import Derived
 from nearfar.ops.convolution.dmixer import ConvBN, DMixer, MultiScaleFFN, resize_table
-from nearfar.vision.models.pyramid import Backbone, Head, Stage, channels_last, drop_path_rates, init_weights
+from nearfar.vision.models.pyramid import Backbone, Head, Stage, drop_path_rates, init_weights
 from nearfar.vision.models.registry import Variant, Weights, register
 from nearfar.vision.tracing import whole
 
@@ -182,7 +182,7 @@ class TransXNet(Backbone):
         self.apply(init_weights)
 
     def forward_pyramid(self, x: Tensor, last: int | None = None) -> list[Tensor]:
-        x = whole(self.stem, channels_last(x))
+        x = whole(self.stem, x)
         levels = []
         for stage, position in zip(
             self.stages[: None if last is None else last + 1], self.position_tables, strict=False
