@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nearfar.ops.common.streaming import wide
+from nearfar.ops.common.tables import Derived
 
 QUERIES = ("static", "input", "scalar")
 FEW = 64
@@ -100,6 +101,7 @@ class DepthAttention(nn.Module):
         shape = {"static": (dim,), "input": (dim, dim), "scalar": (max_sources, num_heads)}[query]
         self.query = nn.Parameter(torch.empty(shape))
         self.norm_weight = nn.Parameter(torch.empty(dim)) if norm and query != "scalar" else None
+        self.together = Derived()  # see `few_keys`
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -169,47 +171,64 @@ def mean_square(x: Tensor) -> Tensor:
     return torch.linalg.vecdot(x, x) / x.shape[-1]
 
 
+def few_keys(attends: Sequence[DepthAttention], dtype: torch.dtype) -> Tensor:
+    """The keys `(attends, d)` for `FewTokens`, made once while the weights stay; empty where its form does not apply."""
+
+    def compute() -> Tensor:
+        if {(a.plain, a.num_heads, a.eps) for a in attends} != {(True, 1, attends[0].eps)}:
+            return torch.empty(0)
+        keys = torch.stack([a.query for a in attends]).to(dtype) * torch.stack([a.norm_weight for a in attends])
+        return keys * attends[0].dim ** 0.5
+
+    parameters = (p for a in attends for p in a.__dict__["_parameters"].values() if p is not None)
+    return attends[-1].together.get(parameters, (dtype, *(a.eps for a in attends)), compute)
+
+
 class FewTokens:
     """The sources of few tokens side by side in one tensor `(sources, ..., d)`, without gradients.
 
-    An aggregation is then six calls whatever the number of sources, where a call for each source would cost more than
-    what it computes. Attends are `plain` and of one head.
+    An aggregation is then five calls whatever the number of sources, where a call for each source would cost more than
+    what it computes. Behind the channels of a source stands sqrt(eps d), so that its length is sqrt(d) times its rms.
+    keys: of `few_keys`.
     """
 
-    def __init__(self, embedding: Tensor, attends: Sequence[DepthAttention], block_size: int) -> None:
+    def __init__(self, embedding: Tensor, keys: Tensor, block_size: int, eps: float) -> None:
         self.like, self.block_size, d = embedding, block_size, embedding.shape[-1]
-        dtype = wide(embedding)[0]
-        self.single = embedding.numel() == d
-        shape = () if self.single else embedding.shape[:-1]
-        sources = 1 + -(-(len(attends) - 1) // block_size)
-        self.values = embedding.new_empty((sources, *shape, d), dtype=dtype)
-        self.lengths = self.values.new_empty((sources, *shape))
-        keys = torch.stack([a.query for a in attends]).to(dtype) * torch.stack([a.norm_weight for a in attends])
-        self.keys = (keys * d**0.5).unbind()  # rms = length / sqrt(d)
-        self.floors = {eps: self.values.new_tensor((eps * d) ** 0.5) for eps in {a.eps for a in attends}}
-        self.count, self.begun = 0, False
-        self.row, self.length = self.values[0], self.lengths[0]
+        self.same_type, self.single = embedding.dtype == keys.dtype, embedding.numel() == d
+        self.keys = (keys.view(-1, *embedding.shape) if self.single else keys).unbind()
+        sources, shape = 1 + -(-(len(keys) - 1) // block_size), embedding.shape[:-1]
+        self.long = keys.new_full((sources, *shape, d + 1), (eps * d) ** 0.5)
+        self.values, self.lengths = self.long[..., :d], keys.new_empty((sources, *shape))
+        self.turn(0)
         self.add(embedding)
 
+    def turn(self, source: int) -> None:
+        """Let what comes join source number `source`."""
+        self.row, self.long_row, self.length = self.values[source], self.long[source], self.lengths[source]
+        self.begun = False
+
     def add(self, y: Tensor) -> None:
-        if self.single:
-            y = y.view(-1)
         self.row.add_(y) if self.begun else self.row.copy_(y)
         self.begun = True
-        torch.linalg.vector_norm(self.row, dim=-1, out=self.length)
+        torch.linalg.vector_norm(self.long_row, dim=-1, out=self.length)
 
-    def read(self, number: int, eps: float) -> tuple[Tensor, Tensor]:
-        """The mixture for sub-layer `number`, and the weights `(sources, ...)`."""
+    def read(self, number: int) -> tuple[Tensor, Tensor]:
+        """The mixture for sub-layer `number`, and the weights `(sources, ...)`, of one token `(..., sources)`."""
         finished, place = number // self.block_size + 1, number % self.block_size
-        count = finished + (place > 0)
-        if count != self.count:
-            self.count, self.seen, self.seen_lengths = count, self.values[:count], self.lengths[:count]
-        if place == 0 and finished < len(self.values):
-            self.row, self.length, self.begun = self.values[finished], self.lengths[finished], False
-        p = (self.seen @ self.keys[number]).div_(torch.hypot(self.seen_lengths, self.floors[eps])).softmax(0)
-        if self.single:
-            return (p @ self.seen).view(self.like.shape).type_as(self.like), p
-        return (p[..., None] * self.seen).sum(0).type_as(self.like), p
+        if place < 2:  # one source more
+            self.seen, self.seen_lengths = self.values[: finished + place], self.lengths[: finished + place]
+            if self.single:
+                self.seen, self.seen_lengths = self.seen.view(-1, self.seen.shape[-1]), self.seen_lengths.view(-1)
+                self.turned = self.seen.T
+            if place == 0 and finished < len(self.values):
+                self.turn(finished)
+        if self.single:  # without a view
+            p = F.linear(self.keys[number], self.seen).div_(self.seen_lengths).softmax(-1)
+            out = F.linear(p, self.turned)
+        else:
+            p = (self.seen @ self.keys[number]).div_(self.seen_lengths).softmax(0)
+            out = (p[..., None] * self.seen).sum(0)
+        return out if self.same_type else out.type_as(self.like), p
 
 
 class DepthResiduals:
@@ -258,15 +277,15 @@ class DepthResiduals:
         """What the next sub-layer reads, or after the last one the output."""
         if self.number >= len(self.attends):
             raise ValueError(f"there are {len(self.attends)} aggregations and all have been made")
-        attend, place = self.attends[self.number], self.number % self.block_size
-        if self.number == 0 and self.few_tokens():
-            self.few = FewTokens(self.partial, self.attends, self.block_size)
+        if self.number == 0:
+            self.few = self.few_tokens()
         if self.few is not None:
-            out, p = self.few.read(self.number, attend.eps)
+            out, p = self.few.read(self.number)
             self.number += 1
             if self.weights is not None:
-                self.weights.append(p.view(len(p), *out.shape[:-1], 1))
+                self.weights.append(p.view(-1, *out.shape[:-1], 1))
             return out
+        attend, place = self.attends[self.number], self.number % self.block_size
         if place == 0:
             self.blocks.append(self.partial)
             if attend.plain:
@@ -289,13 +308,15 @@ class DepthResiduals:
             self.weights.append(p)
         return out
 
-    def few_tokens(self) -> bool:
-        """Whether `FewTokens` computes what is asked for."""
+    def few_tokens(self) -> FewTokens | None:
+        """`FewTokens` where it computes what is asked for."""
         x = self.partial
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-            return False
-        few = x.shape[:-1].numel() <= FEW and not self.two_phase and self.window is None
-        return few and all(attend.plain and attend.num_heads == 1 for attend in self.attends)
+            return None
+        if x.shape[:-1].numel() > FEW or self.two_phase or self.window is not None:
+            return None
+        keys = few_keys(self.attends, wide(x)[0])
+        return FewTokens(x, keys, self.block_size, self.attends[0].eps) if len(keys) else None
 
     def add(self, y: Tensor) -> None:
         """Take in what a sub-layer computed."""
