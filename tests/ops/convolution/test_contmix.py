@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nearfar.ops.common.pooling import pool_to
 from nearfar.ops.convolution.contmix import (
     ContextMixer,
     ContMixBlock,
     GlobalResponseNorm,
     RepConvBlock,
     clamped_window_sum,
-    pool_to,
 )
 from nearfar.ops.convolution.reparam import BRANCHES, DilatedReparam, ResidualDepthwise
 

@@ -172,7 +172,7 @@ def mean_square(x: Tensor) -> Tensor:
 
 
 def few_keys(attends: Sequence[DepthAttention], dtype: torch.dtype) -> Tensor:
-    """The keys `(attends, d)` for `FewTokens`, made once while the weights stay; empty where its form does not apply."""
+    """The keys `(attends, d)` of `FewTokens`, made once while the weights stay; empty where it does not apply."""
 
     def compute() -> Tensor:
         if {(a.plain, a.num_heads, a.eps) for a in attends} != {(True, 1, attends[0].eps)}:

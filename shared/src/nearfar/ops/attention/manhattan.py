@@ -112,8 +112,13 @@ class ManhattanAttention(nn.Module):
 
     def along(self, query: Tensor, key: Tensor, axis: int) -> Float[Tensor, "*b h n n"]:
         """Weights along one axis, the other axes before the heads in their order."""
-        query, key = (part.movedim(axis + 1, -2) for part in (query * self.head_dim**-0.5, key))
-        return (query @ key.mT + self.decay(query.shape[-2], query)).softmax(-1)
+        query, key = (part.movedim(axis + 1, -2) for part in (query, key))
+        scale = self.head_dim**-0.5
+        if torch.compiler.is_compiling():  # inductor 2.14 takes scaled queries for those of an attention of four axes
+            products = query @ key.mT * scale
+        else:
+            products = query * scale @ key.mT
+        return (products + self.decay(query.shape[-2], query)).softmax(-1)
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
         x = x.movedim(1, -1)

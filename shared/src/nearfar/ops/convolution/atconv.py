@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nearfar.ops.common.dims import CONVOLUTIONS, check_dims, check_odd
 from nearfar.ops.common.layers import GELU, DepthwiseConv
-from nearfar.ops.common.pooling import pooling_matrix
+from nearfar.ops.common.pooling import pool_to
 from nearfar.ops.common.precision import full_precision
 from nearfar.ops.convolution.dynamic import sample_depthwise
 
@@ -71,15 +71,11 @@ class ATConv(nn.Module):
         """The kernel of every sample and channel."""
         with full_precision(x):
             x = x.to(self.difference_control.dtype)
-            like = x.device, x.dtype
-            flat = x.flatten(2).transpose(1, 2)
             if self.pool == "runs":
-                pooled = pooling_matrix(flat.shape[1], math.prod(self.window), like) @ flat
+                x, bins = x.flatten(2), (math.prod(self.window),)
             else:
-                for axis, bins in enumerate(self.window):
-                    matrix = pooling_matrix(x.shape[2 + axis], bins, like)
-                    x = (x.movedim(2 + axis, -1) @ matrix.T).movedim(-1, 2 + axis)
-                pooled = x.flatten(2).transpose(1, 2)
+                bins = self.window
+            pooled = pool_to(x, bins).flatten(2).transpose(1, 2)
             pooled = F.linear(pooled, self.kernel_proj.weight.flatten(1), self.kernel_proj.bias)
             kernel = self.kernel_gen(self.activation(pooled).transpose(1, 2))
             kernel = kernel - torch.sigmoid(self.difference_control)[:, None] * kernel.mean(-1, keepdim=True)

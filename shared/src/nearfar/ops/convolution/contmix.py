@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nearfar.ops.common.dims import Conv2d, check_odd
 from nearfar.ops.common.layers import ChannelNorm, DropPath, LayerScale
-from nearfar.ops.common.pooling import pooling_matrix
+from nearfar.ops.common.pooling import pool_to
 from nearfar.ops.common.tables import cached_table
 from nearfar.ops.convolution.reparam import DilatedReparam, ResidualDepthwise, fuse_pair
 
@@ -95,12 +95,6 @@ class GridPool(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c p q"]:
         return pool_to(x, (self.size, self.size))
-
-
-def pool_to(x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c p q"]:
-    """Adaptive average pooling to `size`, which may be larger or smaller than the map."""
-    rows, columns = (pooling_matrix(n, m, (x.device, x.dtype)) for n, m in zip(x.shape[-2:], size, strict=True))
-    return rows @ x @ columns.T
 
 
 @cached_table

@@ -12,8 +12,7 @@ from nearfar.ops.common.folding import fold_batch_norm, fold_into_next, scale_of
 from nearfar.ops.common.fused import FusedConv2d
 from nearfar.ops.common.heads import join_heads, split_heads
 from nearfar.ops.common.layers import DepthwiseConv
-from nearfar.ops.common.pooling import pooling_matrix
-from nearfar.ops.common.tables import cached_table
+from nearfar.ops.common.pooling import pool_to
 from nearfar.ops.convolution.dynamic import sample_depthwise
 
 
@@ -62,17 +61,6 @@ class ConvBN(nn.Module):
         return self.conv if isinstance(self.conv, FusedConv2d) else None
 
 
-@cached_table
-def grid_pooling_matrix(
-    size: tuple[int, ...], bins: tuple[int, ...], like: tuple[torch.device, torch.dtype]
-) -> Float[Tensor, "bins n"]:
-    """Row i averages the positions of cell i of a grid of `bins`, as adaptive pooling does."""
-    matrix = torch.ones(1, 1, device=like[0], dtype=like[1])
-    for length, number in zip(size, bins, strict=True):
-        matrix = torch.kron(matrix, pooling_matrix(length, number, like))
-    return matrix
-
-
 class IDConv(nn.Module):
     """Depthwise convolution with kernel sum_g a_g W_g, a = softmax_g(P(pool(x))), one kernel per sample and channel.
 
@@ -111,15 +99,7 @@ class IDConv(nn.Module):
         self.proj = nn.Sequential(ConvBN(dim, hidden, 1, dims=dims), CONVOLUTIONS[dims](hidden, dim * groups, 1))
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
-        window = tuple(self.weight.shape[2:])
-        if torch.compiler.is_exporting():  # axis by axis: a Kronecker product would fix the size of the map
-            pooled = x
-            for axis, (length, number) in enumerate(zip(x.shape[2:], window, strict=True), start=2):
-                means = pooling_matrix(length, number, (x.device, x.dtype))
-                pooled = (pooled.movedim(axis, -1) @ means.T).movedim(-1, axis)
-        else:
-            grid = grid_pooling_matrix(tuple(x.shape[2:]), window, (x.device, x.dtype))
-            pooled = (x.flatten(2) @ grid.T).unflatten(2, window)
+        pooled = pool_to(x, tuple(self.weight.shape[2:]))
         share = self.proj(pooled).unflatten(1, (self.groups, -1)).softmax(1)
         kernel = (share * self.weight).sum(1)
         bias = None
