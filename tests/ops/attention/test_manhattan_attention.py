@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -135,6 +137,24 @@ def test_one_pixel_axis_is_one_dimension(decomposed: bool) -> None:
     x = torch.randn(2, 8, 12)
     torch.testing.assert_close(grid(x[:, :, None])[:, :, 0], flat(x), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(grid(x[..., None])[..., 0], flat(x), atol=1e-6, rtol=1e-5)
+
+
+COMPILED = """
+import torch
+from nearfar.ops.attention.manhattan import ManhattanAttention
+
+for dims in (2, 3):
+    layer, x = ManhattanAttention(16, 2, dims=dims).eval(), torch.randn(2, 16, *(8, 7, 6)[:dims])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer)(x), layer(x))
+"""
+
+
+@pytest.mark.ci
+def test_inductor_compiles_it() -> None:
+    """In a process of its own, without the checks of shapes, which cannot be traced."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_decay_alone() -> None:

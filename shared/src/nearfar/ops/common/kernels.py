@@ -1,6 +1,7 @@
 """Other packages' CUDA kernels, used where they are installed: flash-linear-attention (`fla`) and `mamba_ssm`.
 
 An operator asks `kernel` for a function and runs its own form, which needs none of them, where it gets None.
+`one_node` tells when a compiled graph takes that form as a kernel of ours.
 """
 
 import functools
@@ -43,3 +44,9 @@ def installed(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
+
+
+def one_node(x: Tensor) -> bool:
+    """Whether an operator's steps are to be one node of a graph, which is compiled for a CPU without gradients."""
+    inference = x.is_cpu and not torch.is_grad_enabled()
+    return inference and torch.compiler.is_compiling() and not torch.compiler.is_exporting()

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nearfar.ops.common.dims import check_dims
+from nearfar.ops.common.kernels import one_node
 from nearfar.ops.common.streaming import State, StreamingMixer, shift_in
 
 DIRECTIONS = ("causal", "symmetric", "both")
@@ -67,6 +68,9 @@ def dilated_convolution(
     anyway: (1, 512, 8192) with 20 taps takes 11 ms forward in place of 49 and half the time backward (EPYC, one
     thread). Taps that reach zeros alone are left out.
     """
+    depthwise = groups == x.shape[1] == len(weight)
+    if depthwise and one_node(x):
+        return _compiled_convolution(x.mT, weight, bias, dilation, left, right).mT
     n = x.shape[-1] + left + right - (weight.shape[-1] - 1) * dilation
     if right == 0 and left == (weight.shape[-1] - 1) * dilation and left >= x.shape[-1]:
         taps = max(1, -(-x.shape[-1] // dilation))
@@ -74,12 +78,27 @@ def dilated_convolution(
     if x.is_cuda:
         return F.conv1d(F.pad(x, (left, right)), weight, bias, dilation=dilation, groups=groups)
     surplus = -(x.shape[-1] + left + right) % dilation
-    if groups == x.shape[1] == len(weight):
+    if depthwise:
         picture = F.pad(x.mT, (0, 0, left, right + surplus)).unflatten(1, (-1, dilation)).permute(0, 3, 1, 2)
         y = F.conv2d(picture, weight[..., None], bias, groups=groups)
         return y.permute(0, 2, 3, 1).flatten(1, 2)[:, :n].mT
     picture = F.pad(x, (left, right + surplus)).unflatten(-1, (-1, dilation))
     return F.conv2d(picture, weight[..., None], bias, groups=groups).flatten(-2)[..., :n]
+
+
+@torch.library.custom_op("nearfar::dilated_convolution", mutates_args=())
+def _compiled_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, left: int, right: int
+) -> Tensor:
+    """The depthwise form of `(B, N, C)` as one node of a graph without gradients: inductor lays the picture out
+    channels first, and takes two to three times as long."""
+    return dilated_convolution(x.mT, weight, bias, dilation, left, right, len(weight)).mT.contiguous()
+
+
+@_compiled_convolution.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, left: int, right: int) -> Tensor:
+    n = x.shape[1] + left + right - (weight.shape[-1] - 1) * dilation
+    return x.new_empty(x.shape[0], n, x.shape[2])
 
 
 class DilatedStack(nn.Module):

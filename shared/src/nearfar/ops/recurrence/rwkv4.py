@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nearfar.ops.common.kernels import kernel
+from nearfar.ops.common.kernels import kernel, one_node
 from nearfar.ops.common.streaming import State, StreamingMixer, in_pieces, real_positions, shift_in, wide
 
 CHUNK = 16
@@ -160,11 +160,8 @@ def weighted_average(
     if fused is not None:
         wkv, after = fused(time_decay, bonus, k, v, torch.stack(state, 1)[:, :, None])
         return wkv, tuple(after[:, :, 0].unbind(1))
-    average = plain_average
-    if torch.compiler.is_compiling():
-        if k.is_cpu and not (torch.is_grad_enabled() or torch.compiler.is_exporting()):
-            average = _compiled_average
-    elif torch.is_grad_enabled():
+    average = _compiled_average if one_node(k) else plain_average
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         average = _WeightedAverage.apply
     wkv, *after = average(-torch.exp(time_decay), bonus, k, v, *state)
     return wkv, tuple(after)
