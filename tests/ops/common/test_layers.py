@@ -1,12 +1,13 @@
 """Layers that take another way on a CPU: the numbers of torch's own, forward and backward."""
 
+import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.ops.common.dims import Conv2d
-from nearfar.ops.common.layers import DepthwiseConv
+from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv
 
 
 def maps(batch: int, channels: int, height: int, width: int, *, last: bool) -> Tensor:
@@ -55,3 +56,16 @@ def test_depthwise_convolution_of_a_small_map(size: tuple[int, ...], dilation: i
     y.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(layer.weight.grad, whole.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [(5,), (4, 3), (2, 3, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_channel_norm_of_one_sample_is_the_same(
+    size: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks of shapes cannot be traced
+    norm, x = ChannelNorm(6).to(dtype), (3 + torch.randn(1, 6, *size)).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(norm, fullgraph=True, backend="eager")(x), norm(x))

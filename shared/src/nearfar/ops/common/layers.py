@@ -19,7 +19,14 @@ class ChannelNorm(nn.LayerNorm):
         super().__init__(dim, eps=eps)
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        if not (torch.compiler.is_compiling() and x.is_cpu and x.shape[0] == 1) or torch.compiler.is_exporting():
+            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        # inductor gives the one sample of a turned map a stride of 0, for which convolutions know no fast layout: with
+        # the large kernels of (1, 56, 56, 56) behind it 31 ms in place of 8 (EPYC, Zen 4, one thread)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, 1, correction=0, keepdim=True)
+        weight, bias = (t.view(-1, *(1,) * (x.ndim - 2)) for t in (self.weight, self.bias))
+        return torch.addcmul(bias, (wide - mean) * torch.rsqrt(variance + self.eps), weight).to(x.dtype)
 
 
 class LayerScale(nn.Module):
