@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from nearfar.ops.aggregation.depth_attention import FEW, DepthAttention, DepthResiduals
 
@@ -157,8 +159,13 @@ def test_few_tokens_see_changed_queries_and_leave_other_forms_alone():
     attends, layers = [shaken(DepthAttention(D)) for _ in range(7)], [torch.randn(D, D) for _ in range(6)]
     x = torch.randn(1, 3, D)
     with torch.no_grad():
+        register_parametrization(attends[2], "query", nn.Tanh())
         before = run(x, attends, layers, 4)
-        for change in (lambda: attends[3].query.mul_(-2), lambda: setattr(attends[1], "eps", 0.3)):
+        for change in (
+            lambda: attends[3].query.mul_(-2),
+            lambda: attends[2].parametrizations.query.original.add_(1),
+            lambda: setattr(attends[1], "eps", 0.3),
+        ):
             change()
             after = run(x, attends, layers, 4)
             torch.testing.assert_close(after, slow_run(x, attends, layers, 4))

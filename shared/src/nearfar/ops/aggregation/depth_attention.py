@@ -180,7 +180,9 @@ def few_keys(attends: Sequence[DepthAttention], dtype: torch.dtype) -> Tensor:
         keys = torch.stack([a.query for a in attends]).to(dtype) * torch.stack([a.norm_weight for a in attends])
         return keys * attends[0].dim ** 0.5
 
-    parameters = (p for a in attends for p in a.__dict__["_parameters"].values() if p is not None)
+    if any(a._modules for a in attends):  # parametrized: what the weights come from is not looked at here
+        return compute()
+    parameters = (p for a in attends for p in a._parameters.values() if p is not None)
     return attends[-1].together.get(parameters, (dtype, *(a.eps for a in attends)), compute)
 
 
