@@ -171,19 +171,21 @@ def mean_square(x: Tensor) -> Tensor:
     return torch.linalg.vecdot(x, x) / x.shape[-1]
 
 
-def few_keys(attends: Sequence[DepthAttention], dtype: torch.dtype) -> Tensor:
-    """The keys `(attends, d)` of `FewTokens`, made once while the weights stay; empty where it does not apply."""
+def few_keys(attends: Sequence[DepthAttention], like: Tensor) -> tuple[Tensor, ...]:
+    """The keys of `FewTokens`, `(d,)` each or of one token's shape, made once while the weights stay; none where its
+    form does not apply."""
+    dtype, shape = wide(like)[0], like.shape if like.numel() == like.shape[-1] else like.shape[-1:]
 
-    def compute() -> Tensor:
+    def compute() -> tuple[Tensor, ...]:
         if {(a.plain, a.num_heads, a.eps) for a in attends} != {(True, 1, attends[0].eps)}:
-            return torch.empty(0)
+            return ()
         keys = torch.stack([a.query for a in attends]).to(dtype) * torch.stack([a.norm_weight for a in attends])
-        return keys * attends[0].dim ** 0.5
+        return (keys * attends[0].dim ** 0.5).view(-1, *shape).unbind()
 
     if any(a._modules for a in attends):  # parametrized: what the weights come from is not looked at here
         return compute()
     parameters = (p for a in attends for p in a._parameters.values() if p is not None)
-    return attends[-1].together.get(parameters, (dtype, *(a.eps for a in attends)), compute)
+    return attends[-1].together.get(parameters, (dtype, shape, *(a.eps for a in attends)), compute)
 
 
 class FewTokens:
@@ -194,13 +196,12 @@ class FewTokens:
     keys: of `few_keys`.
     """
 
-    def __init__(self, embedding: Tensor, keys: Tensor, block_size: int, eps: float) -> None:
-        self.like, self.block_size, d = embedding, block_size, embedding.shape[-1]
-        self.same_type, self.single = embedding.dtype == keys.dtype, embedding.numel() == d
-        self.keys = (keys.view(-1, *embedding.shape) if self.single else keys).unbind()
+    def __init__(self, embedding: Tensor, keys: Sequence[Tensor], block_size: int, eps: float) -> None:
+        self.like, self.keys, self.block_size, d = embedding, keys, block_size, embedding.shape[-1]
+        self.same_type, self.single = embedding.dtype == keys[0].dtype, embedding.numel() == d
         sources, shape = 1 + -(-(len(keys) - 1) // block_size), embedding.shape[:-1]
-        self.long = keys.new_full((sources, *shape, d + 1), (eps * d) ** 0.5)
-        self.values, self.lengths = self.long[..., :d], keys.new_empty((sources, *shape))
+        self.long = keys[0].new_full((sources, *shape, d + 1), (eps * d) ** 0.5)
+        self.values, self.lengths = self.long[..., :d], keys[0].new_empty((sources, *shape))
         self.turn(0)
         self.add(embedding)
 
@@ -317,8 +318,8 @@ class DepthResiduals:
             return None
         if x.shape[:-1].numel() > FEW or self.two_phase or self.window is not None:
             return None
-        keys = few_keys(self.attends, wide(x)[0])
-        return FewTokens(x, keys, self.block_size, self.attends[0].eps) if len(keys) else None
+        keys = few_keys(self.attends, x)
+        return FewTokens(x, keys, self.block_size, self.attends[0].eps) if keys else None
 
     def add(self, y: Tensor) -> None:
         """Take in what a sub-layer computed."""

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Hashable, Iterable
 from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def cached_table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -27,12 +30,12 @@ def cached_table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Derived:
-    """Keeps the last tensor that was computed from parameters, while they are unchanged and no gradient is needed."""
+    """Keeps what was last computed from parameters, while they are unchanged and no gradient is needed."""
 
     def __init__(self) -> None:
-        self.kept: tuple[tuple, Tensor] | None = None
+        self.kept: tuple[tuple, Any] | None = None
 
-    def get(self, parameters: Tensor | Iterable[Tensor], key: tuple, compute: Callable[[], Tensor]) -> Tensor:
+    def get(self, parameters: Tensor | Iterable[Tensor], key: tuple, compute: Callable[[], T]) -> T:
         """`compute()`, or what it gave before for the same values of one or several parameters and `key`."""
         parameters = [parameters] if isinstance(parameters, Tensor) else [*parameters]
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):

@@ -64,8 +64,8 @@ def decayed_sums(
     zero = torch.zeros_like(tensors[0][..., 0, :])
     _, totals = decayed_sums(decay, tensors, item, lambda *_: (), (zero, zero, zero + NEVER), reverse)
     starts, last = decayed_sums(decay * CHUNK, totals, lambda *t: t, lambda sums, *_: sums, start, reverse)
-    seen, _ = decayed_sums(decay, tensors, item, see, tuple(starts), reverse)
-    return [t.flatten(-3, -2) for t in seen], last
+    found, _ = decayed_sums(decay, tensors, item, see, tuple(starts), reverse)
+    return [t.flatten(-3, -2) for t in found], last
 
 
 def plain_average(
