@@ -150,7 +150,7 @@ def test_few_tokens_without_gradients(size, shape):
             for layer in layers:
                 r.add(r.next_input() @ layer)
             r.next_input()
-    assert [r.few is None for r in residuals] == [False, True]
+    assert [r.spare is None for r in residuals] == [False, True]
     for few, many in zip(*(r.weights for r in residuals)):
         torch.testing.assert_close(few, many[:, 0])
 
@@ -171,6 +171,27 @@ def test_few_tokens_see_changed_queries_and_leave_other_forms_alone():
             torch.testing.assert_close(after, slow_run(x, attends, layers, 4))
             assert not torch.allclose(before, after)
             before = after
+
+
+def test_passes_of_few_tokens_leave_each_other_alone():
+    """One after the other, side by side, after one that broke off, and in inference mode."""
+    attends, layers = [shaken(DepthAttention(D)) for _ in range(7)], [torch.randn(D, D) for _ in range(6)]
+    inputs = torch.randn(3, 1, 1, D).unbind()
+    with torch.no_grad():
+        first, second, third = (run(x, attends, layers, 4) for x in inputs)
+        residuals = [DepthResiduals(x, attends, 4) for x in inputs]
+        DepthResiduals(inputs[0], attends, 4).next_input()
+        for layer in layers:
+            for r in residuals:
+                r.add(torch.tanh(r.next_input() @ layer))
+        outputs = [r.next_input() for r in residuals]
+    with torch.inference_mode():
+        outputs += [run(x, attends, layers, 4) for x in inputs]
+    with torch.no_grad():
+        outputs += [run(x, attends, layers, 4) for x in inputs]
+        exact = [slow_run(x, attends, layers, 4) for x in inputs]
+    for output, want in zip([first, second, third, *outputs], 4 * exact, strict=True):
+        torch.testing.assert_close(output, want)
 
 
 def test_few_tokens_in_half_precision_are_summed_in_float32():

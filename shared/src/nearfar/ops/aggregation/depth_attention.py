@@ -101,7 +101,7 @@ class DepthAttention(nn.Module):
         shape = {"static": (dim,), "input": (dim, dim), "scalar": (max_sources, num_heads)}[query]
         self.query = nn.Parameter(torch.empty(shape))
         self.norm_weight = nn.Parameter(torch.empty(dim)) if norm and query != "scalar" else None
-        self.together = Derived()  # see `few_keys`
+        self.together = Derived()  # see `spare_few_tokens`
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -171,43 +171,35 @@ def mean_square(x: Tensor) -> Tensor:
     return torch.linalg.vecdot(x, x) / x.shape[-1]
 
 
-def few_keys(attends: Sequence[DepthAttention], like: Tensor) -> tuple[Tensor, ...]:
-    """The keys of `FewTokens`, `(d,)` each or of one token's shape, made once while the weights stay; none where its
-    form does not apply."""
-    dtype, shape = wide(like)[0], like.shape if like.numel() == like.shape[-1] else like.shape[-1:]
-
-    def compute() -> tuple[Tensor, ...]:
-        if {(a.plain, a.num_heads, a.eps) for a in attends} != {(True, 1, attends[0].eps)}:
-            return ()
-        keys = torch.stack([a.query for a in attends]).to(dtype) * torch.stack([a.norm_weight for a in attends])
-        return (keys * attends[0].dim ** 0.5).view(-1, *shape).unbind()
-
-    if any(a._modules for a in attends):  # parametrized: what the weights come from is not looked at here
-        return compute()
-    parameters = (p for a in attends for p in a._parameters.values() if p is not None)
-    return attends[-1].together.get(parameters, (dtype, shape, *(a.eps for a in attends)), compute)
-
-
 class FewTokens:
     """The sources of few tokens side by side in one tensor `(sources, ..., d)`, without gradients.
 
     An aggregation is then five calls whatever the number of sources, where a call for each source would cost more than
     what it computes. Behind the channels of a source stands sqrt(eps d), so that its length is sqrt(d) times its rms.
-    keys: of `few_keys`.
+    Tensors and views are those of one network and shape, and serve one pass after the other, each from `begin` on.
     """
 
-    def __init__(self, embedding: Tensor, keys: Sequence[Tensor], block_size: int, eps: float) -> None:
-        self.like, self.keys, self.block_size, d = embedding, keys, block_size, embedding.shape[-1]
-        self.same_type, self.single = embedding.dtype == keys[0].dtype, embedding.numel() == d
-        sources, shape = 1 + -(-(len(keys) - 1) // block_size), embedding.shape[:-1]
-        self.long = keys[0].new_full((sources, *shape, d + 1), (eps * d) ** 0.5)
-        self.values, self.lengths = self.long[..., :d], keys[0].new_empty((sources, *shape))
+    def __init__(self, attends: Sequence[DepthAttention], like: Tensor, block_size: int) -> None:
+        *shape, d = like.shape
+        self.dtype, self.block_size, self.single = like.dtype, block_size, like.numel() == d
+        wider, sources = wide(like)[0], 1 + -(-(len(attends) - 1) // block_size)
+        keys = torch.stack([a.query for a in attends]).to(wider) * torch.stack([a.norm_weight for a in attends])
+        self.keys = (keys * d**0.5).view(-1, *(like.shape if self.single else (d,))).unbind()
+        long = keys.new_full((sources, *shape, d + 1), (attends[0].eps * d) ** 0.5)
+        values, lengths = long[..., :d], keys.new_empty((sources, *shape))
+        self.places = list(zip(values.unbind(), long.unbind(), lengths.unbind()))
+        if self.single:
+            values, lengths = values.view(sources, d), lengths.view(sources)
+        self.seen = [(values[:n], lengths[:n], values[:n].mT) for n in range(1, sources + 1)]
+
+    def begin(self, embedding: Tensor) -> "FewTokens":
         self.turn(0)
         self.add(embedding)
+        return self
 
     def turn(self, source: int) -> None:
         """Let what comes join source number `source`."""
-        self.row, self.long_row, self.length = self.values[source], self.long[source], self.lengths[source]
+        self.row, self.long_row, self.length = self.places[source]
         self.begun = False
 
     def add(self, y: Tensor) -> None:
@@ -219,19 +211,33 @@ class FewTokens:
         """The mixture for sub-layer `number`, and the weights `(sources, ...)`, of one token `(..., sources)`."""
         finished, place = number // self.block_size + 1, number % self.block_size
         if place < 2:  # one source more
-            self.seen, self.seen_lengths = self.values[: finished + place], self.lengths[: finished + place]
-            if self.single:
-                self.seen, self.seen_lengths = self.seen.view(-1, self.seen.shape[-1]), self.seen_lengths.view(-1)
-                self.turned = self.seen.T
-            if place == 0 and finished < len(self.values):
+            self.values, self.lengths, self.turned = self.seen[finished + place - 1]
+            if place == 0 and finished < len(self.places):
                 self.turn(finished)
         if self.single:  # without a view
-            p = F.linear(self.keys[number], self.seen).div_(self.seen_lengths).softmax(-1)
+            p = F.linear(self.keys[number], self.values).div_(self.lengths).softmax(-1)
             out = F.linear(p, self.turned)
         else:
-            p = (self.seen @ self.keys[number]).div_(self.seen_lengths).softmax(0)
-            out = (p[..., None] * self.seen).sum(0)
-        return out if self.same_type else out.type_as(self.like), p
+            p = (self.values @ self.keys[number]).div_(self.lengths).softmax(0)
+            out = (p[..., None] * self.values).sum(0)
+        return out if out.dtype == self.dtype else out.to(self.dtype), p
+
+
+def spare_few_tokens(attends: Sequence[DepthAttention], like: Tensor, block_size: int) -> list[FewTokens] | None:
+    """A list of what is not in use of this network with its present weights, to take from and to give back to; None
+    where the form does not apply. Sub-layers are the paper's, with one head and one eps."""
+
+    def compute() -> list[FewTokens] | None:
+        return [] if {(a.plain, a.num_heads, a.eps) for a in attends} == {(True, 1, attends[0].eps)} else None
+
+    settings = [like.shape, like.dtype, block_size, torch.is_inference_mode_enabled()]
+    parameters: list[Tensor] = []
+    for a in attends:  # in one go, as what is looked at has left the caches since the last token
+        if a._modules:  # parametrized: what the weights come from is not looked at here
+            return compute()
+        settings.append(a.eps)
+        parameters += [p for p in a._parameters.values() if p is not None]
+    return attends[-1].together.get(parameters, tuple(settings), compute)
 
 
 class DepthResiduals:
@@ -275,6 +281,7 @@ class DepthResiduals:
         """Set to a list to collect the weights `(n, ..., h)` of each aggregation (without two phases)."""
         self.prepared: tuple[Tensor, Tensor, Tensor] | None = None
         self.few: FewTokens | None = None
+        self.spare: list[FewTokens] | None = None
 
     def next_input(self) -> Tensor:
         """What the next sub-layer reads, or after the last one the output."""
@@ -287,6 +294,9 @@ class DepthResiduals:
             self.number += 1
             if self.weights is not None:
                 self.weights.append(p.view(-1, *out.shape[:-1], 1))
+            if self.number == len(self.attends):
+                self.spare.append(self.few)
+                self.few = None
             return out
         attend, place = self.attends[self.number], self.number % self.block_size
         if place == 0:
@@ -318,8 +328,11 @@ class DepthResiduals:
             return None
         if x.shape[:-1].numel() > FEW or self.two_phase or self.window is not None:
             return None
-        keys = few_keys(self.attends, x)
-        return FewTokens(x, keys, self.block_size, self.attends[0].eps) if keys else None
+        self.spare = spare_few_tokens(self.attends, x, self.block_size)
+        if self.spare is None:
+            return None
+        few = self.spare.pop() if self.spare else FewTokens(self.attends, x, self.block_size)
+        return few.begin(x)
 
     def add(self, y: Tensor) -> None:
         """Take in what a sub-layer computed."""

@@ -38,11 +38,14 @@ class Derived:
     def get(self, parameters: Tensor | Iterable[Tensor], key: tuple, compute: Callable[[], T]) -> T:
         """`compute()`, or what it gave before for the same values of one or several parameters and `key`."""
         parameters = [parameters] if isinstance(parameters, Tensor) else [*parameters]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return compute()
-        key = (*key, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters))
-        if self.kept is None or self.kept[0] != key:
-            self.kept = key, compute()
+        try:
+            state = key, [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
+        except RuntimeError:  # tensors of the inference mode count no versions
+            return compute()
+        if self.kept is None or self.kept[0] != state:
+            self.kept = state, compute()
         return self.kept[1]
 
     def __reduce__(self) -> tuple[type["Derived"], tuple]:
