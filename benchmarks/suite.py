@@ -444,7 +444,7 @@ READMES = {
 """README -> the systems of its table; the first has the means alone."""
 
 
-def means(rows: Sequence[dict[str, Any]]) -> list[str]:
+def means(rows: Sequence[dict[str, Any]], compiled: bool = False) -> list[str]:
     """Geometric means of the factors of one thread, of sequence mixers and of all else."""
     found = []
     for what, inside in (("sequence mixers", True), ("everything else", False)):
@@ -453,7 +453,7 @@ def means(rows: Sequence[dict[str, Any]]) -> list[str]:
             for row in rows
             if "factor" in row
             and row["threads"] == 1
-            and not row["compiled"]
+            and row["compiled"] is compiled
             and row["system"].startswith(tuple(MIXERS)) is inside
         ]
         if factors:
@@ -517,8 +517,9 @@ def main() -> None:
             rows = [one for one in rows if about.items() - one.items()] + new
             rows.sort(key=lambda one: (order.get(one["system"], len(order)), one["threads"], one["compiled"]))
             written.write_text(json.dumps({"processor": title, "rows": rows}, indent=2), encoding="utf-8")
-    for line in means(rows):
-        print(f"geometric mean {line}")
+    for compiled in (False, True):
+        for line in means(rows, compiled):
+            print(f"geometric mean {line}{', compiled' if compiled else ''}")
     page(rows, title).write(options.output / "suite.html")
 
 
