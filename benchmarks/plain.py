@@ -21,7 +21,7 @@ from nearfar.ops.attention.manhattan import ManhattanAttention
 from nearfar.ops.attention.places import coordinates
 from nearfar.ops.attention.position_channel import PositionAttention
 from nearfar.ops.common.dims import Conv2d
-from nearfar.ops.common.layers import ChannelNorm
+from nearfar.ops.common.layers import GELU, ChannelNorm
 from nearfar.ops.convolution.atconv import ATConv, GatedConvMLP, TokenATConv
 from nearfar.ops.convolution.causal import ShortConv
 from nearfar.ops.convolution.contmix import window_index
@@ -56,6 +56,12 @@ class PlainPictureConv2d(PictureConv2d):
     """torch's own."""
 
     forward = nn.Conv2d.forward
+
+
+class PlainGELU(GELU):
+    """torch's own."""
+
+    forward = nn.GELU.forward
 
 
 class PlainGatedConvMLP(GatedConvMLP):
@@ -305,6 +311,7 @@ PLAIN = {
         PlainNorm,
         PlainConv2d,
         PlainPictureConv2d,
+        PlainGELU,
         PlainGatedConvMLP,
         PlainATConv,
         PlainTokenATConv,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.ops.common.dims import Conv2d
-from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv
+from nearfar.ops.common.layers import GELU, ChannelNorm, DepthwiseConv
 
 
 def maps(batch: int, channels: int, height: int, width: int, *, last: bool) -> Tensor:
@@ -56,6 +56,22 @@ def test_depthwise_convolution_of_a_small_map(size: tuple[int, ...], dilation: i
     y.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(layer.weight.grad, whole.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 5, 7), (1, 6, 4, 4), (2, 1, 3, 3), (2, 6, 5), (4, 6)])
+@pytest.mark.parametrize("last", [True, False])
+def test_gelu_is_torchs_in_every_layout(shape: tuple[int, ...], last: bool) -> None:
+    x = torch.randn(shape).movedim(1, -1).contiguous().movedim(-1, 1) if last else torch.randn(shape)
+    x.requires_grad_()
+    y, want = GELU()(x), F.gelu(x)
+    assert y.stride() == want.stride()
+    torch.testing.assert_close(y, want)
+    weight = torch.randn(shape)
+    torch.testing.assert_close(*(torch.autograd.grad((out * weight).sum(), x) for out in (y, want)))
+    with torch.no_grad():
+        half = torch.cat((x, x), 1).chunk(2, 1)[0]  # of a larger map
+        torch.testing.assert_close(GELU()(half), want)
+        torch.testing.assert_close(GELU()(x.clone()), want)
 
 
 @pytest.mark.parametrize("size", [(5,), (4, 3), (2, 3, 2)], ids=str)

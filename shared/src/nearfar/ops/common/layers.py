@@ -42,12 +42,20 @@ class LayerScale(nn.Module):
 
 
 class GELU(nn.GELU):
-    """Exact GELU that may write over its input where no gradient is needed: for what a layer has just computed."""
+    """Exact GELU that may write over its input where no gradient is needed: for what a layer has just computed.
+
+    A channels-last map passes as `(B, *S, C)`: torch has oneDNN's kernel for contiguous tensors alone. Of (1, 896, 14,
+    14) that takes 91 us in place of 122 to 242, and with ATEN_CPU_CAPABILITY=default of (8, 896, 14, 14) 1.1 ms in
+    place of 10.9 (EPYC, Zen 4, one thread).
+    """
 
     def forward(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor):  # a proxy of torch.fx
             return super().forward(x)
-        return torch.ops.aten.gelu_(x)
+        last = x.ndim > 2 and x.stride(1) == 1 and not x.is_contiguous()
+        y = x.movedim(1, -1) if last else x
+        y = super().forward(y) if torch.is_grad_enabled() else torch.ops.aten.gelu_(y)
+        return y.movedim(-1, 1) if last else y
 
 
 class DropPath(nn.Module):

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nearfar.ops.common.dims import Conv2d, check_odd
-from nearfar.ops.common.layers import ChannelNorm, DropPath, LayerScale
+from nearfar.ops.common.layers import GELU, ChannelNorm, DropPath, LayerScale
 from nearfar.ops.common.pooling import pool_to
 from nearfar.ops.common.tables import cached_table
 from nearfar.ops.convolution.reparam import DilatedReparam, ResidualDepthwise, fuse_pair
@@ -19,7 +19,7 @@ class ChannelGate(nn.Module):
         super().__init__()
         hidden = max(16, dim // 8)
         self.proj = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), Conv2d(dim, hidden, 1), nn.GELU(), Conv2d(hidden, dim, 1), nn.Sigmoid()
+            nn.AdaptiveAvgPool2d(1), Conv2d(dim, hidden, 1), GELU(), Conv2d(hidden, dim, 1), nn.Sigmoid()
         )
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -67,7 +67,7 @@ class RepConvBlock(nn.Module):
             nn.BatchNorm2d(dim),
             ChannelGate(dim),
             Conv2d(dim, hidden, 1),
-            nn.GELU(),
+            GELU(),
             ResidualDepthwise(hidden, 3),
             GlobalResponseNorm(hidden),
             Conv2d(hidden, dim, 1),
@@ -327,7 +327,7 @@ def conv_mlp(dim: int, hidden: int) -> nn.Sequential:
     """1x1 to `hidden`, GELU, ResDW3, GRN, 1x1 back; biased."""
     return nn.Sequential(
         Conv2d(dim, hidden, 1),
-        nn.GELU(),
+        GELU(),
         ResidualDepthwise(hidden, 3),
         GlobalResponseNorm(hidden),
         Conv2d(hidden, dim, 1),

@@ -11,7 +11,7 @@ from nearfar.ops.common.dims import BATCH_NORMS, CONVOLUTIONS, Conv2d, check_dim
 from nearfar.ops.common.folding import fold_batch_norm, fold_into_next, scale_of_norm
 from nearfar.ops.common.fused import FusedConv2d
 from nearfar.ops.common.heads import join_heads, split_heads
-from nearfar.ops.common.layers import DepthwiseConv
+from nearfar.ops.common.layers import GELU, DepthwiseConv
 from nearfar.ops.common.pooling import pool_to
 from nearfar.ops.convolution.dynamic import sample_depthwise
 
@@ -37,7 +37,7 @@ class ConvBN(nn.Module):
         else:
             self.conv = CONVOLUTIONS[dims](in_dim, dim, kernel_size, stride, padding, groups=groups, bias=False)
         self.bn: nn.Module = BATCH_NORMS[dims](dim)
-        self.act = nn.GELU() if act else nn.Identity()
+        self.act = GELU() if act else nn.Identity()
         self.dims = dims
 
     def forward(self, x: Float[Tensor, "b c *s"]) -> Float[Tensor, "b d *t"]:
@@ -229,10 +229,10 @@ class DMixer(nn.Module):
         squeezed = max(16, dim // reduction)
         self.proj = nn.Sequential(
             DepthwiseConv(dim, 3),
-            nn.GELU(),
+            GELU(),
             nn.BatchNorm2d(dim),
             Conv2d(dim, squeezed, 1),
-            nn.GELU(),
+            GELU(),
             nn.BatchNorm2d(squeezed),
             Conv2d(squeezed, dim, 1),
             nn.BatchNorm2d(dim),
@@ -275,11 +275,12 @@ class MultiScaleFFN(nn.Module):
             raise ValueError(f"hidden is {hidden}; it must be at least the number of kernels, {len(kernel_sizes)}")
         conv, norm = CONVOLUTIONS[dims], BATCH_NORMS[dims]
         self.widths = [hidden - part * (len(kernel_sizes) - 1), *[part] * (len(kernel_sizes) - 1)]
-        self.fc1 = nn.Sequential(conv(dim, hidden, 1, bias=False), nn.GELU(), norm(hidden))
+        self.fc1 = nn.Sequential(conv(dim, hidden, 1, bias=False), GELU(), norm(hidden))
         self.dwconv = nn.Module()
         self.dwconv.proj = nn.ModuleList(
             DepthwiseConv(width, size, dims=dims) for width, size in zip(self.widths, kernel_sizes, strict=True)
         )
+        self.act = GELU()
         self.norm = norm(hidden)
         self.fc2 = nn.Sequential(conv(hidden, dim, 1, bias=False), norm(dim))
         self.drop = nn.Dropout(drop)
@@ -290,7 +291,7 @@ class MultiScaleFFN(nn.Module):
             y = self.dwconv(u)
         else:
             parts = u.split(self.widths, dim=1)
-            y = F.gelu(u + torch.cat([conv(part) for conv, part in zip(self.dwconv.proj, parts, strict=True)], dim=1))
+            y = self.act(u + torch.cat([conv(part) for conv, part in zip(self.dwconv.proj, parts, strict=True)], dim=1))
         return self.drop(self.fc2(self.drop(self.norm(y))))
 
     @torch.no_grad()

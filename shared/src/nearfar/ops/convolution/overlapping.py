@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nearfar.ops.common.dims import BATCH_NORMS, CONVOLUTIONS, check_dims
 from nearfar.ops.common.folding import fold_batch_norm
+from nearfar.ops.common.layers import GELU
 
 
 class Affine(nn.Module):
@@ -57,7 +58,7 @@ class OverlappingPatches(nn.Module):
             conv = CONVOLUTIONS[dims](before, after, 3, stride=2, padding=1, bias=False)
             layers.append(nn.Sequential(conv, BATCH_NORMS[dims](after)))
             if i < steps - 1 or steps == 1:
-                layers.append(nn.GELU())
+                layers.append(GELU())
         self.pre_affine, self.proj, self.post_affine = Affine(in_chans, dims), nn.Sequential(*layers), Affine(dim, dims)
 
     def forward(self, x: Float[Tensor, "b i *s"]) -> Float[Tensor, "b c *t"]:

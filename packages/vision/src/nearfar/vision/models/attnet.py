@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count
 from nearfar.ops.common.dims import Conv2d
-from nearfar.ops.common.layers import ChannelNorm, DropPath
+from nearfar.ops.common.layers import GELU, ChannelNorm, DropPath
 from nearfar.ops.convolution.atconv import ATConv, GatedConvMLP
 from nearfar.ops.convolution.convnext import scale_output
 from nearfar.vision.models.pyramid import Backbone, Head, Stage, drop_path_rates, init_weights
@@ -116,7 +116,7 @@ class AttNet(Backbone):
         super().__init__()
         if not len(depths) == len(dims) == len(expansions) == len(kernel_sizes):
             raise ValueError(f"depths {depths}, dims {dims}, expansions and kernel_sizes differ in length")
-        self.stem = nn.Sequential(_halve(in_chans, dims[0] // 2), nn.GELU(), _halve(dims[0] // 2, dims[0]))
+        self.stem = nn.Sequential(_halve(in_chans, dims[0] // 2), GELU(), _halve(dims[0] // 2, dims[0]))
         self.stages = nn.ModuleList()
         for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
             blocks = [

@@ -173,7 +173,7 @@ class BiFormer(Backbone):
         else:
             half = dims[0] // 2
             self.stem = nn.Sequential(
-                nn.Conv2d(in_chans, half, 3, 2, 1), make(half), nn.GELU(),
+                nn.Conv2d(in_chans, half, 3, 2, 1), make(half), GELU(),
                 nn.Conv2d(half, dims[0], 3, 2, 1), make(dims[0]),
             )  # fmt: skip
         self.stages = nn.ModuleList()

@@ -5,9 +5,9 @@ from torch import nn
 
 from nearfar.ops.common.folding import fold_batch_norm
 from nearfar.ops.common.fused import FusedConv2d
-from nearfar.ops.common.layers import DepthwiseConv
+from nearfar.ops.common.layers import GELU, DepthwiseConv
 
-ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "swish"}
+ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "swish"}
 
 
 @torch.no_grad()

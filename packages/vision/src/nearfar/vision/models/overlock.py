@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.common.dims import Conv2d
-from nearfar.ops.common.layers import ChannelNorm, DropPath, LayerScale
+from nearfar.ops.common.layers import GELU, ChannelNorm, DropPath, LayerScale
 from nearfar.ops.convolution.contmix import (
     ChannelGate,
     ContextMixer,
@@ -68,7 +68,7 @@ class FocusBlock(ContextMixer):
         self.fusion = nn.Sequential(
             nn.Conv2d(both, both, 3, padding=1, groups=both),
             nn.BatchNorm2d(both),
-            nn.GELU(),
+            GELU(),
             Conv2d(both, dim, 1),
             GlobalResponseNorm(dim),
         )
@@ -234,7 +234,7 @@ class OverLoCK(Backbone):
         convs = ((in_chans, half, 2), (half, half, 1), (half, dims[0], 2), (dims[0], dims[0], 1))
         layers: list[nn.Module] = []
         for i, (a, b, stride) in enumerate(convs):
-            layers += [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b)] + [nn.GELU()] * (i < 3)
+            layers += [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b)] + [GELU()] * (i < 3)
         self.stem = nn.Sequential(*layers)
         rates = drop_path_rates(drop_path_rate, (*depths, *focus_depths))
         self.stages = nn.ModuleList()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count, ratio
 from nearfar.ops.attention.manhattan import ManhattanAttention
-from nearfar.ops.common.layers import ChannelNorm, DepthwiseConv, DropPath
+from nearfar.ops.common.layers import GELU, ChannelNorm, DepthwiseConv, DropPath
 from nearfar.ops.convolution.conv_ffn import ConvFFN
 from nearfar.vision.models.pyramid import Backbone, Head, Stage, drop_path_rates, init_weights
 from nearfar.vision.models.registry import Variant, Weights, register
@@ -165,8 +165,8 @@ class RMT(Backbone):
             raise ValueError("token_labels=True needs aux_dim, the width of the positions' classifier")
         half = dims[0] // 2
         self.stem = nn.Sequential(
-            *_conv(in_chans, half, 2), nn.GELU(), *_conv(half, half, 1), nn.GELU(),
-            *_conv(half, dims[0], 2), nn.GELU(), *_conv(dims[0], dims[0], 1),
+            *_conv(in_chans, half, 2), GELU(), *_conv(half, half, 1), GELU(),
+            *_conv(half, dims[0], 2), GELU(), *_conv(dims[0], dims[0], 1),
         )  # fmt: skip
         self.stages = nn.ModuleList()
         for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)):

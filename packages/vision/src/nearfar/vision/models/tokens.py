@@ -137,8 +137,8 @@ class Mlp(nn.Module):
             self.fc1.bias *= 1.702
             self.fc2.weight /= 1.702
             self.act = nn.SiLU()
-        if type(self.act) in ACTIVATIONS or isinstance(self.act, GELU):
-            self.fc1 = FusedLinear(self.fc1, ACTIVATIONS.get(type(self.act), "gelu"))
+        if type(self.act) in ACTIVATIONS:
+            self.fc1 = FusedLinear(self.fc1, ACTIVATIONS[type(self.act)])
             self.act = nn.Identity()
         return self
 
