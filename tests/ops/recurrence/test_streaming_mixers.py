@@ -103,7 +103,7 @@ def test_streaming_equals_parallel(mixer, pieces):
 
 @pytest.mark.parametrize(
     "name",
-    ["base-conv", "based", "retention", "rwkv4-time-mix", "rwkv4-channel-mix", "mamba", "mamba2", "deltanet",
+    ["window", "base-conv", "based", "retention", "rwkv4-time-mix", "rwkv4-channel-mix", "mamba", "mamba2", "deltanet",
      "gated-deltanet", "kda", "gla", "rwkv7-time-mix", "hyena"],
 )  # fmt: skip
 def test_without_gradients_a_long_text_goes_in_pieces_with_the_same_numbers(name, monkeypatch):

@@ -6,7 +6,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.common.streaming import State, StreamingMixer, advance, shift_in
+from nearfar.ops.common.streaming import State, StreamingMixer, advance, in_pieces, shift_in
 
 
 class CausalAttention(StreamingMixer):
@@ -51,6 +51,17 @@ class CausalAttention(StreamingMixer):
         return q, k, v
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        if self.window is None:
+            return self.attend(x)
+
+        def piece(part: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            """The outputs of a part, and the inputs that the next one still sees."""
+            seen = part if before is None else torch.cat([before, part], 1)
+            return self.attend(seen)[:, seen.shape[1] - part.shape[1] :], seen[:, -self.window :]
+
+        return in_pieces(piece, x)
+
+    def attend(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         q, k, v = self.heads(x)
         p = self.dropout if self.training else 0.0
         if self.window is None or self.window + 1 >= x.shape[1]:
