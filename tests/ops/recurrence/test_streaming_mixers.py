@@ -119,6 +119,16 @@ def test_without_gradients_a_long_text_goes_in_pieces_with_the_same_numbers(name
     assert sizes == ([256, 261, 193] if name == "window" else [256, 256, 188])  # with the five that a window sees
 
 
+def test_a_window_as_long_as_a_piece_is_not_computed_twice(monkeypatch):
+    mixer, x, sizes = CausalAttention(DIM, window=33).eval(), torch.randn(1, 700, DIM), []
+    monkeypatch.setattr(streaming, "PIECE", 1)
+    attend = mixer.attend
+    monkeypatch.setattr(mixer, "attend", lambda x: sizes.append(x.shape[1]) or attend(x))
+    with torch.no_grad():
+        mixer(x)
+    assert sizes == [700]
+
+
 def test_streaming_has_the_parallel_gradient(mixer):
     x = text()
     parameters = [p for p in mixer.parameters() if p.requires_grad]

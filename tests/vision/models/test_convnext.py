@@ -12,12 +12,14 @@ import transformers
 from timm.layers import LayerNorm2d
 from timm.models.convnext import ConvNeXtBlock as TimmBlock
 from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock as TorchvisionBlock
 from transformers.models.convnext.modeling_convnext import ConvNextLayer as TransformersBlock
 
 from nearfar.core.errors import CheckpointError, UserError
 from nearfar.vision.contracts.convnext import build_contract
 from nearfar.vision.models.convnext import ConvNeXt
+from nearfar.vision.models.pyramid import PictureConv2d
 from tests.vision.base import BackboneTester, close, described, randomize, shapes_of
 
 
@@ -226,3 +228,18 @@ def test_layer_decay_of_the_deep_variants() -> None:
         "head.fc.weight": 13,
     }.items():
         assert scales[name] == pytest.approx(0.5 ** (13 - layer)), name
+
+
+def test_training_keeps_the_picture_once() -> None:
+    """The map of the first convolution is channels-last, with gradients too, and no copy of the picture is kept."""
+    conv, x = PictureConv2d(nn.Conv2d(3, 8, 4, stride=4)), torch.randn(2, 3, 16, 16)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = conv(x)
+    assert [t.data_ptr() for t in kept if t.numel() == x.numel()] == [x.data_ptr()]
+    with torch.no_grad():
+        inferred = conv(x)
+    close(inferred, y)
+    for maps in (y, inferred):
+        assert maps.is_contiguous(memory_format=torch.channels_last)
+        assert not maps.is_contiguous()

@@ -174,9 +174,10 @@ def mean_square(x: Tensor) -> Tensor:
 class FewTokens:
     """The sources of few tokens side by side in one tensor `(sources, ..., d)`, without gradients.
 
-    An aggregation is then five calls whatever the number of sources, where a call for each source would cost more than
-    what it computes. Behind the channels of a source stands sqrt(eps d), so that its length is sqrt(d) times its rms.
-    Tensors and views are those of one network and shape, and serve one pass after the other, each from `begin` on.
+    An aggregation is then five calls at most whatever the number of sources, where a call for each source would cost
+    more than what it computes. Behind the channels of a source stands sqrt(eps d), so that its length is sqrt(d) times
+    its rms. Tensors and views are those of one network and shape, and serve one pass after the other, each from `begin`
+    on.
     """
 
     def __init__(self, attends: Sequence[DepthAttention], like: Tensor, block_size: int) -> None:

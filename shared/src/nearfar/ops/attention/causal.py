@@ -6,7 +6,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.ops.common.streaming import State, StreamingMixer, advance, in_pieces, shift_in
+from nearfar.ops.common.streaming import State, StreamingMixer, advance, in_pieces, piece_length, shift_in
 
 
 class CausalAttention(StreamingMixer):
@@ -51,7 +51,7 @@ class CausalAttention(StreamingMixer):
         return q, k, v
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        if self.window is None:
+        if self.window is None or 8 * self.window > piece_length(x):  # a piece computes the window before it again
             return self.attend(x)
 
         def piece(part: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -293,13 +293,6 @@ class HaloNet(Backbone):
         return super().fit_state(state) | {"form": self.form}
 
 
-class Stem(nn.Sequential):
-    """Layers in sequence; on a CPU maps are channels-last from here on: faster in dense convolutions, pools."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous(memory_format=torch.channels_last) if x.is_cpu else x)
-
-
 def _stem(kind: str, in_chans: int, dim: int, act: str) -> nn.Sequential:
     if kind in ("7x7", "3x3"):
         convs = [conv_norm(in_chans, dim, int(kind[0]), 2, act=act)]
@@ -308,7 +301,7 @@ def _stem(kind: str, in_chans: int, dim: int, act: str) -> nn.Sequential:
         strides = (2, 1, 2 if kind == "tiered_strided" else 1)
         convs = [conv_norm(widths[k], widths[k + 1], 3, strides[k], act=act) for k in range(3)]
     layers = [*convs, *([nn.MaxPool2d(3, 2, 1)] if kind in ("7x7", "tiered") else [])]
-    return nn.Sequential(*layers) if kind == "3x3" else Stem(*layers)  # RegNetZ's many groups are slower channels-last
+    return nn.Sequential(*layers)
 
 
 def _divisible(width: float) -> int:
