@@ -184,6 +184,28 @@ def test_the_loss_is_that_of_the_next_token(model):
     torch.testing.assert_close(out.loss, expected)
 
 
+def test_targets_that_a_trainer_has_shifted(model):
+    """As it does before it shares out a sequence among devices: they take the place of labels."""
+    ids = tokens()
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    expected = model(ids, labels=ids).loss
+    for labels in (None, torch.zeros_like(ids)):
+        torch.testing.assert_close(model(ids, labels=labels, shift_labels=shifted).loss, expected)
+
+
+def test_hooks_of_blocks_run_and_hidden_states_have_gradients(model):
+    """FSDP gathers a block's weights in a hook before it, accelerate moves its inputs there."""
+    called = []
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda block, _: called.append(block.layer))
+    out = model(tokens(), output_hidden_states=True)
+    assert set(called) == {0, 1}
+    for h in out.hidden_states:
+        h.retain_grad()
+    out.logits.sum().backward()
+    assert all(h.grad is not None and h.grad.abs().sum() > 0 for h in out.hidden_states)
+
+
 @torch.no_grad()
 def test_the_state_stays_constant_where_it_can(model, kind):
     sizes = []

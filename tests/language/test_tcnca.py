@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import AutoModelForSequenceClassification
 
 from nearfar.core.contracts import Contract, fill, relative_errors, shipped
 from nearfar.core.errors import CheckpointError, UserError
@@ -28,11 +30,11 @@ def test_the_enwik8_model_has_the_published_size():
     assert abs(ours / 39_137_792 - 1) < 0.01
 
 
-def small(name):
+def small(name, **more):
     settings = VARIANTS[name]
     mixer = {**settings["mixers"][0], "attention_dim": 8, "value_dim": 24}
     mixer |= {"chunk": 8} if mixer.get("chunk") else {}
-    return create(name, **SMALL, mixers=[mixer], state_mixer={**settings["state_mixer"], "hidden": 24})
+    return create(name, **SMALL, mixers=[mixer], state_mixer={**settings["state_mixer"], "hidden": 24}, **more)
 
 
 def test_decoding_with_the_cache_over_chunk_boundaries():
@@ -150,9 +152,30 @@ def test_padding_does_not_change_a_class():
 def test_a_classifier_is_saved_and_read(tmp_path):
     model = small("mega-listops").eval()
     model.save_pretrained(tmp_path)
-    again = SequenceClassifier.from_pretrained(tmp_path).eval()
     ids = torch.randint(1, 16, (2, 12))
-    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    for kind in (SequenceClassifier, AutoModelForSequenceClassification):
+        again = kind.from_pretrained(tmp_path).eval()
+        assert type(again) is SequenceClassifier
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    other = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=42, ignore_mismatched_sizes=True)
+    assert other(ids).logits.shape == (2, 42)
+
+
+def test_a_classifier_has_the_losses_and_outputs_of_transformers():
+    ids = torch.randint(1, 16, (3, 12))
+    for problem, labels, loss in (
+        ("single_label_classification", torch.tensor([0, 3, 1]), F.cross_entropy),
+        ("multi_label_classification", torch.rand(3, 10).round(), F.binary_cross_entropy_with_logits),
+        ("regression", torch.rand(3, 10), F.mse_loss),
+    ):
+        model = small("mega-listops", problem_type=problem).eval()
+        found = model(ids, labels=labels, output_hidden_states=True)
+        torch.testing.assert_close(found.loss, loss(found.logits, labels))
+        assert [tuple(h.shape) for h in found.hidden_states] == [(3, 12, 16)] * 3
+        torch.testing.assert_close(model(ids, labels=labels, return_dict=False), (found.loss, found.logits))
+    pairs = small("mega-retrieval").eval()
+    found = pairs(ids, second_ids=ids[:, :5], output_hidden_states=True)
+    assert [h.shape[1] for h in found.hidden_states] == [12] * 3 + [5] * 3
 
 
 def test_unknown_models_and_settings_are_refused():

@@ -132,10 +132,14 @@ class MixerCache(Cache):
         if ids is not None and (read is not None or self.get_seq_length() == tokens):
             self.layers[0].states["read"] = (digest(ids, None if read is None else read[0]),)
 
+    def knows_text(self) -> bool:
+        """Whether the cache can tell the text that it has read from others: where all of it came as ids."""
+        return self.layers[0].tokens == 0 or "read" in self.layers[0].states
+
     def has_read(self, ids: Tensor) -> bool:
         """Whether `ids` `(B, N)` is a longer text that begins with what the cache has read."""
         states, seen, now = self.layers[0].states, self.get_seq_length(), self.layers[0].tokens
-        if ("read" not in states and now) or ids.shape[1] <= seen:
+        if not self.knows_text() or ids.shape[1] <= seen:
             return False
         if seen > now and not (
             len(states["again"]) == 3 and torch.equal(ids[:, now:seen], states["again"][2].to(ids.device))

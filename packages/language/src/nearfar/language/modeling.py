@@ -62,12 +62,19 @@ class MixerBlock(GradientCheckpointingLayer):
                 module.depth_scale = (2 * config.num_hidden_layers) ** -0.5
 
     def forward(
-        self, x: Tensor, states: dict[str, State] | None = None, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        states: dict[str, State] | None = None,
+        lengths: Tensor | None = None,
+        part: str | None = None,
     ) -> tuple[Tensor, Tensor | None, dict[str, State] | None]:
         """The block's output, the auxiliary loss of a mixer that has one while training, and the states after it.
 
-        `states`: of its parts, {} at the beginning of a text; None: none are kept. They are not changed.
+        `states`: of its parts, {} at the beginning of a text; None: none are kept. They are not changed. `part`: only
+        what this one adds to the residual, for a residual that is not `x + f(x)`.
         """
+        if part is not None:
+            return self.branch(part, x, states, lengths)
         auxiliary = None
         for name in self.parts:
             branch, loss, states = self.branch(name, x, states, lengths)
@@ -225,7 +232,11 @@ class MixerModel(MixerPreTrainedModel):
             states[0] = None if cache is None else cache.layers[0].states
         x = self.dropout(x)
         hidden, losses = [], []
-        undo = lambda h: (h if layout is None else layout.undo(h))[:, columns - new :]  # noqa: E731
+
+        def undo(h: Tensor) -> Tensor:
+            h = h if layout is None else layout.undo(h)
+            return h if columns == new else h[:, columns - new :]  # itself, so that a user can ask for its gradient
+
         residuals = None if self.depth is None else DepthResiduals(x, self.depth, self.block_size)
         for i, block in enumerate(self.layers):
             if output_hidden_states and residuals is None:
@@ -265,10 +276,7 @@ class MixerModel(MixerPreTrainedModel):
             x = residuals.next_input()
             if name == "mixer":
                 hidden.append(x)
-            run = block.branch
-            if block.gradient_checkpointing and self.training:
-                run = partial(block._gradient_checkpointing_func, block.branch)
-            branch, auxiliary, states = run(name, x, states, lengths)
+            branch, auxiliary, states = block(x, states, lengths, name)
             residuals.add(branch)
             loss = auxiliary if loss is None else loss
         return loss, states
@@ -359,8 +367,10 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
 
         labels `(B, N)`: as input_ids, -100 where nothing is to be predicted; they are shifted here. Documents that
         share a row: see `MixerModel`; what begins one is no target of the one before it only where its label is -100,
-        as packing collators set it.
+        as packing collators set it. shift_labels `(B, N)`: the targets of each position, of a trainer that shifted
+        them before it shared out a sequence; they take the place of labels.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # an argument of its own would make Trainer wait for it
         output = self.model(
             input_ids,
             attention_mask,
@@ -379,9 +389,9 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
         loss = None
-        if labels is not None:
+        if labels is not None or shift_labels is not None:
             more = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **more)
+            loss = self.loss_function(logits, labels, self.config.vocab_size, shift_labels=shift_labels, **more)
             if self.model.auxiliary_loss is not None:
                 loss = loss + self.model.auxiliary_loss
         output = CausalLMOutputWithPast(
@@ -396,11 +406,12 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`. With `past_key_values` the ids may be the whole text, of which the cache has read
-        the beginning, or only what comes after that: the cache knows what it has read. In speculative and prompt-lookup
-        decoding (`assistant_model`, `prompt_lookup_num_tokens`) tokens that are not accepted are taken back: states
-        return to where they were before a piece, see `MixerCache.crop`."""
+        the beginning, or only what comes after that: the cache knows what it has read, unless that was `inputs_embeds`.
+        Then, and of inputs_embeds themselves, attention_mask tells: it has a column for every token of the whole text.
+        In speculative and prompt-lookup decoding (`assistant_model`, `prompt_lookup_num_tokens`) tokens that are not
+        accepted are taken back: states return to where they were before a piece, see `MixerCache.crop`."""
         cache = kwargs.get("past_key_values")
-        ids = kwargs.get("input_ids") if inputs is None else inputs
+        ids, embeds = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
         chosen = kwargs.get("generation_config") or self.generation_config
 
         def option(name: str) -> Any:
@@ -408,10 +419,13 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
             return getattr(chosen, name, None) if value is None else value
 
         recording = isinstance(cache, MixerCache) and cache.pieces is not None
-        if ids is not None and any(map(option, ("assistant_model", "prompt_lookup_num_tokens", "is_assistant"))):
+        assisted = any(map(option, ("assistant_model", "prompt_lookup_num_tokens", "is_assistant")))
+        if embeds is not None and (assisted or option("use_cache") is False):
+            raise ValueError("inputs_embeds are read once, before the first new token: with use_cache, unassisted")
+        if ids is not None and assisted:
             mask, pad = kwargs.get("attention_mask"), option("pad_token_id")
             told = mask is not None or pad is None or pad not in ids  # else transformers makes a mask of the padding
-            if cache is None and ids.shape[1] > TAKEN_BACK and told:
+            if cache is None and ids.shape[1] > TAKEN_BACK and told and not option("output_hidden_states"):
                 # all but what may be taken back, in a piece of its own that never has to be read again
                 mask = None if mask is None else mask[:, :-TAKEN_BACK]
                 with torch.no_grad():
@@ -419,14 +433,8 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
                 kwargs["past_key_values"] = cache
             if isinstance(cache, MixerCache):
                 cache.activate_past_recording()
-        if isinstance(cache, MixerCache) and cache.get_seq_length() and ids is not None and not cache.has_read(ids):
-            mask = kwargs.get("attention_mask")
-            if mask is None:
-                mask = torch.ones_like(ids)
-            if mask.shape[1] == ids.shape[1]:
-                read = mask.new_ones(len(mask), cache.get_seq_length())
-                kwargs["attention_mask"] = torch.cat([read, mask], 1)
         if isinstance(cache, MixerCache) and cache.get_seq_length():
+            self.place_after(cache, ids, kwargs)
             wanted = max(option(name) or 1 for name in ("num_beams", "num_return_sequences"))
             if wanted > 1:  # every beam goes on from the state, which stays as it was
                 cache = kwargs["past_key_values"] = cache.copy()
@@ -438,12 +446,52 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
                     after.pieces = None
         return found
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def place_after(self, cache: MixerCache, ids: Tensor | None, given: dict[str, Any]) -> None:
+        """Make `given`, arguments of `generate`, say in transformers' way what of them the cache has read: ids are
+        what comes after it where the mask is longer, and inputs_embeds the whole text. ValueError where nothing tells.
+        """
+        embeds, mask, read = given.get("inputs_embeds"), given.get("attention_mask"), cache.get_seq_length()
+        new = ids if embeds is None else embeds
+        if new is None or (embeds is None and cache.has_read(new)):
+            return
+        columns, knows = 0 if mask is None else mask.shape[1], embeds is None and cache.knows_text()
+        after = columns == read + new.shape[1]
+        if not after and not knows:
+            if columns == new.shape[1] > read:  # the whole text
+                return
+            raise ValueError(
+                f"are these {new.shape[1]} tokens the whole text or do they come after the {read} that "
+                f"past_key_values has read? Give an attention_mask with a column for every token of the whole text"
+            )
+        if not after and columns in (0, new.shape[1]):
+            own = torch.ones(new.shape[:2], dtype=torch.long, device=new.device) if mask is None else mask
+            given["attention_mask"] = torch.cat([own.new_ones(len(own), read), own], 1)
+        if embeds is not None:  # transformers leaves out what was read
+            given["inputs_embeds"] = torch.cat([embeds.new_zeros(len(embeds), read, embeds.shape[2]), embeds], 1)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: MixerCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """As in transformers, which in assisted decoding would have a text read again that the cache has read."""
-        cache = kwargs.get("past_key_values")
-        if kwargs.get("is_first_iteration") and isinstance(cache, MixerCache) and cache.has_read(input_ids):
-            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        by_ids = is_first_iteration and inputs_embeds is None and isinstance(past_key_values, MixerCache)
+        if by_ids and past_key_values.has_read(input_ids):
+            next_sequence_length = input_ids.shape[1] - past_key_values.get_seq_length()
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length,
+            past_key_values,
+            attention_mask,
+            inputs_embeds,
+            is_first_iteration,
+            **kwargs,
+        )
 
     def state_size(self, length: int) -> int:
         """Numbers that a text of `length` tokens leaves in the mixers, as the literature counts them."""
@@ -480,6 +528,8 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
         return loaded(cls(config), ours, ignore=[r".*positions$"])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:
+        if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation is {kind!r}; these models' states have one form: leave it out")
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             cache = model_kwargs["past_key_values"] = MixerCache(self.config.num_hidden_layers)
             if generation_config.is_assistant:

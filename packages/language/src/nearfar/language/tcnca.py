@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -61,18 +61,22 @@ class SequenceClassifier(MixerPreTrainedModel):
         self.classifier = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.out = nn.Linear(widths[-1], config.num_labels, bias=False)
+        self.loss_type = "ForSequenceClassification"
         self.post_init()
 
-    def pool(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean of the last hidden states over real positions, `(B, d)`."""
+    def pool(self, inputs: Tensor, mask: Tensor | None, hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The mean of the last hidden states over real positions, `(B, d)`, and with `hidden` those of every layer."""
         embeds = None if self.embed_values is None else self.embed_values(inputs)
         ids = inputs if embeds is None else None
-        h = self.model(ids, attention_mask=mask, inputs_embeds=embeds, use_cache=False).last_hidden_state
+        output = self.model(
+            ids, mask, inputs_embeds=embeds, use_cache=False, output_hidden_states=hidden, return_dict=True
+        )
+        h, layers = output.last_hidden_state, output.hidden_states or ()
         if mask is None:
-            return h.mean(1)
+            return h.mean(1), layers
         if not mask.any(1).all():
             raise ValueError("a row has no real position, so it has no mean; leave it out")
-        return (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), layers
 
     def forward(
         self,
@@ -81,18 +85,29 @@ class SequenceClassifier(MixerPreTrainedModel):
         second_ids: Tensor | None = None,
         second_mask: Tensor | None = None,
         labels: Tensor | None = None,
-    ) -> SequenceClassifierOutput:
-        """input_ids `(B, N)`: token ids, or numbers with `real_valued`; second_ids: of each pair's other sequence."""
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple:
+        """input_ids `(B, N)`: token ids, or numbers with `real_valued`; second_ids: of each pair's other sequence.
+
+        labels `(B,)`: classes, or by the config's `problem_type` numbers or `(B, num_labels)` of 0 and 1. The hidden
+        states of pairs are those of the first sequences, then those of the second.
+        """
         if (second_ids is not None) != self.config.pairs:
             raise ValueError(f"the model is for {'pairs of' if self.config.pairs else 'single'} sequences")
-        x = self.pool(input_ids, attention_mask)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        x, hidden = self.pool(input_ids, attention_mask, wanted)
         if second_ids is not None:
-            x = torch.cat([self.pool(second_ids, second_mask), x], -1)
+            second, more = self.pool(second_ids, second_mask, wanted)
+            x, hidden = torch.cat([second, x], -1), hidden + more
         for linear in self.classifier:
             x = F.gelu(self.dropout(linear(x)))
         logits = self.out(x)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden if wanted else None)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return output if return_dict else output.to_tuple()
 
     @classmethod
     def from_published(cls, checkpoint: Checkpoint, **settings: Any) -> "SequenceClassifier":
@@ -102,6 +117,8 @@ class SequenceClassifier(MixerPreTrainedModel):
             raise CheckpointError("the checkpoint is a language model's; MixerForCausalLM.from_published loads it")
         return loaded(cls(config), ours)
 
+
+AutoConfig.register(SequenceClassifierConfig.model_type, SequenceClassifierConfig, exist_ok=True)
 
 AutoModelForSequenceClassification.register(SequenceClassifierConfig, SequenceClassifier, exist_ok=True)
 
