@@ -206,6 +206,26 @@ def test_hooks_of_blocks_run_and_hidden_states_have_gradients(model):
     assert all(h.grad is not None and h.grad.abs().sum() > 0 for h in out.hidden_states)
 
 
+def test_adapters_count_in_training_and_decoding(kind):
+    """Low-rank adapters of peft on every linear map: none is passed by, trained, merged or decoding."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    model, ids = peft.get_peft_model(make(kind), config), tokens(2, 9)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.abs().sum() > 0, name
+    with torch.no_grad():
+        found = model.eval()(input_ids=ids[:, :5], use_cache=True)
+        parts = [found.logits]
+        for i in range(5, 9):
+            found = model(input_ids=ids[:, i : i + 1], past_key_values=found.past_key_values)
+            parts.append(found.logits)
+        whole = model(input_ids=ids).logits
+        merged = model.merge_and_unload()(ids).logits
+    torch.testing.assert_close(whole, merged, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(parts, 1), merged, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_the_state_stays_constant_where_it_can(model, kind):
     sizes = []

@@ -264,3 +264,23 @@ def test_duoformer_ablations_and_refusals():
         plain(torch.randn(1, 3, 60, 64))
     with pytest.raises(ValueError, match="num_heads"):
         ScaleBlock(10, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        (lambda: DuoFormer(3, scales=2, scale_token="channel", **DUO), (3, 64, 64)),
+        (lambda: SegMamba(3, 1, 2, slices=None, **TINY_SEG), (1, 64, 64)),
+        (lambda: VMUNet(3, **SMALL), (3, 64, 64)),
+        (lambda: UMamba(3, 1, 2, features=(4, 8, 8), d_state=2), (1, 32, 32)),
+    ],
+    ids=["duoformer", "segmamba", "vmunet", "umamba"],
+)
+def test_low_rank_adapters_are_not_passed_by(model, size):
+    peft = pytest.importorskip("peft")
+    model, x = model().eval(), torch.randn(1, *size)
+    kinds = torch.nn.Linear | torch.nn.Conv2d
+    names = [n for n, m in model.named_modules() if isinstance(m, kinds) and getattr(m, "groups", 1) == 1]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=names, r=2, init_lora_weights=False)).eval()
+    torch.testing.assert_close(adapted(x), adapted.merge_and_unload().eval()(x), rtol=1e-3, atol=1e-3)

@@ -231,6 +231,23 @@ class PictureTester:
         for name, grad in grads[0].items():
             assert (grad - grads[1][name]).norm() <= 1e-9 * total, name
 
+    @torch.no_grad()
+    def test_adapters(self) -> None:
+        """Low-rank adapters of peft on every linear map and convolution count, none is passed by."""
+        peft = pytest.importorskip("peft")
+        model, x = self.create(**self.least), self.input(1)
+        names = [
+            name
+            for name, layer in model.named_modules()
+            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+            and (getattr(layer, "groups", 1), max(getattr(layer, "dilation", (1,)))) == (1, 1)  # what peft can do
+        ]
+        config = peft.LoraConfig(target_modules=names, r=2, init_lora_weights=False)
+        adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
+        y = adapted(x)
+        assert (y - model(x)).norm() > 1e-3 * y.norm()
+        close(y, adapted.merge_and_unload().eval()(x))
+
     def untouched(self, name: str) -> bool:
         """Whether the parameter takes no part in training on logits alone."""
         return False

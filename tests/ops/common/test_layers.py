@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.ops.common.dims import Conv2d
-from nearfar.ops.common.layers import GELU, ChannelNorm, DepthwiseConv
+from nearfar.ops.common.layers import GELU, ChannelNorm, DepthwiseConv, linear_map
 
 
 def maps(batch: int, channels: int, height: int, width: int, *, last: bool) -> Tensor:
@@ -85,3 +85,34 @@ def test_a_compiled_channel_norm_of_one_sample_is_the_same(
     torch.nn.init.normal_(norm.bias)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(norm, fullgraph=True, backend="eager")(x), norm(x))
+
+
+class Adapter(nn.Module):
+    """What peft puts in a layer's place: it shows the layer's weight and computes with more."""
+
+    def __init__(self, layer: nn.Module, size: int) -> None:
+        super().__init__()
+        self.layer, self.in_features = layer, size
+        self.delta = nn.Parameter(torch.randn(4, size))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + torch.einsum("oi,bi...->bo...", self.delta, x)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Linear(6, 4, bias=False), nn.Conv2d(6, 4, 1), Conv2d(6, 4, 1)])
+def test_the_map_of_a_wrapped_layer_is_the_whole_one(layer: nn.Module) -> None:
+    x = torch.randn(3, 6)
+    view = (3, 6, *(1,) * (layer.weight.ndim - 2))
+    weight, bias = linear_map(layer)
+    assert weight.data_ptr() == layer.weight.data_ptr()
+    assert bias is layer.bias
+    torch.testing.assert_close(F.linear(x, weight, bias), layer(x.view(view)).flatten(1))
+    wrapped = Adapter(layer, 6)
+    torch.testing.assert_close(F.linear(x, *linear_map(wrapped)), wrapped(x.view(view)).flatten(1))
+    F.linear(x, *linear_map(wrapped)).sum().backward()
+    assert wrapped.delta.grad is not None
+    assert layer.weight.grad is not None

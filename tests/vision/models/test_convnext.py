@@ -12,7 +12,7 @@ import transformers
 from timm.layers import LayerNorm2d
 from timm.models.convnext import ConvNeXtBlock as TimmBlock
 from timm.optim import param_groups_layer_decay
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.convnext import CNBlock as TorchvisionBlock
 from transformers.models.convnext.modeling_convnext import ConvNextLayer as TransformersBlock
 
@@ -232,7 +232,7 @@ def test_layer_decay_of_the_deep_variants() -> None:
 
 def test_training_keeps_the_picture_once() -> None:
     """The map of the first convolution is channels-last, with gradients too, and no copy of the picture is kept."""
-    conv, x = PictureConv2d(nn.Conv2d(3, 8, 4, stride=4)), torch.randn(2, 3, 16, 16)
+    conv, x = PictureConv2d(3, 8, 4, stride=4), torch.randn(2, 3, 16, 16)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = conv(x)

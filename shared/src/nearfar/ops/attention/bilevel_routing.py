@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from nearfar.ops.common.dims import check_dims
-from nearfar.ops.common.layers import DepthwiseConv
+from nearfar.ops.common.layers import DepthwiseConv, linear_map
 from nearfar.ops.common.precision import full_precision
 from nearfar.ops.common.tables import cached_table
 
@@ -100,8 +100,8 @@ class BiLevelRoutingAttention(nn.Module):
                 math.prod(region) if self.padding != "values" else _counts(size, padded, region, x.device).to(exact)
             )
             means = _sums(_pad(x.to(exact), padded), region) / counts
-            weight, bias = self.qkv.weight[: 2 * self.dim].to(exact), self.qkv.bias
-            query, key = F.linear(means, weight, None if bias is None else bias[: 2 * self.dim].to(exact)).chunk(2, -1)
+            weight, bias = (None if t is None else t[: 2 * self.dim].to(exact) for t in linear_map(self.qkv))
+            query, key = F.linear(means, weight, bias).chunk(2, -1)
             scores = (query * self.dim**-0.5) @ key.mT
             best = scores.topk(min(self.topk, scores.shape[-1]), dim=-1)
         return best.indices, best.values

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nearfar.ops.common.dims import check_dims
 from nearfar.ops.common.heads import check_heads, to_heads
+from nearfar.ops.common.layers import linear_map
 from nearfar.ops.common.precision import full_precision
 from nearfar.ops.common.tables import Derived
 
@@ -81,12 +82,12 @@ class GatedPositionalAttention(nn.Module):
     def positional(self, size: tuple[int, ...]) -> list[Float[Tensor, "heads n n"]]:
         """P of a grid of `size` as the row-stochastic matrix of each axis, whose Kronecker product it is."""
         with full_precision(self.pos_proj.weight):
-            flat = self.kept.get(self.pos_proj.weight, (size,), lambda: self.build(size))
+            flat = self.kept.get(self.pos_proj.parameters(), (size,), lambda: self.build(size))
         return [m.unflatten(1, (n, n)) for m, n in zip(flat.split([n * n for n in size], dim=1), size, strict=True)]
 
     def build(self, size: tuple[int, ...]) -> Float[Tensor, "heads m"]:
         """The matrices of all axes, flat, one after the other."""
-        weight, bias, matrices = self.pos_proj.weight, self.pos_proj.bias, []
+        (weight, bias), matrices = linear_map(self.pos_proj), []
         for axis, n in enumerate(size):
             at = torch.arange(n, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
             r = at - at[:, None]

@@ -141,7 +141,8 @@ class LatentAttention(StreamingMixer):
         old, seen = state
         visible = visible_keys(old.shape[1], x.shape[1], seen)
         both = torch.cat([old.to(new.dtype), new], 1)
-        y = self.inside(q, both, visible) if x.shape[1] == 1 else self.attend(q, both, visible)
+        few = x.shape[1] == 1 and type(self.kv_b) is nn.Linear  # a wrapped one's weight is not the whole map
+        y = self.inside(q, both, visible) if few else self.attend(q, both, visible)
         return y, (shift_in(old, new, both.shape[1], lengths), advance(seen, x, lengths))
 
     def attend(self, q: Tensor, latent: Tensor, visible: Tensor | None) -> Tensor:

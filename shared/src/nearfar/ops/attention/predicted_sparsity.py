@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nearfar.ops.common.heads import check_heads, from_heads
+from nearfar.ops.common.layers import linear_map
 from nearfar.ops.common.ranking import largest_mask
 from nearfar.ops.tokens.mixer_gate import resize_tokens
 
@@ -107,7 +108,7 @@ class ConnectivityPredictor(nn.Module):
             k, reduce = k * seen[:, None, :, None], reduce * seen[:, None, :, None]
             budget = min(budget, int(seen.sum(1).min()))
         # (W_q q + b_q) ((W_k k + b_k)^T P) without the reduced queries and keys of every token
-        w_q, w_k, b_q, b_k = (t.to(precise) for t in (self.q.weight, self.k.weight, self.q.bias, self.k.bias))
+        (w_q, b_q), (w_k, b_k) = ([t.to(precise) for t in linear_map(layer)] for layer in (self.q, self.k))
         pooled = (reduce if reduce.ndim == 2 else reduce[:, 0]).mT @ from_heads(k)  # all heads have the same P
         low = w_k @ pooled.unflatten(2, (heads, -1)).permute(0, 2, 3, 1) + b_k[:, None] * reduce.sum(-2, keepdim=True)
         logits = (q @ (w_q.T @ low) + (b_q @ low)[..., None, :]) * heads**-0.5

@@ -8,6 +8,22 @@ from torch import Tensor, nn
 from nearfar.ops.common.dims import CONVOLUTIONS, check_dims, check_odd
 
 
+def linear_map(layer: nn.Module) -> tuple[Float[Tensor, "o i"], Float[Tensor, "o"] | None]:
+    """Weight and bias of a linear layer or a convolution of one position.
+
+    What wraps such a layer (the adapters of peft, quantized weights) computes with more than the weight that it shows:
+    it is applied to the unit vectors.
+    """
+    own = layer._parameters.get("weight")  # not by attribute, which torch.fx would take for a value that it traces
+    if own is not None and own.is_floating_point():
+        return layer.weight.flatten(1), layer.bias
+    size = layer.in_features if hasattr(layer, "in_features") else layer.weight.shape[1]
+    like = next(p for p in layer.parameters() if p.is_floating_point())
+    units = torch.cat([like.new_zeros(1, size), torch.eye(size, dtype=like.dtype, device=like.device)])
+    bias, *rows = layer(units.view(*units.shape, *(1,) * (layer.weight.ndim - 2))).flatten(1)
+    return (torch.stack(rows) - bias).mT, bias
+
+
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channel axis of `(B, C, *S)`: y_c = w_c (x_c - mean_c x) / sqrt(var_c x + eps) + b_c.
 

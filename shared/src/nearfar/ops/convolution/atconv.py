@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.ops.common.dims import CONVOLUTIONS, check_dims, check_odd
-from nearfar.ops.common.layers import GELU, DepthwiseConv
+from nearfar.ops.common.layers import GELU, DepthwiseConv, linear_map
 from nearfar.ops.common.pooling import pool_to
 from nearfar.ops.common.precision import full_precision
 from nearfar.ops.convolution.dynamic import sample_depthwise
@@ -76,7 +76,7 @@ class ATConv(nn.Module):
             else:
                 bins = self.window
             pooled = pool_to(x, bins).flatten(2).transpose(1, 2)
-            pooled = F.linear(pooled, self.kernel_proj.weight.flatten(1), self.kernel_proj.bias)
+            pooled = F.linear(pooled, *linear_map(self.kernel_proj))
             kernel = self.kernel_gen(self.activation(pooled).transpose(1, 2))
             kernel = kernel - torch.sigmoid(self.difference_control)[:, None] * kernel.mean(-1, keepdim=True)
             return kernel.unflatten(-1, self.window)

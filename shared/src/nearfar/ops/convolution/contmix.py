@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nearfar.ops.common.dims import Conv2d, check_odd
-from nearfar.ops.common.layers import GELU, ChannelNorm, DropPath, LayerScale
+from nearfar.ops.common.layers import GELU, ChannelNorm, DropPath, LayerScale, linear_map
 from nearfar.ops.common.pooling import pool_to
 from nearfar.ops.common.tables import cached_table
 from nearfar.ops.convolution.reparam import DilatedReparam, ResidualDepthwise, fuse_pair
@@ -198,8 +198,9 @@ class ContextMixer(nn.Module):
         height, width = source.shape[-2:]
         query = self.weight_query(source).mul(self.scale).flatten(2).unflatten(1, (self.heads, -1))
         key = self.weight_key(context).flatten(2).unflatten(1, (self.heads, -1))
-        key = F.linear(key, self.weight_proj.weight.to(key.dtype))
-        logits = query.transpose(-2, -1) @ key + self.weight_proj.bias
+        weight, bias = linear_map(self.weight_proj)
+        key = F.linear(key, weight.to(key.dtype))
+        logits = query.transpose(-2, -1) @ key + bias
         parts = logits.split((self.small_kernel**2, self.kernel_size**2), dim=-1)
         kernels = []
         for part, table, k in zip(parts, (self.rpb1, self.rpb2), (self.small_kernel, self.kernel_size), strict=True):

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.ops.common.layers import linear_map
+
 
 class ExpertMixture(nn.Module):
     """`y = sum_{e in top} w_e f_e(x) + f_shared(x)`, `f(x) = W_d (silu(W_g x) W_u x)`, no biases.
@@ -48,7 +50,7 @@ class ExpertMixture(nn.Module):
         """Weights and numbers `(t, top)` of the experts that each token visits."""
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
-            scores = torch.sigmoid(F.linear(x.to(wide), self.router.weight.to(wide)))
+            scores = torch.sigmoid(F.linear(x.to(wide), linear_map(self.router)[0].to(wide)))
         chosen = (scores + self.correction).topk(self.top, -1, sorted=False).indices
         weights = scores.gather(-1, chosen)
         return weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scale, chosen
@@ -67,7 +69,8 @@ class ExpertMixture(nn.Module):
         visited = torch.cat(parts) * weights.flatten()[order, None].to(parts[0].dtype)
         y = torch.zeros_like(tokens, dtype=visited.dtype).index_add(0, source, visited)
         if self.shared_down is not None:
-            y = y + glu(tokens, self.shared_gate_up.weight, self.shared_down.weight)
+            gate, up = self.shared_gate_up(tokens).chunk(2, -1)
+            y = y + self.shared_down(F.silu(gate) * up)
         return y.view(x.shape).to(x.dtype)
 
 

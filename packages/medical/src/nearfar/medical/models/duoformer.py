@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nearfar.core.cards import Card
 from nearfar.core.checkpoints import Checkpoint, count, loaded, read, rename
 from nearfar.core.errors import CheckpointError
+from nearfar.ops.common.layers import linear_map
 
 SCALE_TOKENS = ("random", "channel", "first", "mean")
 GRID, EPS = 7, 1e-6
@@ -36,8 +37,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, first: bool = False) -> Tensor:
         c = x.shape[-1]
         if first:
-            q = F.linear(x[:, :1], self.qkv.weight[:c], self.qkv.bias[:c])
-            k, v = F.linear(x, self.qkv.weight[c:], self.qkv.bias[c:]).chunk(2, -1)
+            weight, bias = linear_map(self.qkv)
+            q, (k, v) = F.linear(x[:, :1], weight[:c], bias[:c]), F.linear(x, weight[c:], bias[c:]).chunk(2, -1)
         else:
             q, k, v = self.qkv(x).chunk(3, -1)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))

@@ -55,12 +55,12 @@ def residual(block: UnetResBlock, *parts: Tensor) -> Tensor:
 def slabs(conv: Any, parts: Sequence[Tensor], into: Tensor | None = None) -> Tensor:
     """`conv(cat(parts))`; on a CPU without gradients slab by slab, as the library copies what it reads and writes.
 
-    `conv` keeps the size, or is transposed with a stride as large as its kernel. `into`: may then take the result where
-    it has as many channels, also one of `parts` if the kernel is 1.
+    `conv` keeps the size, or is transposed with a stride as large as its kernel; what wraps one (an adapter) reads all
+    at once. `into`: may then take the result where it has as many channels, also one of `parts` if the kernel is 1.
     """
     x = parts[0]
-    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    if torch.is_grad_enabled() or traced or x.device.type != "cpu" or x.shape[2] <= 2 * SLAB:
+    whole = torch.jit.is_tracing() or torch.compiler.is_compiling() or not isinstance(conv, nn.modules.conv._ConvNd)
+    if torch.is_grad_enabled() or whole or x.device.type != "cpu" or x.shape[2] <= 2 * SLAB:
         return conv(torch.cat(parts, 1) if len(parts) > 1 else x)
     scale, edge = (conv.stride[0], 0) if conv.transposed else (1, conv.kernel_size[0] // 2)
     fits = into is not None and into.shape[1] == conv.out_channels

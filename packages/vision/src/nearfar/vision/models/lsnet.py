@@ -19,6 +19,7 @@ from nearfar.core.cards import Card
 from nearfar.core.checkpoints import count
 from nearfar.ops.attention.offset_bias import OffsetBiasAttention
 from nearfar.ops.common.fused import FusedConv2d
+from nearfar.ops.common.layers import linear_map
 from nearfar.ops.convolution.lsconv import ConvNorm, LSConv, RepVGGDepthwise
 from nearfar.vision.models.pyramid import Backbone, BatchNorm, Head, Stage
 from nearfar.vision.models.registry import Variant, Weights, register
@@ -29,8 +30,8 @@ class SqueezeExcite(SEModule):
     """x * sigmoid(W2 ReLU(W1 mean(x))), as matrix products: convolutions of a single position start slowly on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x.mean((2, 3)), self.fc1.weight.flatten(1), self.fc1.bias).relu()
-        y = F.linear(y, self.fc2.weight.flatten(1), self.fc2.bias).sigmoid()
+        y = F.linear(x.mean((2, 3)), *linear_map(self.fc1)).relu()
+        y = F.linear(y, *linear_map(self.fc2)).sigmoid()
         return x * y[:, :, None, None]
 
 

@@ -99,16 +99,19 @@ class Head(nn.Module):
 
 
 class PictureConv2d(nn.Conv2d):
-    """A backbone's first convolution, with the parameters of `conv`: its map lies with the channels of a position
-    together, the layout of channel norms, on a CPU outside of traced graphs.
+    """A backbone's first convolution: its map lies with the channels of a position together, the layout of channel
+    norms, on a CPU outside of traced graphs.
 
     With gradients the map is turned round, not the picture, of which training would keep the copy.
     """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> "PictureConv2d":
+        """One with the parameters of `conv`."""
         form = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
-        super().__init__(conv.in_channels, conv.out_channels, *form, conv.bias is not None, device="meta")
-        self.weight, self.bias = conv.weight, conv.bias
+        made = cls(conv.in_channels, conv.out_channels, *form, conv.bias is not None, device="meta")
+        made.weight, made.bias = conv.weight, conv.bias
+        return made
 
     def forward(self, input: Tensor) -> Tensor:
         if is_traced(input) or torch.compiler.is_compiling() or not input.is_cpu:
@@ -165,7 +168,7 @@ class Backbone(PictureModel):
         feature_norms: Sequence[nn.Module] = (),
     ) -> None:
         """Record what timm asks a model for. `dims`, `strides`: channels and stride of each pyramid level."""
-        self.set_submodule(self.FIRST_CONV, PictureConv2d(self.get_submodule(self.FIRST_CONV)))
+        self.set_submodule(self.FIRST_CONV, PictureConv2d.of(self.get_submodule(self.FIRST_CONV)))
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
