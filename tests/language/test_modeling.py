@@ -227,6 +227,27 @@ def test_adapters_count_in_training_and_decoding(kind):
 
 
 @torch.no_grad()
+def test_a_model_whose_weights_stay_on_disk(model, tmp_path):
+    """By accelerate's hooks, in part (`device_map`) and as a whole."""
+    accelerate = pytest.importorskip("accelerate")
+    ids = tokens()
+    expected, written = model(ids).logits, model.generate(ids, max_new_tokens=3, do_sample=False)
+    model.save_pretrained(tmp_path)
+    places = {f"model.{name}": "cpu" for name, _ in model.model.named_children()} | {"lm_head": "cpu"}
+    places = {name: place for name, place in places.items() if name != "model.layers"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"} | (
+        {"model.depth": "disk"} if model.model.depth else {}
+    )
+    partly = MixerForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "partly").eval()
+    accelerate.disk_offload(model, tmp_path / "whole", execution_device="cpu")
+    for each in (partly, model):
+        assert next(each.model.layers[1].parameters()).is_meta
+        assert torch.equal(each(ids).logits, expected)
+        assert torch.equal(each.generate(ids, max_new_tokens=3, do_sample=False), written)
+        assert next(each.model.layers[1].parameters()).is_meta
+
+
+@torch.no_grad()
 def test_the_state_stays_constant_where_it_can(model, kind):
     sizes = []
     for length in (20, 40):

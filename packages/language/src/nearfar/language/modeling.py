@@ -7,6 +7,7 @@ Import this module once and `AutoModelForCausalLM.from_pretrained(folder)` works
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
@@ -34,6 +35,18 @@ CONTINUED = "a piece that continues a cache cannot begin new documents; read tho
 TAKEN_BACK = 2
 """Tokens of a prompt that an assistant of transformers reads again, at most."""
 LAYOUTS = list(iter_modules(layouts.__path__))
+
+
+def weights_at_hand(module: nn.Module | None) -> AbstractContextManager:
+    """Within it the weights that accelerate keeps elsewhere (`device_map`, `disk_offload`) are there. Its hooks bring
+    those of a module for its `forward` alone, but a mixer's states and its parts' weights are used otherwise too."""
+    stack = ExitStack()
+    if module is not None and next(module.parameters()).is_meta:
+        for part in module.modules():
+            if part is not module and hasattr(part, "_hf_hook"):
+                part._hf_hook.pre_forward(part)
+                stack.callback(part._hf_hook.post_forward, part, None)
+    return stack
 
 
 class MixerBlock(GradientCheckpointingLayer):
@@ -238,17 +251,20 @@ class MixerModel(MixerPreTrainedModel):
             return h if columns == new else h[:, columns - new :]  # itself, so that a user can ask for its gradient
 
         residuals = None if self.depth is None else DepthResiduals(x, self.depth, self.block_size)
-        for i, block in enumerate(self.layers):
-            if output_hidden_states and residuals is None:
-                hidden.append(undo(x))
-            if residuals is None:
-                x, loss, states[i] = block(x, states[i], lengths)
-            else:
-                loss, states[i] = self.attend_over_depth(block, residuals, states[i], lengths, hidden)
-            if loss is not None:
-                losses.append(loss)
-        if residuals is not None:
-            x = residuals.next_input()
+        weights = weights_at_hand if "_hf_hook" in self.embed_tokens.__dict__ else nullcontext
+        with weights(self.depth):
+            for i, block in enumerate(self.layers):
+                if output_hidden_states and residuals is None:
+                    hidden.append(undo(x))
+                with weights(block):
+                    if residuals is None:
+                        x, loss, states[i] = block(x, states[i], lengths)
+                    else:
+                        loss, states[i] = self.attend_over_depth(block, residuals, states[i], lengths, hidden)
+                if loss is not None:
+                    losses.append(loss)
+            if residuals is not None:
+                x = residuals.next_input()
         if cache is not None:
             cache.advance(states, columns, input_ids, layout)
         x = undo(self.norm(x))
