@@ -198,8 +198,9 @@ def test_hooks_of_blocks_run_and_hidden_states_have_gradients(model):
     called = []
     for block in model.model.layers:
         block.register_forward_pre_hook(lambda block, _: called.append(block.layer))
-    out = model(tokens(), output_hidden_states=True)
+    model(tokens())
     assert set(called) == {0, 1}
+    out = model(tokens(), output_hidden_states=True)
     for h in out.hidden_states:
         h.retain_grad()
     out.logits.sum().backward()

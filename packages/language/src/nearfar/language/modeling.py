@@ -76,22 +76,26 @@ class MixerBlock(GradientCheckpointingLayer):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | DepthResiduals,
         states: dict[str, State] | None = None,
         lengths: Tensor | None = None,
         part: str | None = None,
-    ) -> tuple[Tensor, Tensor | None, dict[str, State] | None]:
+    ) -> tuple[Tensor | DepthResiduals, Tensor | None, dict[str, State] | None]:
         """The block's output, the auxiliary loss of a mixer that has one while training, and the states after it.
 
         `states`: of its parts, {} at the beginning of a text; None: none are kept. They are not changed. `part`: only
-        what this one adds to the residual, for a residual that is not `x + f(x)`.
+        what this one adds to the residual. Attention residuals take in what the parts add, and are the output.
         """
         if part is not None:
             return self.branch(part, x, states, lengths)
-        auxiliary = None
+        auxiliary, over_depth = None, isinstance(x, DepthResiduals)
         for name in self.parts:
-            branch, loss, states = self.branch(name, x, states, lengths)
-            x = x + branch
+            h = x.next_input() if over_depth else x
+            branch, loss, states = self.branch(name, h, states, lengths)
+            if over_depth:
+                x.add(branch)
+            else:
+                x = x + branch
             auxiliary = loss if auxiliary is None else auxiliary
         return x, auxiliary, states
 
@@ -259,8 +263,10 @@ class MixerModel(MixerPreTrainedModel):
                 with weights(block):
                     if residuals is None:
                         x, loss, states[i] = block(x, states[i], lengths)
-                    else:
+                    elif self.training or output_hidden_states:
                         loss, states[i] = self.attend_over_depth(block, residuals, states[i], lengths, hidden)
+                    else:
+                        _, loss, states[i] = block(residuals, states[i], lengths)
                 if loss is not None:
                     losses.append(loss)
             if residuals is not None:
@@ -286,7 +292,8 @@ class MixerModel(MixerPreTrainedModel):
         lengths: Tensor | None,
         hidden: list[Tensor],
     ) -> tuple[Tensor | None, dict[str, State] | None]:
-        """One block whose parts read a mixture of all that came before; its inputs are added to `hidden`."""
+        """One block whose parts read a mixture of all that came before; its inputs are added to `hidden`. Each part is
+        run by itself, as gradient checkpointing runs it a second time."""
         loss = None
         for name in block.parts:
             x = residuals.next_input()
