@@ -1,52 +1,33 @@
-"""transformers' own test classes for models, run on every mixer and on the classifier.
+"""transformers' own test classes for models, run on every mixer and on the classifier; see `tests/peers.py`.
 
-Its wheel leaves the tests out, its source distribution brings `tests/test_*.py`: `.ci/transformers-tests FOLDER` gets
-that of the installed version, and NEARFAR_TRANSFORMERS names the folder. Without it these tests skip. What `generate`
-has to give back is in `test_generation.py`, since transformers' class for that is in no distribution.
+What `generate` has to give back is in `test_generation.py`, since transformers' class for that is in no distribution.
 """
 
 import copy
 import importlib
-import os
-import sys
 import unittest
 import unittest.mock
-from pathlib import Path
-from types import ModuleType
 
-import pytest
 import torch
 from transformers.models.auto import modeling_auto
 
 from nearfar.language.modeling import MixerForCausalLM, MixerModel
 from nearfar.language.tcnca import SequenceClassifier
 from tests.language.test_modeling import LAYERS, SPECIAL
-
-SOURCE = os.environ.get("NEARFAR_TRANSFORMERS")
-if not SOURCE:
-    pytest.skip("needs transformers' tests: see .ci/transformers-tests", allow_module_level=True)
-
-
-def module(name: str, folder: Path | None = None, **content: type) -> ModuleType:
-    """A package among the loaded ones, with `content` and the modules in `folder`."""
-    made = sys.modules[name] = ModuleType(name)
-    made.__path__ = [] if folder is None else [str(folder)]
-    made.__dict__.update(content)
-    return made
+from tests.peers import package, package_of
 
 
 class GenerationTesterMixin:
     """In the place of the class that no distribution has."""
 
 
-PACKAGE = "transformers_tests"
-module(PACKAGE, Path(SOURCE) / "tests")
-module(f"{PACKAGE}.generation")
-module(f"{PACKAGE}.generation.test_utils", GenerationTesterMixin=GenerationTesterMixin)
-module(f"{PACKAGE}.exporters")
-module(f"{PACKAGE}.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
-ModelTesterMixin = importlib.import_module(f"{PACKAGE}.test_modeling_common").ModelTesterMixin
-TrainingTesterMixin = importlib.import_module(f"{PACKAGE}.test_training_mixin").TrainingTesterMixin
+THEIRS = package_of("transformers")
+package(f"{THEIRS}.generation")
+package(f"{THEIRS}.generation.test_utils", GenerationTesterMixin=GenerationTesterMixin)
+package(f"{THEIRS}.exporters")
+package(f"{THEIRS}.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
+ModelTesterMixin = importlib.import_module(f"{THEIRS}.test_modeling_common").ModelTesterMixin
+TrainingTesterMixin = importlib.import_module(f"{THEIRS}.test_training_mixin").TrainingTesterMixin
 
 
 class Inputs:
