@@ -116,3 +116,9 @@ def test_the_map_of_a_wrapped_layer_is_the_whole_one(layer: nn.Module) -> None:
     F.linear(x, *linear_map(wrapped)).sum().backward()
     assert wrapped.delta.grad is not None
     assert layer.weight.grad is not None
+
+
+def test_the_map_of_a_quantized_layer() -> None:
+    layer, x = nn.Sequential(nn.Linear(6, 4)), torch.randn(3, 6)
+    packed = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, torch.qint8)[0]
+    torch.testing.assert_close(F.linear(x, *linear_map(packed)), layer(x), rtol=0.1, atol=0.05)

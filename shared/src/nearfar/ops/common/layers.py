@@ -18,9 +18,9 @@ def linear_map(layer: nn.Module) -> tuple[Float[Tensor, "o i"], Float[Tensor, "o
     if own is not None and own.is_floating_point():
         return layer.weight.flatten(1), layer.bias
     size = layer.in_features if hasattr(layer, "in_features") else layer.weight.shape[1]
-    like = next(p for p in layer.parameters() if p.is_floating_point())
+    like = next((p for p in layer.parameters() if p.is_floating_point()), torch.empty(0))  # packed weights are none
     units = torch.cat([like.new_zeros(1, size), torch.eye(size, dtype=like.dtype, device=like.device)])
-    bias, *rows = layer(units.view(*units.shape, *(1,) * (layer.weight.ndim - 2))).flatten(1)
+    bias, *rows = layer(units.view(*units.shape, *(1,) * (getattr(layer.weight, "ndim", 2) - 2))).flatten(1)
     return (torch.stack(rows) - bias).mT, bias
 
 
