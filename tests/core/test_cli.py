@@ -214,7 +214,11 @@ def test_main_ends_with_the_status(monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_command_in_order(install, capsys, tmp_path, number, status):
+def test_a_signal_ends_a_command_in_order(install, capsys, tmp_path, request, number, status):
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    was = signal.signal(number, usual)  # what runs in the background, or by nohup, ignores some of them
+    request.addfinalizer(lambda: signal.signal(number, was))
+
     def go():
         try:
             os.kill(os.getpid(), number)
@@ -223,11 +227,10 @@ def test_a_signal_ends_a_command_in_order(install, capsys, tmp_path, number, sta
             (tmp_path / "tidied").touch()
 
     install({"nearfar.apps": {"thing": make_app(go)}})
-    before = signal.getsignal(number)
     assert cli.run(["thing", "go"]) == status
     assert (tmp_path / "tidied").exists()
     assert "interrupted" in capsys.readouterr().err
-    assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == usual
 
 
 def test_doctor_tells_of_the_machine_and_its_checks(install, capsys, monkeypatch):
