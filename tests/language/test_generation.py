@@ -31,19 +31,18 @@ def written(model, ids=None, **how):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_scores_states_and_hidden_states_of_every_step(way, use_cache):
-    model = make("llama")
+def test_scores_states_and_hidden_states_of_every_step(model, way, use_cache):
     how, out, running = WAYS[way]
     if "assistant_model" in how:
         how = {"assistant_model": make("mamba")}
     assisted = way in ("prompt lookup", "assistant")
-    if assisted and not use_cache:
-        pytest.skip("transformers refuses it")
     rows = 1 if assisted else 2
-    found = written(
-        model, tokens(rows, PROMPT), max_new_tokens=NEW, use_cache=use_cache, output_logits=True,
-        output_hidden_states=True, **how,
-    )  # fmt: skip
+    how = how | {"output_logits": True, "output_hidden_states": True, "max_new_tokens": NEW, "use_cache": use_cache}
+    if assisted and not use_cache:
+        with pytest.raises(ValueError, match="use_cache=True"):
+            written(model, tokens(rows, PROMPT), **how)
+        return
+    found = written(model, tokens(rows, PROMPT), **how)
     assert found.sequences.shape == (rows * out, PROMPT + NEW)
     for each in (found.scores, found.logits):
         assert [tuple(step.shape) for step in each] == [(rows * running, VOCABULARY)] * NEW

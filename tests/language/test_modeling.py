@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from accelerate import disk_offload
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from nearfar.core.errors import UserError
@@ -209,9 +211,8 @@ def test_hooks_of_blocks_run_and_hidden_states_have_gradients(model):
 
 def test_adapters_count_in_training_and_decoding(kind):
     """Low-rank adapters of peft on every linear map: none is passed by, trained, merged or decoding."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False, task_type="CAUSAL_LM")
-    model, ids = peft.get_peft_model(make(kind), config), tokens(2, 9)
+    config = LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    model, ids = get_peft_model(make(kind), config), tokens(2, 9)
     model.train()(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         assert not parameter.requires_grad or parameter.grad.abs().sum() > 0, name
@@ -229,18 +230,16 @@ def test_adapters_count_in_training_and_decoding(kind):
 
 @torch.no_grad()
 def test_a_model_whose_weights_stay_on_disk(model, tmp_path):
-    """By accelerate's hooks, in part (`device_map`) and as a whole."""
-    accelerate = pytest.importorskip("accelerate")
+    """By accelerate's hooks: some of a block or a whole one (`device_map`), and all of them."""
     ids = tokens()
     expected, written = model(ids).logits, model.generate(ids, max_new_tokens=3, do_sample=False)
     model.save_pretrained(tmp_path)
-    places = {f"model.{name}": "cpu" for name, _ in model.model.named_children()} | {"lm_head": "cpu"}
-    places = {name: place for name, place in places.items() if name != "model.layers"}
-    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"} | (
-        {"model.depth": "disk"} if model.model.depth else {}
-    )
+    parts = [name for name, _ in model.model.named_children() if name != "layers"]
+    parts += [f"layers.0.{name}" for name, _ in model.model.layers[0].named_children()]
+    places = {f"model.{name}": "disk" if name in ("depth", "layers.0.state_mixer") else "cpu" for name in parts}
+    places |= {"model.layers.1": "disk", "lm_head": "cpu"}
     partly = MixerForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "partly").eval()
-    accelerate.disk_offload(model, tmp_path / "whole", execution_device="cpu")
+    disk_offload(model, tmp_path / "whole", execution_device="cpu")
     for each in (partly, model):
         assert next(each.model.layers[1].parameters()).is_meta
         assert torch.equal(each(ids).logits, expected)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from nearfar.core.checkpoints import loaded
 from nearfar.core.errors import CheckpointError, UserError
@@ -278,9 +279,8 @@ def test_duoformer_ablations_and_refusals():
     ids=["duoformer", "segmamba", "vmunet", "umamba"],
 )
 def test_low_rank_adapters_are_not_passed_by(model, size):
-    peft = pytest.importorskip("peft")
     model, x = model().eval(), torch.randn(1, *size)
     kinds = torch.nn.Linear | torch.nn.Conv2d
     names = [n for n, m in model.named_modules() if isinstance(m, kinds) and getattr(m, "groups", 1) == 1]
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=names, r=2, init_lora_weights=False)).eval()
+    adapted = get_peft_model(model, LoraConfig(target_modules=names, r=2, init_lora_weights=False)).eval()
     torch.testing.assert_close(adapted(x), adapted.merge_and_unload().eval()(x), rtol=1e-3, atol=1e-3)

@@ -15,6 +15,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from peft import LoraConfig, get_peft_model
 from timm.models import FeatureGraphNet
 from timm.models._manipulate import reparameterize_model
 from timm.optim import param_groups_layer_decay
@@ -234,7 +235,6 @@ class PictureTester:
     @torch.no_grad()
     def test_adapters(self) -> None:
         """Low-rank adapters of peft on every linear map and convolution count, none is passed by."""
-        peft = pytest.importorskip("peft")
         model, x = self.create(**self.least), self.input(1)
         names = [
             name
@@ -242,8 +242,8 @@ class PictureTester:
             if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
             and (getattr(layer, "groups", 1), max(getattr(layer, "dilation", (1,)))) == (1, 1)  # what peft can do
         ]
-        config = peft.LoraConfig(target_modules=names, r=2, init_lora_weights=False)
-        adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
+        config = LoraConfig(target_modules=names, r=2, init_lora_weights=False)
+        adapted = get_peft_model(copy.deepcopy(model), config).eval()
         y = adapted(x)
         assert (y - model(x)).norm() > 1e-3 * y.norm()
         close(y, adapted.merge_and_unload().eval()(x))

@@ -41,7 +41,7 @@ def weights_at_hand(module: nn.Module | None) -> AbstractContextManager:
     """Within it the weights that accelerate keeps elsewhere (`device_map`, `disk_offload`) are there. Its hooks bring
     those of a module for its `forward` alone, but a mixer's states and its parts' weights are used otherwise too."""
     stack = ExitStack()
-    if module is not None and next(module.parameters()).is_meta:
+    if module is not None and any(p.is_meta for p in module.parameters()):
         for part in module.modules():
             if part is not module and hasattr(part, "_hf_hook"):
                 part._hf_hook.pre_forward(part)
@@ -477,44 +477,29 @@ class MixerForCausalLM(MixerPreTrainedModel, GenerationMixin):
         new = ids if embeds is None else embeds
         if new is None or (embeds is None and cache.has_read(new)):
             return
-        columns, knows = 0 if mask is None else mask.shape[1], embeds is None and cache.knows_text()
-        after = columns == read + new.shape[1]
-        if not after and not knows:
-            if columns == new.shape[1] > read:  # the whole text
-                return
+        columns = 0 if mask is None else mask.shape[1]
+        if embeds is None and cache.knows_text():  # other ids than it has read come after these
+            if columns in (0, new.shape[1]):
+                own = torch.ones_like(new) if mask is None else mask
+                given["attention_mask"] = torch.cat([own.new_ones(len(own), read), own], 1)
+        elif columns == read + new.shape[1]:  # what comes after; transformers leaves out embeddings of what was read
+            if embeds is not None:
+                given["inputs_embeds"] = torch.cat([embeds.new_zeros(len(embeds), read, embeds.shape[2]), embeds], 1)
+        elif not columns == new.shape[1] > read:
             raise ValueError(
                 f"are these {new.shape[1]} tokens the whole text or do they come after the {read} that "
                 f"past_key_values has read? Give an attention_mask with a column for every token of the whole text"
             )
-        if not after and columns in (0, new.shape[1]):
-            own = torch.ones(new.shape[:2], dtype=torch.long, device=new.device) if mask is None else mask
-            given["attention_mask"] = torch.cat([own.new_ones(len(own), read), own], 1)
-        if embeds is not None:  # transformers leaves out what was read
-            given["inputs_embeds"] = torch.cat([embeds.new_zeros(len(embeds), read, embeds.shape[2]), embeds], 1)
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: MixerCache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """As in transformers, which in assisted decoding would have a text read again that the cache has read."""
-        by_ids = is_first_iteration and inputs_embeds is None and isinstance(past_key_values, MixerCache)
-        if by_ids and past_key_values.has_read(input_ids):
-            next_sequence_length = input_ids.shape[1] - past_key_values.get_seq_length()
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length,
-            past_key_values,
-            attention_mask,
-            inputs_embeds,
-            is_first_iteration,
-            **kwargs,
-        )
+        cache = kwargs.get("past_key_values")
+        by_ids = kwargs.get("is_first_iteration") and inputs_embeds is None
+        if by_ids and isinstance(cache, MixerCache) and cache.has_read(input_ids):
+            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def state_size(self, length: int) -> int:
         """Numbers that a text of `length` tokens leaves in the mixers, as the literature counts them."""
