@@ -21,6 +21,8 @@ def package_of(peer: str) -> str:
     """The name of a package that holds the tests of `peer`."""
     if not (folder := os.environ.get("NEARFAR_PEERS")):
         pytest.skip(f"needs the tests of {peer}: see .ci/peers-tests", allow_module_level=True)
-    name = f"{peer}_tests"
-    package(name, Path(folder) / peer / "tests")
-    return name
+    tests = Path(folder).absolute() / peer / "tests"
+    if not tests.is_dir():
+        raise FileNotFoundError(f"{tests}: is no folder; `.ci/peers-tests {folder}` makes it")
+    package(f"{peer}_tests", tests)
+    return f"{peer}_tests"
